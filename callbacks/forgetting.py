@@ -79,7 +79,7 @@ class ForgettingCurve(EditCallback):
         chosen = set(sorted(ranks, key=lambda i: ranks[i])[: self.sample])
         return [fact for fact in facts if id(fact) in chosen]
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits, and draws the curves."""
         assert isinstance(pl_module, SequentialEditor)
         retained = {f"retained/{k}": v for k, v in pl_module.measure_retained().items()}

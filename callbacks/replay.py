@@ -1,156 +1,253 @@
-"""Memory replay: earlier edits take part in the solve of later ones."""
+"""Memory replay: earlier edits take part in the solve of later ones, as samples or as past keys in the metric."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from callbacks.buffer import Memory, ReplayBuffer
+from callbacks.consolidated import PastKeys
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.events import Addition, EditCallback, EditOutcome, EditPlan
+from editlab.keys import CachedKey
+from editlab.scoring import score_facts
+from editlab.solver import Preservation
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Memory:
-    """One remembered edit."""
-
-    fact: Fact
-    value: Tensor
-    """v*, float32 [d_v] on the CPU"""
-    key: Tensor
-    """the key when it was remembered, at the topmost edited layer, float32 [d_k] on the CPU"""
-    step: int
-    """batch that made the edit"""
-
-
-class ReplayBuffer:
-    """Edited facts with their values and keys, at most ``capacity`` of them, first in first out.
-
-    A fact with the same subject and prompt as one that is there takes its place: the user changed their mind.
-
-    Args:
-        capacity: the most memories kept.
-        seed: of the sampling, which has a generator of its own.
-
-    Raises:
-        UserError: for a capacity under 1.
-    """
-
-    def __init__(self, capacity: int, seed: int = 0) -> None:
-        if capacity < 1:
-            raise UserError(f"MemoryReplay.capacity is {capacity}: it must be at least 1.")
-        self.capacity = capacity
-        self.replaced = 0
-        self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self._memories)
-
-    @property
-    def memories(self) -> list[Memory]:
-        """What is remembered, oldest first."""
-        return list(self._memories.values())
-
-    def add(self, memory: Memory) -> None:
-        """Remembers an edit as the newest, in the place of an older one of the same subject and prompt."""
-        slot = (memory.fact.subject, memory.fact.prompt)
-        if self._memories.pop(slot, None) is not None:
-            self.replaced += 1
-        self._memories[slot] = memory
-        while len(self._memories) > self.capacity:
-            self._memories.popitem(last=False)
-
-    def sample(self, count: int, but: Sequence[Fact] = ()) -> list[Memory]:
-        """Up to ``count`` different memories, uniformly at random, none that ``but`` is about to replace.
-
-        They come oldest first, so the order of the draw leaves no trace in the solve.
-        """
-        taken = {(fact.subject, fact.prompt) for fact in but}
-        free = [memory for slot, memory in self._memories.items() if slot not in taken]
-        drawn = torch.randperm(len(free), generator=self._generator)[:count].sort().values
-        return [free[i] for i in drawn.tolist()]
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it as tensors, numbers and strings."""
-        memories = [{"fact": m.fact.to_dict(), "value": m.value, "key": m.key, "step": m.step} for m in self.memories]
-        return {"memories": memories, "replaced": self.replaced, "generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
-        self._memories.clear()
-        for saved in state["memories"]:
-            fact = Fact.from_dict(saved["fact"])
-            memory = Memory(fact, saved["value"], saved["key"], saved["step"])
-            self._memories[fact.subject, fact.prompt] = memory
-        self.replaced = state["replaced"]
-        self._generator.set_state(state["generator"])
+KINDS = ("sampled", "consolidated", "both")
+REFRESH = ("none", "values")
 
 
 class MemoryReplay(EditCallback):
-    """Adds sampled earlier edits to each batch's constraints, so that their drift is repaired.
+    """Makes later batches spare, or repair, earlier edits. Only edits that were kept are remembered.
 
-    Their residuals are taken against the current weights: where nothing has drifted, replay asks for nothing. Only
-    edits that were kept are remembered.
+    ``sampled`` adds earlier edits to each batch's constraints. Their residuals are taken against the current weights:
+    where nothing has drifted, replay asks for nothing. ``consolidated`` keeps the keys of all past edits (and of their
+    prompts' other tokens, where ``model.preserve_prompt_tokens`` asks for them) in each layer's metric: all of history
+    at constant memory, which in one layer with soft constraints is the same as one joint batch.
 
     Args:
         rate: replayed facts as a share of the batch (0.3 of a batch of 32 is 10).
-        capacity: edits remembered; the oldest leave first.
+        capacity: edits in the buffer.
         weight: of a replayed constraint, whose slack is 1 / weight; ``.inf`` makes it an equality.
-        seed: of the sampling.
+        age_decay: factor on the weight for each batch since the edit was made; 1 leaves it as it is.
+        sampling: ``random``, ``recent``, ``oldest``, ``priority`` (by drift from the value) or ``loss`` (the least
+            likely targets).
+        eviction: what leaves a full buffer: ``fifo``, ``lru`` (the longest not replayed), ``reservoir`` (all of
+            history equally likely to be there) or ``least_important``.
+        refresh_every: batches between two measurements of loss, or of drift where it takes a forward pass.
+        refresh: ``values`` finds the values of replayed facts anew on the current weights.
+        cache_keys: use the keys as they were when the edit was made; right only where nothing below the layer changes.
+        memory: ``sampled``, ``consolidated`` or ``both``.
+        past_weight: of each past key in the metric; 1 / slack of the rule where not given (1 where that is 0).
+        forget: what is left of past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
+        seed: of sampling and eviction.
 
     Raises:
-        UserError: for a negative rate, or a capacity or weight that is not positive.
+        UserError: for a setting out of range or an unknown name.
     """
 
-    def __init__(self, rate: float = 0.3, capacity: int = 200, weight: float = 1.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rate: float = 0.3,
+        capacity: int = 200,
+        weight: float = 1.0,
+        age_decay: float = 1.0,
+        sampling: str = "random",
+        eviction: str = "fifo",
+        refresh_every: int = 4,
+        refresh: str = "none",
+        cache_keys: bool = False,
+        memory: str = "sampled",
+        past_weight: float | None = None,
+        forget: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         if not rate >= 0:
             raise UserError(f"MemoryReplay.rate is {rate}: it must not be negative.")
-        if not weight > 0:
-            raise UserError(f"MemoryReplay.weight is {weight}: it must be above 0.")
+        for name, value in (("weight", weight), ("refresh_every", refresh_every)):
+            if not value > 0:
+                raise UserError(f"MemoryReplay.{name} is {value}: it must be above 0.")
+        if not 0 < age_decay <= 1:
+            raise UserError(f"MemoryReplay.age_decay is {age_decay}: it must be above 0 and at most 1.")
+        for name, given, known in (("memory", memory, KINDS), ("refresh", refresh, REFRESH)):
+            if given not in known:
+                raise UserError(f"MemoryReplay.{name} is {given!r}: it must be one of {', '.join(known)}.")
         self.rate = rate
         self.weight = weight
-        self.buffer = ReplayBuffer(capacity, seed)
+        self.age_decay = age_decay
+        self.refresh_every = refresh_every
+        self.refresh = refresh
+        self.cache_keys = cache_keys
+        self.samples = memory != "consolidated"
+        self.consolidates = memory != "sampled"
+        self.past_weight = past_weight
+        self.past = PastKeys(1.0 if past_weight is None else past_weight, forget)
+        self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
+        self._bare_metric: dict[int, Preservation] = {}
+
+    # ---- setting up -------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what can not be exact, and says how large the memory may grow.
+
+        Raises:
+            UserError: where keys are to be cached although they move, or batches are independent.
+        """
+        editor = pl_module
+        assert isinstance(editor, SequentialEditor)
+        if editor.restore_between_batches:
+            raise UserError(
+                "MemoryReplay has nothing to remember where model.restore_between_batches is set: drop one."
+            )
+        if self.cache_keys and len(editor.layer_numbers) > 1:
+            raise UserError(
+                f"MemoryReplay.cache_keys can not be used with layers {editor.layer_numbers}: an edit of a lower layer "
+                "moves the keys of the higher ones. Edit one layer, or leave it out."
+            )
+        if self.cache_keys and editor.key_mode != "bare":
+            raise UserError(
+                f"MemoryReplay.cache_keys needs model.keys: bare, not {editor.key_mode}: it keeps one key a fact."
+            )
+        if self.samples:
+            anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
+            numbers = anatomy.key_size(top) + 2 * anatomy.value_size(top)
+            log.info("Replay buffer: at most %d edits in %.1f MiB", self.buffer.capacity,
+                     self.buffer.capacity * numbers * 4 / 2**20)  # fmt: skip
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Past keys of a resumed run enter the metric."""
+        assert isinstance(pl_module, SequentialEditor)
+        self._bare_metric = dict(pl_module.preservation)
+        if self.past_weight is None:
+            self.past.weight = 1 / pl_module.rule.slack if pl_module.rule.slack else 1.0
+        self._set_metric(pl_module)
+
+    def _set_metric(self, editor: SequentialEditor) -> None:
+        for layer, moments in self.past.moments.items():
+            bare = self._bare_metric[layer]
+            editor.preservation[layer] = bare.plus_moments(moments.to(bare.factor))
+
+    # ---- the events of an edit --------------------------------------------------------------------------------
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Adds the sampled memories to the batch."""
+        """Adds the sampled memories to the batch; facts that are edited anew are taken out of the past."""
+        if self.consolidates:
+            self._release(editor, plan)
+        if not self.samples:
+            return
+        self._weigh(editor, plan.step)
         count = math.floor(self.rate * len(plan.facts) + 0.5)
-        memories = self.buffer.sample(count, but=plan.facts)
-        plan.add([Addition(m.fact, m.value, self.weight) for m in memories])
+        memories = self.buffer.sample(count, but=plan.facts, step=plan.step)
+        if self.refresh == "values" and memories:
+            for memory, value in zip(memories, editor.optimize_values([m.fact for m in memories]), strict=True):
+                memory.value = value.clone()
+        plan.add([self._addition(memory, plan.step) for memory in memories])
+
+    def _addition(self, memory: Memory, step: int) -> Addition:
+        weight = self.weight * self.age_decay ** (step - memory.step)
+        known = CachedKey(memory.key, memory.origin, memory.others) if self.cache_keys else None
+        return Addition(memory.fact, memory.value, weight, known)
+
+    def _release(self, editor: SequentialEditor, plan: EditPlan) -> None:
+        """The user changed their mind about these facts: the metric must not hold them where they were."""
+        batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
+        again = [fact for fact in plan.facts if fact.slot in batches]
+        if again:
+            ages = torch.tensor([plan.step - 1 - batches[fact.slot] for fact in again])
+            for layer in editor.layer_numbers:
+                self.past.remove(layer, editor.read_keys(again, layer).keys[:, : len(again)], ages)
+            self._set_metric(editor)
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Remembers the batch, if it was kept."""
-        if outcome.kept:
-            plan = outcome.plan
-            assert outcome.keys is not None
-            keys = outcome.keys[:, : len(plan.facts)].float().cpu()
-            for fact, value, key in zip(plan.facts, plan.targets.float().cpu(), keys.T, strict=True):
-                self.buffer.add(Memory(fact, value.clone(), key.clone(), plan.step))
-        editor.log("replay/buffer", float(len(self.buffer)), batch_size=1)
+        if outcome.kept and self.samples:
+            self._remember(editor, outcome)
+        if outcome.kept and self.consolidates:
+            count = len(outcome.plan.facts)
+            for layer, keys in outcome.keys.items():
+                own = keys.keys[:, keys.fact < count], keys.others[:, keys.others_fact < count]
+                self.past.add(layer, *own, editor.preserve_prompt_tokens)
+            self._set_metric(editor)
+        if self.samples:
+            outcome.measured["replay/buffer"] = float(len(self.buffer))
+            outcome.measured["replay/replaced"] = float(self.buffer.replaced)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Says what the buffer holds."""
-        size = sum(m.value.numel() + m.key.numel() for m in self.buffer.memories) * 4 / 2**20
-        log.info(
-            "Replay buffer: %d of at most %d edits, %.1f MiB of values and keys, %d replaced",
-            len(self.buffer), self.buffer.capacity, size, self.buffer.replaced,
-        )  # fmt: skip
+    def _remember(self, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        plan, top = outcome.plan, editor.layer_numbers[-1]
+        keys = outcome.keys[top]
+        count = len(plan.facts)
+        before = editor.layers[-1].total.double() - outcome.factor * outcome.updates[top].double()
+        bare = keys.keys[:, :count]
+        origins = keys.current[:, :count] - before @ bare
+        for i, fact in enumerate(plan.facts):
+            others = (
+                keys.others[:, keys.others_fact == i].T if self.cache_keys and editor.preserve_prompt_tokens else None
+            )
+            tensors = (plan.targets[i], bare[:, i], origins[:, i])
+            value, key, origin = (t.float().cpu().clone() for t in tensors)
+            kept = None if others is None else others.float().cpu().contiguous()
+            self.buffer.add(Memory(fact, value, key, origin, plan.step, others=kept))
+
+    # ---- importance -------------------------------------------------------------------------------------------
+
+    def _weigh(self, editor: SequentialEditor, step: int) -> None:
+        """Keeps the memories' importance up to date, where a policy looks at it."""
+        memories = self.buffer.memories
+        if not memories or not {"priority", "loss", "least_important"} & {self.buffer.sampling, self.buffer.eviction}:
+            return
+        due = step % self.refresh_every == 0
+        if self.buffer.sampling == "loss":
+            if due:
+                scores = score_facts(editor.lm, [m.fact for m in memories], paraphrases=False, neighbors=False)
+                _set_importance(memories, -scores.edit.logp_new)
+        elif len(editor.layer_numbers) == 1 and editor.key_mode == "bare":
+            total = editor.layers[-1].total.cpu()
+            now = torch.stack([m.origin for m in memories]) + torch.stack([m.key for m in memories]) @ total.T
+            _set_importance(memories, _drift(memories, now))
+        elif due:
+            facts: Sequence[Fact] = [m.fact for m in memories]
+            now = editor.read_keys(facts, editor.layer_numbers[-1]).current.T.float().cpu()
+            _set_importance(memories, _drift(memories, now))
+
+    # ---- the end, and checkpoints -----------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what the memory holds."""
+        if self.samples:
+            log.info(
+                "Replay buffer: %d of at most %d edits, %.1f MiB, %d replaced",
+                len(self.buffer), self.buffer.capacity, self.buffer.size / 2**20, self.buffer.replaced,
+            )  # fmt: skip
+        if self.consolidates:
+            size = sum(m.numel() * m.element_size() for m in self.past.moments.values()) / 2**20
+            log.info("Past keys: %.1f MiB in the metrics of layers %s", size, list(self.past.moments))
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffer."""
-        return self.buffer.state_dict()
+        """The buffer and the past keys."""
+        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a saved buffer."""
-        self.buffer.load_state_dict(state_dict)
+        """Takes up what :meth:`state_dict` gave."""
+        self.buffer.load_state_dict(state_dict["buffer"])
+        self.past.load_state_dict(state_dict["past"])
+
+
+def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:
+    """``||v - what the site gives now|| / ||v||`` of each memory, [n]; ``now`` is float32 [n, d_v]."""
+    values = torch.stack([m.value for m in memories])
+    return (values - now).norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)
+
+
+def _set_importance(memories: Sequence[Memory], importance: Tensor) -> None:
+    for memory, number in zip(memories, importance.tolist(), strict=True):
+        memory.importance = number

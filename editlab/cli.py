@@ -9,8 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError
@@ -57,11 +59,32 @@ class EditLabCLI(LightningCLI):
         parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
 
     def before_instantiate_classes(self) -> None:
-        """Names the run's folder after its recipe, the first config file, unless it has been given a name."""
+        """Names the run's folder, finds the run to go on from, and sees to checkpoints."""
         verb = self.config[self.config.subcommand]
-        init = getattr(verb.trainer.logger, "init_args", None)
-        if init is not None and init.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
-            init["name"] = Path(str(verb.config[0])).stem
+        logger = getattr(verb.trainer.logger, "init_args", None)
+        if logger is not None and logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
+            logger["name"] = Path(str(verb.config[0])).stem
+        if logger is not None and verb.get("ckpt_path"):
+            _go_on(verb, logger)
+        _add_checkpoint(verb.trainer)
+
+
+def _go_on(verb: Namespace, logger: Namespace) -> None:
+    """Resolves ``--ckpt_path last``; a checkpoint from this recipe's runs goes on in its own run's folder."""
+    runs = Path(logger.get("save_dir", "lightning_logs")) / (logger.get("name") or "")
+    if verb.ckpt_path == LAST:
+        verb.ckpt_path = str(newest_checkpoint(runs))
+    if logger.get("version") is None:
+        logger["version"] = run_version(Path(verb.ckpt_path), runs)
+
+
+def _add_checkpoint(trainer: Namespace) -> None:
+    """Adds editlab's checkpoints, unless the recipe has some of its own or wants none."""
+    callbacks = trainer.callbacks or []
+    own = any("Checkpoint" in str(callback.get("class_path", "")) for callback in callbacks)
+    if trainer.enable_checkpointing is not False and not own:
+        path = f"{EditCheckpoint.__module__}.{EditCheckpoint.__name__}"
+        trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(every_n_batches=1))]
 
 
 def run(arguments: list[str] | None = None) -> EditLabCLI:

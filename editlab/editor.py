@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import lightning
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from editlab import resume
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.keys import KEY_MODES, Keys, Site, read_keys
+from editlab.ledger import Ledger
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
@@ -32,22 +34,6 @@ from editlab.value_cache import ValueCache
 from editlab.values import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class LedgerEntry:
-    """What became of one fact."""
-
-    fact: Fact
-    batch: int
-    """number of the batch that edited it, from 0"""
-    factor: float
-    """share of the batch's update that stayed: 1 kept, 0 rolled back"""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the edit is in the weights."""
-        return self.factor > 0
 
 
 class SequentialEditor(lightning.LightningModule):
@@ -112,7 +98,8 @@ class SequentialEditor(lightning.LightningModule):
         self.edited: nn.ModuleDict = nn.ModuleDict()
         self.preservation: dict[int, Preservation] = {}
         self.contexts: list[str] = []
-        self.ledger: list[LedgerEntry] = []
+        self.ledger = Ledger()
+        self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
 
@@ -149,8 +136,14 @@ class SequentialEditor(lightning.LightningModule):
 
     @property
     def edited_facts(self) -> list[Fact]:
-        """Facts whose edits are in the weights, in the order in which they were made."""
-        return [entry.fact for entry in self.ledger if entry.kept]
+        """Facts that the weights should hold (not rolled back, not superseded), in the order of their edits."""
+        return self.ledger.standing
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the unedited weights."""
+        with self.unedited():
+            return fingerprint(self.lm.model)
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within it the model is the original one."""
@@ -159,9 +152,10 @@ class SequentialEditor(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
         self.evaluation.start_clock()
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.forget_after(self.edits)  # what a resumed run, or one in an old folder, makes anew
+        if self.resumed is None:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.go_on({}, 0)  # an old run's folder may have been named
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         largest = self.rule.largest_batch
         if largest is not None and data.batch_size > largest:
@@ -175,6 +169,11 @@ class SequentialEditor(lightning.LightningModule):
                 self.preservation[layer] = self.rule.preservation(c0.to(self._solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts))
             self.evaluation.measure_unedited(self.lm)
+        resume.check_facts(self)
+
+    def on_train_start(self) -> None:
+        """All set-up is done: a resumed run's random generators take up their states."""
+        resume.restore_rng(self)
 
     @property
     def _solver_device(self) -> torch.device:
@@ -195,7 +194,7 @@ class SequentialEditor(lightning.LightningModule):
         self.optimizers().step(lambda: self._solve(outcome))  # type: ignore[union-attr]
         self._tell("on_edit_applied", outcome)
         self._carry_out(outcome, before)
-        self.ledger += [LedgerEntry(fact, plan.step, outcome.factor) for fact in batch]
+        self.ledger.add(batch, plan.step, outcome.factor)
         self._tell("on_edit_settled", outcome)
         self._log_step(outcome)
 
@@ -205,13 +204,14 @@ class SequentialEditor(lightning.LightningModule):
         Those on the original weights do not depend on the run, so they are kept in the cache folder.
         """
         if self.values.reference == "current":
-            return self._optimize_values(facts)
+            return self.optimize_values(facts)
         with self.unedited():
             if self._value_cache is None:
-                self._value_cache = ValueCache(fingerprint(self.lm.model), self.site, self.contexts, self.values)
-            return self._value_cache.fetch(facts, self._optimize_values)
+                self._value_cache = ValueCache(self.fingerprint, self.site, self.contexts, self.values)
+            return self._value_cache.fetch(facts, self.optimize_values)
 
-    def _optimize_values(self, facts: Sequence[Fact]) -> Tensor:
+    def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
+        """Values v* of facts, float32 [n, d_v], found on the weights as they are."""
         with tqdm(total=len(facts), desc="Values", unit="fact", leave=False) as bar:
             return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
 
@@ -222,13 +222,16 @@ class SequentialEditor(lightning.LightningModule):
     def _solve(self, outcome: EditOutcome) -> Iterator[tuple[EditedLayer, Tensor]]:
         """Each layer's update, solved against the weights below it as already edited."""
         plan, device = outcome.plan, self._solver_device
-        facts = [*plan.facts, *(a.fact for a in plan.additions)]
-        targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in plan.additions)])
+        additions = sorted(plan.additions, key=lambda a: a.known is not None)  # those to be read stand first
+        read = [*plan.facts, *(a.fact for a in additions if a.known is None)]
+        targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
         slack = torch.tensor(
-            [self.rule.slack] * len(plan.facts) + [1 / a.weight for a in plan.additions], dtype=torch.float64
+            [self.rule.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64
         )
         for place, layer in enumerate(self.layer_numbers):
-            keys = self.read_keys(facts, layer)
+            edited = self.layers[place]
+            known = [a.known for a in additions if a.known is not None]
+            keys = self.read_keys(read, layer).plus(known, edited.total)
             share = len(self.layer_numbers) - place
             residuals = (targets.double().T.to(keys.current) - keys.current) / share
             constraints = Constraints(
@@ -243,8 +246,7 @@ class SequentialEditor(lightning.LightningModule):
             solution = solve(constraints, preservation, self.condition_limit)
             for note in solution.notes:
                 log.info("Batch %d, layer %d: %s", plan.step, layer, note)
-            outcome.keys = keys.keys[:, : len(facts)]  # with keys: each, the first context's, which is bare
-            edited = self.layers[place]
+            outcome.keys[layer] = keys
             update = solution.delta.to(edited.total)
             outcome.updates[layer] = update
             measured = diagnostics(solution)
@@ -281,16 +283,14 @@ class SequentialEditor(lightning.LightningModule):
             for n, layer in zip(self.layer_numbers, self.layers, strict=True)
         }
         rows |= {"edit/factor": outcome.factor, "edit/additions": float(len(outcome.plan.additions))}
-        self.log_dict(rows, batch_size=len(facts))
+        rows |= {"edit/superseded": float(self.ledger.superseded)} | outcome.measured
+        # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
+        for logger in self.trainer.loggers:
+            logger.log_metrics(rows, step=self.edits)
         bar = {"ES": immediate["ES"], "accuracy": immediate["accuracy"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
-        self.log("step", float(self.edits), batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
-
-    def on_train_end(self) -> None:
-        """All edits so far measured on the final weights."""
-        self.measure_retained()
 
     def measure_retained(self) -> dict[str, float]:
         """ES, PS, NS and company of all edits that are in the weights, measured once for a state and logged.
@@ -302,7 +302,8 @@ class SequentialEditor(lightning.LightningModule):
         return self.evaluation.measure_retained(self.lm, self.edited_facts, self.edits, self.trainer.loggers)
 
     def on_fit_end(self) -> None:
-        """The run's summary, on the screen and in its folder."""
+        """All edits measured on the final weights; the summary, on the screen and in the run's folder."""
+        self.measure_retained()
         finish_run(self.trainer, self)
 
     def validation_step(self, batch: list[Fact], batch_idx: int) -> None:
@@ -322,20 +323,9 @@ class SequentialEditor(lightning.LightningModule):
         self.log_dict({f"bystanders/{k}": v for k, v in self.evaluation.compute("bystanders").items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what editing changed: updates, ledger and contexts; not the language model."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("lm.")}
-        checkpoint["editor"] = {
-            "ledger": [{"fact": e.fact.to_dict(), "batch": e.batch, "factor": e.factor} for e in self.ledger],
-            "contexts": self.contexts,
-            "evaluation": self.evaluation.state_dict(),
-        }
+        """Keeps what editing changed and not the language model."""
+        resume.save(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up ledger and contexts; Lightning loads the updates."""
-        saved = checkpoint["editor"]
-        self.ledger = [
-            LedgerEntry(Fact.from_dict(entry["fact"]), entry["batch"], entry["factor"]) for entry in saved["ledger"]
-        ]
-        self.contexts = list(saved["contexts"])
-        self.evaluation.load_state_dict(saved["evaluation"])
+        """Takes up what was kept; Lightning loads the updates."""
+        resume.load(self, checkpoint)

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from editlab.data.fact import Fact
+from editlab.keys import CachedKey, Keys
 
 if TYPE_CHECKING:
     from editlab.editor import SequentialEditor
@@ -32,6 +33,8 @@ class Addition:
     """[d_v]: what the site should give at the subject's last token"""
     weight: float = 1.0
     """its slack is 1 / weight; ``inf`` makes it as hard as an equality"""
+    known: CachedKey | None = None
+    """its key, where it is known and need not be read; only for a single edited layer"""
 
 
 @dataclass
@@ -59,8 +62,10 @@ class EditOutcome:
     """layer -> what was added to its weight, float32 [d_v, d_k]"""
     diagnostics: dict[str, float]
     """what the step logs: ``layer_6/gram_condition`` and the like"""
-    keys: Tensor | None = None
-    """keys of the plan's facts and then its additions at the topmost layer, float64 [d_k, n] (set by the solve)"""
+    keys: dict[int, Keys] = field(default_factory=dict)
+    """layer -> keys of the plan's facts and then its additions (set by the solve)"""
+    measured: dict[str, float] = field(default_factory=dict)
+    """what callbacks have to log of this step, by full name: ``replay/buffer`` and the like"""
     factor: float = 1.0
     """share of the update that stays: 1 kept, 0 rolled back"""
     reasons: list[str] = field(default_factory=list)

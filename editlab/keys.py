@@ -47,6 +47,38 @@ class Keys:
     """float64 [d_v, facts]: what the site gives now at the subject's last token in the bare prompt"""
     others: Tensor
     """float64 [d_k, m]: keys of the bare prompts' other tokens, without each prompt's first"""
+    others_fact: Tensor
+    """long [m]: whose prompt each of these is in"""
+
+    def plus(self, cached: Sequence[CachedKey], total: Tensor) -> Keys:
+        """These and the keys of further facts, which are known; ``total`` [d_v, d_k] is the layer's sum of updates."""
+        if not cached:
+            return self
+        count = self.current.shape[1]
+        more = torch.stack([c.key for c in cached]).to(self.keys).T
+        origin = torch.stack([c.origin for c in cached]).to(self.keys).T
+        others = [c.others if c.others is not None else c.key.new_zeros(0, len(c.key)) for c in cached]
+        number = torch.arange(count, count + len(cached)).to(self.fact)
+        lengths = torch.tensor([len(o) for o in others]).to(self.fact)
+        return Keys(
+            keys=torch.cat([self.keys, more], 1),
+            fact=torch.cat([self.fact, number]),
+            current=torch.cat([self.current, origin + total.to(more) @ more], 1),
+            others=torch.cat([self.others, torch.cat(others).to(self.keys).T], 1),
+            others_fact=torch.cat([self.others_fact, number.repeat_interleave(lengths)]),
+        )
+
+
+@dataclass(frozen=True)
+class CachedKey:
+    """What is known of a fact at a layer below which nothing changes, so that no forward pass need run for it."""
+
+    key: Tensor
+    """[d_k]: in the bare prompt"""
+    origin: Tensor
+    """[d_v]: what the site gives but for the layer's updates"""
+    others: Tensor | None = None
+    """[m, d_k]: keys of its prompt's other tokens; None where they are not preserved"""
 
 
 def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, int]:
@@ -90,6 +122,8 @@ def read_keys(
         for s, row, last in zip(seen[:n], rows[:n], lasts[:n], strict=True)
     ]
     order = torch.arange(n, device=at_last.device)
+    lengths = torch.tensor([len(o) for o in others], device=at_last.device)
+    others_fact = order.repeat_interleave(lengths)
     if mode == "each":
         order = order.repeat(len(used))
     else:
@@ -99,4 +133,5 @@ def read_keys(
         fact=order,
         current=torch.stack([s["site"][last] for s, last in zip(seen[:n], lasts[:n], strict=True)]).double().T,
         others=torch.cat(others).double().T,
+        others_fact=others_fact,
     )

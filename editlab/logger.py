@@ -16,8 +16,8 @@ from editlab.lm.cache import atomic_file
 class RunLogger(TensorBoardLogger):
     """TensorBoard's logger that also keeps ``metrics.csv``: one row for each number of edits, one column a metric.
 
-    What was not measured at some number of edits is an empty cell. A run that goes on in the same folder keeps the
-    rows it has up to where it resumes.
+    What was not measured at some number of edits is an empty cell. Checkpoints hold the rows, so a resumed run's table
+    is that of a run never stopped.
 
     Args:
         save_dir: the folder of all runs.
@@ -59,15 +59,20 @@ class RunLogger(TensorBoardLogger):
         return self._rows
 
     @rank_zero_only
-    def forget_after(self, step: int) -> None:
-        """Drops rows beyond a number of edits: a resumed run makes them again."""
-        self._rows = {s: row for s, row in self.rows.items() if s <= step}
+    def go_on(self, rows: Mapping[int, Mapping[str, float]], edits: int) -> None:
+        """Takes up the table of a run at a number of edits; what lies in the folder beyond it will be made anew.
+
+        TensorBoard is told to leave out later points of event files that are there; call it before anything is logged.
+        """
+        self._rows = {int(step): dict(row) for step, row in rows.items()}
         self._written = False
+        self._kwargs["purge_step"] = edits + 1
 
     @rank_zero_only
     def save(self) -> None:
         """Writes the event file's buffer and the table."""
         super().save()
+        self.experiment.flush()
         if not self._written:
             _write(self.table_path, self.rows)
             self._written = True

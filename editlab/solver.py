@@ -111,12 +111,27 @@ class Preservation:
         columns = self.whiten(keys) * scale
         if self.columns is not None:
             columns = torch.cat([self.columns, columns], dim=1)
-        rank = self.factor.shape[1]
-        if columns.shape[1] <= rank // 2:
+        if columns.shape[1] <= self.factor.shape[1] // 2:
             return Preservation(self.factor, self.is_basis, columns)
-        # C + sum = L (I + B B^T) L^T = (L F)(L F)^T with F the factor of the bracket; a basis turns the same way.
-        bracket = torch.eye(rank, dtype=torch.float64, device=columns.device) + columns @ columns.T
-        inner = torch.linalg.cholesky(bracket)
+        return self._folded(columns @ columns.T)
+
+    def plus_moments(self, moments: Tensor) -> Preservation:
+        """The metric ``C + P`` for a symmetric positive semidefinite ``P`` [d_k, d_k]; this one is left as it is.
+
+        Raises:
+            EditLabError: where the sum is not positive definite.
+        """
+        extra = self.whiten(self.whiten(moments).T)
+        if self.columns is not None:
+            extra = extra + self.columns @ self.columns.T
+        return self._folded((extra + extra.T) / 2)
+
+    def _folded(self, extra: Tensor) -> Preservation:
+        """The metric whose whitened form is ``I + extra``, with a factor of its own."""
+        # C + P = L (I + X) L^T = (L F)(L F)^T with F the factor of the bracket; a basis turns the same way.
+        inner, info = torch.linalg.cholesky_ex(torch.eye(len(extra)).to(extra) + extra)
+        if info.item() != 0:
+            raise EditLabError("The metric with past keys is not positive definite: lower MemoryReplay.past_weight.")
         if self.is_basis:
             # T = F^-1 U^T, hence T^T = U F^-T, which is no longer orthonormal but whitens all the same.
             turned = torch.linalg.solve_triangular(inner, self.factor.T, upper=False).T

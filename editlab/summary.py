@@ -64,10 +64,10 @@ def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
         "retained": evaluation.retained,
     }
     language = {"before": evaluation.language_before, "after": evaluation.language_after}
-    kept = len(editor.edited_facts)
     return {
-        "edits": kept,
-        "rolled_back": editor.edits - kept,
+        "edits": editor.ledger.kept,
+        "rolled_back": editor.edits - editor.ledger.kept,
+        "superseded": editor.ledger.superseded,
         "batches": editor.global_step,
         **groups,
         **{
@@ -98,14 +98,14 @@ def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
 
 def _checkpoint(trainer: Trainer) -> str:
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and (path := callback.last_model_path or callback.best_model_path):
+        if isinstance(callback, ModelCheckpoint) and (path := callback.best_model_path or callback.last_model_path):
             return os.path.relpath(path)
     return "none was written (see trainer.enable_checkpointing)"
 
 
 def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str) -> str:
     """The summary as a table of at most one screen."""
-    undone = f", {summary['rolled_back']} rolled back" if summary["rolled_back"] else ""
+    undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
         f"{summary['edits']} facts edited{undone} in {summary['batches']} batches: {editor.language_model}, layers "

@@ -1,4 +1,9 @@
-"""Values of the unedited model, kept on disk: a sweep of twenty configurations pays for them once."""
+"""Values of the unedited model, kept across runs: a sweep of configurations pays for them once.
+
+Values on the original weights do not depend on the run, only on what is in the key: a fingerprint of the weights,
+the site, the contexts, and the hyper-parameters of the optimization. What is found together is written as one file:
+values found together round together, so a run that is killed and resumed finds the same ones again, or none of them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from editlab.values import ValueSettings
 
 
 class ValueCache:
-    """Targets of facts under everything that they depend on: weights, site, contexts, hyper-parameters.
+    """Targets v* by fact, in the cache folder.
 
     Args:
         fingerprint: of the weights that values are found on.
@@ -32,10 +37,8 @@ class ValueCache:
         relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
         what = [fingerprint, site.layer, site.in_stream, list(contexts), relevant]
         self.folder = cache_dir() / "values" / _digest(json.dumps(what, sort_keys=True))
-
-    def path(self, fact: Fact) -> Path:
-        """The file of one fact's value."""
-        return self.folder / f"{_digest(json.dumps([fact.prompt, fact.subject, fact.target_new]))}.safetensors"
+        self._known: dict[str, Tensor] = {}
+        self._read: set[Path] = set()
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Targets of facts, float32 [n, d_v]: read where they are known, found and kept where they are not.
@@ -44,15 +47,27 @@ class ValueCache:
             facts: the facts.
             find: gives the targets [m, d_v] of those that are missing.
         """
-        missing = [fact for fact in facts if not self.path(fact).exists()]
-        found = find(missing) if missing else torch.empty(0)
-        fresh = dict(zip(missing, found, strict=True))
-        for fact, target in fresh.items():
-            with atomic_file(self.path(fact)) as temporary:
-                safetensors.torch.save_file({"target": target.contiguous()}, temporary)
-        return torch.stack(
-            [fresh[fact] if fact in fresh else safetensors.torch.load_file(self.path(fact))["target"] for fact in facts]
-        )
+        self._look()
+        missing = [fact for fact in facts if name_of(fact) not in self._known]
+        if missing:
+            found = {name_of(fact): target.contiguous() for fact, target in zip(missing, find(missing), strict=True)}
+            path = self.folder / f"{_digest(json.dumps(sorted(found)))}.safetensors"
+            with atomic_file(path) as temporary:
+                safetensors.torch.save_file(found, temporary)
+            self._known |= found
+            self._read.add(path)
+        return torch.stack([self._known[name_of(fact)] for fact in facts])
+
+    def _look(self) -> None:
+        """Reads files that have come since the last look; of two values of one fact the one known first stays."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._read):
+            self._known = safetensors.torch.load_file(path) | self._known
+            self._read.add(path)
+
+
+def name_of(fact: Fact) -> str:
+    """What a fact's value is kept under: it depends on the prompt, the subject and the new target alone."""
+    return _digest(json.dumps([fact.prompt, fact.subject, fact.target_new]))
 
 
 def _digest(text: str) -> str:

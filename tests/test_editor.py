@@ -7,9 +7,9 @@ import math
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import ForgettingCurve, MemoryReplay
+from editlab.checkpoint import EditCheckpoint
 from editlab.contexts import ContextSettings
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
@@ -48,15 +48,18 @@ def fit(
     max_steps=-1,
     save=False,
     name="run",
+    path=None,
+    keep_repeats=False,
 ):
     data = EditDataModule(
-        str(write_counterfact(tmp_path / "facts.json")),
+        str(path or write_counterfact(tmp_path / "facts.json")),
         limit=limit,
         batch_size=batch_size,
+        keep_repeats=keep_repeats,
         only_known=False,
         shuffle=False,
     )
-    saving = [ModelCheckpoint(save_last=True, every_n_train_steps=1, save_top_k=-1)] if save else []
+    saving = [EditCheckpoint()] if save else []
     trainer = L.Trainer(
         max_epochs=1, max_steps=max_steps, accelerator="cpu", logger=RunLogger(str(tmp_path / "logs"), name, version=0),
         callbacks=[*callbacks, *saving], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
@@ -213,7 +216,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_folder, tmp_path):
     whole = editor(tiny_folder)
     fit(tmp_path, whole, callbacks=[MemoryReplay(rate=1.0)], name="whole")
     part = fit(tmp_path, editor(tiny_folder), callbacks=[MemoryReplay(rate=1.0)], max_steps=2, save=True, name="part")
-    path = part.checkpoint_callback.last_model_path
+    path = part.checkpoint_callback.best_model_path
     kept = torch.load(path, weights_only=True)
     assert not any(name.startswith("lm.") for name in kept["state_dict"])
     rows = (tmp_path / "logs" / "part" / "version_0" / "metrics.csv").read_text()
@@ -255,7 +258,7 @@ def test_values_of_the_original_weights_are_found_once(tiny_folder, tmp_path, mo
 def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
     trainer = fit(tmp_path, editor(tiny_folder), save=True)
     data = EditDataModule(str(tmp_path / "facts.json"), only_known=False, shuffle=False)
-    path = trainer.checkpoint_callback.last_model_path
+    path = trainer.checkpoint_callback.best_model_path
     other = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
     (measured,) = other.validate(editor(tiny_folder), data, ckpt_path=path, verbose=False)
     assert measured["retained/ES"] == pytest.approx(trainer.model.evaluation.retained["ES"])

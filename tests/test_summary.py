@@ -9,7 +9,7 @@ from editlab.summary import peak_memory_mb, render, versions
 
 def test_the_table():
     summary = {
-        "edits": 6, "rolled_back": 2, "batches": 4,
+        "edits": 6, "rolled_back": 2, "superseded": 1, "batches": 4,
         "before": {"ES": 0.0}, "immediate": {"ES": 1.0}, "retained": {"ES": 0.875, "NS": 0.5},
         "perplexity": {"before": 27.6, "after": 28.25}, "generation_entropy": {},
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
@@ -22,7 +22,7 @@ def test_the_table():
     assert "PS" not in rows
     assert "held-out perplexity          27.60           -       28.25" in text
     assert "generation" not in text
-    assert "6 facts edited, 2 rolled back in 4 batches: tiny, layers 5, EMMET" in text
+    assert "6 facts edited, 2 rolled back, 1 superseded in 4 batches: tiny, layers 5, EMMET" in text
     assert "tensorboard --logdir lightning_logs/r" in text
     assert len(text.splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 100

@@ -1,9 +1,10 @@
 """Cached values: found once, and never taken for those of another model, site, context or hyper-parameter."""
 
+import pytest
 import torch
 
 from editlab.keys import Site
-from editlab.value_cache import ValueCache
+from editlab.value_cache import ValueCache, name_of
 from editlab.values import ValueSettings
 from tests.facts import FACTS
 
@@ -41,4 +42,25 @@ def test_the_key_holds_all_that_a_value_depends_on():
     ]
     assert len({c.folder for c in [cache(), *others]}) == 8
     assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
-    assert len({cache().path(fact) for fact in FACTS}) == len(FACTS)
+    assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
+
+
+def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
+    # A kill between two files would leave a part, and the rest, found in another group, would round otherwise.
+    def fail(*arguments):
+        raise OSError("killed")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="killed"):
+        cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
+    assert list(cache("part").folder.glob("*")) == []
+    monkeypatch.undo()
+    cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
+    assert len(list(cache("part").folder.iterdir())) == 1
+
+
+def test_of_two_values_of_one_fact_the_first_known_stays():
+    mine, other = cache("two"), cache("two")
+    mine.fetch(FACTS[:1], lambda facts: torch.zeros(1, 2))
+    other.fetch(FACTS[:2], lambda facts: torch.ones(len(facts), 2))
+    assert mine.fetch(FACTS[:2], lambda facts: 1 / 0).tolist() == [[0, 0], [1, 1]]

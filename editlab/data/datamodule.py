@@ -34,6 +34,8 @@ class EditDataModule(LightningDataModule):
         seed: of the order.
         bystanders: facts for ``editlab test``, never edited and on other subjects.
         format: the file's schema, by class name; found by looking at the file where not given.
+        keep_repeats: edit every fact of one subject and prompt, the later ones superseding the earlier; otherwise only
+            the first is edited.
         skip_bad: leave out records that do not fit, and say which; without it they are an error.
 
     Raises:
@@ -51,6 +53,7 @@ class EditDataModule(LightningDataModule):
         bystanders: int = 100,
         format: FactFormat | None = None,
         skip_bad: bool = False,
+        keep_repeats: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("limit", limit), ("batch_size", batch_size), ("bystanders", bystanders)):
@@ -65,11 +68,12 @@ class EditDataModule(LightningDataModule):
         self.bystanders = bystanders
         self.format = format
         self.skip_bad = skip_bad
+        self.keep_repeats = keep_repeats
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and orders the facts; the first of those with one subject and prompt is kept."""
+        """Reads and orders the facts; of those with one subject and prompt the first is kept, or all."""
         if self.candidates:
             return
         facts = read_facts(self.path, self.format, self.skip_bad)
@@ -77,14 +81,11 @@ class EditDataModule(LightningDataModule):
             random.Random(self.seed).shuffle(facts)
         first: dict[tuple[str, str], Fact] = {}
         for fact in facts:
-            first.setdefault((fact.subject, fact.prompt), fact)
-        self.candidates = list(first.values())
-        if len(self.candidates) < len(facts):
-            log.info(
-                "%d records of %s repeat a subject and prompt and are left out",
-                len(facts) - len(first),
-                self.path,
-            )
+            first.setdefault(fact.slot, fact)
+        self.candidates = facts if self.keep_repeats else list(first.values())
+        if len(first) < len(facts):
+            what = "supersede earlier ones" if self.keep_repeats else "are left out (data.keep_repeats keeps them)"
+            log.info("%d records of %s repeat a subject and prompt and %s", len(facts) - len(first), self.path, what)
 
     def select(self, is_known: Callable[[Sequence[Fact]], Sequence[bool]]) -> None:
         """Fixes the facts to edit.

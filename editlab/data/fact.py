@@ -41,6 +41,11 @@ class Fact:
         return self.prompt.replace("{}", self.subject)  # other braces are the prompt's own text
 
     @property
+    def slot(self) -> tuple[str, str]:
+        """Subject and prompt: of two facts that share it, the later replaces the earlier."""
+        return self.subject, self.prompt
+
+    @property
     def subject_span(self) -> tuple[int, int]:
         """Start and end (exclusive) of the subject in :attr:`question`, in characters."""
         start = self.prompt.index("{}")

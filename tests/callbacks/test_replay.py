@@ -1,85 +1,50 @@
-"""The replay buffer without a model, and replay through a real run."""
+"""Replay through real runs of a tiny model: drift repaired, keys cached exactly, past keys as one joint batch."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from callbacks.replay import Memory, MemoryReplay, ReplayBuffer
-from editlab.data.fact import Fact
+from callbacks.replay import MemoryReplay
 from editlab.errors import UserError
+from editlab.keys import read_keys
+from editlab.rules import MEMIT
+from editlab.solver import Constraints, Preservation, solve
+from tests.facts import CITIES, FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
-
-
-def memory(subject, step=0, new="x"):
-    return Memory(Fact(str(subject), "{} is", new), torch.tensor([float(step)]), torch.zeros(2), step)
-
-
-@settings(max_examples=50, deadline=None)
-@given(subjects=st.lists(st.integers(0, 8), max_size=30), capacity=st.integers(1, 6))
-def test_first_in_first_out_with_replacement(subjects, capacity):
-    # The oracle is a plain list: a repeated subject leaves its old place, and the oldest leave when it is too long.
-    buffer, oracle = ReplayBuffer(capacity), []
-    for step, subject in enumerate(subjects):
-        buffer.add(memory(subject, step))
-        oracle = [*((s, t) for s, t in oracle if s != str(subject)), (str(subject), step)][-capacity:]
-    assert [(m.fact.subject, m.step) for m in buffer.memories] == oracle
-    assert len(buffer) <= capacity
-
-
-def test_samples_are_different_seeded_and_spare_what_is_replaced():
-    def filled(seed):
-        buffer = ReplayBuffer(20, seed)
-        for i in range(20):
-            buffer.add(memory(i, i))
-        return buffer
-
-    draws = [[m.step for m in filled(seed).sample(8)] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-    assert len(set(draws[0])) == 8
-    assert draws[0] == sorted(draws[0])
-    assert len(filled(0).sample(99)) == 20
-    busy = [memory(3).fact, memory(4).fact]
-    assert not {3, 4} & {m.step for m in filled(0).sample(99, but=busy)}
-    state = torch.get_rng_state()
-    filled(0).sample(5)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_every_memory_is_drawn_equally_often():
-    # 2000 draws of 2 of 10: each is expected 400 times; the chi-square statistic's 99.9% point at 9 degrees is 27.9.
-    buffer = ReplayBuffer(10, seed=5)
-    for i in range(10):
-        buffer.add(memory(i, i))
-    counts = torch.zeros(10)
-    for _ in range(2000):
-        for m in buffer.sample(2):
-            counts[m.step] += 1
-    assert float(((counts - 400) ** 2 / 400).sum()) < 27.9
-
-
-def test_state_goes_round(tmp_path):
-    buffer = ReplayBuffer(5, seed=3)
-    for i in [*range(7), 5]:
-        buffer.add(memory(i, i))
-    buffer.sample(2)
-    torch.save(buffer.state_dict(), tmp_path / "state")
-    other = ReplayBuffer(5)
-    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))  # what Lightning loads it with
-    assert [m.fact for m in other.memories] == [m.fact for m in buffer.memories]
-    assert other.replaced == buffer.replaced == 1
-    assert [m.step for m in other.sample(3)] == [m.step for m in buffer.sample(3)]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"rate": -0.1}, "rate is -0.1"), ({"capacity": 0}, "capacity is 0"), ({"weight": 0}, "weight is 0")],
+    [
+        ({"rate": -0.1}, "rate is -0.1"),
+        ({"capacity": 0}, "capacity is 0"),
+        ({"weight": 0}, "weight is 0"),
+        ({"age_decay": 1.5}, "age_decay is 1.5"),
+        ({"refresh_every": 0}, "refresh_every is 0"),
+        ({"memory": "long"}, "memory is 'long': it must be one of sampled, consolidated, both"),
+        ({"refresh": "keys"}, "refresh is 'keys'"),
+        ({"past_weight": -1.0}, "past_weight is -1.0"),
+        ({"forget": 0.0}, "forget is 0.0"),
+        ({"sampling": "best"}, "sampling is 'best'"),
+    ],
 )
 def test_out_of_range(arguments, message):
     with pytest.raises(UserError, match=message):
         MemoryReplay(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("replay", "settings", "message"),
+    [
+        ({"cache_keys": True}, {"layers": [1, 2]}, "an edit of a lower layer moves the keys"),
+        ({"cache_keys": True}, {"layers": [1], "keys": "mean"}, "needs model.keys: bare, not mean"),
+        ({}, {"restore_between_batches": True}, "nothing to remember"),
+    ],
+)
+def test_what_can_not_be_exact_is_refused(tiny_folder, tmp_path, replay, settings, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path, editor(tiny_folder, **settings), callbacks=[MemoryReplay(**replay)])
 
 
 def test_replay_repairs_drift(tiny_folder, tmp_path):
@@ -97,6 +62,127 @@ def test_replay_repairs_drift(tiny_folder, tmp_path):
 
 
 def test_what_was_rolled_back_is_not_remembered(tiny_folder, tmp_path):
+    replay = MemoryReplay(memory="both")
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, Spy({0: 0.0, 1: 0.0, 2: 0.0})])
+    assert replay.buffer.memories == []
+    assert replay.past.moments == {}
     replay = MemoryReplay()
-    fit(tmp_path, editor(tiny_folder), callbacks=[replay, Spy({1: 0.0})])
+    fit(tmp_path, editor(tiny_folder), callbacks=[replay, Spy({1: 0.0})], name="second")
     assert [m.step for m in replay.buffer.memories] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("preserve", [0.0, 0.5])
+def test_cached_keys_change_only_rounding(tiny_folder, tmp_path, preserve):
+    totals = []
+    for cache in (False, True):
+        module = editor(tiny_folder, layers=[1], preserve_prompt_tokens=preserve)
+        fit(tmp_path, module, callbacks=[MemoryReplay(rate=10.0, cache_keys=cache)], name=str(cache))
+        totals.append(module.layers[0].total)
+    # float32 forward passes of different batches agree to about 1e-6.
+    assert torch.allclose(*totals, rtol=1e-3, atol=1e-5 * float(totals[0].abs().max()))
+    assert totals[0].norm() > 0.01
+
+
+def test_drift_without_a_forward_pass_is_the_measured_drift(tiny_folder, tmp_path, monkeypatch):
+    replay = MemoryReplay(rate=1.0, sampling="priority")
+    module = editor(tiny_folder, layers=[1])
+    fit(tmp_path, module, callbacks=[replay])
+    monkeypatch.setattr(type(module), "read_keys", lambda *a: pytest.fail("a forward pass was run"))
+    replay._weigh(module, 99)
+    for memory in replay.buffer.memories:
+        now = site_now(module, memory.fact)
+        expected = float((memory.value - now).norm() / memory.value.norm())
+        assert memory.importance == pytest.approx(expected, abs=1e-4)
+
+
+def test_importance_with_several_layers_is_measured_every_so_often(tiny_folder, tmp_path):
+    replay = MemoryReplay(rate=1.0, sampling="priority", refresh_every=2)
+    module = editor(tiny_folder, layers=[1, 2])
+    fit(tmp_path, module, callbacks=[replay])
+    replay._weigh(module, 4)
+    memory = replay.buffer.memories[0]
+    now = site_now(module, memory.fact)
+    assert memory.importance == pytest.approx(float((memory.value - now).norm() / memory.value.norm()), abs=1e-4)
+    memory.importance = -1.0
+    replay._weigh(module, 5)
+    assert memory.importance == -1.0
+
+
+def test_loss_is_minus_the_targets_log_probability(tiny_folder, tmp_path):
+    replay = MemoryReplay(rate=0.5, sampling="loss", refresh_every=1)
+    module = editor(tiny_folder, layers=[1])
+    fit(tmp_path, module, callbacks=[replay])
+    replay._weigh(module, 0)
+    for memory in replay.buffer.memories:
+        measured = module.evaluation.update(memory.fact.subject, module.lm, [memory.fact])
+        assert measured
+        logp = module.evaluation.scores[memory.fact.subject][0].edit.logp_new
+        assert memory.importance == pytest.approx(-float(logp), abs=1e-4)
+
+
+def test_weights_decay_with_age_and_values_may_be_found_anew(tiny_folder, tmp_path):
+    spy = Spy()
+    replay = MemoryReplay(rate=10.0, weight=8.0, age_decay=0.5, refresh="values")
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, spy])
+    assert [a.weight for a in spy.plans[2].additions] == [2.0, 2.0, 4.0, 4.0]  # 8 x 0.5 for each batch since
+    old = spy.plans[0].targets[0]
+    assert not torch.equal(spy.plans[2].additions[0].target, old)
+
+
+def joint_by_hand(module, facts, targets):
+    """All facts at once on the unedited weights: the closed form written with the reference's own pieces."""
+    with module.unedited():
+        keys = read_keys(module.lm, facts, 1, module.site, module.contexts, "bare")
+    metric = Preservation.from_moments(module.c0, module.rule.weight, module.rule.ridge)
+    residuals = targets.double().T - keys.current
+    return solve(Constraints(keys.keys, residuals, torch.full((len(facts),), module.rule.slack)), metric).delta
+
+
+def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monkeypatch):
+    # Recursive least squares: with soft constraints, one layer and the same targets, batch after batch with all past
+    # keys in the metric lands where one solve over all facts does.
+    from editlab import editor as module_under_test
+
+    plain = module_under_test.second_moments
+    seen = {}
+    monkeypatch.setattr(module_under_test, "second_moments", lambda *a: seen.setdefault("c0", plain(*a)) or seen["c0"])
+    spy = Spy()
+    module = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    fit(tmp_path, module, callbacks=[MemoryReplay(memory="consolidated"), spy])
+    module.c0 = seen["c0"][1]
+    facts = [fact for plan in spy.plans for fact in plan.facts]
+    joint = joint_by_hand(module, facts, torch.cat([plan.targets for plan in spy.plans]))
+    gap = (module.layers[0].total - joint).norm() / joint.norm()
+    assert gap < 1e-4  # float32 forward passes and sums
+    # Without the memory, the same targets land elsewhere.
+    other = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    fit(tmp_path, other, name="plain")
+    assert (other.layers[0].total - joint).norm() / joint.norm() > 100 * gap
+
+
+def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_path):
+    # The last batch edits the first batch's facts anew, with other targets: the metric must not hold them back.
+    again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]
+    path = write_counterfact(tmp_path / "again.json", [*FACTS[:4], *again])
+    replay, spy = MemoryReplay(memory="both", rate=10.0), Spy()
+    module = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    fit(tmp_path, module, callbacks=[replay, spy], path=path, keep_repeats=True)
+    assert module.edited_facts == [*FACTS[2:4], *again]
+    assert module.ledger.superseded == 2
+    assert replay.buffer.replaced == 2
+    assert [a.fact for a in spy.plans[2].additions] == FACTS[2:4]
+    keys = read_keys(module.lm, module.edited_facts, 1, module.site, module.contexts, "bare").keys
+    expected = replay.past.weight * keys @ keys.T
+    assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_what_the_memory_holds_is_logged(tiny_folder, tmp_path, caplog):
+    import logging
+
+    logging.getLogger("callbacks").propagate = True
+    with caplog.at_level(logging.INFO, logger="callbacks"):
+        trainer = fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(memory="both")])
+    assert "Replay buffer: at most 200 edits" in caplog.text
+    assert "Replay buffer: 6 of at most 200 edits" in caplog.text
+    assert "Past keys" in caplog.text
+    assert [row["replay/buffer"] for row in trainer.logger.rows.values()] == [2, 4, 6]

@@ -1,0 +1,72 @@
+"""Consolidated memory: all past keys in the metric, so that every later update spares them; at constant memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editlab.errors import UserError
+
+
+class PastKeys:
+    """For each layer ``P = sum over batches of forget^age * (weight * sum k k^T)``, float64 [d_k, d_k].
+
+    In the metric ``C + P`` a later update pays ``weight * ||delta k||^2`` for moving a past edit's output. With
+    ``weight = 1 / slack`` and no forgetting a sequence of batches is one joint batch over all of their edits, since
+    both minimize the same quadratic (recursive least squares).
+
+    Args:
+        weight: of each past key.
+        forget: what is left of the past after each batch, 0 to 1; 1 forgets nothing.
+
+    Raises:
+        UserError: for a weight that is not positive, or a share out of range.
+    """
+
+    def __init__(self, weight: float, forget: float = 1.0) -> None:
+        if not weight > 0:
+            raise UserError(f"MemoryReplay.past_weight is {weight}: it must be above 0.")
+        if not 0 < forget <= 1:
+            raise UserError(f"MemoryReplay.forget is {forget}: it must be above 0 and at most 1.")
+        self.weight = weight
+        self.forget = forget
+        self.moments: dict[int, Tensor] = {}
+
+    def add(self, layer: int, keys: Tensor, others: Tensor, others_weight: float) -> None:
+        """One batch's keys [d_k, n], and keys of its prompts' other tokens [d_k, m] with the weight they have."""
+        new = _symmetric(self.weight * keys @ keys.T + others_weight * others @ others.T)
+        past = self.moments.get(layer)
+        self.moments[layer] = new if past is None else self.forget * past + new.to(past)
+
+    def remove(self, layer: int, keys: Tensor, ages: Tensor) -> None:
+        """Takes keys [d_k, n] out again that were added ``ages`` [n] batches before the last one."""
+        past = self.moments.get(layer)
+        if past is not None:
+            left = keys * (self.weight * self.forget ** ages.to(keys))
+            self.moments[layer] = past - _symmetric(left @ keys.T).to(past)
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """Layer -> the lower triangle, row by row, float64 [d_k (d_k + 1) / 2]: half of the symmetric matrix."""
+        packed = {}
+        for layer, moments in self.moments.items():
+            rows, columns = torch.tril_indices(*moments.shape)
+            packed[layer] = moments[rows, columns].cpu()
+        return packed
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave, on the CPU."""
+        self.moments = {}
+        for layer, packed in state.items():
+            size = round(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
+            rows, columns = torch.tril_indices(size, size)
+            moments = torch.zeros(size, size, dtype=torch.float64)
+            moments[rows, columns] = packed
+            moments[columns, rows] = packed
+            self.moments[layer] = moments
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """The lower triangle mirrored: symmetric to the bit, so that half of it is all there is to keep."""
+    return matrix.tril() + matrix.tril(-1).T

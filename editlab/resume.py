@@ -1,0 +1,94 @@
+"""What a checkpoint holds of an editor, and what must agree for a run to go on from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from editlab.errors import UserError
+from editlab.logger import RunLogger
+from editlab.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from editlab.editor import SequentialEditor
+
+KEY = "editor"
+"""The editor's entry in a checkpoint."""
+
+
+def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
+    """Puts what editing changed into ``checkpoint``, and takes the language model's weights out of it."""
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("lm.")}
+    loggers = [logger for logger in editor.trainer.loggers if isinstance(logger, RunLogger)]
+    checkpoint[KEY] = {
+        "language_model": editor.language_model,
+        "weights": editor.fingerprint,
+        "layers": editor.layer_numbers,
+        "batch_size": editor.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
+        "ledger": editor.ledger.state_dict(),
+        "contexts": editor.contexts,
+        "evaluation": editor.evaluation.state_dict(),
+        "table": loggers[0].rows if loggers else {},
+        "rng": rng_state(),
+    }
+
+
+def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
+    """Takes up what :func:`save` put there, but for the random states (:func:`restore_rng`).
+
+    Raises:
+        UserError: where the checkpoint is not editlab's, or of another model or other layers.
+    """
+    if KEY not in checkpoint:
+        raise UserError("The checkpoint was not written by editlab: give one of its runs' checkpoints/last.ckpt.")
+    saved = checkpoint[KEY]
+    if saved["layers"] != editor.layer_numbers:
+        raise UserError(
+            f"The checkpoint edits layers {saved['layers']} and this run layers {editor.layer_numbers}: set "
+            "model.layers as they were, or start a new run without --ckpt_path."
+        )
+    if saved["weights"] != editor.fingerprint:
+        raise UserError(
+            f"The checkpoint is of {saved['language_model']}, whose weights differ from those of "
+            f"{editor.language_model}: set model.language_model to the model that it edits."
+        )
+    editor.ledger.load_state_dict(saved["ledger"])
+    editor.contexts = list(saved["contexts"])
+    editor.evaluation.load_state_dict(saved["evaluation"])
+    editor.resumed = saved
+    for logger in editor.trainer.loggers:
+        if isinstance(logger, RunLogger):
+            logger.go_on(saved["table"], editor.edits)
+
+
+def check_facts(editor: SequentialEditor) -> None:
+    """Makes sure that a resumed run goes on with the facts that the checkpoint began with.
+
+    Raises:
+        UserError: where the facts, their order or the batch size differ.
+    """
+    if editor.resumed is None:
+        return
+    data = editor.trainer.datamodule  # type: ignore[attr-defined]
+    if data.batch_size != editor.resumed["batch_size"]:
+        raise UserError(
+            f"The checkpoint's batches are of {editor.resumed['batch_size']} facts and this run's of "
+            f"{data.batch_size}: set data.batch_size as it was."
+        )
+    for number, (entry, fact) in enumerate(zip(editor.ledger, data.facts, strict=False)):
+        if entry.fact != fact:
+            raise UserError(
+                f"Fact {number} of the checkpoint is {entry.fact.question!r} -> {entry.fact.target_new!r}, and in "
+                f"{data.path} it is {fact.question!r} -> {fact.target_new!r}: give the same file, limit and seed, or "
+                "start a new run without --ckpt_path."
+            )
+    if len(data.facts) < editor.edits:
+        raise UserError(
+            f"The checkpoint has edited {editor.edits} facts and {data.path} gives {len(data.facts)}: give the same "
+            "file and limit."
+        )
+
+
+def restore_rng(editor: SequentialEditor) -> None:
+    """Sets the random generators as they were; to be called when all set-up is done."""
+    if editor.resumed is not None:
+        set_rng_state(editor.resumed["rng"])

@@ -1,0 +1,43 @@
+"""Past keys in the metric: sums written out by hand, and the state to the bit."""
+
+import pytest
+import torch
+
+from callbacks.consolidated import PastKeys
+from editlab.errors import UserError
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_sum_by_hand():
+    past = PastKeys(weight=2.0, forget=0.5)
+    first, second, other = draw(4, 2), draw(4, 3, seed=1), draw(4, 1, seed=2)
+    past.add(6, first, other, 0.1)
+    past.add(6, second, other[:, :0], 0.1)
+    expected = 0.5 * (2 * first @ first.T + 0.1 * other @ other.T) + 2 * second @ second.T
+    assert torch.allclose(past.moments[6], expected, rtol=1e-12)
+    # The first batch is one batch old: what is left of its first key is 0.5 of it.
+    past.remove(6, first[:, :1], torch.tensor([1]))
+    assert torch.allclose(past.moments[6], expected - 0.5 * 2 * first[:, :1] @ first[:, :1].T, rtol=1e-12)
+    past.remove(5, first[:, :1], torch.tensor([0]))  # a layer that remembers nothing
+    assert list(past.moments) == [6]
+
+
+def test_the_state_is_half_the_matrix_and_goes_round_to_the_bit(tmp_path):
+    past = PastKeys(1.0)
+    for seed in range(5):
+        past.add(3, draw(33, 7, seed=seed), draw(33, 2, seed=seed + 9), 0.3)
+    torch.save(past.state_dict(), tmp_path / "state")
+    state = torch.load(tmp_path / "state", weights_only=True)
+    assert state[3].numel() == 33 * 34 // 2
+    other = PastKeys(1.0)
+    other.load_state_dict(state)
+    assert torch.equal(other.moments[3], past.moments[3])
+
+
+@pytest.mark.parametrize("arguments", [{"weight": 0.0}, {"weight": 1.0, "forget": 0.0}, {"weight": 1.0, "forget": 1.1}])
+def test_bad_settings(arguments):
+    with pytest.raises(UserError, match="must be above 0"):
+        PastKeys(**arguments)
