@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from editlab.errors import UserError
 from editlab.lm.cache import atomic_file
+from editlab.resume import KEY
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         with atomic_file(path) as temporary:
             torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint.
+
+        Raises:
+            FileNotFoundError: There is none.
+            UserError: The file is damaged, or not one of editlab's.
+        """
+        try:
+            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"The checkpoint {path} can not be read; give another, or start anew.") from error
+        if KEY not in checkpoint:
+            raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
+        return checkpoint
 
 
 class EditCheckpoint(ModelCheckpoint):

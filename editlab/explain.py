@@ -22,6 +22,8 @@ def explain(error: Exception) -> str | None:
     """One sentence for a mistake in the configuration; None where the error is of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
+    if isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):
+        return "The checkpoint can not be read, for it is damaged or of another kind: give another, or start anew."
     if isinstance(error, MisconfigurationException):
         return _line(str(error))
     if not isinstance(error, ArgumentError):

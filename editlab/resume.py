@@ -36,10 +36,8 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
     """Takes up what :func:`save` put there, but for the random states (:func:`restore_rng`).
 
     Raises:
-        UserError: where the checkpoint is not editlab's, or of another model or other layers.
+        UserError: where the checkpoint is of another model or other layers.
     """
-    if KEY not in checkpoint:
-        raise UserError("The checkpoint was not written by editlab: give one of its runs' checkpoints/last.ckpt.")
     saved = checkpoint[KEY]
     if saved["layers"] != editor.layer_numbers:
         raise UserError(

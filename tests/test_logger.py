@@ -123,13 +123,15 @@ def test_opening_alone_changes_nothing(logger, tmp_path):
     assert logger.table_path.read_bytes() == before
 
 
-def test_forget_after_drops_the_rows_beyond(logger, tmp_path):
+def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
     """A run killed at 96 edits and resumed at 64 makes 96 again, without what it had there."""
     for step in (32, 64, 96):
         logger.log_metrics({"a": float(step), "val": 1.0}, step=step)
+        if step == 64:
+            saved = {edits: dict(row) for edits, row in logger.rows.items()}
     logger.finalize("failed")
     resumed = open_run(tmp_path)
-    resumed.forget_after(64)
+    resumed.go_on(saved, 64)
     resumed.log_metrics({"a": 7.0}, step=96)
     resumed.finalize("success")
     assert [(row["edits"], row["a"], row["val"]) for row in table(resumed)] == [
@@ -137,22 +139,19 @@ def test_forget_after_drops_the_rows_beyond(logger, tmp_path):
         ("64", "64.0", "1.0"),
         ("96", "7.0", ""),
     ]
+    # TensorBoard is told to leave out what the first run had beyond 64.
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(32, 32.0), (64, 64.0), (96, 7.0)]
 
 
-def test_what_was_forgotten_is_gone_from_the_file_too(logger, tmp_path):
-    for step in (1, 2):
-        logger.log_metrics({f"m{step}": 1.0}, step=step)
+def test_a_new_run_in_an_old_folder_begins_an_empty_table(logger, tmp_path):
+    logger.log_metrics({"m": 1.0}, step=1)
     logger.finalize("failed")
-    resumed = open_run(tmp_path)
-    resumed.forget_after(1)
-    resumed.save()
-    assert table(resumed) == [{"edits": "1", "m1": "1.0"}]  # and its column with it
-
-
-def test_forgetting_where_nothing_was_logged_leaves_no_rows(logger):
-    logger.forget_after(0)
-    logger.save()
-    assert not logger.table_path.exists() or table(logger) == []
+    again = open_run(tmp_path)
+    again.go_on({}, 0)
+    again.save()
+    assert table(again) == []
 
 
 # with a Trainer

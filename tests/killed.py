@@ -1,0 +1,104 @@
+"""Runs that kill themselves: ``editlab fit`` in a process of its own, ended by SIGKILL at a chosen point.
+
+Points are counted, not timed: each call of the functions below is one, so the same number always means the same place,
+inside a step, between the two layers of an update, or in the middle of a file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import callbacks  # noqa: F401 - imported once, in the server that the runs are forked from
+import editlab.checkpoint
+import editlab.cli
+import editlab.editor
+import editlab.lm.cache
+import editlab.logger
+import editlab.optim
+
+
+class Clock:
+    """Counts points, and kills the process at one of them."""
+
+    def __init__(self, die_at: int | None) -> None:
+        self.die_at = die_at
+        self.points = 0
+
+    def tick(self) -> None:
+        self.points += 1
+        if self.points == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, owner: Any, name: str) -> None:
+        """Makes a point before and after each call of ``owner.name``."""
+        plain = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.tick()
+            result = plain(*args, **kwargs)
+            self.tick()
+            return result
+
+        setattr(owner, name, watched)
+
+    def within_torch_save(self) -> None:
+        """Makes a point where half of a checkpoint's bytes are written."""
+        plain = torch.save
+
+        def watched(what: Any, path: Any) -> None:
+            plain(what, path)
+            whole = Path(path).read_bytes()
+            Path(path).write_bytes(whole[: len(whole) // 2])
+            self.tick()
+            Path(path).write_bytes(whole)
+            self.tick()
+
+        torch.save = watched
+
+
+def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, count_file: str) -> None:
+    os.chdir(folder)
+    os.environ["EDITLAB_CACHE"] = cache
+    sys.stdout = sys.stderr = open(Path(count_file).with_suffix(".log"), "a")  # noqa: SIM115 - open until the end
+    torch.set_num_threads(1)
+    clock = Clock(die_at)
+    clock.around(editlab.optim.EditedLayer, "add")
+    clock.around(editlab.editor, "solve")
+    clock.around(editlab.editor, "optimize_values")
+    clock.around(editlab.editor.SequentialEditor, "_log_step")
+    clock.around(editlab.logger.RunLogger, "log_metrics")
+    clock.around(editlab.logger, "_write")
+    clock.around(os, "replace")
+    clock.within_torch_save()
+    code = editlab.cli.main(arguments)
+    Path(count_file).write_text(str(clock.points))
+    os._exit(code)
+
+
+def run(arguments: list[str], folder: Path, cache: Path, die_at: int | None = None) -> int | None:
+    """Runs ``editlab`` with ``arguments`` in ``folder``.
+
+    Returns:
+        the number of points it went through; None where it was killed at ``die_at``.
+
+    Raises:
+        AssertionError: it failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killed"])
+    count_file = folder / "points"
+    count_file.unlink(missing_ok=True)
+    process = context.Process(target=_child, args=(arguments, str(folder), str(cache), die_at, str(count_file)))
+    process.start()
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return None
+    assert process.exitcode == 0, (folder / "points.log").read_text()[-3000:]
+    return int(count_file.read_text())

@@ -1,0 +1,166 @@
+"""Every recipe, killed at ten random points and resumed, ends in the bits of a run never touched."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from editlab.cli import main
+from tests.facts import FACTS, write_counterfact
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+KILLS = 10
+
+needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+
+
+def shrunk(recipe, folder, tiny, **changes):
+    """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; gives its arguments."""
+    config = yaml.safe_load(recipe.read_text())
+    one = config["model"]["rule"]["class_path"] == "ROME"
+    config["model"] |= {
+        "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
+        "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 256},
+        "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 1},
+    }  # fmt: skip
+    if config["model"]["rule"]["class_path"] == "AlphaEdit":
+        config["model"]["rule"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
+    facts = write_counterfact(folder / "facts.json", FACTS[:4] if one else FACTS[:8])
+    config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
+    config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    for section, values in changes.items():
+        config[section] |= values
+    (folder / recipe.name).write_text(yaml.safe_dump(config))
+    return ["fit", "--config", recipe.name]
+
+
+def last(folder):
+    """The newest run's checkpoint; None where there is none yet."""
+    found = sorted(folder.glob("lightning_logs/*/version_*/checkpoints/last.ckpt"))
+    return found[-1] if found else None
+
+
+def outcome(folder):
+    """All that has to be the same: weights, ledger, scores, random states, callbacks' states, and the table."""
+    path = last(folder)
+    saved = torch.load(path, weights_only=True)
+    saved["editor"]["evaluation"].pop("seconds")
+    states = {name: state for name, state in saved["callbacks"].items() if "Checkpoint" not in name}
+    table = (path.parents[1] / "metrics.csv").read_text()
+    return {"weights": saved["state_dict"], "editor": saved["editor"], "callbacks": states, "table": table}
+
+
+def same(a, b):
+    """Whether two nested structures of tensors and plain values are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b or (a != a and b != b)
+
+
+def test_same_sees_a_changed_bit():
+    state = {"a": [torch.zeros(2), {"b": 1.0}], "c": float("nan")}
+    assert same(state, {"a": [torch.zeros(2), {"b": 1.0}], "c": float("nan")})
+    assert not same(state, {"a": [torch.tensor([0.0, 1e-30]), {"b": 1.0}], "c": float("nan")})
+    assert not same(state, {"a": [torch.zeros(2), {"b": 1.1}], "c": float("nan")})
+    assert not same(state, {"a": [torch.zeros(2)], "c": float("nan")})
+
+
+@needs_sigkill
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
+    from tests import killed
+
+    def folder(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    whole = folder("whole")
+    arguments = shrunk(recipe, whole, tiny_folder)
+    points = killed.run(arguments, whole, tmp_path / "cache_whole")
+    expected = outcome(whole)
+    draw = random.Random(recipe.stem)
+    kills, chains = 0, 0
+    while kills < KILLS:
+        # A chain of runs, each killed on its way; where one gets through before its point, the next chain begins.
+        here = folder(f"chain_{chains}")
+        shrunk(recipe, here, tiny_folder)
+        chains += 1
+        finished = False
+        while not finished:
+            going_on = ["--ckpt_path", "last"] if last(here) else []
+            die_at = draw.randint(1, points // 2) if kills < KILLS else None
+            finished = killed.run([*arguments, *going_on], here, tmp_path / f"cache_{chains}", die_at) is not None
+            kills += not finished
+        assert same(outcome(here), expected), f"after {kills} kills"
+        assert not list(here.rglob("*.part")) or kills  # halves of files may lie about, under names no one reads
+
+
+@needs_sigkill
+def test_a_finished_run_resumed_changes_nothing(tiny_folder, tmp_path):
+    from tests import killed
+
+    recipe = ROOT / "configs" / "emmet_replay.yaml"
+    arguments = shrunk(recipe, tmp_path, tiny_folder)
+    killed.run(arguments, tmp_path, tmp_path / "cache")
+    before = outcome(tmp_path)
+    summary = last(tmp_path).parents[1] / "summary.json"
+    summary.unlink()  # as if it had been killed just before
+    killed.run([*arguments, "--ckpt_path", "last"], tmp_path, tmp_path / "cache")
+    assert same(outcome(tmp_path), before)
+    assert summary.exists()
+
+
+@pytest.fixture
+def run_once(tiny_folder, tmp_path, monkeypatch):
+    """A finished run in the working directory; gives what runs it again with changes."""
+    monkeypatch.chdir(tmp_path)
+    recipe = ROOT / "configs" / "emmet_replay.yaml"
+    arguments = shrunk(recipe, tmp_path, tiny_folder)
+    assert main(arguments) == 0
+
+    def again(**changes):
+        shrunk(recipe, tmp_path, changes.pop("folder", tiny_folder), **changes)
+        return main([*arguments, "--ckpt_path", "last"])
+
+    return again
+
+
+def test_what_does_not_fit_is_named(run_once, tmp_path, capsys):
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    other = tmp_path / "other"
+    tiny_model("llama", seed=1).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    facts = write_counterfact(tmp_path / "others.json", [*FACTS[:3], *FACTS[4:8]])
+    for changes, said in (
+        ({"model": {"layers": [1]}}, "edits layers [1, 2] and this run layers [1]"),
+        ({"folder": other}, "whose weights differ"),
+        ({"data": {"path": str(facts)}}, "Fact "),
+        ({"data": {"batch_size": 4}}, "batches are of 2 facts and this run's of 4"),
+        ({"data": {"seed": 1}}, "Fact "),
+        ({"data": {"limit": 4}}, "has edited 8 facts"),
+    ):
+        assert run_once(**changes) == 2, changes
+        last_line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last_line.startswith("editlab: ")
+        assert said in last_line
+
+
+def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = shrunk(ROOT / "configs" / "emmet.yaml", tmp_path, tiny_folder)
+    assert main([*arguments, "--ckpt_path", "last"]) == 2
+    assert "no run with a checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:100])
+    for name, said in (("foreign", "is not editlab's"), ("half", "can not be read")):
+        assert main([*arguments, "--ckpt_path", f"{name}.ckpt"]) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
