@@ -27,6 +27,7 @@ from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.rules import EMMET, Rule
+from editlab.score_cache import ScoreCache
 from editlab.scoring import prefers_truth
 from editlab.solver import Constraints, Preservation, diagnostics, effective_weight, solve
 from editlab.summary import finish_run
@@ -145,6 +146,11 @@ class SequentialEditor(lightning.LightningModule):
         with self.unedited():
             return fingerprint(self.lm.model)
 
+    @cached_property
+    def unedited_scores(self) -> ScoreCache:
+        """What the unedited weights score, kept in the cache folder."""
+        return ScoreCache(self.fingerprint)
+
     def unedited(self) -> AbstractContextManager[None]:
         """Within it the model is the original one."""
         return unedited(self.layers)
@@ -167,7 +173,7 @@ class SequentialEditor(lightning.LightningModule):
                 self.contexts = sample_contexts(self.lm, self.context_settings)
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
                 self.preservation[layer] = self.rule.preservation(c0.to(self._solver_device))
-            data.select(lambda facts: prefers_truth(self.lm, facts))
+            data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         resume.check_facts(self)
 
@@ -274,7 +280,7 @@ class SequentialEditor(lightning.LightningModule):
     def _log_step(self, outcome: EditOutcome) -> None:
         facts = list(outcome.plan.facts)
         with self.unedited():
-            before = self.evaluation.update("before", self.lm, facts)
+            before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
         rows = {f"before/{k}": v for k, v in before.items()} | {f"immediate/{k}": v for k, v in immediate.items()}
         rows |= {f"solve/{k}": v for k, v in outcome.diagnostics.items()}

@@ -18,6 +18,7 @@ from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, Retention, TokenPerplexity
 from editlab.moments import read_file, read_ids
+from editlab.score_cache import ScoreCache
 from editlab.scoring import FactScores, score_facts, token_log_probs
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class EvaluationSettings:
     """Beginnings of the held-out text that the model continues for the generation entropy; 0 leaves it out."""
     generated_tokens: int = 48
     """Sampled tokens in each of them."""
+    immediate: str = "all"
+    """What is scored right after each batch: ``all`` prompts of its facts, or ``edits`` alone (PS and NS then come from
+    the curve and the end)."""
     age_bins: int = 4
     """Parts by age in which retained accuracy is given at the end of a run."""
 
@@ -51,6 +55,8 @@ class EvaluationSettings:
         for name in ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.evaluation.{name} is {getattr(self, name)}: it must not be negative.")
+        if self.immediate not in ("all", "edits"):
+            raise UserError(f"model.evaluation.immediate is {self.immediate!r}: it must be 'all' or 'edits'.")
 
 
 class Evaluation:
@@ -86,11 +92,14 @@ class Evaluation:
         """ES, PS, NS, S and accuracies of facts on the weights as they are; nothing is kept."""
         return _summarize(_score(lm, facts, 0, title))
 
-    def update(self, group: str, lm: LanguageModel, facts: Sequence[Fact]) -> dict[str, float]:
-        """The same, kept in a group; gives the numbers of these facts alone."""
+    def update(
+        self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
+    ) -> dict[str, float]:
+        """The same, kept in a group; gives the numbers of these facts alone. ``cache`` is for the unedited model."""
         kept = self.scores.setdefault(group, [])
         first = sum(len(s.edit.record.unique()) for s in kept)
-        new = _score(lm, facts, first, "")
+        others = group != "immediate" or self.settings.immediate == "all"
+        new = _score(lm, facts, first, "", others, cache)
         kept += new
         return _summarize(new)
 
@@ -183,10 +192,20 @@ class Evaluation:
         self.seconds = state["seconds"]
 
 
-def _score(lm: LanguageModel, facts: Sequence[Fact], first: int, title: str) -> list[FactScores]:
+def _score(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    first: int,
+    title: str,
+    others: bool = True,
+    cache: ScoreCache | None = None,
+) -> list[FactScores]:
     starts = range(0, len(facts), CHUNK)
     bar = tqdm(starts, desc=title, unit="chunk", leave=False, disable=not title or len(facts) <= CHUNK)
-    return [score_facts(lm, facts[i : i + CHUNK], first_record=first + i) for i in bar]
+    return [
+        score_facts(lm, facts[i : i + CHUNK], paraphrases=others, neighbors=others, first_record=first + i, cache=cache)
+        for i in bar
+    ]
 
 
 def _summarize(scores: Sequence[FactScores]) -> dict[str, float]:

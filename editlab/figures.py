@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,6 +31,32 @@ def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3, linewidth=0.5)
     return figure, axes
+
+
+def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: str, linestyle: str) -> None:
+    """The mean of one value over several runs, with the range between the lowest and the highest as a band.
+
+    Args:
+        ax: where.
+        curves: one for each run; edits at which not all of them have the value are left out.
+        name: of the value.
+        label: for the legend.
+        color: of line and band.
+        linestyle: ``none`` draws points alone.
+    """
+    if not curves:
+        return
+    edits = sorted(set.intersection(*({n for n, row in curve.items() if name in row} for curve in curves)))
+    if not edits:
+        return
+    values = [[curve[n][name] for curve in curves] for n in edits]
+    mean = [sum(some) / len(some) for some in values]
+    ax.plot(edits, mean, label=label, color=color, linestyle=linestyle, marker="o", markersize=3)
+    low, high = [min(some) for some in values], [max(some) for some in values]
+    if len(edits) > 1:
+        ax.fill_between(edits, low, high, color=color, alpha=0.15, linewidth=0)
+    elif len(curves) > 1:
+        ax.vlines(edits, low, high, color=color, linewidth=1)
 
 
 def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexity_before: float | None) -> Figure:

@@ -17,6 +17,7 @@ from editlab.data.fact import Fact
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode_pair
 from editlab.metrics.scores import PromptScores
+from editlab.score_cache import Request, Score, ScoreCache
 
 
 @dataclass
@@ -28,35 +29,46 @@ class FactScores:
     neighbors: PromptScores | None = None
 
 
-def score_pairs(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+def score_pairs(
+    lm: LanguageModel, pairs: Sequence[tuple[str, str]], cache: ScoreCache | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean log-probability per token of each continuation after its prompt, and whether it is the argmax.
 
     Args:
         lm: the model.
         pairs: (prompt, continuation).
+        cache: of the weights as they are; None measures everything.
 
     Returns:
         float32 [n] in nats, and bool [n]: the argmax is right at every token of the continuation.
     """
-    requests: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
-    places: list[tuple[tuple[int, ...], list[tuple[int, int]]]] = []
     encoded = {pair: encode_pair(lm.tokenizer, *pair) for pair in dict.fromkeys(pairs)}
-    longest = _covering({encoding.ids[:-1] for encoding, _ in encoded.values()})
-    for pair in pairs:
-        encoding, start = encoded[pair]
-        row = longest[encoding.ids[:-1]]
-        wanted = [(p - 1, encoding.ids[p]) for p in range(start, len(encoding.ids))]
-        requests.setdefault(row, {}).update(dict.fromkeys(wanted))
-        places.append((row, wanted))
-    rows = list(requests)
-    logps, hits = lm.next_token_scores(rows, [list(requests[row]) for row in rows])
+    requests: list[Request] = [(encoding.ids, start) for encoding, start in encoded.values()]
+    if cache is None:
+        scores = dict(zip(requests, _score(lm, requests), strict=True))
+    else:
+        scores = cache.fetch(requests, lambda missing: _score(lm, missing))
+    found = [scores[encoded[pair][0].ids, encoded[pair][1]] for pair in pairs]
+    return torch.tensor([logp for logp, _ in found]), torch.tensor([hit for _, hit in found], dtype=torch.bool)
+
+
+def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[Score]:
+    wanted = [[(p - 1, ids[p]) for p in range(start, len(ids))] for ids, start in requests]
+    longest = _covering({ids[:-1] for ids, _ in requests})
+    asked: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
+    for (ids, _), places in zip(requests, wanted, strict=True):
+        asked.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(places))
+    rows = list(asked)
+    logps, hits = lm.next_token_scores(rows, [list(asked[row]) for row in rows])
     tables = {
-        row: {place: (float(logp[i]), bool(hit[i])) for i, place in enumerate(requests[row])}
+        row: {place: (float(logp[i]), bool(hit[i])) for i, place in enumerate(asked[row])}
         for row, logp, hit in zip(rows, logps, hits, strict=True)
     }
-    mean = [sum(tables[row][place][0] for place in wanted) / len(wanted) for row, wanted in places]
-    every = [all(tables[row][place][1] for place in wanted) for row, wanted in places]
-    return torch.tensor(mean), torch.tensor(every, dtype=torch.bool)
+    scores: list[Score] = []
+    for (ids, _), places in zip(requests, wanted, strict=True):
+        each = [tables[longest[ids[:-1]]][place] for place in places]
+        scores.append((sum(logp for logp, _ in each) / len(each), all(hit for _, hit in each)))
+    return scores
 
 
 def _covering(rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -77,10 +89,12 @@ def score_facts(
     paraphrases: bool = True,
     neighbors: bool = True,
     first_record: int = 0,
+    cache: ScoreCache | None = None,
 ) -> FactScores:
     """Scores of the facts' edit prompts and, where asked for and present, paraphrases and neighbors.
 
-    Neighbors are scored on their own truth. Records are numbered from ``first_record`` on.
+    Neighbors are scored on their own truth. Records are numbered from ``first_record`` on. ``cache`` has to be that of
+    the weights as they are.
     """
     groups: list[list[tuple[int, str, str, str | None]]] = [[], [], []]
     for i, fact in enumerate(facts, start=first_record):
@@ -91,7 +105,7 @@ def score_facts(
             groups[2] += [(i, n.prompt, fact.target_new, n.truth) for n in fact.neighbors]
     pairs = [(p, new) for group in groups for _, p, new, _ in group]
     pairs += [(p, true) for group in groups for _, p, _, true in group if true is not None]
-    logp, hit = score_pairs(lm, pairs)
+    logp, hit = score_pairs(lm, pairs, cache)
     table = {pair: (float(a), bool(b)) for pair, a, b in zip(pairs, logp, hit, strict=True)}
     unknown = (float("nan"), False)
 
@@ -109,9 +123,9 @@ def score_facts(
     return FactScores(scores(groups[0]), *(scores(g) if g else None for g in groups[1:]))
 
 
-def prefers_truth(lm: LanguageModel, facts: Sequence[Fact]) -> list[bool]:
+def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
     """Whether the model finds each fact's truth likelier than its new target: it knows the fact."""
-    edit = score_facts(lm, facts, paraphrases=False, neighbors=False).edit
+    edit = score_facts(lm, facts, paraphrases=False, neighbors=False, cache=cache).edit
     return (edit.logp_true > edit.logp_new).tolist()
 
 

@@ -1,6 +1,6 @@
 """Figures show the numbers that they are given, and stand without those that are absent."""
 
-from editlab.figures import PANELS, forgetting_figure
+from editlab.figures import BLUE, PANELS, draw_band, forgetting_figure, new_figure
 
 
 def test_every_series_is_drawn_at_its_edits():
@@ -17,3 +17,17 @@ def test_every_series_is_drawn_at_its_edits():
 def test_nothing_measured_is_an_empty_figure(tmp_path):
     forgetting_figure({}, {}, {}, None).savefig(tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_a_band_is_the_range_and_the_line_the_mean():
+    _, (ax,) = new_figure(1, 1)
+    curves = [{10: {"a": 0.0}, 20: {"a": 0.5}, 30: {"a": 1.0}}, {10: {"a": 1.0}, 20: {"a": 0.7}, 30: {"b": 1.0}}]
+    draw_band(ax, curves, "a", label="x", color=BLUE, linestyle="-")
+    (line,) = ax.get_lines()
+    assert list(line.get_xdata()) == [10, 20]  # 30 is not in both
+    assert list(line.get_ydata()) == [0.5, 0.6]
+    corners = {tuple(point) for point in ax.collections[0].get_paths()[0].vertices.round(6).tolist()}
+    assert {(10, 0), (10, 1), (20, 0.5), (20, 0.7)} <= corners
+    draw_band(ax, [], "a", label="none", color=BLUE, linestyle="-")
+    draw_band(ax, curves, "absent", label="none", color=BLUE, linestyle="-")
+    assert len(ax.get_lines()) == 1

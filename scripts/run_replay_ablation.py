@@ -1,0 +1,113 @@
+"""What replay does for retention: rates, capacities and policies, consolidated memory, and the joint batch as ceiling.
+
+    python scripts/run_replay_ablation.py                     # every case, three seeds; goes on where it stopped
+    python scripts/run_replay_ablation.py --only none consolidated --seeds 1
+    python scripts/run_replay_ablation.py --dry-run
+
+Writes ``results/replay_ablation.csv`` and ``figs/forgetting_replay.png`` (and ``.pdf``) from the runs that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sweep import ROOT, Case, Run, parser, run_all, write_table
+
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_band, new_figure
+from editlab.lm.cache import atomic_file
+
+RECIPE = "configs/emmet_consolidated.yaml"
+CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 100, "sample": 64}}
+
+SHOWN = {
+    "none": ("no replay", BLACK, ":"),
+    "random_0.3_200": ("random, rate 0.3", ORANGE, "--"),
+    "priority_0.3_200": ("priority, rate 0.3", SKY, "-."),
+    "refresh": ("values found anew", GREEN, "-."),
+    "consolidated": ("consolidated", BLUE, "-"),
+    "joint": ("one joint batch", VERMILION, "none"),
+    "one_layer": ("layer 6 alone, mean keys", PURPLE, ":"),
+}
+"""case -> label, color, line"""
+PANELS = (
+    ("retained/ES", "retained ES"),
+    ("retained/accuracy", "retained accuracy"),
+    ("retained/NS", "neighbors (NS)"),
+    ("perplexity/heldout", "held-out perplexity"),
+)
+
+
+def replay(name: str, flags: dict[str, Any] | None = None, **settings: Any) -> Case:
+    """A case with MemoryReplay in it."""
+    callback = {"class_path": "MemoryReplay", "init_args": settings}
+    labels = {k: settings[k] for k in ("memory", "sampling", "rate", "capacity", "weight", "refresh") if k in settings}
+    return Case(name, flags or {}, [callback, CURVE], labels)
+
+
+def cases(edits: int) -> list[Case]:
+    """All cases, the ones that matter most first."""
+    consolidated = {"memory": "consolidated"}
+    current = {"model.values.reference": "current"}
+    one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
+                 "model.rule.init_args.covariance_weight": 1}  # fmt: skip
+    best = {"rate": 0.3, "capacity": 200}
+    found = [
+        Case("none", {}, [CURVE]),
+        replay("consolidated", **consolidated),
+        Case("joint", {"data.batch_size": edits}, [CURVE]),
+        replay("random_0.3_200", sampling="random", **best),
+        replay("priority_0.3_200", sampling="priority", **best),
+        replay("refresh", sampling="priority", refresh="values", **best),
+        replay("weight_10", sampling="priority", weight=10.0, **best),
+        replay("weight_100", sampling="priority", weight=100.0, **best),
+        replay("loss", sampling="loss", **best),
+        replay("both", memory="both", sampling="priority", **best),
+        Case("one_layer", one_layer, [CURVE]),
+        replay("one_layer_replay", one_layer, sampling="random", **best),
+        replay("consolidated_current", current, **consolidated),
+        Case("none_current", current, [CURVE]),
+    ]
+    grid = [
+        replay(f"{sampling}_{rate}_{capacity}", sampling=sampling, rate=rate, capacity=capacity)
+        for sampling in ("random", "priority")
+        for rate in (0.1, 0.3, 0.5)
+        for capacity in (50, 100, 200)
+    ]
+    return found + [case for case in grid if case.name not in {other.name for other in found}]
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Retained ES, accuracy, NS and perplexity over edits; bands are the range over seeds."""
+    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
+    for ax, (name, title) in zip(axes, PANELS, strict=True):
+        for case, (label, color, line) in SHOWN.items():
+            curves = [run.curve() for run in runs if run.case.name == case]
+            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+        ax.set(title=title, xlabel="edits")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    for suffix in ("png", "pdf"):
+        with atomic_file(path.with_suffix(f".{suffix}")) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=150)
+
+
+def main() -> None:
+    """Runs what is missing; writes the table and the figure."""
+    options = parser(__doc__, work=ROOT / "lightning_logs" / "replay_ablation").parse_args()
+    common = {
+        "data.path": options.path,
+        "data.limit": options.edits,
+        "data.batch_size": options.batch_size,
+        "model.evaluation.immediate": "edits",
+    }
+    wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
+    runs = run_all(wanted, RECIPE, options)
+    if runs:
+        write_table(runs, ROOT / "results" / "replay_ablation.csv")
+        draw(runs, ROOT / "figs" / "forgetting_replay.png")
+        print("results/replay_ablation.csv and figs/forgetting_replay.png are written")
+
+
+if __name__ == "__main__":
+    main()

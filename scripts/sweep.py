@@ -1,0 +1,149 @@
+"""Many ``editlab fit`` runs: each in a process of its own, skipped where its result is there, resumed where it stopped.
+
+The experiments of this folder are lists of cases over this. A run's folder is ``WORK/CASE/version_SEED``; its output
+goes to ``run.log`` beside it, also where it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from editlab.figures import Series
+from editlab.lm.cache import atomic_file
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: a name, recipes from ``configs/``, flags, and the callbacks."""
+
+    name: str
+    flags: Mapping[str, Any]
+    callbacks: Sequence[Mapping[str, Any]] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """columns of the table that say what the case is"""
+
+    def arguments(self, recipe: str, seed: int, work: Path) -> list[str]:
+        """What ``editlab`` is called with."""
+        flags = {
+            "data.seed": seed,
+            "seed_everything": seed,
+            "trainer.logger.init_args.save_dir": str(work),
+            "trainer.logger.init_args.name": self.name,
+            "trainer.logger.init_args.version": f"version_{seed}",
+            "trainer.enable_progress_bar": False,
+            "trainer.callbacks": json.dumps(list(self.callbacks)),
+            **self.flags,
+        }
+        return ["fit", "--config", recipe, *(f"--{name}={_plain(value)}" for name, value in flags.items())]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case with one seed, and where it lies."""
+
+    case: Case
+    seed: int
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The run's ``summary.json``; None where it has not finished."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def curve(self) -> Series:
+        """The run's ``metrics.csv``: number of edits -> name -> value."""
+        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments that all experiments share."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--path", default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file")
+    found.add_argument("--edits", type=int, default=500)
+    found.add_argument("--batch_size", type=int, default=32)
+    found.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    found.add_argument("--only", nargs="+", help="names of the cases to run; all where not given")
+    found.add_argument("--work", type=Path, help="folder of the runs")
+    found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    found.add_argument("--dry-run", action="store_true", help="say what would be run")
+    found.set_defaults(**defaults)
+    return found
+
+
+def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
+    """Runs every case with every seed; gives those that have a result.
+
+    Exits with a sentence where the fact file is absent.
+    """
+    if options.path != "worldfacts" and not Path(options.path).exists():
+        sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
+    chosen = [case for case in cases if not options.only or case.name in options.only]
+    runs = [Run(c, s, options.work / c.name / f"version_{s}") for s in options.seeds for c in chosen]
+    waiting = [run for run in runs if run.summary is None]
+    if options.dry_run:
+        for run in runs:
+            print(f"{'to run' if run in waiting else 'done':7} {run.case.name}, seed {run.seed}")
+        return []
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    with ThreadPoolExecutor(options.workers) as pool, tqdm(total=len(waiting), desc="Runs", unit="run") as bar:
+        for run, code in pool.map(lambda run: (run, _start(run, recipe, options.work, threads)), waiting):
+            bar.update()
+            if code:
+                bar.write(f"{run.case.name}, seed {run.seed}, failed ({code}): see {run.folder / 'run.log'}")
+    return [run for run in runs if run.summary is not None]
+
+
+def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
+    """Runs or resumes one; returns its exit code."""
+    checkpoint = run.folder / "checkpoints" / "last.ckpt"
+    arguments = run.case.arguments(recipe, run.seed, work)
+    if checkpoint.exists():
+        arguments += ["--ckpt_path", str(checkpoint)]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (run.folder / "run.log").open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "editlab.cli", *arguments]
+        return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+
+
+def write_table(runs: Sequence[Run], path: Path) -> None:
+    """One row a run: its labels, seed, and the numbers of its summary."""
+    rows = []
+    for run in runs:
+        summary = run.summary
+        assert summary is not None
+        perplexity = summary["perplexity"]
+        rows.append(
+            {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
+            | {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
+            | {f"immediate_{k}": round(v, 4) for k, v in summary["immediate"].items() if k in ("ES", "accuracy")}
+            | {f"before_{k}": round(v, 4) for k, v in summary["before"].items() if k in ("PS", "NS")}
+            | {"perplexity_before": round(perplexity["before"], 3), "perplexity_after": round(perplexity["after"], 3)}
+            | {"perplexity_ratio": round(perplexity["after"] / perplexity["before"], 4)}
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

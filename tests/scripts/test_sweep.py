@@ -1,0 +1,81 @@
+"""A sweep of two tiny runs: results once, failures kept, a stopped run resumed; its table and its figure."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.facts import FACTS, write_counterfact
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import run_replay_ablation as ablation
+import sweep
+
+
+@pytest.fixture
+def options(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    facts = write_counterfact(tmp_path / "facts.json", FACTS[:6])
+    found = sweep.parser(None, work=tmp_path / "runs", path=str(facts), seeds=[1]).parse_args([])
+    found.flags = {
+        "data.path": str(facts), "data.only_known": False, "data.batch_size": 2, "data.limit": 4,
+        "model.language_model": str(tiny_folder), "model.layers": [1], "model.values.steps": 2,
+        "model.moments.tokens": 256, "model.contexts.count": 1, "model.contexts.length": 3,
+        "model.evaluation.heldout_tokens": 64, "trainer.accelerator": "cpu",
+    }  # fmt: skip
+    return found
+
+
+def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
+    curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 2}}
+    good = sweep.Case("none", options.flags, [curve], {"rate": 0})
+    bad = sweep.Case("bad", {**options.flags, "model.layers": [9]})
+    runs = sweep.run_all([good, bad], "configs/emmet.yaml", options)
+    assert [run.case.name for run in runs] == ["none"]
+    (run,) = runs
+    assert sorted(run.curve()) == [2, 4]
+    assert "layers are 0 to 3" in (options.work / "bad" / "version_1" / "run.log").read_text()
+    # What has a result is not started again; what was stopped goes on from its checkpoint.
+    written = (run.folder / "metrics.csv").read_text()
+    started = []
+    plain = sweep._start
+    monkeypatch.setattr(sweep, "_start", lambda run, *rest: (started.append(run.case.name), plain(run, *rest))[1])
+    sweep.run_all([good], "configs/emmet.yaml", options)
+    assert started == []
+    (run.folder / "summary.json").unlink()
+    assert len(sweep.run_all([good], "configs/emmet.yaml", options)) == 1
+    assert started == ["none"]
+    assert (run.folder / "metrics.csv").read_text() == written
+
+    sweep.write_table(runs, tmp_path / "results" / "table.csv")
+    with (tmp_path / "results" / "table.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    summary = run.summary
+    assert (row["case"], row["rate"], row["seed"], row["edits"]) == ("none", "0", "1", "4")
+    assert float(row["retained_ES"]) == pytest.approx(summary["retained"]["ES"], abs=1e-4)
+    ratio = summary["perplexity"]["after"] / summary["perplexity"]["before"]
+    assert float(row["perplexity_ratio"]) == pytest.approx(ratio, abs=1e-4)
+    ablation.draw(runs, tmp_path / "figs" / "curves.png")
+    assert {p.name for p in (tmp_path / "figs").iterdir()} == {"curves.png", "curves.pdf"}
+
+
+def test_dry_run_and_missing_file(options, capsys):
+    options.dry_run = True
+    assert sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options) == []
+    assert "to run  none, seed 1" in capsys.readouterr().out
+    options.path = "nowhere.json"
+    with pytest.raises(SystemExit, match=r"nowhere\.json is not there"):
+        sweep.run_all([], "configs/emmet.yaml", options)
+
+
+def test_the_cases_cover_what_was_asked():
+    names = [case.name for case in ablation.cases(500)]
+    assert len(names) == len(set(names))
+    for sampling in ("random", "priority"):
+        for rate in (0.1, 0.3, 0.5):
+            for capacity in (50, 100, 200):
+                assert f"{sampling}_{rate}_{capacity}" in names
+    assert {"none", "consolidated", "joint"} <= set(names)
+    assert set(ablation.SHOWN) <= set(names)
