@@ -1,0 +1,77 @@
+"""What replay adds to a step's time: the same batches without and with it, in turn, values included.
+
+    python scripts/benchmark_replay.py --rate 0.3
+
+Values are found on the current weights in both; the weights are put back between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any, cast
+
+from callbacks import MemoryReplay
+from editlab.contexts import sample_contexts
+from editlab.data import EditDataModule
+from editlab.editor import SequentialEditor
+from editlab.events import EditOutcome, EditPlan
+from editlab.moments import second_moments
+from editlab.scoring import prefers_truth
+
+TRAINER = cast(Any, None)
+"""MemoryReplay does not look at it."""
+
+
+def step(editor: SequentialEditor, replay: MemoryReplay, number: int, facts: Any) -> tuple[float, EditOutcome]:
+    """One batch as the editor does it, up to the settled weights; seconds, and what came of it."""
+    start = time.perf_counter()
+    plan = EditPlan(number, facts, editor.optimize_values(facts))
+    replay.on_edit_planned(TRAINER, editor, plan)
+    outcome = EditOutcome(plan, {}, {})
+    for layer, update in editor._solve(outcome):
+        layer.add(update)
+    replay.on_edit_settled(TRAINER, editor, outcome)
+    return time.perf_counter() - start, outcome
+
+
+def main() -> None:
+    """Runs the comparison and prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=4, help="pairs of steps that are timed")
+    parser.add_argument("--sampling", default="random")
+    arguments = parser.parse_args()
+
+    editor = SequentialEditor()
+    editor.configure_model()
+    editor.contexts = sample_contexts(editor.lm, editor.context_settings)
+    c0 = second_moments(editor.lm, editor.layer_numbers, editor.moments, editor.language_model)
+    editor.preservation = {layer: editor.rule.preservation(moments) for layer, moments in c0.items()}
+    data = EditDataModule(limit=arguments.batch_size * (arguments.batches + 1))
+    data.setup()
+    data.select(lambda facts: prefers_truth(editor.lm, facts, editor.unedited_scores))
+    with_replay = MemoryReplay(rate=arguments.rate, sampling=arguments.sampling)
+    without = MemoryReplay(rate=0.0)
+
+    ratios = []
+    for number, facts in enumerate(data.train_dataloader()):
+        totals = [layer.total.clone() for layer in editor.layers]
+        plain, _ = step(editor, without, number, facts)
+        for layer, total in zip(editor.layers, totals, strict=True):
+            layer.restore(total)
+        replayed, outcome = step(editor, with_replay, number, facts)
+        if number:  # the first fills the buffer and warms up
+            ratios.append(replayed / plain)
+            print(
+                f"{len(facts)} facts: {plain:.1f} s without, {replayed:.1f} s with "
+                f"{len(outcome.plan.additions)} replayed: {ratios[-1] - 1:+.1%}",
+                flush=True,
+            )
+    print(f"median {statistics.median(ratios) - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()
