@@ -23,17 +23,19 @@ import editlab.lm.cache
 import editlab.logger
 import editlab.optim
 
+HALF = "half a checkpoint written"
+
 
 class Clock:
-    """Counts points, and kills the process at one of them."""
+    """Notes points by name, and kills the process at one of them."""
 
     def __init__(self, die_at: int | None) -> None:
         self.die_at = die_at
-        self.points = 0
+        self.points: list[str] = []
 
-    def tick(self) -> None:
-        self.points += 1
-        if self.points == self.die_at:
+    def tick(self, name: str) -> None:
+        self.points.append(name)
+        if len(self.points) == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, owner: Any, name: str) -> None:
@@ -41,9 +43,9 @@ class Clock:
         plain = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.tick()
+            self.tick(f"before {name}")
             result = plain(*args, **kwargs)
-            self.tick()
+            self.tick(f"after {name}")
             return result
 
         setattr(owner, name, watched)
@@ -56,9 +58,9 @@ class Clock:
             plain(what, path)
             whole = Path(path).read_bytes()
             Path(path).write_bytes(whole[: len(whole) // 2])
-            self.tick()
+            self.tick(HALF)
             Path(path).write_bytes(whole)
-            self.tick()
+            self.tick("a checkpoint written, not yet in place")
 
         torch.save = watched
 
@@ -78,15 +80,15 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     clock.around(os, "replace")
     clock.within_torch_save()
     code = editlab.cli.main(arguments)
-    Path(count_file).write_text(str(clock.points))
+    Path(count_file).write_text("\n".join(clock.points))
     os._exit(code)
 
 
-def run(arguments: list[str], folder: Path, cache: Path, die_at: int | None = None) -> int | None:
+def run(arguments: list[str], folder: Path, cache: Path, die_at: int | None = None) -> list[str] | None:
     """Runs ``editlab`` with ``arguments`` in ``folder``.
 
     Returns:
-        the number of points it went through; None where it was killed at ``die_at``.
+        the points it went through; None where it was killed at the one with the number ``die_at``, from 1.
 
     Raises:
         AssertionError: it failed.
@@ -101,4 +103,4 @@ def run(arguments: list[str], folder: Path, cache: Path, die_at: int | None = No
     if process.exitcode == -signal.SIGKILL:
         return None
     assert process.exitcode == 0, (folder / "points.log").read_text()[-3000:]
-    return int(count_file.read_text())
+    return count_file.read_text().splitlines()
