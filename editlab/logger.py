@@ -64,6 +64,9 @@ class RunLogger(TensorBoardLogger):
 
         TensorBoard is told to leave out later points of event files that are there; call it before anything is logged.
         """
+        if self._experiment is not None:  # Lightning opens an event file early, and only a new one can say it
+            self._experiment.close()
+            self._experiment = None
         self._rows = {int(step): dict(row) for step, row in rows.items()}
         self._written = False
         self._kwargs["purge_step"] = edits + 1

@@ -34,6 +34,12 @@ from editlab.lm.tokens import by_length, encode, join, pad
 KL_PROMPT = "{} is a"
 """The essence prompt: what a subject is should not change with one of its facts."""
 
+DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
+"""Optimizer -> its step size on SmolLM2-135M."""
+
+MOMENTUM = 0.5
+"""Share of the last direction in a step along the gradient."""
+
 
 @dataclass
 class ValueSettings:
@@ -41,8 +47,11 @@ class ValueSettings:
 
     steps: int = 25
     """Evaluations of the loss; there is one update less."""
-    lr: float = 0.5
-    """Adam's step size."""
+    optimizer: str = "adam"
+    """``adam``, as the reference codes have it; or ``gradient``: steps along the normalized gradient, with momentum.
+    Adam moves every coordinate by as much, those too that the loss hardly depends on, so its vectors are longer."""
+    lr: float | None = None
+    """Step size: Adam's (0.5 where not given), or the gradient's step as a share of ||v0|| (0.06)."""
     weight_decay: float = 1e-3
     """Weight of ||delta|| / ||v0||^2."""
     kl_factor: float = 0.0625
@@ -62,6 +71,10 @@ class ValueSettings:
     on SmolLM2-135M, at the same loss); ``auto``: bfloat16 on CPUs with instructions for it. For float32 weights."""
 
     def __post_init__(self) -> None:
+        if self.optimizer not in DEFAULT_LR:
+            raise UserError(f"model.values.optimizer is {self.optimizer!r}: it must be 'adam' or 'gradient'.")
+        if self.lr is None:
+            self.lr = DEFAULT_LR[self.optimizer]
         for name in ("steps", "lr", "clamp", "batch_tokens"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.values.{name} is {getattr(self, name)}: it must be above 0.")
@@ -241,8 +254,15 @@ class _Group:
         """Adam on all facts of the group; returns targets [n, d_v], losses [n] and steps [n]."""
         n, settings = len(self.origin), self.settings
         delta = torch.zeros_like(self.origin, requires_grad=True)
-        optimizer = torch.optim.Adam([delta], lr=settings.lr)
-        radius = settings.clamp * self.origin.norm(dim=1)
+        size = self.origin.norm(dim=1)
+        radius = settings.clamp * size
+        normalized = settings.optimizer == "gradient"
+        assert settings.lr is not None  # set with the other settings
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD([delta], settings.lr, momentum=MOMENTUM, dampening=MOMENTUM)
+            if normalized
+            else torch.optim.Adam([delta], settings.lr)
+        )
         done = torch.zeros_like(self.origin)
         final_loss = torch.zeros(n, device=delta.device)
         steps = torch.zeros(n, dtype=torch.long, device=delta.device)
@@ -259,7 +279,10 @@ class _Group:
             done[gone], final_loss[gone], steps[gone] = delta.detach()[gone], loss.detach()[leaving], step + 1
             if bool(leaving.all()):
                 break
-            (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
+            (gradient,) = torch.autograd.grad(loss.sum(), delta)
+            if normalized:
+                gradient = gradient * (size / gradient.norm(dim=1).clamp_min(1e-20))[:, None]
+            delta.grad = gradient
             optimizer.step()
             with torch.no_grad():
                 delta.mul_((radius / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1)[:, None])

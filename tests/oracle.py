@@ -53,6 +53,7 @@ def naive_value(
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
+    direction: Tensor | None = None
     initial = None
     for step in range(settings.steps):
         handle = site.module.register_forward_hook(add)
@@ -72,7 +73,13 @@ def naive_value(
             break
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        if settings.optimizer == "adam":
+            optimizer.step()
+        else:
+            # Half of the last direction, half of the new gradient's; a step of lr ||v0|| where both agree.
+            unit = delta.grad / delta.grad.norm()
+            direction = unit if direction is None else 0.5 * direction + 0.5 * unit
+            delta.data -= settings.lr * origin.norm() * direction
         with torch.no_grad():
             radius = settings.clamp * origin.norm()
             if delta.norm() > radius:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from editlab.cli import main
 from tests.facts import FACTS, write_counterfact
@@ -104,6 +105,28 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
             die_at = draw.randint(1, len(points) // 2) if kills < stop else None
         assert same(outcome(here), expected), f"after {kills} kills"
     assert chains >= len(aimed)
+
+
+@needs_sigkill
+def test_event_files_are_continued(tiny_folder, tmp_path):
+    from tests import killed
+
+    recipe, steps = ROOT / "configs" / "emmet_replay.yaml", {}
+    for name in ("whole", "killed"):
+        here = tmp_path / name
+        here.mkdir()
+        arguments = shrunk(recipe, here, tiny_folder)
+        if name == "whole":
+            points = killed.run(arguments, here, tmp_path / name)
+        else:
+            # Right after the third batch's rows went to the logger, with its checkpoint not yet begun.
+            third = [i for i, point in enumerate(points, 1) if point == "after _log_step"][2]
+            assert killed.run(arguments, here, tmp_path / name, die_at=third) is None
+            killed.run([*arguments, "--ckpt_path", "last"], here, tmp_path / name)
+        events = EventAccumulator(str(last(here).parents[1])).Reload()
+        steps[name] = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert steps["whole"]["immediate/ES"] == [2, 4, 6, 8]
+    assert steps["killed"] == steps["whole"]
 
 
 @needs_sigkill

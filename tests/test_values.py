@@ -50,6 +50,16 @@ def test_equal_to_the_oracle_on_every_kind_of_block(family):
     check(lm, site, exact(steps=6, lr=0.1, clamp=2.0, weight_decay=0.1))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_equal_along_the_normalized_gradient(family):
+    check(*make(family), exact(optimizer="gradient", steps=8, lr=0.1, clamp=0.5))
+
+
+def test_step_sizes_where_none_is_given():
+    assert ValueSettings().lr == 0.5
+    assert ValueSettings(optimizer="gradient").lr == 0.06
+
+
 def test_equal_with_a_tokenizer_that_puts_a_token_first():
     check(*make("llama", bos=True), exact(steps=5, lr=0.1))
 
@@ -129,6 +139,8 @@ def test_bad_inputs():
         ValueSettings(kl_factor=-1)
     with pytest.raises(UserError, match=r"'current' or 'original'"):
         ValueSettings(reference="base")
+    with pytest.raises(UserError, match=r"'adam' or 'gradient'"):
+        ValueSettings(optimizer="sgd")
     with pytest.raises(UserError, match=r"'auto', 'float32' or 'bfloat16'"):
         ValueSettings(matmul="float16")
     with torch.no_grad():
