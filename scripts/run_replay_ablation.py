@@ -94,12 +94,16 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 def main() -> None:
     """Runs what is missing; writes the table and the figure."""
-    options = parser(__doc__, work=ROOT / "lightning_logs" / "replay_ablation").parse_args()
+    shared = parser(__doc__, work=ROOT / "lightning_logs" / "replay_ablation")
+    text = ROOT.parent / "shared" / "data" / "text" / "wikitext2_test.txt"
+    shared.add_argument("--heldout", default=str(text) if text.exists() else "builtin", help="text of the perplexity")
+    options = shared.parse_args()
     common = {
         "data.path": options.path,
         "data.limit": options.edits,
         "data.batch_size": options.batch_size,
         "model.evaluation.immediate": "edits",
+        "model.evaluation.heldout": options.heldout,
     }
     wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
