@@ -1,4 +1,4 @@
-"""Callbacks that a user swaps in YAML; each module is one callback."""
+"""Callbacks that a user swaps in YAML; ``buffer`` and ``consolidated`` are what ``replay`` remembers with."""
 
 from callbacks.forgetting import ForgettingCurve
 from callbacks.replay import MemoryReplay

@@ -113,7 +113,7 @@ class AlphaEdit(Rule):
     """Edits inside the null space of C0 (Fang et al. 2024, arXiv:2410.02355).
 
     The metric is ``l2`` times the identity there, and infinite elsewhere; the paper adds past keys to it, which is
-    the memory's business (``MemoryReplay``), not the rule's.
+    a memory's business, not the rule's.
     """
 
     threshold: float = 2e-2

@@ -131,7 +131,9 @@ class Preservation:
         # C + P = L (I + X) L^T = (L F)(L F)^T with F the factor of the bracket; a basis turns the same way.
         inner, info = torch.linalg.cholesky_ex(torch.eye(len(extra)).to(extra) + extra)
         if info.item() != 0:
-            raise EditLabError("The metric with past keys is not positive definite: lower MemoryReplay.past_weight.")
+            raise EditLabError(
+                "The metric with the added keys is not positive definite: lower the weight that they have."
+            )
         if self.is_basis:
             # T = F^-1 U^T, hence T^T = U F^-T, which is no longer orthonormal but whitens all the same.
             turned = torch.linalg.solve_triangular(inner, self.factor.T, upper=False).T

@@ -19,7 +19,6 @@ import callbacks  # noqa: F401 - imported once, in the server that the runs are 
 import editlab.checkpoint
 import editlab.cli
 import editlab.editor
-import editlab.lm.cache
 import editlab.logger
 import editlab.optim
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
 from editlab.lm import language_model
 from editlab.lm.language_model import LanguageModel
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.lm.conftest import lm_of
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [[11, 42, 7, 99, 180, 23], [5, 250], [61], [300, 12, 12, 12, 8, 9, 10], [5, 250, 31]]
-
-
-@functools.cache
-def lm_of(family: str) -> LanguageModel:
-    return LanguageModel(tiny_model(family), tiny_tokenizer())
-
-
-@pytest.fixture(params=FAMILIES)
-def lm(request):
-    return lm_of(request.param)
 
 
 @pytest.fixture

@@ -11,23 +11,14 @@ from torch import nn
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.running import adding, hidden_of, logits_only_at, reading, replace_hidden, starting_at
 from editlab.lm.tokens import pad
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.lm.conftest import lm_of
+from tests.tiny import tiny_model, tiny_tokenizer
 
 LAYERS = 4
 """Blocks of every tiny model."""
 IDS, MASK = pad([[11, 42, 7, 99, 180], [5, 250, 31]], left=True)
 ROWS, COLUMNS = torch.tensor([0, 0, 1, 1]), torch.tensor([4, 1, 3, 4])
 """Places whose logits are asked for; padding is on the left, so columns 2 to 4 are row 1's tokens."""
-
-
-@functools.cache
-def lm_of(family: str) -> LanguageModel:
-    return LanguageModel(tiny_model(family), tiny_tokenizer())
-
-
-@pytest.fixture(params=FAMILIES)
-def lm(request):
-    return lm_of(request.param)
 
 
 def traces(model: nn.Module) -> dict[str, tuple[int, int, bool]]:

@@ -1,0 +1,20 @@
+"""One tiny model a family, shared by the tests of this room, which leave it as it was."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from editlab.lm.language_model import LanguageModel
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+
+@functools.cache
+def lm_of(family: str) -> LanguageModel:
+    return LanguageModel(tiny_model(family), tiny_tokenizer())
+
+
+@pytest.fixture(params=FAMILIES)
+def lm(request):
+    return lm_of(request.param)
