@@ -208,7 +208,7 @@ class MemoryReplay(EditCallback):
         due = step % self.refresh_every == 0
         if self.buffer.sampling == "loss":
             if due:
-                scores = score_facts(editor.lm, [m.fact for m in memories], paraphrases=False, neighbors=False)
+                scores = score_facts(editor.lm, [m.fact for m in memories], paraphrases=False, neighbors=0)
                 _set_importance(memories, -scores.edit.logp_new)
         elif len(editor.layer_numbers) == 1 and editor.key_mode == "bare":
             total = editor.layers[-1].total.cpu()

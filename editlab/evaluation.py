@@ -48,12 +48,14 @@ class EvaluationSettings:
     immediate: str = "all"
     """What is scored right after each batch: ``all`` prompts of its facts, or ``edits`` alone (PS and NS then come from
     the curve and the end)."""
+    neighbors: int | None = None
+    """Neighbor prompts scored of each fact, the first ones; all where not given. In CounterFact most prompts are."""
     age_bins: int = 4
     """Parts by age in which retained accuracy is given at the end of a run."""
 
     def __post_init__(self) -> None:
-        for name in ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins"):
-            if getattr(self, name) < 0:
+        for name in ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins", "neighbors"):
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"model.evaluation.{name} is {getattr(self, name)}: it must not be negative.")
         if self.immediate not in ("all", "edits"):
             raise UserError(f"model.evaluation.immediate is {self.immediate!r}: it must be 'all' or 'edits'.")
@@ -90,7 +92,7 @@ class Evaluation:
 
     def measure(self, lm: LanguageModel, facts: Sequence[Fact], title: str = "") -> dict[str, float]:
         """ES, PS, NS, S and accuracies of facts on the weights as they are; nothing is kept."""
-        return _summarize(_score(lm, facts, 0, title))
+        return _summarize(self._score(lm, facts, 0, title))
 
     def update(
         self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
@@ -99,7 +101,7 @@ class Evaluation:
         kept = self.scores.setdefault(group, [])
         first = sum(len(s.edit.record.unique()) for s in kept)
         others = group != "immediate" or self.settings.immediate == "all"
-        new = _score(lm, facts, first, "", others, cache)
+        new = self._score(lm, facts, first, others=others, cache=cache)
         kept += new
         return _summarize(new)
 
@@ -115,6 +117,25 @@ class Evaluation:
             facts += len(scores.edit.record.unique())
             found[facts] = _summarize([scores])
         return found
+
+    def _score(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact],
+        first: int,
+        title: str = "",
+        others: bool = True,
+        cache: ScoreCache | None = None,
+    ) -> list[FactScores]:
+        neighbors = self.settings.neighbors if others else 0
+        starts = range(0, len(facts), CHUNK)
+        bar = tqdm(starts, desc=title, unit="chunk", leave=False, disable=not title or len(facts) <= CHUNK)
+        return [
+            score_facts(
+                lm, facts[i : i + CHUNK], paraphrases=others, neighbors=neighbors, first_record=first + i, cache=cache
+            )
+            for i in bar
+        ]
 
     # ---- the model as a whole ---------------------------------------------------------------------------------
 
@@ -162,7 +183,7 @@ class Evaluation:
             loggers: where the numbers go.
         """
         if self._measured_at != edits:
-            scores = _score(lm, facts, 0, "All edits")
+            scores = self._score(lm, facts, 0, "All edits")
             self.retained = _summarize(scores)
             self.language_after = self.language(lm)
             self._measured_at = edits
@@ -190,22 +211,6 @@ class Evaluation:
         self.scores = {group: [_from_tensors(s) for s in some] for group, some in state["scores"].items()}
         self.language_before = dict(state["language_before"])
         self.seconds = state["seconds"]
-
-
-def _score(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    first: int,
-    title: str,
-    others: bool = True,
-    cache: ScoreCache | None = None,
-) -> list[FactScores]:
-    starts = range(0, len(facts), CHUNK)
-    bar = tqdm(starts, desc=title, unit="chunk", leave=False, disable=not title or len(facts) <= CHUNK)
-    return [
-        score_facts(lm, facts[i : i + CHUNK], paraphrases=others, neighbors=others, first_record=first + i, cache=cache)
-        for i in bar
-    ]
 
 
 def _summarize(scores: Sequence[FactScores]) -> dict[str, float]:

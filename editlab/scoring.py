@@ -87,22 +87,21 @@ def score_facts(
     facts: Sequence[Fact],
     *,
     paraphrases: bool = True,
-    neighbors: bool = True,
+    neighbors: int | None = None,
     first_record: int = 0,
     cache: ScoreCache | None = None,
 ) -> FactScores:
     """Scores of the facts' edit prompts and, where asked for and present, paraphrases and neighbors.
 
-    Neighbors are scored on their own truth. Records are numbered from ``first_record`` on. ``cache`` has to be that of
-    the weights as they are.
+    Neighbors are scored on their own truth, each fact's first ``neighbors`` or all. Records are numbered from
+    ``first_record`` on. ``cache`` has to be that of the weights as they are.
     """
     groups: list[list[tuple[int, str, str, str | None]]] = [[], [], []]
     for i, fact in enumerate(facts, start=first_record):
         groups[0].append((i, fact.question, fact.target_new, fact.target_true))
         if paraphrases:
             groups[1] += [(i, p, fact.target_new, fact.target_true) for p in fact.paraphrases]
-        if neighbors:
-            groups[2] += [(i, n.prompt, fact.target_new, n.truth) for n in fact.neighbors]
+        groups[2] += [(i, n.prompt, fact.target_new, n.truth) for n in fact.neighbors[:neighbors]]
     pairs = [(p, new) for group in groups for _, p, new, _ in group]
     pairs += [(p, true) for group in groups for _, p, _, true in group if true is not None]
     logp, hit = score_pairs(lm, pairs, cache)
@@ -125,7 +124,7 @@ def score_facts(
 
 def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
     """Whether the model finds each fact's truth likelier than its new target: it knows the fact."""
-    edit = score_facts(lm, facts, paraphrases=False, neighbors=False, cache=cache).edit
+    edit = score_facts(lm, facts, paraphrases=False, neighbors=0, cache=cache).edit
     return (edit.logp_true > edit.logp_new).tolist()
 
 

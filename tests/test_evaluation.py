@@ -1,5 +1,6 @@
 """What a run measures, against the pieces it is made of."""
 
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,15 @@ def test_groups_add_up(lm):
     assert evaluation.series("immediate") == {2: parts[0], 3: parts[1]}
 
 
+@pytest.mark.parametrize("neighbors", [0, 1])
+def test_neighbors_of_a_fact_may_be_limited(lm, neighbors):
+    assert all(len(fact.neighbors) > 1 for fact in FACTS[:3])
+    cut = [dataclasses.replace(fact, neighbors=fact.neighbors[:neighbors]) for fact in FACTS[:3]]
+    limited = Evaluation(EvaluationSettings(neighbors=neighbors)).measure(lm, FACTS[:3])
+    assert limited == Evaluation(EvaluationSettings()).measure(lm, cut)
+    assert ("NS" in limited) == bool(neighbors)
+
+
 def test_state_goes_round(lm, tmp_path):
     evaluation = Evaluation(EvaluationSettings(heldout_tokens=64))
     evaluation.measure_unedited(lm)
@@ -85,5 +95,7 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
 def test_bad_settings(lm, tmp_path):
     with pytest.raises(UserError, match="heldout_tokens is -1"):
         EvaluationSettings(heldout_tokens=-1)
+    with pytest.raises(UserError, match="neighbors is -2"):
+        EvaluationSettings(neighbors=-2)
     with pytest.raises(UserError, match="does not exist"):
         Evaluation(EvaluationSettings(heldout=str(tmp_path / "none"))).language(lm)

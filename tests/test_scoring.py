@@ -185,7 +185,7 @@ def test_score_facts_equals_a_naive_loop(lm, first_record):
 
 
 def test_groups_that_are_not_asked_for_or_not_there_are_none(lm, rows):
-    scores = score_facts(lm, FACTS, paraphrases=False, neighbors=False)
+    scores = score_facts(lm, FACTS, paraphrases=False, neighbors=0)
     assert scores.paraphrases is None
     assert scores.neighbors is None
     tokenized = [tuple(lm.tokenizer(p)["input_ids"]) for p in FACTS[0].paraphrases]
