@@ -41,11 +41,17 @@ class PastKeys:
         self.moments[layer] = new if past is None else self.forget * past + new.to(past)
 
     def remove(self, layer: int, keys: Tensor, ages: Tensor) -> None:
-        """Takes keys [d_k, n] out again that were added ``ages`` [n] batches before the last one."""
+        """Takes keys [d_k, n] out again that were added ``ages`` [n] batches before the last one.
+
+        A key may have moved since, where layers below it are edited: then as much is taken out in its direction as
+        leaves ``P`` positive semidefinite, and no more than was put in.
+        """
         past = self.moments.get(layer)
-        if past is not None:
-            left = keys * (self.weight * self.forget ** ages.to(keys))
-            self.moments[layer] = past - _symmetric(left @ keys.T).to(past)
+        if past is None:
+            return
+        for key, age in zip(keys.to(past).T, ages.tolist(), strict=True):
+            past = past - _symmetric(_removable(past, key, self.weight * self.forget**age))
+        self.moments[layer] = past
 
     def state_dict(self) -> dict[int, Tensor]:
         """Layer -> the lower triangle, row by row, float64 [d_k (d_k + 1) / 2]: half of the symmetric matrix."""
@@ -70,3 +76,16 @@ class PastKeys:
 def _symmetric(matrix: Tensor) -> Tensor:
     """The lower triangle mirrored: symmetric to the bit, so that half of it is all there is to keep."""
     return matrix.tril() + matrix.tril(-1).T
+
+
+def _removable(past: Tensor, key: Tensor, weight: float) -> Tensor:
+    """``c u u^T`` [d_k, d_k] with ``u`` what of ``key`` lies in the range of ``past``, and ``c`` at most ``weight``.
+
+    ``P - c u u^T`` is positive semidefinite as long as ``c <= 1 / (u^T P^+ u)``; a key that ``past`` holds with
+    ``weight`` meets that, so it goes whole. The part in the range is ``k - eps (P + eps)^-1 k``.
+    """
+    ridge = 1e-9 * float(past.diagonal().mean() + weight * key.square().mean())
+    factor = torch.linalg.cholesky(past + ridge * torch.eye(len(past)).to(past))
+    inside = key[:, None] - ridge * torch.cholesky_solve(key[:, None], factor)
+    reach = float((inside * torch.cholesky_solve(inside, factor)).sum())
+    return min(weight, 1 / max(reach, 1e-300)) * inside @ inside.T

@@ -20,9 +20,33 @@ def test_the_sum_by_hand():
     assert torch.allclose(past.moments[6], expected, rtol=1e-12)
     # The first batch is one batch old: what is left of its first key is 0.5 of it.
     past.remove(6, first[:, :1], torch.tensor([1]))
-    assert torch.allclose(past.moments[6], expected - 0.5 * 2 * first[:, :1] @ first[:, :1].T, rtol=1e-12)
+    assert torch.allclose(past.moments[6], expected - 0.5 * 2 * first[:, :1] @ first[:, :1].T, rtol=1e-6, atol=1e-8)
     past.remove(5, first[:, :1], torch.tensor([0]))  # a layer that remembers nothing
     assert list(past.moments) == [6]
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-3, 0.1, 3.0])
+def test_what_is_taken_out_leaves_no_negative_direction(moved):
+    # 5 keys in 33 dimensions: one that has moved lies outside of what the others span.
+    past = PastKeys(2.0)
+    keys = draw(33, 5, seed=1)
+    past.add(6, keys, keys[:, :0], 0.0)
+    before = past.moments[6]
+    past.remove(6, keys[:, :1] + moved * draw(33, 1, seed=2), torch.tensor([0]))
+    left = past.moments[6]
+    largest = float(torch.linalg.eigvalsh(before)[-1])
+    assert float(torch.linalg.eigvalsh(left)[0]) > -1e-9 * largest
+    assert float(torch.linalg.eigvalsh(before - left)[0]) > -1e-9 * largest  # nothing is put in either
+    if moved == 0:
+        assert torch.allclose(left, 2 * keys[:, 1:] @ keys[:, 1:].T, rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_the_only_key_may_be_taken_out_twice():
+    past, key = PastKeys(1.0), draw(9, 1, seed=3)
+    past.add(6, key, key[:, :0], 0.0)
+    for _ in range(2):
+        past.remove(6, key, torch.tensor([0]))
+        assert past.moments[6].abs().max() < 1e-6 * float(key.square().sum())
 
 
 def test_the_state_is_half_the_matrix_and_goes_round_to_the_bit(tmp_path):
