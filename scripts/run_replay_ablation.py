@@ -19,13 +19,14 @@ from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, 
 from editlab.lm.cache import atomic_file
 
 RECIPE = "configs/emmet_consolidated.yaml"
-CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 100, "sample": 64}}
+CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
+TEXT = ROOT.parent / "shared" / "data" / "text"
 
 SHOWN = {
     "none": ("no replay", BLACK, ":"),
     "random_0.3_200": ("random, rate 0.3", ORANGE, "--"),
     "priority_0.3_200": ("priority, rate 0.3", SKY, "-."),
-    "refresh": ("values found anew", GREEN, "-."),
+    "both": ("consolidated, and the least likely", GREEN, "-"),
     "consolidated": ("consolidated", BLUE, "-"),
     "joint": ("one joint batch", VERMILION, "none"),
     "one_layer": ("layer 6 alone, mean keys", PURPLE, ":"),
@@ -55,19 +56,21 @@ def cases(edits: int) -> list[Case]:
     best = {"rate": 0.3, "capacity": 200}
     found = [
         Case("none", {}, [CURVE]),
+        replay("both", memory="both", sampling="loss", refresh_every=2, **best),
         replay("consolidated", **consolidated),
         Case("joint", {"data.batch_size": edits}, [CURVE]),
         replay("random_0.3_200", sampling="random", **best),
         replay("priority_0.3_200", sampling="priority", **best),
-        replay("refresh", sampling="priority", refresh="values", **best),
-        replay("weight_10", sampling="priority", weight=10.0, **best),
-        replay("weight_100", sampling="priority", weight=100.0, **best),
-        replay("loss", sampling="loss", **best),
-        replay("both", memory="both", sampling="priority", **best),
+        replay("loss", sampling="loss", refresh_every=2, **best),
+        replay("loss_10", sampling="loss", refresh_every=2, weight=10.0, **best),
+        replay("refresh", sampling="loss", refresh_every=2, refresh="values", **best),
+        replay("priority_10", sampling="priority", weight=10.0, **best),
+        replay("both_random", memory="both", sampling="random", **best),
+        replay("both_priority", memory="both", sampling="priority", **best),
         Case("one_layer", one_layer, [CURVE]),
-        replay("one_layer_replay", one_layer, sampling="random", **best),
-        replay("consolidated_current", current, **consolidated),
+        replay("one_layer_random", one_layer, sampling="random", **best),
         Case("none_current", current, [CURVE]),
+        replay("consolidated_current", current, **consolidated),
     ]
     grid = [
         replay(f"{sampling}_{rate}_{capacity}", sampling=sampling, rate=rate, capacity=capacity)
@@ -95,15 +98,21 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 def main() -> None:
     """Runs what is missing; writes the table and the figure."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "replay_ablation")
-    text = ROOT.parent / "shared" / "data" / "text" / "wikitext2_test.txt"
-    shared.add_argument("--heldout", default=str(text) if text.exists() else "builtin", help="text of the perplexity")
+    texts = {"heldout": TEXT / "wikitext2_test.txt", "moments": TEXT / "wikitext2_valid.txt"}
+    heldout, moments = (str(path) if path.exists() else None for path in texts.values())
+    shared.add_argument("--heldout", default=heldout or "builtin", help="text of the perplexity")
+    shared.add_argument("--moments", default=moments or "self", help="text of the second moments")
     options = shared.parse_args()
     common = {
         "data.path": options.path,
         "data.limit": options.edits,
         "data.batch_size": options.batch_size,
         "model.evaluation.immediate": "edits",
+        "model.evaluation.neighbors": 3,
         "model.evaluation.heldout": options.heldout,
+        "model.evaluation.generated_texts": 0,
+        "model.moments.text": options.moments,
+        "model.moments.tokens": 24576 if options.moments == "self" else 160000,
     }
     wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)

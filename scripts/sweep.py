@@ -45,10 +45,11 @@ class Case:
             "trainer.logger.init_args.name": self.name,
             "trainer.logger.init_args.version": f"version_{seed}",
             "trainer.enable_progress_bar": False,
-            "trainer.callbacks": json.dumps(list(self.callbacks)),
             **self.flags,
         }
-        return ["fit", "--config", recipe, *(f"--{name}={_plain(value)}" for name, value in flags.items())]
+        # None first: jsonargparse would let what the recipe's callback of the same class is given stand.
+        callbacks = ["--trainer.callbacks=null", f"--trainer.callbacks={json.dumps(list(self.callbacks))}"]
+        return ["fit", "--config", recipe, *(f"--{name}={_plain(value)}" for name, value in flags.items()), *callbacks]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """A sweep of two tiny runs: results once, failures kept, a stopped run resumed; its table and its figure."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.facts import FACTS, write_counterfact
 
@@ -59,6 +61,17 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     assert float(row["perplexity_ratio"]) == pytest.approx(ratio, abs=1e-4)
     ablation.draw(runs, tmp_path / "figs" / "curves.png")
     assert {p.name for p in (tmp_path / "figs").iterdir()} == {"curves.png", "curves.pdf"}
+
+
+def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
+    case = ablation.replay("random", sampling="random", rate=0.5)
+    recipe = str(sweep.ROOT / "configs" / "emmet_consolidated.yaml")  # whose MemoryReplay has memory: both
+    command = [sys.executable, "-m", "editlab.cli", *case.arguments(recipe, 1, tmp_path), "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
+    replay, curve = yaml.safe_load(printed)["trainer"]["callbacks"]
+    given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
+    assert given == {"memory": "sampled", "sampling": "random", "rate": 0.5, "capacity": 200}
+    assert curve["class_path"].endswith("ForgettingCurve")
 
 
 def test_dry_run_and_missing_file(options, capsys):
