@@ -1,6 +1,7 @@
-"""Callbacks that a user swaps in YAML; ``buffer`` and ``consolidated`` are what ``replay`` remembers with."""
+"""Callbacks that a user swaps in YAML (forgetting, replay, trust), and the modules that they use."""
 
 from callbacks.forgetting import ForgettingCurve
 from callbacks.replay import MemoryReplay
+from callbacks.trust import TrustRollback
 
-__all__ = ["ForgettingCurve", "MemoryReplay"]
+__all__ = ["ForgettingCurve", "MemoryReplay", "TrustRollback"]

@@ -94,6 +94,7 @@ class MemoryReplay(EditCallback):
         self.past = PastKeys(1.0 if past_weight is None else past_weight, forget)
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
+        self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -141,6 +142,7 @@ class MemoryReplay(EditCallback):
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Adds the sampled memories to the batch; facts that are edited anew are taken out of the past."""
+        self._before = self.buffer.state_dict(), dict(self.past.moments)
         if self.consolidates:
             self._release(editor, plan)
         if not self.samples:
@@ -169,7 +171,12 @@ class MemoryReplay(EditCallback):
             self._set_metric(editor)
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Remembers the batch, if it was kept."""
+        """Remembers the batch if it was kept; else all is as it was before the batch was planned."""
+        if not outcome.kept:
+            buffer, self.past.moments = self._before
+            self.buffer.load_state_dict(buffer)
+            if self.consolidates:
+                self._set_metric(editor)
         if outcome.kept and self.samples:
             self._remember(editor, outcome)
         if outcome.kept and self.consolidates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from editlab import resume
+from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
 from editlab.errors import UserError
@@ -29,7 +30,7 @@ from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
 from editlab.scoring import prefers_truth
-from editlab.solver import Constraints, Preservation, diagnostics, effective_weight, solve
+from editlab.solver import Preservation
 from editlab.summary import finish_run
 from editlab.value_cache import ValueCache
 from editlab.values import ValueSettings, optimize_values
@@ -172,7 +173,7 @@ class SequentialEditor(lightning.LightningModule):
             if not self.contexts:
                 self.contexts = sample_contexts(self.lm, self.context_settings)
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
-                self.preservation[layer] = self.rule.preservation(c0.to(self._solver_device))
+                self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         resume.check_facts(self)
@@ -182,7 +183,7 @@ class SequentialEditor(lightning.LightningModule):
         resume.restore_rng(self)
 
     @property
-    def _solver_device(self) -> torch.device:
+    def solver_device(self) -> torch.device:
         """Where the closed form is solved: float64 is not to be had on every accelerator."""
         return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")
 
@@ -193,16 +194,19 @@ class SequentialEditor(lightning.LightningModule):
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
-        before = {number: layer.total.clone() for number, layer in zip(self.layer_numbers, self.layers, strict=True)}
+        before = StepState(self.layers)
         plan = EditPlan(self.global_step, batch, self.find_values(batch))
         self._tell("on_edit_planned", plan)
         outcome = EditOutcome(plan, {}, {})
-        self.optimizers().step(lambda: self._solve(outcome))  # type: ignore[union-attr]
+        self.optimizers().step(lambda: solve_batch(self, outcome))  # type: ignore[union-attr]
         self._tell("on_edit_applied", outcome)
-        self._carry_out(outcome, before)
-        self.ledger.add(batch, plan.step, outcome.factor)
+        while outcome.needs_solving:
+            solve_again(self, outcome, before)
+            self._tell("on_edit_applied", outcome)
+        carry_out(self, outcome, before)
+        self.ledger.add(batch, plan.step, outcome.factors)
         self._tell("on_edit_settled", outcome)
-        self._log_step(outcome)
+        self._log_step(batch, outcome)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
@@ -225,60 +229,12 @@ class SequentialEditor(lightning.LightningModule):
         """Keys of facts at an edited layer with the weights as they are, and what their site gives now."""
         return read_keys(self.lm, facts, layer, self.site, self.contexts, self.key_mode)
 
-    def _solve(self, outcome: EditOutcome) -> Iterator[tuple[EditedLayer, Tensor]]:
-        """Each layer's update, solved against the weights below it as already edited."""
-        plan, device = outcome.plan, self._solver_device
-        additions = sorted(plan.additions, key=lambda a: a.known is not None)  # those to be read stand first
-        read = [*plan.facts, *(a.fact for a in additions if a.known is None)]
-        targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
-        slack = torch.tensor(
-            [self.rule.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64
-        )
-        for place, layer in enumerate(self.layer_numbers):
-            edited = self.layers[place]
-            known = [a.known for a in additions if a.known is not None]
-            keys = self.read_keys(read, layer).plus(known, edited.total)
-            share = len(self.layer_numbers) - place
-            residuals = (targets.double().T.to(keys.current) - keys.current) / share
-            constraints = Constraints(
-                keys.keys.to(device),
-                residuals[:, keys.fact].to(device),
-                slack[keys.fact.cpu()].to(device),
-                (keys.fact >= len(plan.facts)).to(device),
-            )
-            preservation = self.preservation[layer]
-            if self.preserve_prompt_tokens:
-                preservation = preservation.plus(keys.others.to(device), self.preserve_prompt_tokens)
-            solution = solve(constraints, preservation, self.condition_limit)
-            for note in solution.notes:
-                log.info("Batch %d, layer %d: %s", plan.step, layer, note)
-            outcome.keys[layer] = keys
-            update = solution.delta.to(edited.total)
-            outcome.updates[layer] = update
-            measured = diagnostics(solution)
-            measured["effective_weight"] = effective_weight(constraints.slack, self.rule.weight)
-            measured["update_norm"] = float(update.norm() / edited.original.float().norm())
-            outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}
-            yield edited, update
-
-    def _carry_out(self, outcome: EditOutcome, before: dict[int, Tensor]) -> None:
-        """The verdict of the callbacks: nothing to do, scaled down, or taken back bit for bit."""
-        if outcome.factor == 1:
-            return
-        for number, layer in zip(self.layer_numbers, self.layers, strict=True):
-            layer.restore(before[number])
-            if outcome.kept:
-                layer.add(outcome.factor * outcome.updates[number])
-        what = f"scaled by {outcome.factor:.3g}" if outcome.kept else "rolled back"
-        log.info("Batch %d %s: %s", outcome.plan.step, what, "; ".join(outcome.reasons))
-
     def _tell(self, event: str, what: EditPlan | EditOutcome) -> None:
         listeners = [c for c in self.trainer.callbacks if isinstance(c, EditCallback)]  # type: ignore[attr-defined]
         for callback in sorted(listeners, key=lambda c: c.state_key):
             getattr(callback, event)(self.trainer, self, what)
 
-    def _log_step(self, outcome: EditOutcome) -> None:
-        facts = list(outcome.plan.facts)
+    def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():
             before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
@@ -288,8 +244,9 @@ class SequentialEditor(lightning.LightningModule):
             f"weights/layer_{n}/delta_norm": layer.relative_norm()
             for n, layer in zip(self.layer_numbers, self.layers, strict=True)
         }
-        rows |= {"edit/factor": outcome.factor, "edit/additions": float(len(outcome.plan.additions))}
-        rows |= {"edit/superseded": float(self.ledger.superseded)} | outcome.measured
+        rows |= {"edit/factor": outcome.factor, "edit/left_out": float(len(outcome.left_out))}
+        rows |= {"edit/additions": float(len(outcome.plan.additions)), "edit/superseded": float(self.ledger.superseded)}
+        rows |= outcome.measured
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)

@@ -1,7 +1,7 @@
 """The three moments of an edit at which callbacks may take part, and what they are given.
 
     on_edit_planned   before the solve: constraints may be added (replay)
-    on_edit_applied   the weights have changed: the edit may be scaled or rolled back (trust)
+    on_edit_applied   the weights have changed: the edit may be scaled, cut or rolled back (trust)
     on_edit_settled   the verdict is in: kept edits may be remembered, the model adjusted, things logged
 
 Every callback hears each event before any hears the next, in an order that does not depend on the YAML, so the
@@ -10,8 +10,8 @@ order in which callbacks are listed never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
@@ -69,12 +69,28 @@ class EditOutcome:
     factor: float = 1.0
     """share of the update that stays: 1 kept, 0 rolled back"""
     reasons: list[str] = field(default_factory=list)
-    """why it was scaled or rolled back"""
+    """why it was scaled, solved without some facts, or rolled back"""
+    left_out: set[int] = field(default_factory=set)
+    """places in the batch of facts without which it is solved again"""
+
+    def __post_init__(self) -> None:
+        self._batch = len(self.plan.facts)
+        self._planned = list(range(self._batch))
 
     @property
     def kept(self) -> bool:
         """Whether any of the update stays."""
         return self.factor > 0
+
+    @property
+    def stays(self) -> list[int]:
+        """Places in the batch of the facts that are not left out."""
+        return [place for place in range(self._batch) if place not in self.left_out]
+
+    @property
+    def factors(self) -> list[float]:
+        """The share that stays of each fact of the batch, those left out included."""
+        return [0.0 if place in self.left_out else self.factor for place in range(self._batch)]
 
     def scale(self, factor: float, reason: str) -> None:
         """Asks that only ``factor`` (0 to 1) of the update stay; the lowest that any callback asks for counts."""
@@ -82,6 +98,30 @@ class EditOutcome:
             raise ValueError(f"factor is {factor}: it must lie between 0 and 1")
         self.factor = min(self.factor, factor)
         self.reasons.append(reason)
+
+    def leave_out(self, places: Collection[int], reason: str) -> None:
+        """Asks that the batch be solved again without the facts at ``places`` of it; without all it is undone.
+
+        Solved again, it is told to ``on_edit_applied`` once more.
+        """
+        if not set(places) <= set(range(self._batch)):
+            raise ValueError(f"places are {sorted(places)}: the batch has {self._batch} facts")
+        self.left_out |= set(places)
+        self.reasons.append(reason)
+        if len(self.left_out) == self._batch:
+            self.factor = 0.0
+
+    @property
+    def needs_solving(self) -> bool:
+        """Whether facts were left out since it was solved, and some stay."""
+        return self.kept and len(self.plan.facts) > len(self.stays)
+
+    def drop_left_out(self) -> None:
+        """The plan becomes that of the facts that stay, and nothing is solved yet; for the editor."""
+        stay = [i for i, place in enumerate(self._planned) if place not in self.left_out]
+        self._planned = [self._planned[i] for i in stay]
+        self.plan = replace(self.plan, facts=[self.plan.facts[i] for i in stay], targets=self.plan.targets[stay])
+        self.updates, self.keys, self.diagnostics = {}, {}, {}
 
     def roll_back(self, reason: str) -> None:
         """Asks that the edit be undone, bit for bit."""
@@ -95,7 +135,7 @@ class EditCallback(Callback):
         """Values are found, nothing is solved yet: add constraints by :meth:`EditPlan.add`."""
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """The weights have changed: ask to :meth:`EditOutcome.scale` or :meth:`EditOutcome.roll_back`."""
+        """The weights have changed: the outcome may be asked to ``scale``, ``leave_out`` facts, or ``roll_back``."""
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Every callback has had its say and the weights are as they stay."""

@@ -17,7 +17,7 @@ class LedgerEntry:
     batch: int
     """number of the batch that edited it, from 0"""
     factor: float
-    """share of the batch's update that stayed: 1 kept, 0 rolled back"""
+    """share of its edit that stayed: 1 kept, 0 rolled back or left out"""
 
     @property
     def kept(self) -> bool:
@@ -41,9 +41,9 @@ class Ledger:
     def __iter__(self) -> Iterator[LedgerEntry]:
         return iter(self._entries)
 
-    def add(self, facts: Sequence[Fact], batch: int, factor: float) -> None:
-        """Enters the facts of a batch, of whose update ``factor`` stayed."""
-        self._entries += [LedgerEntry(fact, batch, factor) for fact in facts]
+    def add(self, facts: Sequence[Fact], batch: int, factors: Sequence[float]) -> None:
+        """Enters the facts of a batch and what stayed of each fact's edit."""
+        self._entries += [LedgerEntry(fact, batch, factor) for fact, factor in zip(facts, factors, strict=True)]
 
     @property
     def standing(self) -> list[Fact]:

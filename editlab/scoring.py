@@ -59,7 +59,7 @@ def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[Score]:
     for (ids, _), places in zip(requests, wanted, strict=True):
         asked.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(places))
     rows = list(asked)
-    logps, hits = lm.next_token_scores(rows, [list(asked[row]) for row in rows])
+    logps, hits, _ = lm.next_token_scores(rows, [list(asked[row]) for row in rows])
     tables = {
         row: {place: (float(logp[i]), bool(hit[i])) for i, place in enumerate(asked[row])}
         for row, logp, hit in zip(rows, logps, hits, strict=True)
@@ -138,5 +138,5 @@ def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) ->
     logps: list[Tensor] = []
     for i in range(0, len(windows), 4):  # 4 x 256 positions x the vocabulary in float32 is what a laptop can hold
         some = windows[i : i + 4]
-        logps += lm.next_token_scores(some, [[(p - 1, w[p]) for p in range(1, len(w))] for w in some])[0]
+        logps += lm.next_token_scores(some, [[(p - 1, w[p]) for p in range(1, len(w))] for w in some]).logps
     return torch.cat([torch.empty(0), *logps])

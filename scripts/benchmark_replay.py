@@ -13,6 +13,7 @@ import time
 from typing import Any, cast
 
 from callbacks import MemoryReplay
+from editlab.batch import solve_batch
 from editlab.contexts import sample_contexts
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
@@ -30,7 +31,7 @@ def step(editor: SequentialEditor, replay: MemoryReplay, number: int, facts: Any
     plan = EditPlan(number, facts, editor.optimize_values(facts))
     replay.on_edit_planned(TRAINER, editor, plan)
     outcome = EditOutcome(plan, {}, {})
-    for layer, update in editor._solve(outcome):
+    for layer, update in solve_batch(editor, outcome):
         layer.add(update)
     replay.on_edit_settled(TRAINER, editor, outcome)
     return time.perf_counter() - start, outcome

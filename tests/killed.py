@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 import callbacks  # noqa: F401 - imported once, in the server that the runs are forked from
+import editlab.batch
 import editlab.checkpoint
 import editlab.cli
 import editlab.editor
+import editlab.event_log
 import editlab.logger
 import editlab.optim
 
@@ -71,11 +73,12 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     torch.set_num_threads(1)
     clock = Clock(die_at)
     clock.around(editlab.optim.EditedLayer, "add")
-    clock.around(editlab.editor, "solve")
+    clock.around(editlab.batch, "solve")
     clock.around(editlab.editor, "optimize_values")
     clock.around(editlab.editor.SequentialEditor, "_log_step")
     clock.around(editlab.logger.RunLogger, "log_metrics")
     clock.around(editlab.logger, "_write")
+    clock.around(editlab.event_log.EventLog, "append")
     clock.around(os, "replace")
     clock.within_torch_save()
     code = editlab.cli.main(arguments)

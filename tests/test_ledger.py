@@ -11,22 +11,22 @@ AGAIN = replace(A, target_new="Lima")
 
 def test_a_later_kept_edit_supersedes():
     ledger = Ledger()
-    ledger.add([A, B], 0, 1.0)
-    ledger.add([AGAIN], 1, 0.5)
+    ledger.add([A, B], 0, [1.0, 1.0])
+    ledger.add([AGAIN], 1, [0.5])
     assert (len(ledger), ledger.kept, ledger.superseded) == (3, 3, 1)
     assert ledger.standing == [B, AGAIN]
 
 
 def test_one_that_was_rolled_back_does_not():
     ledger = Ledger()
-    ledger.add([A, B], 0, 1.0)
-    ledger.add([AGAIN], 1, 0.0)
+    ledger.add([A, B], 0, [1.0, 1.0])
+    ledger.add([AGAIN], 1, [0.0])
     assert (len(ledger), ledger.kept, ledger.superseded) == (3, 2, 0)
     assert ledger.standing == [A, B]
 
 
 def test_its_state_goes_round():
     ledger, other = Ledger(), Ledger()
-    ledger.add([A, B], 0, 0.25)
+    ledger.add([A, B], 0, [0.25, 0.0])
     other.load_state_dict(ledger.state_dict())
-    assert [(e.fact, e.batch, e.factor, e.kept) for e in other] == [(A, 0, 0.25, True), (B, 0, 0.25, True)]
+    assert [(e.fact, e.batch, e.factor, e.kept) for e in other] == [(A, 0, 0.25, True), (B, 0, 0.0, False)]

@@ -1,5 +1,6 @@
 """Every recipe, killed at ten random points and resumed, ends in the bits of a run never touched."""
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def shrunk(recipe, folder, tiny, **changes):
     facts = write_counterfact(folder / "facts.json", FACTS[:4] if one else FACTS[:8])
     config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "TrustRollback":
+            (folder / "heldout.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 9)
+            # A random model's updates are as large as its weights; with these, some of its edits stay and some do not.
+            by_fact = "replay" in recipe.stem
+            scales = {"edit_success_gain": [-0.1, 0.2], "update_norm": [3.0, 1.0]}
+            callback["init_args"] |= {
+                "heldout": "heldout.txt", "scales": scales, "calibrate": 2, "threshold": 0.5,
+                "granularity": "edit" if by_fact else "batch",
+            }  # fmt: skip
     for section, values in changes.items():
         config[section] |= values
     (folder / recipe.name).write_text(yaml.safe_dump(config))
@@ -46,13 +57,16 @@ def last(folder):
 
 
 def outcome(folder):
-    """All that has to be the same: weights, ledger, scores, random states, callbacks' states, and the table."""
+    """All that has to be the same: weights, ledger, scores, random states, callbacks' states, the table and events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
     saved["editor"]["evaluation"].pop("seconds")
     states = {name: state for name, state in saved["callbacks"].items() if "Checkpoint" not in name}
     table = (path.parents[1] / "metrics.csv").read_text()
-    return {"weights": saved["state_dict"], "editor": saved["editor"], "callbacks": states, "table": table}
+    lines = [json.loads(line) for file in path.parents[1].glob("*.jsonl") for line in file.read_text().splitlines()]
+    events = [{k: v for k, v in event.items() if k != "seconds"} for event in lines]
+    found = {"weights": saved["state_dict"], "editor": saved["editor"], "callbacks": states, "table": table}
+    return {**found, "events": events}
 
 
 def same(a, b):
@@ -87,6 +101,8 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     arguments = shrunk(recipe, whole, tiny_folder)
     points = killed.run(arguments, whole, tmp_path / "cache_whole")
     expected = outcome(whole)
+    decisions = {event["decision"] for event in expected["events"]}
+    assert len(decisions) > 1 or "trust" not in recipe.stem  # not all are kept, nor none
     draw = random.Random(recipe.stem)
     # The first two kills are in the middle of a checkpoint's bytes and between a solve and its update.
     aimed = [draw.choice([i for i, p in enumerate(points, 1) if p == name]) for name in (killed.HALF, "after solve")]

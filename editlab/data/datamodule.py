@@ -138,12 +138,19 @@ class EditDataModule(LightningDataModule):
 
     def test_dataloader(self) -> EditStream:
         """For ``editlab test``: facts about subjects that are not edited."""
-        edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
-        subjects = {fact.subject for fact in edited}
-        others = [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
+        others = self._others()
         if not others:
             raise UserError(f"Every subject of {self.path} is edited, so no bystander is left: lower data.limit.")
         return EditStream(others[: self.bystanders], CHUNK)
+
+    def spare_facts(self, count: int) -> list[Fact]:
+        """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``."""
+        return self._others()[self.bystanders :][:count]
+
+    def _others(self) -> list[Fact]:
+        edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
+        subjects = {fact.subject for fact in edited}
+        return [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Batches are lists of facts, which stay as they are."""

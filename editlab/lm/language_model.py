@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from editlab.lm.tokens import by_length, pad
 
 TOKENS_A_PASS = 4096
 """Padded tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
+
+
+class NextTokenScores(NamedTuple):
+    """Of the tokens asked for, one tensor [n] a row."""
+
+    logps: list[Tensor]
+    """log-probabilities, float32"""
+    hits: list[Tensor]
+    """whether each is the argmax, bool"""
+    tops: list[Tensor]
+    """log-probabilities of the argmax in their places, float32"""
 
 
 class LanguageModel(nn.Module):
@@ -90,7 +101,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def next_token_scores(
         self, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[tuple[int, int]]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> NextTokenScores:
         """Scores of given next tokens, with logits only where they are asked for.
 
         Args:
@@ -98,10 +109,10 @@ class LanguageModel(nn.Module):
             wanted: for each row, pairs (position, token): how likely is ``token`` after ``row[: position + 1]``?
 
         Returns:
-            For each row, the log-probabilities (float32 [n]) and whether each token is the argmax (bool [n]).
+            The scores, one tensor a row.
         """
-        logps: list[Tensor] = [torch.empty(0)] * len(rows)
-        hits: list[Tensor] = [torch.empty(0, dtype=torch.bool)] * len(rows)
+        logps, tops = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
+        hits = [torch.empty(0, dtype=torch.bool)] * len(rows)
         for group in by_length([len(row) for row in rows], TOKENS_A_PASS):
             ids, mask = pad([rows[i] for i in group])
             places = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
@@ -109,12 +120,14 @@ class LanguageModel(nn.Module):
             row_index, columns, tokens = torch.tensor(places, dtype=torch.long, device=self.device).view(-1, 3).T
             with logits_only_at(self.anatomy.head, row_index, columns):
                 logits = self.run(ids, mask).logits[0].float()
-            logp = (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).cpu()
-            hit = (logits.argmax(1) == tokens).cpu()
+            norm = logits.logsumexp(1)
+            best, argmax = logits.max(1)
+            found = (logits.gather(1, tokens[:, None]).squeeze(1) - norm, argmax == tokens, best - norm)
             counts = [len(wanted[i]) for i in group]
-            for i, row_logp, row_hit in zip(group, logp.split(counts), hit.split(counts), strict=True):
-                logps[i], hits[i] = row_logp, row_hit
-        return logps, hits
+            for kept, scores in zip((logps, hits, tops), found, strict=True):
+                for i, some in zip(group, scores.cpu().split(counts), strict=True):
+                    kept[i] = some
+        return NextTokenScores(logps, hits, tops)
 
     @torch.no_grad()
     def sample(
