@@ -10,9 +10,10 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,36 @@ def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
         return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
 
 
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5% quantiles of Student's t by degrees of freedom"""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% t-interval of a few independent values; the interval is NaN for one value.
+
+    Raises:
+        KeyError: for more than ten values.
+    """
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def against(runs: Sequence[Run], base: str, measure: Callable[[dict[str, Any]], float]) -> dict[str, tuple[float, ...]]:
+    """For each case the difference of a measure to the case ``base``, paired by seed: mean and 95% t-interval."""
+    of: dict[str, dict[int, float]] = {}
+    for run in runs:
+        assert run.summary is not None
+        of.setdefault(run.case.name, {})[run.seed] = measure(run.summary)
+    return {
+        case: interval([value - of[base][seed] for seed, value in values.items() if seed in of[base]])
+        for case, values in of.items()
+        if base in of and set(values) & set(of[base])
+    }
+
+
 def write_table(runs: Sequence[Run], path: Path) -> None:
     """One row a run: its labels, seed, and the numbers of its summary."""
     rows = []
@@ -142,6 +173,11 @@ def write_table(runs: Sequence[Run], path: Path) -> None:
             | {"perplexity_before": round(perplexity["before"], 3), "perplexity_after": round(perplexity["after"], 3)}
             | {"perplexity_ratio": round(perplexity["after"] / perplexity["before"], 4)}
         )
+    write_rows(rows, path)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows as a CSV file; a column that a row lacks is empty there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """A sweep of two tiny runs: results once, failures kept, a stopped run resumed; its table and its figure."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,34 @@ def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
     given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
     assert given == {"memory": "sampled", "sampling": "random", "rate": 0.5, "capacity": 200}
     assert curve["class_path"].endswith("ForgettingCurve")
+
+
+def test_intervals_by_hand():
+    # 1, 2, 3: standard deviation 1, 4.303 / sqrt(3) = 2.484.
+    assert sweep.interval([1.0, 2.0, 3.0]) == (
+        2.0,
+        pytest.approx(2 - 2.4844, abs=1e-3),
+        pytest.approx(4.4844, abs=1e-3),
+    )
+    mean, low, _ = sweep.interval([5.0])
+    assert mean == 5.0
+    assert low != low
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    runs = []
+    for case, accuracies in (("none", {1: 0.5, 2: 0.9}), ("more", {1: 0.6, 2: 1.0, 3: 0.1})):
+        for seed, accuracy in accuracies.items():
+            folder = tmp_path / case / f"version_{seed}"
+            folder.mkdir(parents=True)
+            summary = {"retained": {"accuracy": accuracy, "ES": 1.0, "NS": 0.7}, "before": {"NS": 0.8},
+                       "perplexity": {"before": 20.0, "after": 22.0}}  # fmt: skip
+            (folder / "summary.json").write_text(json.dumps(summary))
+            runs.append(sweep.Run(sweep.Case(case, {}), seed, folder))
+    none, more = ablation.means(runs)
+    assert (more["accuracy_gain"], more["accuracy_gain_low"], more["accuracy_gain_high"]) == (0.1, 0.1, 0.1)
+    assert (none["accuracy_gain"], none["accuracy"], more["seeds"]) == (0.0, 0.7, 3)
+    assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
 
 
 def test_dry_run_and_missing_file(options, capsys):
