@@ -67,7 +67,20 @@ SCALES: dict[str, Scale] = {
     "effective_weight": Scale(1e4, 1e4),
     "attribution_focus_delta": Scale(0.1, 0.2),
 }
-"""Used until a run's own are known. The widths are also the least that calibration goes down to (a quarter of them)."""
+"""Used until a run's own are known."""
+
+NARROWEST: dict[str, float] = {
+    GAIN: 0.5,
+    "heldout_ppl_delta": 0.04,
+    "neighbor_flip_rate": 0.15,
+    "confidence_shift": 0.02,
+    "update_norm": 0.1,
+    "singular_growth": 0.05,
+    "gram_condition": 1.0,
+    "effective_weight": 1e3,
+    "attribution_focus_delta": 0.1,
+}
+"""The least width that calibration gives: a few probes answer in steps, and a few batches can agree by chance."""
 
 WEIGHTS: dict[str, float] = {
     GAIN: 1.0,
@@ -85,8 +98,8 @@ class TrustScorer:
     """Trust = weighted gain - weighted penalties, clipped to 0..1.
 
     A signal ``x`` is a penalty ``1 - 2^(-(x - free) / half)``. After ``calibrate`` batches ``free`` is their median
-    plus three robust standard deviations (1.4826 times the median absolute deviation) and ``half`` three more, so
-    that what is usual in this run costs nothing; ``half`` of the gain is a third of the median gain.
+    plus three robust standard deviations (1.4826 times the median absolute deviation; :data:`NARROWEST` at least) and
+    ``half`` three more, so that what is usual in this run costs nothing; ``half`` of the gain is half the median gain.
 
     Args:
         weights: of the signals; those not named keep their :data:`WEIGHTS`, or 0.
@@ -154,12 +167,11 @@ class TrustScorer:
 
 
 def _calibrated(name: str, values: Sequence[float]) -> Scale:
-    default = SCALES[name]
     middle = statistics.median(values)
     if name == GAIN:
-        return Scale(0.0, max(middle / 3, default.half / 4))
+        return Scale(0.0, max(middle / 2, NARROWEST[name]))
     spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
-    width = max(3 * spread, default.half / 4)
+    width = max(3 * spread, NARROWEST[name])
     return Scale(middle + width, width)
 
 

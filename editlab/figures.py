@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from editlab.lm.cache import atomic_file
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
@@ -31,6 +34,13 @@ def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3, linewidth=0.5)
     return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as ``.png`` and, beside it, as ``.pdf``."""
+    for suffix in ("png", "pdf"):
+        with atomic_file(path.with_suffix(f".{suffix}")) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=150)
 
 
 def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: str, linestyle: str) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 from sweep import ROOT, Case, Run, against, interval, parser, run_all, write_rows, write_table
 
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_band, new_figure
-from editlab.lm.cache import atomic_file
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_band, new_figure, save_figure
 
 RECIPE = "configs/emmet_consolidated.yaml"
 CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
@@ -94,9 +93,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             draw_band(ax, curves, name, label=label, color=color, linestyle=line)
         ax.set(title=title, xlabel="edits")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    for suffix in ("png", "pdf"):
-        with atomic_file(path.with_suffix(f".{suffix}")) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=150)
+    save_figure(figure, path)
 
 
 MEASURES = {

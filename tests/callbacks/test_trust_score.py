@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from callbacks.trust_score import (
     GAIN,
+    NARROWEST,
     PENALTIES,
     SCALES,
     HarmBudget,
@@ -84,9 +85,11 @@ def test_calibration_by_hand():
     width = 3 * 1.4826 * 0.1
     found = scorer.scales["heldout_ppl_delta"]
     assert (found.free, found.half) == (pytest.approx(0.3 + width), pytest.approx(width))
-    assert scorer.scales[GAIN] == Scale(0.0, 8.0 / 3)
-    # All flip rates were 0: the width is a quarter of the built-in one. What is given is not calibrated.
-    assert scorer.scales["neighbor_flip_rate"] == Scale(0.0375, 0.0375)
+    assert scorer.scales[GAIN] == Scale(0.0, 4.0)
+    # All flip rates were 0: the width is the narrowest. What is given is not calibrated.
+    assert scorer.scales["neighbor_flip_rate"] == Scale(
+        NARROWEST["neighbor_flip_rate"], NARROWEST["neighbor_flip_rate"]
+    )
     assert scorer.scales["confidence_shift"] == Scale(0.5, 0.25)
     before = dict(scorer.scales)
     scorer.observe(TrustMetrics(heldout_ppl_delta=100.0))

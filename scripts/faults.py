@@ -1,0 +1,132 @@
+"""Faults put into some batches on purpose, for experiments with edit trust; named in ``trainer.callbacks``."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.events import EditCallback, EditOutcome, EditPlan
+from editlab.lm.cache import atomic_file
+from editlab.scoring import score_facts
+from editlab.summary import run_folder
+
+KINDS = ("noise", "norm", "shuffle", "contradiction", "wrong_key")
+FILE = "faults.json"
+
+
+class InjectFaults(EditCallback):
+    """Spoils a share of the batches, one kind after the other; which ones is drawn by ``seed``.
+
+    - ``noise``: Gaussian noise as long as the value is added to each value;
+    - ``norm``: values are 10 to 50 times as long;
+    - ``shuffle``: each fact gets another fact's value;
+    - ``contradiction``: half of the facts come twice, the second time with another fact's target and value;
+    - ``wrong_key``: the last word of the prompt stands for the subject.
+
+    At the end it writes ``faults.json``: the spoilt batches, and how the facts of all others are retained, whether the
+    gate kept them or not, at the end and on the way.
+
+    Args:
+        share: of the batches; 0 spoils none and only measures.
+        seed: of the draw.
+        first: batches before this one are left alone.
+        every_n_batches: between two points of the curve.
+        sample: facts asked for at each point, spread over all that went before.
+    """
+
+    def __init__(
+        self, share: float = 0.1, seed: int = 0, first: int = 1, every_n_batches: int = 10, sample: int = 64
+    ) -> None:
+        self.share = share
+        self.seed = seed
+        self.first = first
+        self.every_n_batches = every_n_batches
+        self.sample = sample
+        self.faults: dict[int, str] = {}
+        self.good: list[Fact] = []
+        self.curve: dict[int, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the batches."""
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        draw = random.Random(self.seed)
+        count = round(self.share * batches)
+        chosen = draw.sample(range(self.first, batches), count)
+        kinds = [KINDS[i % len(KINDS)] for i in range(count)]
+        self.faults = dict(sorted(zip(chosen, kinds, strict=True)))
+
+    def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """Measures a point of the curve when its turn has come."""
+        batch = outcome.plan.step
+        if batch not in self.faults:
+            self.good += [entry.fact for entry in editor.ledger if entry.batch == batch]
+        if (batch + 1) % self.every_n_batches == 0 and self.good:
+            some = self.good[:: max(1, len(self.good) // self.sample)][: self.sample]
+            scores = score_facts(editor.lm, some, paraphrases=False, neighbors=0).edit
+            point = {"accuracy": float(scores.hit_new.float().mean())} | editor.evaluation.language(editor.lm)
+            self.curve[editor.edits] = point
+
+    def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
+        """Spoils the plan, if it is this batch's turn."""
+        kind = self.faults.get(plan.step)
+        if kind is not None:
+            spoil(plan, kind, seed=1000 * self.seed + plan.step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the facts of the batches that were not spoilt."""
+        assert isinstance(pl_module, SequentialEditor)
+        entries = list(pl_module.ledger)
+        found = {
+            "faults": self.faults,
+            "kept": sorted({entry.batch for entry in entries if entry.kept}),
+            "batches": 1 + max(entry.batch for entry in entries),
+            "good": pl_module.evaluation.measure(pl_module.lm, self.good, "Good edits"),
+            "curve": self.curve,
+        }
+        with atomic_file(run_folder(trainer) / FILE) as temporary:
+            Path(temporary).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far; the draw is made anew, and is the same."""
+        return {"curve": self.curve, "good": [fact.to_dict() for fact in self.good]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave."""
+        self.curve = dict(state_dict["curve"])
+        self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]
+
+
+def spoil(plan: EditPlan, kind: str, seed: int) -> None:
+    """Changes a plan's facts or targets in place."""
+    draw = torch.Generator().manual_seed(seed)
+    targets = plan.targets
+    if kind == "noise":
+        noise = torch.randn(targets.shape, generator=draw).to(targets)
+        plan.targets = targets + noise * targets.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    elif kind == "norm":
+        plan.targets = targets * (10 + 40 * torch.rand(len(targets), 1, generator=draw).to(targets))
+    elif kind == "shuffle":
+        plan.targets = targets.roll(1, 0)
+    elif kind == "contradiction":
+        half = len(targets) // 2
+        doubled = [replace(fact, target_new=other.target_new)
+                   for fact, other in zip(plan.facts[:half], plan.facts[half:], strict=False)]  # fmt: skip
+        plan.facts = [*plan.facts[:half], *doubled, *plan.facts[2 * half :]]
+    elif kind == "wrong_key":
+        plan.facts = [about_last_word(fact) for fact in plan.facts]
+    else:
+        raise ValueError(f"{kind!r} is no kind of fault: {', '.join(KINDS)}")
+
+
+def about_last_word(fact: Fact) -> Fact:
+    """The same question, as if it were about its last word: keys are read there."""
+    head, space, last = fact.question.rstrip().rpartition(" ")
+    return replace(fact, subject=last, prompt=f"{head}{space}{{}}")

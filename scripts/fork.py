@@ -1,0 +1,159 @@
+"""The fork: what accepting a batch did, against rejecting it, on probes that no gate looks at.
+
+From the state before each batch both branches are run: with the batch and without it, and again after the ``later``
+next batches that were kept, solved anew on either branch. Nothing of the run itself is changed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from editlab.batch import solve_batch
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.event_log import EventLog
+from editlab.events import EditCallback, EditOutcome, EditPlan
+from editlab.moments import read_file, read_ids
+from editlab.scoring import score_pairs, token_log_probs
+from editlab.summary import run_folder
+from scripts.faults import InjectFaults
+
+FILE = "fork.jsonl"
+
+
+@dataclass
+class _Open:
+    """A batch whose branches are to be compared once more, later."""
+
+    step: int
+    totals: list[Tensor]
+    updates: list[Tensor]
+    kept: bool
+    intended: list[Fact]
+    past: list[Fact]
+    plans: list[EditPlan] = field(default_factory=list)
+
+
+class ForkLabels(EditCallback):
+    """Measures both branches of every batch and writes them to ``fork.jsonl``.
+
+    The probes: paraphrases of the batch's own facts (the gate sees edit prompts), earlier edits (it sees none), first
+    neighbors of a fixed set of facts (it sees last ones), and a text (it sees statements of facts).
+
+    Args:
+        text: file whose perplexity is taken.
+        tokens: of it.
+        past: earlier good edits asked for, the newest half and the oldest half.
+        neighbors: facts whose first neighbor is asked for.
+        later: kept batches after which the branches are compared again.
+        later_every: of all batches, those that are; spoilt ones always are.
+    """
+
+    state_key = "ZForkLabels"  # hears each event after the gate
+
+    def __init__(
+        self, text: str, tokens: int = 1024, past: int = 32, neighbors: int = 32, later: int = 3, later_every: int = 4
+    ) -> None:
+        self.text, self.tokens, self.past, self.neighbors = text, tokens, past, neighbors
+        self.later, self.later_every = later, later_every
+        self.good: list[Fact] = []
+        self.open: deque[_Open] = deque()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chooses the fixed probes."""
+        assert isinstance(pl_module, SequentialEditor)
+        self.ids = read_ids(pl_module.lm, read_file(self.text), self.tokens)
+        spare = trainer.datamodule.spare_facts(10 * self.neighbors)[::-1]  # type: ignore[attr-defined]
+        self.bystanders = [fact for fact in spare if len(fact.neighbors) > 1][: self.neighbors]
+        injected = [callback for callback in trainer.callbacks if isinstance(callback, InjectFaults)]  # type: ignore[attr-defined]
+        self.spoilt = set(injected[0].faults) if injected else set()
+        self.events = EventLog(run_folder(trainer) / FILE)
+        self.events.go_on(trainer.global_step)
+
+    def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
+        """Keeps the state before the batch."""
+        self._totals = [layer.total.clone() for layer in editor.layers]
+        stream = trainer.datamodule.facts  # type: ignore[attr-defined]
+        size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self._intended = stream[plan.step * size : (plan.step + 1) * size]
+        self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.clone())
+
+    def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """Keeps the whole update, before anyone's verdict is carried out."""
+        if not outcome.left_out:
+            self._updates = [outcome.updates[number] for number in editor.layer_numbers]
+
+    def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """Compares the branches of this batch, and of the one that has waited long enough."""
+        now = [layer.total.clone() for layer in editor.layers]
+        half = self.past // 2
+        past = self.good[:half] + self.good[half:][-half:]
+        this = _Open(outcome.plan.step, self._totals, self._updates, outcome.kept, self._intended, past)
+        reject = self._ask(editor, this, self._totals)
+        accept = self._ask(editor, this, [t + u for t, u in zip(self._totals, self._updates, strict=True)])
+        self._write(this, 0, accept, reject)
+        if outcome.kept:
+            for waiting in self.open:
+                waiting.plans.append(self._plan)
+        if this.step % self.later_every == 0 or this.step in self.spoilt:
+            self.open.append(this)
+        while self.open and len(self.open[0].plans) >= self.later:
+            self._compare_later(editor, self.open.popleft())
+        for layer, total in zip(editor.layers, now, strict=True):
+            layer.restore(total)
+        if outcome.kept:
+            self.good += [fact for fact in self._intended if fact in outcome.plan.facts]
+
+    def _compare_later(self, editor: SequentialEditor, waiting: _Open) -> None:
+        found = []
+        for with_it in (True, False):
+            totals = [t + u if with_it else t for t, u in zip(waiting.totals, waiting.updates, strict=True)]
+            for layer, total in zip(editor.layers, totals, strict=True):
+                layer.restore(total)
+            for plan in waiting.plans:
+                for layer, update in solve_batch(editor, EditOutcome(plan, {}, {})):
+                    layer.add(update)
+            found.append(self._ask(editor, waiting, [layer.total.clone() for layer in editor.layers]))
+        self._write(waiting, len(waiting.plans), *found)
+
+    def _ask(self, editor: SequentialEditor, batch: _Open, totals: list[Tensor]) -> dict[str, float]:
+        for layer, total in zip(editor.layers, totals, strict=True):
+            layer.restore(total)
+        own = [(p, fact) for fact in batch.intended for p in fact.paraphrases[:1]]
+        beside = [(fact.neighbors[0], fact) for fact in self.bystanders]
+        pairs = [(p, fact.target_new) for p, fact in own] + [(p, str(fact.target_true)) for p, fact in own]
+        pairs += [(n.prompt, n.truth) for n, _ in beside] + [(n.prompt, fact.target_new) for n, fact in beside]
+        pairs += [(fact.question, fact.target_new) for fact in batch.past]
+        logp, hit = score_pairs(editor.lm, pairs)
+        sizes = [len(own), len(own), len(beside), len(beside), len(batch.past)]
+        own_new, own_true, near_true, near_new, _ = logp.split(sizes)
+        return {
+            "own": float((own_new > own_true).sum()),
+            "own_asked": float(len(own)),
+            "past": float(hit.split(sizes)[-1].sum()),
+            "past_asked": float(len(batch.past)),
+            "NS": float((near_true > near_new).float().mean()) if beside else float("nan"),
+            "nll": float(-token_log_probs(editor.lm, self.ids).mean()),
+        }
+
+    def _write(self, batch: _Open, later: int, accept: dict[str, float], reject: dict[str, float]) -> None:
+        def plain(numbers: dict[str, float]) -> dict[str, Any]:
+            return {k: v if torch.isfinite(torch.tensor(v)) else None for k, v in numbers.items()}
+
+        self.events.append(
+            {"step": batch.step, "later": later, "kept": batch.kept, "accept": plain(accept), "reject": plain(reject)}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The edits made so far; batches that wait for their later comparison are lost by a stop."""
+        return {"good": [fact.to_dict() for fact in self.good]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave."""
+        self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]

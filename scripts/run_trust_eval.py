@@ -1,0 +1,187 @@
+"""Does the gate reject what does harm? Forks, injected faults, and sequences beyond capacity; and what it buys.
+
+    python scripts/run_trust_eval.py                  # every case, three seeds; goes on where it stopped
+    python scripts/run_trust_eval.py --only faulty faulty_gate --seeds 1
+    python scripts/run_trust_eval.py --dry-run
+
+Writes ``results/trust_eval.csv``, ``results/trust_effect.csv``, ``results/trust_events.jsonl``, ``figs/trust_roc.png``
+and ``figs/rollback_effect_curve.png`` from the runs that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sweep import ROOT, Case, Run, parser, run_all, write_rows
+from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
+from trust_labels import SIGNALS, Batch, _ranks, areas, is_bad, rates, read_batches, taus
+
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, new_figure, save_figure
+
+RECIPE = "configs/emmet_trust.yaml"
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
+TEXT = ROOT.parent / "shared" / "data" / "text"
+COLORS = {"trust": (BLUE, "-"), "norm only": (ORANGE, "--"), "perplexity only": (GREEN, "-.")}
+
+
+def gate(**settings: Any) -> dict[str, Any]:
+    """The gate as recommended, but for ``settings``."""
+    return {"class_path": "TrustRollback", "init_args": settings}
+
+
+def faults(seed: int, share: float) -> dict[str, Any]:
+    """The callback that spoils batches and measures the good ones."""
+    return {"class_path": "scripts.faults.InjectFaults", "init_args": {"seed": seed, "share": share}}
+
+
+def cases(seed: int) -> list[Case]:
+    """All cases of one seed, the ones that matter most first."""
+    fork = {"class_path": "scripts.fork.ForkLabels", "init_args": {"text": str(TEXT / "wikitext2_test.txt")}}
+    weak = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
+            "model.rule.init_args.covariance_weight": 1}  # fmt: skip
+    return [
+        Case("faulty_gate", {}, [faults(seed, 0.1), gate(), fork]),
+        Case("faulty", {}, [faults(seed, 0.1)]),
+        Case("clean_gate", {}, [faults(seed, 0.0), gate(), fork]),
+        Case("clean", {}, [faults(seed, 0.0)]),
+        Case("beyond_gate", weak, [faults(seed, 0.0), gate(), fork]),
+        Case("beyond", weak, [faults(seed, 0.0)]),
+        Case("faulty_edit", {}, [faults(seed, 0.1), gate(granularity="edit", neighbor_samples=10)]),
+        Case("faulty_scale", {}, [faults(seed, 0.1), gate(action="scale")]),
+    ]
+
+
+def labelled(runs: Sequence[Run]) -> dict[str, tuple[list[Batch], list[bool]]]:
+    """Batches and whether they were bad, by kind of label; kinds of which there are not two classes are left out."""
+    batches = {name: [b for run in runs if run.case.name == name for b in read_batches(run.folder)]
+               for name in ("faulty_gate", "clean_gate", "beyond_gate")}  # fmt: skip
+    found: dict[str, tuple[list[Batch], list[bool]]] = {}
+    faulty = batches["faulty_gate"]
+    if not batches["clean_gate"] or not faulty:
+        return found
+    found["injected"] = (faulty, [batch.fault is not None for batch in faulty])
+    for later, name in ((0, "fork"), (1, "fork, 3 batches later")):
+        tau = taus(batches["clean_gate"], later)
+        for kind, some in ((name, faulty), (f"beyond capacity, {name}", batches["beyond_gate"])):
+            compared = [batch for batch in some if later in batch.losses]
+            found[kind] = (compared, [is_bad(batch, tau, later) for batch in compared])
+    return {kind: (some, bad) for kind, (some, bad) in found.items() if 0 < sum(bad) < len(bad)}
+
+
+def table(labels: dict[str, tuple[list[Batch], list[bool]]]) -> list[dict[str, Any]]:
+    """One row for each kind of label, gate and threshold."""
+    rows = []
+    for kind, (batches, bad) in labels.items():
+        for name in SIGNALS:
+            suspicion = [batch.suspicion[name] for batch in batches]
+            whole = {"labels": kind, "gate": name, "batches": len(batches), **areas(suspicion, bad)}
+            # A baseline's threshold is set so that it rejects as many batches as trust does.
+            for threshold in THRESHOLDS:
+                trust = [batch.suspicion["trust"] for batch in batches]
+                rejected = sum(s > 1 - threshold for s in trust)
+                ordered = sorted(suspicion, reverse=True)
+                limit = 1 - threshold if name == "trust" else ordered[min(rejected, len(ordered) - 1)]
+                rows.append({**whole, "threshold": threshold, **rates(suspicion, bad, limit)})
+        never = rates([0.0] * len(bad), bad, 1.0)
+        rows.append({"labels": kind, "gate": "always accept", "batches": len(batches), **never})
+    return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+
+def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row a run: what became of the facts of the batches that were not spoilt, and of the perplexity."""
+    rows = []
+    for run in runs:
+        found = json.loads((run.folder / "faults.json").read_text())
+        before = run.summary["perplexity"]["before"]  # type: ignore[index]
+        points = [point["perplexity/heldout"] / before - 1 for point in found["curve"].values()]
+        good = set(range(found["batches"])) - {int(step) for step in found["faults"]}
+        rows.append(
+            {"case": run.case.name, "seed": run.seed, "good_accuracy": found["good"]["accuracy"],
+             "good_ES": found["good"]["ES"], "good_NS": found["good"].get("NS"),
+             "mean_perplexity_rise": sum(points) / len(points), "final_perplexity_rise": points[-1],
+             "good_batches_rejected": len(good - set(found["kept"])) / len(good),
+             "faulty_batches_kept": len(set(found["kept"]) - good), "seconds": run.summary["seconds"]}  # type: ignore[index]
+        )  # fmt: skip
+    return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+
+
+def draw_areas(labels: dict[str, tuple[list[Batch], list[bool]]], path: Path) -> None:
+    """ROC and precision-recall curves of the gates, for the injected faults and for the fork's labels."""
+    kinds = [kind for kind in ("injected", "fork") if kind in labels]
+    figure, axes = new_figure(len(kinds), 2, width=3.6, height=3.0)
+    for row, kind in enumerate(kinds):
+        batches, bad = labels[kind]
+        truth = torch.tensor(bad).long()
+        left, right = axes[2 * row], axes[2 * row + 1]
+        for name, (color, line) in COLORS.items():
+            scores = _ranks([batch.suspicion[name] for batch in batches])
+            fpr, tpr, _ = binary_roc(scores, truth)
+            precision, recall, _ = binary_precision_recall_curve(scores, truth)
+            left.plot(fpr, tpr, color=color, linestyle=line, label=name)
+            right.step(recall, precision, color=color, linestyle=line, where="post")
+        left.plot([0, 1], [0, 1], color=BLACK, linewidth=0.5)
+        right.axhline(sum(bad) / len(bad), color=BLACK, linewidth=0.5)
+        left.set(title=f"ROC, {kind}", xlabel="false positive rate", ylabel="true positive rate")
+        right.set(title=f"precision and recall, {kind}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_effect(runs: Sequence[Run], path: Path) -> None:
+    """Retained accuracy of good edits and perplexity over edits, with and without the gate."""
+    figure, axes = new_figure(1, 2, width=3.8, height=3.0)
+    shown = {
+        "clean": ("no faults, no gate", BLACK, ":"),
+        "faulty": ("faults, no gate", VERMILION, "--"),
+        "faulty_gate": ("faults, gate", BLUE, "-"),
+        "faulty_edit": ("faults, gate by edit", GREEN, "-."),
+    }
+    for case, (label, color, line) in shown.items():
+        read = [json.loads((run.folder / "faults.json").read_text())["curve"] for run in runs if run.case.name == case]
+        curves = [{int(edits): point for edits, point in curve.items()} for curve in read]
+        for ax, name in zip(axes, ("accuracy", "perplexity/heldout"), strict=True):
+            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+    axes[0].set(title="retained accuracy of good edits", xlabel="edits", ylim=(-0.03, 1.03))
+    axes[1].set(title="held-out perplexity", xlabel="edits", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Runs what is missing; writes tables and figures."""
+    shared = parser(__doc__, work=ROOT / "lightning_logs" / "trust_eval", batch_size=10)
+    options = shared.parse_args()
+    common = {
+        "data.path": options.path, "data.limit": options.edits, "data.batch_size": options.batch_size,
+        "model.layers": [2, 3, 4, 5, 6], "model.rule.init_args.covariance_weight": 1000,
+        "model.evaluation.immediate": "edits", "model.evaluation.neighbors": 3,
+        "model.evaluation.generated_texts": 0, "model.evaluation.heldout_tokens": 2048,
+        "model.evaluation.heldout": str(TEXT / "wikitext2_test.txt"),
+        "model.moments.text": str(TEXT / "wikitext2_valid.txt"), "model.moments.tokens": 160000,
+    }  # fmt: skip
+    runs: list[Run] = []
+    seeds = options.seeds
+    for seed in seeds:
+        options.seeds = [seed]
+        wanted = [Case(c.name, {**common, **c.flags}, c.callbacks) for c in cases(seed)]
+        runs += run_all(wanted, RECIPE, options)
+    if not runs:
+        return
+    write_rows(effect(runs), ROOT / "results" / "trust_effect.csv")
+    draw_effect(runs, ROOT / "figs" / "rollback_effect_curve.png")
+    labels = labelled(runs)
+    if labels:
+        write_rows(table(labels), ROOT / "results" / "trust_eval.csv")
+        draw_areas(labels, ROOT / "figs" / "trust_roc.png")
+    for run in runs:
+        if run.case.name == "faulty_gate" and run.seed == seeds[0]:
+            shutil.copy(run.folder / "trust_events.jsonl", ROOT / "results" / "trust_events.jsonl")
+
+
+if __name__ == "__main__":
+    main()

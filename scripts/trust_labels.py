@@ -1,0 +1,126 @@
+"""From forks, faults and gate events to labels, rates and areas; no model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+LOSSES = ("facts", "NS", "nll")
+FLOORS = {"facts": 0.5, "NS": 1 / 32, "nll": 0.005}
+"""The least that tau is above what is usual: half a fact, one neighbor of 32, half a percent of perplexity."""
+SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of one run: how suspicious each gate found it, and whether it was bad."""
+
+    run: str
+    step: int
+    suspicion: Mapping[str, float]
+    """gate -> the higher, the sooner it is rejected; trust's is 1 - score"""
+    fault: str | None
+    losses: Mapping[int, Mapping[str, float]]
+    """later -> what accepting it lost"""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(event: Mapping[str, Any]) -> dict[str, float]:
+    """What accepting lost against rejecting: facts right (earlier ones, net of the batch's own), NS, log-perplexity.
+
+    Own facts count by their paraphrases. Earlier ones are a sample; each stands for as many as there were.
+    """
+    accept, reject, edited = event["accept"], event["reject"], 10 * event["step"]
+    share = edited / reject["past_asked"] if reject["past_asked"] else 0.0
+    worst = {"nll": 100.0, "NS": 0.0}  # where the branch is broken so far that it gives no number
+    found = {"facts": (reject["past"] - accept["past"]) * share - (accept["own"] - reject["own"])}
+    found["NS"] = _number(reject["NS"], worst["NS"]) - _number(accept["NS"], worst["NS"])
+    found["nll"] = _number(accept["nll"], worst["nll"]) - _number(reject["nll"], worst["nll"])
+    return found
+
+
+def _number(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def read_batches(folder: Path) -> list[Batch]:
+    """The batches of one run's folder."""
+    faults = {int(k): v for k, v in json.loads((folder / "faults.json").read_text())["faults"].items()}
+    forks: dict[int, dict[int, dict[str, float]]] = {}
+    for event in read_lines(folder / "fork.jsonl"):
+        forks.setdefault(event["step"], {})[min(event["later"], 1)] = losses(event)
+    batches = []
+    for event in read_lines(folder / "trust_events.jsonl"):
+        if event["kind"] == "batch" and event["signals"]:
+            found = {name: event["signals"].get(key, 0.0) for name, key in SIGNALS.items()}
+            found["trust"] = 1.0 - event["score"]
+            step = event["step"]
+            batches.append(Batch(str(folder), step, found, faults.get(step), forks.get(step, {})))
+    return batches
+
+
+def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
+    """Loss beyond which a batch is bad: median and three robust standard deviations of ordinary batches."""
+    found = {}
+    for name in LOSSES:
+        values = [batch.losses[later][name] for batch in ordinary if later in batch.losses]
+        middle = statistics.median(values)
+        spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
+        found[name] = middle + max(3 * spread, FLOORS[name])
+    return found
+
+
+def is_bad(batch: Batch, tau: Mapping[str, float], later: int) -> bool:
+    """Whether accepting the batch lost more than tau in any respect."""
+    return any(batch.losses[later][name] > tau[name] for name in LOSSES)
+
+
+def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict[str, float]:
+    """What comes of rejecting all that is more suspicious than ``limit``."""
+    pairs = list(zip((s > limit for s in suspicion), bad, strict=True))
+    true_positive = sum(rejected and was_bad for rejected, was_bad in pairs)
+    false_positive = sum(rejected and not was_bad for rejected, was_bad in pairs)
+    positives = sum(bad)
+    fpr = false_positive / max(1, len(bad) - positives)
+    fnr = (positives - true_positive) / max(1, positives)
+    return {
+        "rollback_rate": (true_positive + false_positive) / len(bad),
+        "false_positive_rate": fpr,
+        "false_negative_rate": fnr,
+        "accuracy": 1 - (fpr + fnr) / 2,
+        "precision": true_positive / max(1, true_positive + false_positive),
+        "recall": 1 - fnr,
+    }
+
+
+def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+    """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate."""
+    scores, labels = _ranks(suspicion), torch.tensor(list(bad)).long()
+    found = {"base_rate": float(labels.float().mean())}
+    draw = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(labels), (resamples, len(labels)), generator=draw)
+    for name, area in (("ROC_AUC", binary_auroc), ("PR_AUC", binary_average_precision)):
+        found[name] = float(area(scores, labels))
+        drawn = [float(area(scores[p], labels[p])) for p in picks if 0 < labels[p].sum() < len(p)]
+        ends = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])) if drawn else torch.full((2,), float("nan"))
+        found[f"{name}_low"], found[f"{name}_high"] = ends.tolist()
+    return found
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    """Values as ranks in 0..1, equal ones alike: torchmetrics would take what is outside of it for logits."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    unique, place = torch.unique(tensor, return_inverse=True)
+    return place.float() / max(1, len(unique) - 1)
