@@ -1,0 +1,153 @@
+"""The trust experiment's parts: faults as described, forks that leave the run alone, labels and areas by hand."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks import TrustRollback
+from editlab.events import EditPlan
+from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
+from scripts.fork import ForkLabels
+from tests.facts import FACTS, write_counterfact
+from tests.test_editor import editor, fit
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import run_trust_eval
+import trust_labels
+
+
+def plan():
+    return EditPlan(2, FACTS[:4], torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 12.0]]))
+
+
+def test_faults_by_hand():
+    plain = plan().targets
+    noise, norm, shuffle, twice, key = (plan() for _ in KINDS)
+    for each, kind in zip((noise, norm, shuffle, twice, key), KINDS, strict=True):
+        spoil(each, kind, seed=1)
+    assert torch.allclose((noise.targets - plain).norm(dim=1), plain.norm(dim=1))  # noise as long as the value
+    longer = norm.targets.norm(dim=1) / plain.norm(dim=1)
+    assert bool(((longer >= 10) & (longer <= 50)).all())
+    assert torch.equal(shuffle.targets, plain[[3, 0, 1, 2]])
+    assert [f.slot for f in twice.facts] == [f.slot for f in [*FACTS[:2], *FACTS[:2]]]
+    assert [f.target_new for f in twice.facts] == [f.target_new for f in FACTS[:4]]
+    assert [f.question for f in key.facts] == [f.question for f in FACTS[:4]]
+    assert {f.subject for f in key.facts} == {"is"}
+    assert about_last_word(FACTS[7]).subject_span == (len(FACTS[7].question) - 2, len(FACTS[7].question))
+    with pytest.raises(ValueError, match="no kind of fault"):
+        spoil(plan(), "typo", 0)
+
+
+def run(tmp_path, tiny_folder, name, *callbacks, text=None):
+    module = editor(tiny_folder)
+    rich = [replace(f, neighbors=FACTS[0].neighbors) for f in FACTS]
+    path = write_counterfact(tmp_path / "many.json", rich)
+
+    class Few(InjectFaults):
+        state_key = "InjectFaults"
+
+        def on_fit_start(self, trainer, pl_module):
+            trainer.datamodule.bystanders = 2
+
+    faults = Few(share=0.5, seed=3, every_n_batches=2)
+    fit(tmp_path, module, callbacks=[faults, *callbacks], limit=8, path=path, name=name)
+    return module, tmp_path / "logs" / name / "version_0"
+
+
+def test_forks_measure_both_branches_and_leave_the_run_alone(tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
+    gate = {"heldout": str(text), "threshold": 0.0, "budget": None}
+    plain, _ = run(tmp_path, tiny_folder, "plain", TrustRollback(**gate))
+    fork = ForkLabels(str(text), tokens=64, past=4, neighbors=2, later=1, later_every=1)
+    watched, folder = run(tmp_path, tiny_folder, "forked", TrustRollback(**gate), fork)
+    assert all(torch.equal(a.total, b.total) for a, b in zip(plain.layers, watched.layers, strict=True))
+    events = trust_labels.read_lines(folder / "fork.jsonl")
+    assert [(e["step"], e["later"]) for e in events] == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1)]
+    now = {e["step"]: e for e in events if e["later"] == 0}
+    # All batches stay, so what a batch is accepted into is what the next one is held against.
+    for step in range(3):
+        assert now[step]["accept"]["nll"] == pytest.approx(now[step + 1]["reject"]["nll"], rel=1e-5)
+    # One batch later, the accepting branch is the run itself.
+    later = {e["step"]: e for e in events if e["later"] == 1}
+    assert later[0]["accept"]["nll"] == pytest.approx(now[1]["accept"]["nll"], rel=1e-4)
+    assert now[3]["accept"]["past_asked"] == 4
+    found = json.loads((folder / "faults.json").read_text())
+    assert len(found["faults"]) == 2
+    assert sorted(map(int, found["curve"])) == [4, 8]
+    batches = trust_labels.read_batches(folder)
+    assert [b.fault for b in batches] == [found["faults"].get(str(step)) for step in range(4)]
+    assert batches[0].suspicion["trust"] == pytest.approx(
+        1 - trust_labels.read_lines(folder / "trust_events.jsonl")[0]["score"]
+    )
+
+
+def event(step, accept, reject):
+    names = ("own", "past", "past_asked", "NS", "nll")
+    return {
+        "step": step,
+        "accept": dict(zip(names, accept, strict=True)),
+        "reject": dict(zip(names, reject, strict=True)),
+    }
+
+
+def test_losses_by_hand():
+    # 40 facts were edited before batch 4; of 20 asked for 2 are lost, which stands for 4; 3 of its own are won.
+    found = trust_labels.losses(event(4, (3, 16, 20, 0.75, 3.2), (0, 18, 20, 0.80, 3.0)))
+    assert found == {"facts": pytest.approx(4 - 3), "NS": pytest.approx(0.05), "nll": pytest.approx(0.2)}
+    # A branch that gives no number any more has lost all.
+    broken = trust_labels.losses(event(0, (0, 0, 0, None, None), (0, 0, 0, 0.8, 3.0)))
+    assert broken == {"facts": 0, "NS": pytest.approx(0.8), "nll": pytest.approx(97.0)}
+
+
+def batch(facts, ns=0.0, nll=0.0):
+    return trust_labels.Batch("run", 0, {}, None, {0: {"facts": facts, "NS": ns, "nll": nll}})
+
+
+def test_tau_and_bad_by_hand():
+    ordinary = [batch(x) for x in (-9.0, -8.0, -10.0, -9.0, -7.0)]
+    tau = trust_labels.taus(ordinary, 0)
+    # Median -9, distances 0 1 1 0 2: their median 1; three robust deviations are 4.4478. The others have their floors.
+    assert tau == {"facts": pytest.approx(-9 + 3 * 1.4826), "NS": 1 / 32, "nll": 0.005}
+    assert not trust_labels.is_bad(batch(-5.0), tau, 0)
+    assert trust_labels.is_bad(batch(-4.0), tau, 0)
+    assert trust_labels.is_bad(batch(-9.0, ns=0.1), tau, 0)
+    assert trust_labels.is_bad(batch(-9.0, nll=0.01), tau, 0)
+
+
+def test_rates_and_areas_by_hand():
+    suspicion, bad = [0.9, 0.8, 0.7, 0.2, 0.1], [True, False, True, False, False]
+    found = trust_labels.rates(suspicion, bad, 0.75)
+    # Rejected: the first two, of which one is bad; one bad is missed, one of three good ones is lost.
+    assert found["false_positive_rate"] == pytest.approx(1 / 3)
+    assert found["false_negative_rate"] == 0.5
+    assert found["accuracy"] == pytest.approx(1 - (1 / 3 + 0.5) / 2)
+    assert (found["rollback_rate"], found["precision"], found["recall"]) == (0.4, 0.5, 0.5)
+    areas = trust_labels.areas(suspicion, bad, resamples=50)
+    # Of the six pairs of a bad and a good one, five are the right way round; precision is 1 at the first, 2/3 at the
+    # second bad one.
+    assert areas["ROC_AUC"] == pytest.approx(5 / 6)
+    assert areas["PR_AUC"] == pytest.approx((1 + 2 / 3) / 2)
+    assert areas["base_rate"] == pytest.approx(0.4)
+    assert areas["ROC_AUC_low"] <= areas["ROC_AUC"] <= areas["ROC_AUC_high"]
+    never = trust_labels.rates([0.0] * 5, bad, 1.0)
+    assert (never["rollback_rate"], never["accuracy"]) == (0, 0.5)
+
+
+def test_the_table_gives_baselines_as_many_rejections():
+    batches = [
+        trust_labels.Batch("run", i, {"trust": t, "norm only": n, "perplexity only": 0.0}, None, {})
+        for i, (t, n) in enumerate([(0.9, 1.0), (0.1, 9.0), (0.2, 2.0), (0.05, 3.0)])
+    ]
+    rows = run_trust_eval.table({"injected": (batches, [True, False, False, False])})
+    at = {row["gate"]: row for row in rows if row.get("threshold") == 0.4}
+    assert at["trust"]["accuracy"] == 1  # only the first is under .4
+    assert at["norm only"]["rollback_rate"] == 0.25  # the longest one, which is the wrong one
+    assert at["norm only"]["recall"] == 0
+    assert math.isclose(next(row for row in rows if row["gate"] == "always accept")["accuracy"], 0.5)
