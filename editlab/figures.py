@@ -64,7 +64,7 @@ def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: 
     ax.plot(edits, mean, label=label, color=color, linestyle=linestyle, marker="o", markersize=3)
     low, high = [min(some) for some in values], [max(some) for some in values]
     if len(edits) > 1:
-        ax.fill_between(edits, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(edits, low, high, color=color, alpha=0.1, linewidth=0)
     elif len(curves) > 1:
         ax.vlines(edits, low, high, color=color, linewidth=1)
 

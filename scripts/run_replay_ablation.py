@@ -26,11 +26,10 @@ SHOWN = {
     "none": ("no replay", BLACK, ":"),
     "random_0.3_200": ("random, rate 0.3", ORANGE, "--"),
     "priority_0.3_200": ("priority, rate 0.3", SKY, "-."),
-    "random_3_500": ("random, rate 3", GREEN, "--"),
+    "random_3_500": ("random, rate 3", PURPLE, "--"),
     "both": ("consolidated, and the least likely", GREEN, "-"),
     "consolidated": ("consolidated", BLUE, "-"),
     "joint": ("one joint batch", VERMILION, "none"),
-    "one_layer": ("layer 6 alone, mean keys", PURPLE, ":"),
 }
 """case -> label, color, line"""
 PANELS = (
