@@ -189,6 +189,7 @@ class Probes:
         assert self._heldout is not None
         self._after = ask_batch(editor.lm, self._facts, self.neighbors)
         self._heldout_after = ask_heldout(editor.lm, self.sentences)
+        self._totals_after = [layer.total.clone() for layer in editor.layers]
         stay = outcome.stays
         singular = zip(self._singular, self._singular_values(editor), strict=True)
         metrics = TrustMetrics(
@@ -223,10 +224,9 @@ class Probes:
             for place, (gain, sure, residual) in enumerate(zip(gains, certainty, residuals, strict=True))
         ]
 
-    def weights_stay(self, editor: SequentialEditor) -> None:
-        """The last answers on held-out sentences are those of the weights as they are."""
-        self._heldout = self._heldout_after
-        self._totals = [layer.total.clone() for layer in editor.layers]
+    def weights_stay(self) -> None:
+        """The last answers on held-out sentences serve the next batch, if its weights are still those."""
+        self._heldout, self._totals = self._heldout_after, self._totals_after
 
     def _attribution(self, editor: SequentialEditor) -> float:
         if not self.attribution:

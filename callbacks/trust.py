@@ -39,6 +39,7 @@ class _Verdict:
     reason: str
     score: float | None
     metrics: TrustMetrics | None
+    threshold: float
     factor: float = 1.0
     harm: float = 0.0
 
@@ -160,7 +161,7 @@ class TrustRollback(EditCallback):
         """Writes down what was decided, and what it means for the batches to come."""
         if self.probes is None:
             return
-        verdict = self._verdict or _Verdict("keep", f"not measured: {self._error}", None, None)
+        verdict = self._verdict or _Verdict("keep", f"not measured: {self._error}", None, None, self.threshold.value)
         self.decisions[verdict.decision] += 1
         if verdict.score is not None:
             self.threshold.note(verdict.score)
@@ -169,7 +170,7 @@ class TrustRollback(EditCallback):
         if self.budget:
             self.budget.spend(verdict.harm * outcome.factor)
         if verdict.score is not None and outcome.factor == 1:  # else they are asked anew, or those of before
-            self.probes.weights_stay(editor)
+            self.probes.weights_stay()
         self._record(trainer, editor, outcome, verdict)
 
     def _try(self, what: Any, *arguments: Any) -> None:
@@ -186,8 +187,9 @@ class TrustRollback(EditCallback):
 
     def _decide(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome) -> None:
         if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
-            self._verdict = _Verdict("rollback", "the update is not finite", 0.0, None, 0.0)
-            outcome.roll_back(self._verdict.reason)
+            reason = "the update is not finite"
+            self._verdict = _Verdict("rollback", reason, 0.0, None, self.threshold.value, 0.0)
+            outcome.roll_back(reason)
             return
         metrics = asked.ask_after(editor, outcome)
         if self.granularity == "edit" and not outcome.left_out:
@@ -212,23 +214,23 @@ class TrustRollback(EditCallback):
             reason = f"{len(low)} of {len(facts)} facts score under {threshold:.2f}"
             outcome.leave_out(low, reason)
             if not outcome.kept:
-                self._verdict = _Verdict("rollback", reason, 0.0, None, 0.0)
+                self._verdict = _Verdict("rollback", reason, 0.0, None, threshold, 0.0)
 
     def _judge(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> _Verdict:
         score, threshold = self.scorer.score(metrics), self.threshold.value
         harm = math.log1p(metrics.heldout_ppl_delta)
         if self.budget and self.budget.refuses(harm):
             reason = f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
-            return _Verdict("rollback", reason, score, metrics, 0.0, harm)
+            return _Verdict("rollback", reason, score, metrics, threshold, 0.0, harm)
         if score >= threshold:
-            return _Verdict("keep", "", score, metrics, 1.0, harm)
+            return _Verdict("keep", "", score, metrics, threshold, 1.0, harm)
         reason = f"score {score:.2f} is under {threshold:.2f} ({_culprit(self.scorer, metrics)})"
         factor = 0.0
         if self.action == "scale":
             factor = max(0.0, 2 * score / max(threshold, 1e-12) - 1)
         elif self.action == "search":
             factor = self._search(asked, editor, outcome, threshold)
-        return _Verdict("scale" if factor else "rollback", reason, score, metrics, factor, harm)
+        return _Verdict("scale" if factor else "rollback", reason, score, metrics, threshold, factor, harm)
 
     def _search(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float) -> float:
         totals = [layer.total.clone() for layer in editor.layers]
@@ -252,7 +254,7 @@ class TrustRollback(EditCallback):
         numbers = {"factor": outcome.factor, "left_out": float(len(outcome.left_out)), "seconds": self._seconds}
         numbers |= {f"{name}_rate": self.decisions[name] / batches for name in ("rollback", "scale")}
         if verdict.score is not None:
-            numbers |= {"score": verdict.score, "threshold": self.threshold.value}
+            numbers |= {"score": verdict.score, "threshold": verdict.threshold}
         if verdict.metrics is not None:
             numbers |= asdict(verdict.metrics)
         if self.budget:
@@ -266,7 +268,7 @@ class TrustRollback(EditCallback):
             self._events.append({**common, "kind": "fact", **event})
         self._events.append(
             {**common, "kind": "batch", "signals": asdict(verdict.metrics) if verdict.metrics else None,
-             "score": verdict.score, "threshold": self.threshold.value, "decision": verdict.decision,
+             "score": verdict.score, "threshold": verdict.threshold, "decision": verdict.decision,
              "reason": verdict.reason, "factor": outcome.factor, "left_out": sorted(outcome.left_out),
              "budget_queue": self.budget.queue if self.budget else None, "seconds": round(self._seconds, 4)}
         )  # fmt: skip

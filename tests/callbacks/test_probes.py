@@ -214,7 +214,7 @@ def test_heldout_is_asked_anew_only_where_the_weights_are_new(lm, monkeypatch):
     editor.layers[0].add(torch.ones_like(editor.layers[0].total))
     probes.ask_after(editor, outcome_of(FACTS[:1], **COMMON))
     assert len(asked) == 2
-    probes.weights_stay(editor)
+    probes.weights_stay()
     probes.ask_before(editor, FACTS[:1])
     assert len(asked) == 2
     editor.layers[0].restore(torch.zeros_like(editor.layers[0].total))

@@ -193,6 +193,14 @@ def test_harm_that_adds_up_trips_the_budget(tiny_folder, tmp_path, heldout):
     assert events[0]["budget_queue"] == pytest.approx(harms[0] - 1e-6, rel=1e-4)
 
 
+def test_the_threshold_written_is_the_one_held_against(tiny_folder, tmp_path, heldout):
+    _, _, events = run(tmp_path, tiny_folder, heldout, threshold=0.9, quantile=0.0, window=5)
+    scores = [e["score"] for e in events]
+    # The lowest of the scores before, once there are two of them.
+    assert [e["threshold"] for e in events] == [0.9, 0.9, min(0.9, *scores[:2])]
+    assert [e["decision"] == "keep" for e in events] == [e["score"] >= e["threshold"] for e in events]
+
+
 def test_facts_of_the_file_serve_where_no_text_is_given(tiny_folder, tmp_path):
     gate = TrustRollback(heldout_samples=4, threshold=0.0)
     module = editor(tiny_folder)
