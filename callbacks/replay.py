@@ -39,6 +39,8 @@ class MemoryReplay(EditCallback):
         rate: replayed facts as a share of the batch (0.3 of a batch of 32 is 10).
         capacity: edits in the buffer.
         weight: of a replayed constraint, whose slack is 1 / weight; ``.inf`` makes it an equality.
+        repair: share of the way back to its value that a replayed fact is asked to go; 0 only spares it where it is,
+            which bends the weights less.
         age_decay: factor on the weight for each batch since the edit was made; 1 leaves it as it is.
         sampling: ``random``, ``recent``, ``oldest``, ``priority`` (by drift from the value) or ``loss`` (the least
             likely targets).
@@ -61,6 +63,7 @@ class MemoryReplay(EditCallback):
         rate: float = 0.3,
         capacity: int = 200,
         weight: float = 1.0,
+        repair: float = 1.0,
         age_decay: float = 1.0,
         sampling: str = "random",
         eviction: str = "fifo",
@@ -79,11 +82,14 @@ class MemoryReplay(EditCallback):
                 raise UserError(f"MemoryReplay.{name} is {value}: it must be above 0.")
         if not 0 < age_decay <= 1:
             raise UserError(f"MemoryReplay.age_decay is {age_decay}: it must be above 0 and at most 1.")
+        if not 0 <= repair <= 1:
+            raise UserError(f"MemoryReplay.repair is {repair}: it must lie between 0 and 1.")
         for name, given, known in (("memory", memory, KINDS), ("refresh", refresh, REFRESH)):
             if given not in known:
                 raise UserError(f"MemoryReplay.{name} is {given!r}: it must be one of {', '.join(known)}.")
         self.rate = rate
         self.weight = weight
+        self.repair = repair
         self.age_decay = age_decay
         self.refresh_every = refresh_every
         self.refresh = refresh
@@ -158,7 +164,7 @@ class MemoryReplay(EditCallback):
     def _addition(self, memory: Memory, step: int) -> Addition:
         weight = self.weight * self.age_decay ** (step - memory.step)
         known = CachedKey(memory.key, memory.origin, memory.others) if self.cache_keys else None
-        return Addition(memory.fact, memory.value, weight, known)
+        return Addition(memory.fact, memory.value, weight, self.repair, known)
 
     def _release(self, editor: SequentialEditor, plan: EditPlan) -> None:
         """The user changed their mind about these facts: the metric must not hold them where they were."""

@@ -61,11 +61,12 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     known = [a.known for a in additions if a.known is not None]
     targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
     slack = torch.tensor([editor.rule.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64)
+    asked = torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64, device=device)
     for place, layer in enumerate(editor.layer_numbers):
         edited = editor.layers[place]
         keys = editor.read_keys(read, layer).plus(known, edited.total)
         share = len(editor.layer_numbers) - place
-        residuals = (targets.double().T.to(keys.current) - keys.current) / share
+        residuals = (targets.double().T.to(keys.current) - keys.current) * asked.to(keys.current) / share
         constraints = Constraints(
             keys.keys.to(device),
             residuals[:, keys.fact].to(device),

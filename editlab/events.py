@@ -33,6 +33,8 @@ class Addition:
     """[d_v]: what the site should give at the subject's last token"""
     weight: float = 1.0
     """its slack is 1 / weight; ``inf`` makes it as hard as an equality"""
+    repair: float = 1.0
+    """share of the way back to its value that is asked for; 0 only asks that it stay where it is"""
     known: CachedKey | None = None
     """its key, where it is known and need not be read; only for a single edited layer"""
 

@@ -43,7 +43,11 @@ PANELS = (
 def replay(name: str, flags: dict[str, Any] | None = None, **settings: Any) -> Case:
     """A case with MemoryReplay in it."""
     callback = {"class_path": "MemoryReplay", "init_args": settings}
-    labels = {k: settings[k] for k in ("memory", "sampling", "rate", "capacity", "weight", "refresh") if k in settings}
+    labels = {
+        k: settings[k]
+        for k in ("memory", "sampling", "rate", "capacity", "weight", "repair", "refresh")
+        if k in settings
+    }
     return Case(name, flags or {}, [callback, CURVE], labels)
 
 
@@ -63,6 +67,7 @@ def cases(edits: int) -> list[Case]:
         replay("priority_0.3_200", sampling="priority", **best),
         replay("random_1_500", sampling="random", rate=1.0, capacity=500),
         replay("random_3_500", sampling="random", rate=3.0, capacity=500),
+        replay("spare_3_500", sampling="random", rate=3.0, capacity=500, repair=0.0),
         replay("loss", sampling="loss", refresh_every=2, **best),
         replay("loss_10", sampling="loss", refresh_every=2, weight=10.0, **best),
         replay("refresh", sampling="loss", refresh_every=2, refresh="values", **best),

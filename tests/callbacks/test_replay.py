@@ -20,6 +20,7 @@ from tests.test_editor import Spy, editor, fit, site_now
         ({"rate": -0.1}, "rate is -0.1"),
         ({"capacity": 0}, "capacity is 0"),
         ({"weight": 0}, "weight is 0"),
+        ({"repair": 1.5}, "repair is 1.5"),
         ({"age_decay": 1.5}, "age_decay is 1.5"),
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"memory": "long"}, "memory is 'long': it must be one of sampled, consolidated, both"),
@@ -59,6 +60,31 @@ def test_replay_repairs_drift(tiny_folder, tmp_path):
     fit(tmp_path, plain, name="plain")
     drift = (site_now(plain, spy.plans[0].facts[0]) - spy.plans[0].targets[0]).norm()
     assert drift > 0.05  # which is what there was to repair
+
+
+@pytest.mark.parametrize("repair", [0.0, 0.5])
+def test_replay_may_spare_and_not_repair(tiny_folder, tmp_path, repair):
+    # As equalities with all replayed: of the distance from its value at planning, a fact goes back the share asked for.
+    far = {}
+
+    class Watch(Spy):
+        state_key = "A"
+
+        def on_edit_planned(self, trainer, editor, plan):
+            super().on_edit_planned(trainer, editor, plan)
+            if plan.step == 1:
+                with torch.no_grad():
+                    editor.layers[0].add(0.05 * torch.ones_like(editor.layers[0].total))  # something has drifted
+                far["before"] = self.plans[0].targets[0] - site_now(editor, FACTS[0])
+
+        def on_edit_applied(self, trainer, editor, outcome):
+            if outcome.plan.step == 1:
+                far["after"] = self.plans[0].targets[0] - site_now(editor, FACTS[0])
+
+    replay = MemoryReplay(rate=10.0, weight=math.inf, repair=repair)
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, Watch()], limit=4)
+    assert far["before"].norm() > 0.1
+    assert torch.allclose(far["after"], (1 - repair) * far["before"], atol=2e-3)
 
 
 def test_what_was_rolled_back_is_not_remembered(tiny_folder, tmp_path):
