@@ -58,10 +58,11 @@ class ForgettingCurve(EditCallback):
                 }
                 charts["held-out perplexity"] = ["Multiline", ["^perplexity/heldout$"]]
                 charts["generation entropy"] = ["Multiline", ["^generation/entropy$"]]
+                charts["edits around an adjustment"] = ["Multiline", ["^lora/accuracy_(before|after)$"]]
                 charts["norm of the update"] = ["Multiline", ["^weights/.*delta_norm$"]]
                 logger.experiment.add_custom_scalars({"forgetting": charts})
 
-    def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+    def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Measures a point of the curve when enough edits have gone by."""
         if editor.edits - self._last < self.every_n_edits:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median_low
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from editlab.editor import SequentialEditor
 from editlab.events import EditOutcome
 from editlab.keys import locate
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.products import products
 from editlab.lm.tokens import encode, encode_pair
 from editlab.optim import EditedLayer
 from editlab.scoring import score_pairs
@@ -151,6 +152,13 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
     return value, vector
 
 
+def quick(editor: SequentialEditor, matmul: str) -> AbstractContextManager[None]:
+    """Within it blocks above the edited layers multiply as ``matmul`` says; the edits are not rounded."""
+    anatomy = editor.lm.anatomy
+    above = list(anatomy.blocks)[editor.layer_numbers[-1] + 1 :]
+    return products(matmul, above, anatomy.edit_path, editor.lm.device)
+
+
 class Probes:
     """Asks the model before and after each batch, and makes the signals of what it answers.
 
@@ -158,25 +166,31 @@ class Probes:
         sentences: held-out sentences, the same for the whole run.
         neighbors: neighbor statements asked for in each batch.
         attribution: also measure :func:`attribution_focus`.
+        matmul: how the blocks above the edited layers multiply (:func:`~editlab.lm.products.products`).
     """
 
-    def __init__(self, sentences: Sequence[Sentence], neighbors: int, attribution: bool) -> None:
+    def __init__(
+        self, sentences: Sequence[Sentence], neighbors: int, attribution: bool, matmul: str = "float32"
+    ) -> None:
+        self.matmul = matmul
         self.sentences = sentences
         self.neighbors = neighbors
         self.attribution = attribution
         self.singular_vectors: dict[int, Tensor] = {}
         self._heldout: HeldOut | None = None
-        self._totals: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
     def ask_before(self, editor: SequentialEditor, facts: Sequence[Fact]) -> None:
         """The model as it is before the batch; held-out answers are asked for only where these weights are new."""
-        totals = [layer.total for layer in editor.layers]
-        known = len(self._totals) == len(totals) and all(map(torch.equal, self._totals, totals))
-        if self._heldout is None or not known:
-            self._heldout = ask_heldout(editor.lm, self.sentences)
-            self._totals = [total.clone() for total in totals]
+        weights = [layer.weight for layer in editor.changed_layers]
+        known = len(self._weights) == len(weights) and all(map(torch.equal, self._weights, weights))
         self._facts = list(facts)
-        self._before = ask_batch(editor.lm, self._facts, self.neighbors)
+        with quick(editor, self.matmul):
+            if self._heldout is None or not known:
+                self._heldout = ask_heldout(editor.lm, self.sentences)
+            self._before = ask_batch(editor.lm, self._facts, self.neighbors)
+        if not known:
+            self._weights = [weight.clone() for weight in weights]
         self._focus = self._attribution(editor)
         self._singular = self._singular_values(editor)
 
@@ -187,9 +201,10 @@ class Probes:
             ValueError: where one is not finite.
         """
         assert self._heldout is not None
-        self._after = ask_batch(editor.lm, self._facts, self.neighbors)
-        self._heldout_after = ask_heldout(editor.lm, self.sentences)
-        self._totals_after = [layer.total.clone() for layer in editor.layers]
+        with quick(editor, self.matmul):
+            self._after = ask_batch(editor.lm, self._facts, self.neighbors)
+            self._heldout_after = ask_heldout(editor.lm, self.sentences)
+        self._weights_after = [layer.weight.clone() for layer in editor.changed_layers]
         stay = outcome.stays
         singular = zip(self._singular, self._singular_values(editor), strict=True)
         metrics = TrustMetrics(
@@ -226,7 +241,7 @@ class Probes:
 
     def weights_stay(self) -> None:
         """The last answers on held-out sentences serve the next batch, if its weights are still those."""
-        self._heldout, self._totals = self._heldout_after, self._totals_after
+        self._heldout, self._weights = self._heldout_after, self._weights_after
 
     def _attribution(self, editor: SequentialEditor) -> float:
         if not self.attribution:

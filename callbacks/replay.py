@@ -13,6 +13,7 @@ from torch import Tensor
 
 from callbacks.buffer import Memory, ReplayBuffer
 from callbacks.consolidated import PastKeys
+from editlab.batch import StepState
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
@@ -210,6 +211,26 @@ class MemoryReplay(EditCallback):
             value, key, origin = (t.float().cpu().clone() for t in tensors)
             kept = None if others is None else others.float().cpu().contiguous()
             self.buffer.add(Memory(fact, value, key, origin, plan.step, others=kept))
+
+    def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """After an adjustment memories are as the model has them now: replay must not pull back against it."""
+        before, memories = outcome.before_adjustment, self.buffer.memories
+        if before is None or not memories:
+            return
+        facts, top = [memory.fact for memory in memories], editor.layer_numbers[-1]
+        now = StepState(editor.changed_layers)
+        before.restore_weights()
+        was = editor.read_keys(facts, top).current
+        now.restore_weights()
+        keys = editor.read_keys(facts, top)
+        bare = keys.keys[:, : len(facts)]
+        shifts = (keys.current - was).T.float().cpu()
+        origins = (keys.current - editor.layers[-1].total.double() @ bare).T.float().cpu()
+        for i, memory in enumerate(memories):
+            memory.value = memory.value + shifts[i]
+            memory.key, memory.origin = bare[:, i].float().cpu().clone(), origins[i].clone()
+            if memory.others is not None:
+                memory.others = keys.others[:, keys.others_fact == i].T.float().cpu().contiguous()
 
     # ---- importance -------------------------------------------------------------------------------------------
 

@@ -30,11 +30,13 @@ class StepState:
     def __init__(self, layers: Sequence[EditedLayer]) -> None:
         self.layers = layers
         self.totals = [layer.total.clone() for layer in layers]
+        self.adapters = [layer.adapter for layer in layers]  # they are exchanged, never written into
         self.rng = rng_state()
 
     def restore_weights(self) -> None:
         """The weights as they were, bit for bit."""
-        for layer, total in zip(self.layers, self.totals, strict=True):
+        for layer, total, adapter in zip(self.layers, self.totals, self.adapters, strict=True):
+            layer.adapter = adapter
             layer.restore(total)
 
     def restore(self) -> None:

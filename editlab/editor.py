@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from editlab import resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
@@ -98,6 +99,7 @@ class SequentialEditor(lightning.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False
         self.edited: nn.ModuleDict = nn.ModuleDict()
+        self.adjusted: nn.ModuleDict = nn.ModuleDict()
         self.preservation: dict[int, Preservation] = {}
         self.contexts: list[str] = []
         self.ledger = Ledger()
@@ -132,6 +134,23 @@ class SequentialEditor(lightning.LightningModule):
         return [self.edited[str(layer)] for layer in self.layer_numbers]  # type: ignore[misc]
 
     @property
+    def changed_layers(self) -> list[EditedLayer]:
+        """Every weight that may differ from the original: the edited ones, and others that a callback adjusts."""
+        return [*self.layers, *self.adjusted.values()]  # type: ignore[list-item]
+
+    def changed_layer(self, path: str) -> EditedLayer:
+        """The linear map at ``path`` in the language model as one that may be changed; made so where it is not yet."""
+        anatomy = self.lm.anatomy
+        paths = {f"{anatomy.block_path}.{n}.{anatomy.edit_path}": n for n in self.layer_numbers}
+        if path in paths:
+            return self.edited[str(paths[path])]  # type: ignore[return-value]
+        key = path.replace(".", "/")  # a dot can not be in a module's name
+        if key not in self.adjusted:
+            module = self.lm.model.get_submodule(path)
+            self.adjusted[key] = EditedLayer(module, isinstance(module, Conv1D))
+        return self.adjusted[key]  # type: ignore[return-value]
+
+    @property
     def edits(self) -> int:
         """Facts that went through a step so far: the x-axis of every curve."""
         return len(self.ledger)
@@ -154,7 +173,7 @@ class SequentialEditor(lightning.LightningModule):
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within it the model is the original one."""
-        return unedited(self.layers)
+        return unedited(self.changed_layers)
 
     def on_fit_start(self) -> None:
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
@@ -206,6 +225,8 @@ class SequentialEditor(lightning.LightningModule):
         carry_out(self, outcome, before)
         self.ledger.add(batch, plan.step, outcome.factors)
         self._tell("on_edit_settled", outcome)
+        self._tell("on_edit_adjust", outcome)
+        self._tell("on_edit_done", outcome)
         self._log_step(batch, outcome)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:

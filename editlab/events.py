@@ -1,8 +1,10 @@
-"""The three moments of an edit at which callbacks may take part, and what they are given.
+"""The moments of an edit at which callbacks may take part, and what they are given.
 
     on_edit_planned   before the solve: constraints may be added (replay)
     on_edit_applied   the weights have changed: the edit may be scaled, cut or rolled back (trust)
-    on_edit_settled   the verdict is in: kept edits may be remembered, the model adjusted, things logged
+    on_edit_settled   the verdict is in: kept edits may be remembered (replay)
+    on_edit_adjust    the weights may be adjusted by other means (LoRA)
+    on_edit_done      the weights are as the next batch finds them: measure
 
 Every callback hears each event before any hears the next, in an order that does not depend on the YAML, so the
 order in which callbacks are listed never changes a result.
@@ -21,6 +23,7 @@ from editlab.data.fact import Fact
 from editlab.keys import CachedKey, Keys
 
 if TYPE_CHECKING:
+    from editlab.batch import StepState
     from editlab.editor import SequentialEditor
 
 
@@ -74,6 +77,8 @@ class EditOutcome:
     """why it was scaled, solved without some facts, or rolled back"""
     left_out: set[int] = field(default_factory=set)
     """places in the batch of facts without which it is solved again"""
+    before_adjustment: StepState | None = None
+    """the weights before they were adjusted; None where they were not"""
 
     def __post_init__(self) -> None:
         self._batch = len(self.plan.facts)
@@ -131,7 +136,7 @@ class EditOutcome:
 
 
 class EditCallback(Callback):
-    """A Lightning callback that also hears the three events of an edit; each does nothing by default."""
+    """A Lightning callback that also hears the events of an edit; each does nothing by default."""
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Values are found, nothing is solved yet: add constraints by :meth:`EditPlan.add`."""
@@ -141,3 +146,9 @@ class EditCallback(Callback):
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Every callback has had its say and the weights are as they stay."""
+
+    def on_edit_adjust(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """All have remembered what they need: the weights may be changed, by ``outcome.before_adjustment`` at first."""
+
+    def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """The weights stay as they are until the next batch: measure, or follow what an adjustment changed."""

@@ -14,7 +14,8 @@ class EditedLayer(nn.Module):
     """One edited weight: the original, the running sum of updates in float32, and the parameter made of both.
 
     ``W = (W0 + sum).to(dtype)``, so that thousands of small updates are not rounded away in a 16-bit weight. The
-    sum is in mathematical orientation [d_v, d_k] whatever way round the module stores its weight.
+    sum is in mathematical orientation [d_v, d_k] whatever way round the module stores its weight. An adapter may
+    stand beside the sum: it is part of the weight, can be switched off, and whoever set it keeps it.
 
     Args:
         module: a Linear or GPT-2's Conv1D; its weight is written in place.
@@ -32,6 +33,7 @@ class EditedLayer(nn.Module):
         shape = weight.T.shape if transposed else weight.shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_buffer("original", weight.clone(), persistent=False)
+        self.adapter: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
     @property
@@ -41,8 +43,9 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def write(self, total: Tensor | None = None) -> None:
-        """Sets the parameter to the original plus ``total`` (the running sum where not given)."""
-        total = self.total if total is None else total
+        """Sets the parameter to the original plus ``total`` (the running sum and the adapter where not given)."""
+        if total is None:
+            total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total
         # The wider of the two types: a 16-bit original is summed in float32, a float64 one keeps its digits.
         self.weight.copy_((self.original + total).to(self.weight.dtype))
@@ -57,6 +60,11 @@ class EditedLayer(nn.Module):
     def restore(self, total: Tensor) -> None:
         """Sets the sum to an earlier one, bit for bit, and writes the weight."""
         self.total.copy_(total)
+        self.write()
+
+    def set_adapter(self, adapter: Tensor | None) -> None:
+        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight."""
+        self.adapter = adapter
         self.write()
 
     @torch.no_grad()
@@ -97,7 +105,7 @@ class ClosedFormOptimizer(torch.optim.Optimizer):
 def unedited(layers: Iterable[EditedLayer]) -> Iterator[None]:
     """Within it the weights are the original ones; afterwards they are as edited, bit for bit."""
     layers = list(layers)
-    edited = any(bool(layer.total.any()) for layer in layers)
+    edited = any(layer.adapter is not None or bool(layer.total.any()) for layer in layers)
     if edited:
         for layer in layers:
             layer.write(torch.zeros_like(layer.total))

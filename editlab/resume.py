@@ -49,6 +49,9 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint is of {saved['language_model']}, whose weights differ from those of "
             f"{editor.language_model}: set model.language_model to the model that it edits."
         )
+    for name in checkpoint["state_dict"]:
+        if name.startswith("adjusted."):  # weights that a callback adjusted have to be there for Lightning to load
+            editor.changed_layer(name.split(".")[1].replace("/", "."))
     editor.ledger.load_state_dict(saved["ledger"])
     editor.contexts = list(saved["contexts"])
     editor.evaluation.load_state_dict(saved["evaluation"])

@@ -15,7 +15,7 @@ under the threshold leave the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site, locate
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.products import bfloat16_products, multiplies_bfloat16
+from editlab.lm.products import MATMULS, products
 from editlab.lm.running import adding, by_row, logits_only_at, reading, starting_at
 from editlab.lm.tokens import by_length, encode, join, pad
 
@@ -83,8 +83,8 @@ class ValueSettings:
                 raise UserError(f"model.values.{name} is {getattr(self, name)}: it must not be negative.")
         if self.reference not in ("current", "original"):
             raise UserError(f"model.values.reference is {self.reference!r}: it must be 'current' or 'original'.")
-        if self.matmul not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"model.values.matmul is {self.matmul!r}: it must be 'auto', 'float32' or 'bfloat16'.")
+        if self.matmul not in MATMULS:
+            raise UserError(f"model.values.matmul is {self.matmul!r}: it must be one of {', '.join(MATMULS)}.")
 
 
 @dataclass
@@ -158,9 +158,7 @@ def optimize_values(
 
 def _products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> AbstractContextManager[None]:
     """Products as the settings want them in the blocks above the site; keys and v0 come from below, unrounded."""
-    if settings.matmul == "float32" or (settings.matmul == "auto" and not multiplies_bfloat16(lm.device)):
-        return nullcontext()
-    return bfloat16_products(list(lm.anatomy.blocks)[site.layer + 1 :], lm.anatomy.edit_path)
+    return products(settings.matmul, list(lm.anatomy.blocks)[site.layer + 1 :], lm.anatomy.edit_path, lm.device)
 
 
 def _rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str]) -> list[_Row]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep import ROOT, Case, Run, parser, run_all, write_rows
+from sweep import ROOT, TEXT, Case, Run, parser, run_all, write_rows
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 from trust_labels import SIGNALS, Batch, _ranks, areas, is_bad, rates, read_batches, taus
 
@@ -25,7 +25,6 @@ from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, ne
 
 RECIPE = "configs/emmet_trust.yaml"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
-TEXT = ROOT.parent / "shared" / "data" / "text"
 COLORS = {"trust": (BLUE, "-"), "norm only": (ORANGE, "--"), "perplexity only": (GREEN, "-.")}
 
 

@@ -21,10 +21,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editlab.figures import Series
+from editlab.figures import Series, draw_band, new_figure, save_figure
 from editlab.lm.cache import atomic_file
 
 ROOT = Path(__file__).parents[1]
+TEXT = ROOT.parent / "shared" / "data" / "text"
+
+PANELS = (
+    ("retained/ES", "retained ES"),
+    ("retained/accuracy", "retained accuracy"),
+    ("retained/NS", "neighbors (NS)"),
+    ("perplexity/heldout", "held-out perplexity"),
+)
+MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "accuracy": lambda s: s["retained"]["accuracy"],
+    "ES": lambda s: s["retained"]["ES"],
+    "NS": lambda s: s["retained"]["NS"] - s["before"]["NS"],
+    "perplexity_ratio": lambda s: s["perplexity"]["after"] / s["perplexity"]["before"],
+}
+"""name -> number of a run's summary; NS as the change from the unedited model"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,29 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return found
 
 
+def add_texts(shared: argparse.ArgumentParser) -> None:
+    """The arguments for texts: WikiText where it is at hand, else what comes with editlab."""
+    texts = {"heldout": TEXT / "wikitext2_test.txt", "moments": TEXT / "wikitext2_valid.txt"}
+    heldout, moments = (str(path) if path.exists() else None for path in texts.values())
+    shared.add_argument("--heldout", default=heldout or "builtin", help="text of the perplexity")
+    shared.add_argument("--moments", default=moments or "self", help="text of the second moments")
+
+
+def common_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Flags of an experiment's runs: its facts and texts, and no more scoring than its table needs."""
+    return {
+        "data.path": options.path,
+        "data.limit": options.edits,
+        "data.batch_size": options.batch_size,
+        "model.evaluation.immediate": "edits",
+        "model.evaluation.neighbors": 3,
+        "model.evaluation.heldout": options.heldout,
+        "model.evaluation.generated_texts": 0,
+        "model.moments.text": options.moments,
+        "model.moments.tokens": 24576 if options.moments == "self" else 160000,
+    }
+
+
 def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
     """Runs every case with every seed; gives those that have a result.
 
@@ -156,6 +194,44 @@ def against(runs: Sequence[Run], base: str, measure: Callable[[dict[str, Any]], 
         for case, values in of.items()
         if base in of and set(values) & set(of[base])
     }
+
+
+def means(runs: Sequence[Run], base: Mapping[str, str], otherwise: str) -> list[dict[str, Any]]:
+    """One row a case: means over seeds, and what it gains over its base, paired by seed, with 95% t-intervals.
+
+    Args:
+        runs: those that are there.
+        base: case -> the case that it is held against.
+        otherwise: the base of cases not named.
+    """
+    rows = []
+    for case in dict.fromkeys(run.case.name for run in runs):
+        some = [run.summary or {} for run in runs if run.case.name == case]
+        row: dict[str, Any] = {"case": case, "seeds": len(some)}
+        row |= {name: round(interval([measure(s) for s in some])[0], 4) for name, measure in MEASURES.items()}
+        for name, measure in MEASURES.items():
+            found = against(runs, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
+            row |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), found, strict=True)}
+        rows.append(row)
+    return rows
+
+
+def draw_curves(runs: Sequence[Run], shown: Mapping[str, tuple[str, str, str]], path: Path) -> None:
+    """Retained ES, accuracy, NS and perplexity over edits; bands are the range over seeds.
+
+    Args:
+        runs: those that are there.
+        shown: case -> label, color, line.
+        path: of the figure, ``.png`` and ``.pdf``.
+    """
+    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
+    for ax, (name, title) in zip(axes, PANELS, strict=True):
+        for case, (label, color, line) in shown.items():
+            curves = [run.curve() for run in runs if run.case.name == case]
+            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+        ax.set(title=title, xlabel="edits")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    save_figure(figure, path)
 
 
 def write_table(runs: Sequence[Run], path: Path) -> None:

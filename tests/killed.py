@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import callbacks  # noqa: F401 - imported once, in the server that the runs are forked from
+import callbacks.adjustment  # imported once, in the server that the runs are forked from
 import editlab.batch
 import editlab.checkpoint
 import editlab.cli
@@ -79,6 +79,7 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     clock.around(editlab.logger.RunLogger, "log_metrics")
     clock.around(editlab.logger, "_write")
     clock.around(editlab.event_log.EventLog, "append")
+    clock.around(callbacks.adjustment.Objective, "loss")  # in the middle of an adjustment
     clock.around(os, "replace")
     clock.within_torch_save()
     code = editlab.cli.main(arguments)

@@ -165,13 +165,43 @@ def test_every_callback_hears_each_event_before_the_next(tiny_folder, tmp_path):
         def on_edit_settled(self, trainer, editor, outcome):
             heard.append((type(self).__name__, "settled"))
 
+        def on_edit_adjust(self, trainer, editor, outcome):
+            heard.append((type(self).__name__, "adjust"))
+
+        def on_edit_done(self, trainer, editor, outcome):
+            heard.append((type(self).__name__, "done"))
+
     class Two(One):
         pass
 
     for order in ([One(), Two()], [Two(), One()]):
         heard.clear()
         fit(tmp_path, editor(tiny_folder), callbacks=order, limit=1, batch_size=1)
-        assert heard == [(n, e) for e in ("planned", "applied", "settled") for n in ("One", "Two")]
+        assert heard == [(n, e) for e in ("planned", "applied", "settled", "adjust", "done") for n in ("One", "Two")]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the run goes on in its folder
+def test_other_weights_may_be_changed_and_are_part_of_a_checkpoint(tiny_folder, tmp_path):
+    path = "model.layers.0.self_attn.q_proj"
+
+    class Change(EditCallback):
+        def on_edit_adjust(self, trainer, editor, outcome):
+            editor.changed_layer(path).add(torch.full((32, 32), 0.25))
+
+    module = editor(tiny_folder)
+    fit(tmp_path, module, callbacks=[Change()], save=True)
+    assert module.changed_layer("model.layers.2.mlp.down_proj") is module.layers[1]
+    assert module.changed_layers == [*module.layers, module.changed_layer(path)]
+    weight = module.lm.model.get_submodule(path).weight
+    other = editor(tiny_folder)
+    other.configure_model()
+    original = other.lm.model.get_submodule(path).weight.clone()
+    assert torch.equal(weight, original + 0.75)  # three batches
+    with module.unedited():
+        assert torch.equal(weight, original)
+    checkpoint = tmp_path / "logs" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    fit(tmp_path, other, ckpt_path=checkpoint, save=True)
+    assert torch.equal(other.lm.model.get_submodule(path).weight, weight)
 
 
 def test_added_constraints_hold_and_may_not_move(tiny_folder, tmp_path):

@@ -214,3 +214,26 @@ def test_a_step_works_where_weights_need_no_gradient():
     ClosedFormOptimizer([layer]).step(lambda: [(layer, update(1))])
     torch.testing.assert_close(module.weight, before + update(1).float())
     assert not module.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_stands_beside_the_sum(kind):
+    """W = W0 + sum + adapter; switched off the weight is that of the sum alone, and unedited that of neither."""
+    module, layer = make(kind)
+    original = module.weight.detach().clone()
+    layer.add(update(1))
+    edited = module.weight.detach().clone()
+    layer.set_adapter(update(2).float())
+    oriented = (update(1) + update(2)).float()
+    torch.testing.assert_close(module.weight.detach(), original + (oriented.T if kind == "conv1d" else oriented))
+    with_adapter = module.weight.detach().clone()
+    with unedited([layer]):
+        assert torch.equal(module.weight, original)
+    assert torch.equal(module.weight, with_adapter)
+    layer.restore(torch.zeros(D_V, D_K))  # the sum goes, the adapter stays, and alone it is an edit too
+    with unedited([layer]):
+        assert torch.equal(module.weight, original)
+    assert not torch.equal(module.weight, original)
+    layer.restore(update(1).float())
+    layer.set_adapter(None)
+    assert torch.equal(module.weight, edited)

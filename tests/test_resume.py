@@ -35,6 +35,14 @@ def shrunk(recipe, folder, tiny, **changes):
     config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
     for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "LoRAAdjust":
+            callback["init_args"] |= {
+                "every_n_batches": 2,
+                "steps": 3,
+                "text_tokens": 64,
+                "tolerance": 0.05,
+                "dropout": 0.1,
+            }
         if callback["class_path"] == "TrustRollback":
             (folder / "heldout.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 9)
             # A random model's updates are as large as its weights; with these, some of its edits stay and some do not.
@@ -104,8 +112,9 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     decisions = {event["decision"] for event in expected["events"]}
     assert len(decisions) > 1 or "trust" not in recipe.stem  # not all are kept, nor none
     draw = random.Random(recipe.stem)
-    # The first two kills are in the middle of a checkpoint's bytes and between a solve and its update.
-    aimed = [draw.choice([i for i, p in enumerate(points, 1) if p == name]) for name in (killed.HALF, "after solve")]
+    # The first kills are in the middle of a checkpoint's bytes, between a solve and its update, and in an adjustment.
+    aimed = [draw.choice([i for i, p in enumerate(points, 1) if p == name])
+             for name in (killed.HALF, "after solve", "after loss") if name in points]  # fmt: skip
     kills, chains = 0, 0
     while kills < KILLS:
         # A chain of runs, each killed on its way, up to four times; where one gets through, the next chain begins.

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from editlab.rng import rng_state, set_rng_state
+from editlab.rng import private_draws, rng_state, set_rng_state
 
 
 def draws():
@@ -20,3 +20,14 @@ def test_every_generator_goes_on_where_it_was(tmp_path):
     set_rng_state(torch.load(tmp_path / "state", weights_only=True))
     assert [draws() for _ in range(3)] == expected
     set_rng_state(before)
+
+
+def test_private_draws_follow_their_seed_and_leave_the_global_state():
+    before = torch.get_rng_state()
+    with private_draws(3):
+        first = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    with private_draws(3):
+        assert torch.equal(torch.rand(4), first)
+    assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(3)))

@@ -14,6 +14,7 @@ from editlab.lm.anatomy import Anatomy, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
+from editlab.rng import private_draws
 
 TOKENS_A_PASS = 4096
 """Padded tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
@@ -141,8 +142,7 @@ class LanguageModel(nn.Module):
             For each prompt, its ids followed by the new ones.
         """
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with private_draws(seed, self.device):
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -7,7 +7,7 @@ each product; the residual stream, norms and attention keep their type, so error
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,28 @@ from torch import Tensor, nn
 
 from editlab.lm.probe import LinearMap, linear_maps
 
+MATMULS = ("auto", "float32", "bfloat16")
+"""How matrices may be multiplied; see :func:`products`."""
+
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the CPU has instructions for bfloat16 products (AMX); False for any other device."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
     return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+
+
+def products(matmul: str, blocks: Sequence[nn.Module], edit_path: str, device: torch.device) -> AbstractContextManager:
+    """Products of ``blocks`` as a setting wants them: :func:`bfloat16_products`, or as they are.
+
+    Args:
+        matmul: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the CPU has instructions for it.
+        blocks: blocks of the model.
+        edit_path: path of the MLP's output projection in a block.
+        device: where the model is.
+    """
+    if matmul == "float32" or (matmul == "auto" and not multiplies_bfloat16(device)):
+        return nullcontext()
+    return bfloat16_products(blocks, edit_path)
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **se
     # A random model's targets hardly rise, and its updates are as large as its weights: scales to suit it.
     scales = {"edit_success_gain": [-1.0, 0.2], "neighbor_flip_rate": [1.0, 1.0], "heldout_ppl_delta": [0.3, 0.3],
               "update_norm": [5.0, 1.0]}  # fmt: skip
-    gate = TrustRollback(**{"heldout": heldout, "scales": scales, "calibrate": 0, "budget": None, **settings})
+    gate = TrustRollback(**{"heldout": heldout, "scales": scales, "calibrate": 0, "budget": None,
+                            "matmul": "float32", **settings})  # fmt: skip
     values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
     module = editor(tiny_folder, layers=list(layers), values=values)
     fit(tmp_path, module, callbacks=[gate, *others], name=name)
@@ -222,6 +223,7 @@ def test_facts_of_the_file_serve_where_no_text_is_given(tiny_folder, tmp_path):
     [
         ({"granularity": "token"}, "granularity is 'token': it must be one of batch, edit"),
         ({"action": "pray"}, "action is 'pray'"),
+        ({"matmul": "int4"}, "matmul is 'int4'"),
         ({"heldout_samples": 0}, "heldout_samples is 0"),
         ({"neighbor_samples": 0}, "neighbor_samples is 0"),
         ({"budget": [1.0]}, "give .allowance, limit., or null"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.probe import linear_maps
-from editlab.lm.products import bfloat16_products, multiplies_bfloat16
+from editlab.lm.products import bfloat16_products, multiplies_bfloat16, products
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 IDS = torch.tensor([[11, 42, 7, 99, 180], [5, 250, 31, 8, 9]])
@@ -96,3 +96,15 @@ def test_maps_that_read_one_tensor_share_its_rounded_copy(monkeypatch):
     query, key, value = seen[:3]
     assert query is key is value
     assert query.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("matmul", "able", "rounds"),
+    [("float32", True, False), ("bfloat16", False, True), ("auto", True, True), ("auto", False, False)],
+)
+def test_products_as_a_setting_wants_them(monkeypatch, matmul, able, rounds):
+    monkeypatch.setattr("editlab.lm.products.multiplies_bfloat16", lambda device: able)
+    lm = make("llama")
+    exact = states(lm)[-1]
+    with products(matmul, lm.anatomy.blocks, lm.anatomy.edit_path, lm.device):
+        assert torch.equal(states(lm)[-1], exact) != rounds

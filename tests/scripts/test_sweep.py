@@ -13,6 +13,7 @@ from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
+import run_lora_ablation as lora_ablation
 import run_replay_ablation as ablation
 import sweep
 
@@ -60,7 +61,7 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     assert float(row["retained_ES"]) == pytest.approx(summary["retained"]["ES"], abs=1e-4)
     ratio = summary["perplexity"]["after"] / summary["perplexity"]["before"]
     assert float(row["perplexity_ratio"]) == pytest.approx(ratio, abs=1e-4)
-    ablation.draw(runs, tmp_path / "figs" / "curves.png")
+    sweep.draw_curves(runs, ablation.SHOWN, tmp_path / "figs" / "curves.png")
     assert {p.name for p in (tmp_path / "figs").iterdir()} == {"curves.png", "curves.pdf"}
 
 
@@ -97,10 +98,13 @@ def test_differences_are_paired_by_seed(tmp_path):
                        "perplexity": {"before": 20.0, "after": 22.0}}  # fmt: skip
             (folder / "summary.json").write_text(json.dumps(summary))
             runs.append(sweep.Run(sweep.Case(case, {}), seed, folder))
-    none, more = ablation.means(runs)
+    none, more = sweep.means(runs, {}, "none")
     assert (more["accuracy_gain"], more["accuracy_gain_low"], more["accuracy_gain_high"]) == (0.1, 0.1, 0.1)
     assert (none["accuracy_gain"], none["accuracy"], more["seeds"]) == (0.0, 0.7, 3)
     assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
+    assert (more["NS_gain"], more["ES_gain"], more["perplexity_ratio_gain"]) == (0.0, 0.0, 0.0)
+    _, more = sweep.means(runs, {"more": "more"}, "none")
+    assert more["accuracy_gain"] == 0.0
 
 
 def test_dry_run_and_missing_file(options, capsys):
@@ -110,6 +114,14 @@ def test_dry_run_and_missing_file(options, capsys):
     options.path = "nowhere.json"
     with pytest.raises(SystemExit, match=r"nowhere\.json is not there"):
         sweep.run_all([], "configs/emmet.yaml", options)
+
+
+def test_lora_cases_have_the_bases_that_they_are_held_against():
+    names = [case.name for case in lora_ablation.cases()]
+    assert len(names) == len(set(names))
+    assert set(lora_ablation.BASE) | set(lora_ablation.BASE.values()) <= set(names)
+    assert {"lora_4", "lora_8", "lora_16", "emmet", "replay", "replay_lora_8"} <= set(names)
+    assert set(lora_ablation.SHOWN) <= set(names)
 
 
 def test_the_cases_cover_what_was_asked():

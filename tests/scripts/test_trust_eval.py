@@ -63,9 +63,9 @@ def run(tmp_path, tiny_folder, name, *callbacks, text=None):
 def test_forks_measure_both_branches_and_leave_the_run_alone(tiny_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
-    gate = {"heldout": str(text), "threshold": 0.0, "budget": None}
+    gate = {"heldout": str(text), "threshold": 0.0, "budget": None, "matmul": "float32"}
     plain, _ = run(tmp_path, tiny_folder, "plain", TrustRollback(**gate))
-    fork = ForkLabels(str(text), tokens=64, past=4, neighbors=2, later=1, later_every=1)
+    fork = ForkLabels(str(text), tokens=64, past=4, neighbors=2, later=1, later_every=1, matmul="float32")
     watched, folder = run(tmp_path, tiny_folder, "forked", TrustRollback(**gate), fork)
     assert all(torch.equal(a.total, b.total) for a, b in zip(plain.layers, watched.layers, strict=True))
     events = trust_labels.read_lines(folder / "fork.jsonl")

@@ -1,0 +1,191 @@
+"""The objective of an adjustment and its training: edits are learnt while the rest stays as it was.
+
+No callback and no PEFT here: a model, rows of tokens, and the parameters to train.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from editlab.data.fact import Fact
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.running import logits_only_at
+from editlab.lm.tokens import encode, encode_pair, pad
+from editlab.scoring import score_facts
+
+LOSSES = ("edits", "before", "unedited")
+
+
+class Row(NamedTuple):
+    """Tokens, and the places whose next token matters."""
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    following: tuple[int, ...]
+    """the token after each place"""
+
+
+def edit_rows(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Row]:
+    """Each fact's question in each context, up to the last token of its new target; the target's places matter."""
+    rows = []
+    for fact in facts:
+        for context in contexts:
+            encoding, start = encode_pair(lm.tokenizer, context + fact.question, fact.target_new)
+            places = tuple(range(start - 1, len(encoding.ids) - 1))
+            rows.append(Row(tuple(encoding.ids[:-1]), places, tuple(encoding.ids[start:])))
+    return rows
+
+
+def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
+    """The questions of facts; what would come next matters, and no answer is known."""
+    encoded = [tuple(encode(lm.tokenizer, fact.question).ids) for fact in facts]
+    return [Row(ids, (len(ids) - 1,), (-1,)) for ids in encoded]
+
+
+def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:
+    """Windows of text; each token after the first matters."""
+    return [Row(tuple(w[:-1]), tuple(range(len(w) - 1)), tuple(w[1:])) for w in windows if len(w) > 1]
+
+
+def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
+    """Float32 logits at the places of the rows, one row after the other, [places, vocabulary]; gradients flow."""
+    ids, mask = pad([row.ids for row in rows])
+    index = torch.tensor([(r, place) for r, row in enumerate(rows) for place in row.places], device=lm.device)
+    with logits_only_at(lm.anatomy.head, index[:, 0], index[:, 1]):
+        logits: Tensor = lm.run(ids, mask).logits[0].float()
+    return logits
+
+
+@torch.no_grad()
+def distributions(lm: LanguageModel, rows: Sequence[Row], size: int = 16) -> list[Tensor]:
+    """Log-probabilities at each row's places with the weights as they are: float32 [places, vocabulary] a row."""
+    found: list[Tensor] = []
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        found += logits_of(lm, some).log_softmax(1).split([len(row.places) for row in some])
+    return found
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model), the mean over places, in nats; of log-probabilities [places, vocabulary]."""
+    return nn.functional.kl_div(logits.log_softmax(1), reference, reduction="batchmean", log_target=True)
+
+
+@dataclass
+class Objective:
+    """What is trained on: cross-entropy of edits, and divergence from what the model said elsewhere.
+
+    ``loss = w_edits CE(edits) + w_before KL(before || now) + w_unedited KL(unedited || now)``
+    """
+
+    edits: Sequence[Row]
+    others: Sequence[Row]
+    before: Sequence[Tensor]
+    """what the model said on :attr:`others` before the adjustment; only looked at where it weighs anything"""
+    unedited: Sequence[Tensor]
+    """what the unedited model said there"""
+    weights: dict[str, float]
+
+    def loss(self, lm: LanguageModel, edits: Sequence[int], others: Sequence[int]) -> dict[str, Tensor]:
+        """The parts of the loss, unweighted, on the named edit rows and other rows."""
+        rows = [self.edits[i] for i in edits]
+        following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
+        parts = {"edits": nn.functional.cross_entropy(logits_of(lm, rows), following)}
+        asked = {"before": self.before, "unedited": self.unedited}
+        asked = {name: said for name, said in asked.items() if self.weights[name] > 0}
+        if asked and others:
+            logits = logits_of(lm, [self.others[i] for i in others])
+            for name, said in asked.items():
+                parts[name] = divergence(torch.cat([said[i] for i in others]), logits)
+        return parts
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum."""
+        return sum((self.weights[name] * part for name, part in parts.items()), torch.zeros(()))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast."""
+
+    steps: int
+    lr: float
+    batch_size: int
+
+    def run(
+        self,
+        lm: LanguageModel,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        draw: random.Random,
+    ) -> dict[str, float]:
+        """Takes the steps; gives each part of the loss, the mean over the last quarter of them.
+
+        Raises:
+            FloatingPointError: where a loss is not finite.
+        """
+        pools = {"edits": _Deck(len(objective.edits), draw), "others": _Deck(len(objective.others), draw)}
+        seen: list[dict[str, float]] = []
+        for _ in range(self.steps):
+            with torch.enable_grad():
+                parts = objective.loss(lm, pools["edits"].deal(self.batch_size), pools["others"].deal(self.batch_size))
+                loss = objective.total(parts)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss is {float(loss.detach())} after {len(seen)} steps")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append({name: float(part.detach()) for name, part in parts.items()})
+        last = seen[-max(1, len(seen) // 4) :]
+        return {name: sum(step[name] for step in last) / len(last) for name in (last[0] if last else {})}
+
+
+class _Deck:
+    """Deals numbers below ``count`` in random order, all of them before any comes again."""
+
+    def __init__(self, count: int, draw: random.Random) -> None:
+        self.count, self.draw, self.left = count, draw, list[int]()
+
+    def deal(self, size: int) -> list[int]:
+        dealt: list[int] = []
+        while len(dealt) < min(size, self.count):
+            if not self.left:
+                # Those of this hand go to the bottom, so that it has none twice.
+                self.left = sorted(self.draw.sample(range(self.count), self.count), key=lambda i: i not in dealt)
+            dealt.append(self.left.pop())
+        return dealt
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the guard looks at."""
+
+    edits: float
+    """mean log-probability per token of edits' targets, in nats"""
+    accuracy: float
+    """share of edits whose targets are the argmax at every token"""
+    text: float | None
+    """mean negative log-probability per token of the texts, in nats; None where there are none"""
+    ES: float | None = None
+    """share of edits whose new target is likelier than the truth; None where no truth is known"""
+
+
+def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> Health:
+    """The model on some edits and texts, with the weights as they are."""
+    scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit
+    wanted = [list(zip(row.places, row.following, strict=True)) for row in texts]
+    logps = lm.next_token_scores([row.ids for row in texts], wanted).logps
+    told = ~scores.logp_true.isnan()
+    success = (scores.logp_new > scores.logp_true)[told].float()
+    return Health(
+        edits=float(scores.logp_new.mean()),
+        accuracy=float(scores.hit_new.float().mean()),
+        text=float(-torch.cat(logps).mean()) if logps else None,
+        ES=float(success.mean()) if len(success) else None,
+    )

@@ -1,0 +1,342 @@
+"""LoRA fine-adjustment: a low-rank adapter is trained briefly after some batches, to mend what the edits bent."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from callbacks.adapter import Adapter, find_targets, parameters
+from callbacks.adjustment import (
+    LOSSES,
+    Health,
+    Objective,
+    Training,
+    distributions,
+    edit_rows,
+    examine,
+    prompt_rows,
+    text_rows,
+)
+from editlab.batch import StepState
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.errors import UserError
+from editlab.event_log import EventLog
+from editlab.events import EditCallback, EditOutcome
+from editlab.moments import read_file, read_ids, sample_text
+from editlab.rng import private_draws
+from editlab.summary import run_folder
+
+log = logging.getLogger(__name__)
+
+EVENTS = "lora_events.jsonl"
+MODES = ("merge", "adapter")
+TEXT_WINDOW = 32
+"""Tokens in a window of the text that shall stay as likely as it was."""
+
+
+@dataclass
+class _Adjustment:
+    before: Health
+    after: Health | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    """why it is dropped"""
+    seconds: float = 0.0
+
+
+class LoRAAdjust(EditCallback):
+    """After some batches, trains a LoRA adapter on edits made so far while the rest of the model is held in place.
+
+    The closed form is left as it is. The adapter learns ``edits`` (cross-entropy of the targets of recent and earlier
+    edits, in bare prompts and in contexts) against ``before`` (divergence from the model before the adjustment) and
+    ``unedited`` (from the unedited model) on prompts of other facts and on a text. An adjustment that makes edits
+    or text worse that it was not trained on is dropped.
+
+    Args:
+        rank: of the adapter.
+        alpha: what it adds is scaled by alpha / rank.
+        dropout: on its inputs in training.
+        targets: ``edited`` (the MLP's output projection), ``mlp``, ``attention``, or a regular expression for paths
+            inside a block.
+        layers: that it goes to; the edited ones where not given.
+        every_n_batches: between two adjustments; null makes none on the way.
+        at_end: also after the last batch.
+        steps: of each adjustment.
+        lr: of its AdamW.
+        batch_size: prompts of edits, and others, in each step.
+        replayed: earlier edits that an adjustment draws, beside those since the last one.
+        weights: of the losses ``edits``, ``before`` and ``unedited``; those not named keep 1, 1 and 0.
+        text: to stay as likely as it was: ``self`` (sampled from the unedited model) or a text file.
+        text_tokens: of it; half of them are the guard's.
+        prompts: questions of facts that are not edited, to be answered as before.
+        probes: edits that the guard sets aside; at most a quarter of all.
+        tolerance: nats per token by which edits and text set aside may get worse.
+        mode: ``merge`` adds each adjustment to the weights; ``adapter`` trains one adapter on and keeps it beside them,
+            to be written in PEFT's format into ``adapter/`` of the run's folder.
+        seed: of the adapter's first factors and of what is drawn.
+
+    Raises:
+        UserError: for a setting out of range or an unknown name.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        targets: str = "edited",
+        layers: list[int] | None = None,
+        every_n_batches: int | None = 4,
+        at_end: bool = True,
+        steps: int = 20,
+        lr: float = 1e-3,
+        batch_size: int = 16,
+        replayed: int = 128,
+        weights: dict[str, float] | None = None,
+        text: str = "self",
+        text_tokens: int = 1024,
+        prompts: int = 48,
+        probes: int = 32,
+        tolerance: float = 0.01,
+        mode: str = "merge",
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("rank", rank), ("steps", steps), ("batch_size", batch_size), ("probes", probes),
+                            ("every_n_batches", every_n_batches)):  # fmt: skip
+            if value is not None and value < 1:
+                raise UserError(f"LoRAAdjust.{name} is {value}: it must be at least 1.")
+        for name, number in (("alpha", alpha), ("lr", lr)):
+            if not number > 0:
+                raise UserError(f"LoRAAdjust.{name} is {number}: it must be above 0.")
+        for name, number in (("replayed", replayed), ("text_tokens", text_tokens), ("prompts", prompts),
+                             ("tolerance", tolerance)):  # fmt: skip
+            if number < 0:
+                raise UserError(f"LoRAAdjust.{name} is {number}: it must not be negative.")
+        if not 0 <= dropout < 1:
+            raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
+        if mode not in MODES:
+            raise UserError(f"LoRAAdjust.mode is {mode!r}: it must be one of {', '.join(MODES)}.")
+        unknown = set(weights or {}) - set(LOSSES)
+        if unknown or any(weight < 0 for weight in (weights or {}).values()):
+            raise UserError(f"LoRAAdjust.weights is {weights}: give {', '.join(LOSSES)}, none of them negative.")
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.targets, self.layers = targets, layers
+        self.every_n_batches, self.at_end = every_n_batches, at_end
+        self.training = Training(steps, lr, batch_size)
+        self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
+        self.weights = {"edits": 1.0, "before": 1.0, "unedited": 0.0, **(weights or {})}
+        self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
+        self.mode = mode
+        self.seed = seed
+        self.adapter: Adapter | None = None
+        self.last = -1
+        self.decisions: Counter[str] = Counter()
+        self._optimizer: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    # ---- setting up -------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the maps that the adapter goes to, and says how much of the model it is.
+
+        Raises:
+            UserError: where there are none, or batches are independent.
+        """
+        editor = pl_module
+        assert isinstance(editor, SequentialEditor)
+        if editor.restore_between_batches:
+            raise UserError("LoRAAdjust has nothing to adjust where model.restore_between_batches is set: drop one.")
+        self._take_up(editor)
+        model = editor.lm.model
+        whole = sum(p.numel() for p in model.parameters())
+        maps = [model.get_submodule(path).weight for path in self.paths]
+        own = sum(self.rank * sum(weight.shape) for weight in maps)  # type: ignore[arg-type,misc]
+        log.info(
+            "LoRA of rank %d on %d linear maps: %d trainable parameters, %.3f%% of the model's %d (all of those maps: "
+            "%d, %.2f%%)", self.rank, len(maps), own, 100 * own / whole, whole,
+            (full := sum(weight.numel() for weight in maps)), 100 * full / whole,  # type: ignore[misc,operator]
+        )  # fmt: skip
+
+    def _take_up(self, editor: SequentialEditor) -> None:
+        """The adapter of a checkpoint is put beside the weights."""
+        self.paths = find_targets(editor.lm.anatomy, self.targets, self.layers or editor.layer_numbers)
+        layers = {path: editor.changed_layer(path) for path in self.paths}
+        if self._resumed is not None and self.mode == "adapter":
+            self.adapter = self._new_adapter(editor, 0)
+            self.adapter.factors = self._resumed["factors"]
+            self._optimizer = self._resumed["optimizer"]
+            if self.adapter.factors is not None:
+                with self.adapter.in_place() as model:
+                    updates = self.adapter.updates(model)
+                for path, layer in layers.items():
+                    layer.set_adapter(updates[path])
+        self._resumed = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """``editlab validate`` measures the model with its adapter."""
+        if self._resumed is not None and isinstance(pl_module, SequentialEditor):
+            self._take_up(pl_module)
+
+    on_test_start = on_validation_start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Chooses what shall stay as it is, and drops events that a resumed run makes anew."""
+        editor = pl_module
+        assert isinstance(editor, SequentialEditor)
+        lm, count = editor.lm, self.text_tokens // TEXT_WINDOW
+        spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
+        with editor.unedited():
+            windows = self._windows(editor) if count else []
+            half = -(-count // 2)
+            self.texts = text_rows(windows[:half])
+            self.others = [*prompt_rows(lm, spare), *text_rows(windows[half:])]
+            self._said_unedited = distributions(lm, self.others) if self.weights["unedited"] else []
+        self._events = EventLog(run_folder(trainer) / EVENTS)
+        if trainer.is_global_zero:
+            self._events.go_on(trainer.global_step)
+
+    def _windows(self, editor: SequentialEditor) -> list[list[int]]:
+        count = self.text_tokens // TEXT_WINDOW
+        if self.text == "self":
+            sampled = sample_text(editor.lm, count * TEXT_WINDOW, self.seed, "Sampling text")
+            flat = [token for window in sampled for token in window]
+        else:
+            flat = read_ids(editor.lm, read_file(self.text), count * TEXT_WINDOW)
+        return [flat[i : i + TEXT_WINDOW] for i in range(0, len(flat), TEXT_WINDOW)]
+
+    def _new_adapter(self, editor: SequentialEditor, step: int) -> Adapter:
+        return Adapter(editor.lm, self.paths, self.rank, self.alpha, self.dropout, 1000 * self.seed + step)
+
+    # ---- an adjustment ----------------------------------------------------------------------------------------
+
+    def on_edit_adjust(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """Trains the adapter when its turn has come, and keeps it if the guard finds nothing worse."""
+        step = outcome.plan.step
+        due = self.every_n_batches is not None and (step + 1) % self.every_n_batches == 0
+        if not (due or (self.at_end and trainer.is_last_batch)):
+            return
+        draw = random.Random(f"{self.seed}:{step}")
+        trained, aside = self._draw(editor, draw)
+        if not trained or not aside:
+            log.info("Batch %d: no LoRA adjustment, as there are too few edits to set one aside", step)
+            return
+        state = StepState(editor.changed_layers)
+        done = self._adjust(editor, step, draw, trained, aside)
+        if done.reason:
+            state.restore_weights()
+        else:
+            outcome.before_adjustment = state
+        self.last = step
+        self._record(trainer, editor, outcome, done)
+
+    def _draw(self, editor: SequentialEditor, draw: random.Random) -> tuple[list[Fact], list[Fact]]:
+        """Edits to train on (those since the last adjustment, and some earlier ones), and edits set aside."""
+        standing = editor.edited_facts
+        batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
+        count = min(self.probes, -(-len(standing) // 4)) if len(standing) > 1 else 0
+        aside = set(draw.sample(range(len(standing)), count))
+        left = [fact for i, fact in enumerate(standing) if i not in aside]
+        recent = [fact for fact in left if batches[fact.slot] > self.last]
+        earlier = [fact for fact in left if batches[fact.slot] <= self.last]
+        drawn = draw.sample(earlier, min(self.replayed, len(earlier)))
+        return recent + drawn, [standing[i] for i in sorted(aside)]
+
+    def _adjust(
+        self, editor: SequentialEditor, step: int, draw: random.Random, trained: Sequence[Fact], aside: Sequence[Fact]
+    ) -> _Adjustment:
+        """Trains and tries it, and keeps what it learnt if nothing is worse; the weights are left as tried."""
+        lm, started = editor.lm, time.perf_counter()
+        rows = edit_rows(lm, trained, [""])
+        contexts = [context for context in editor.contexts if context]
+        if contexts:
+            rows += [row for fact in trained for row in edit_rows(lm, [fact], [draw.choice(contexts)])]
+        done = _Adjustment(examine(lm, aside, self.texts))
+        said = distributions(lm, self.others) if self.weights["before"] else []
+        objective = Objective(rows, self.others, said, self._said_unedited, self.weights)
+        adapter = self.adapter or self._new_adapter(editor, step)
+        for path in self.paths:
+            editor.changed_layer(path).set_adapter(None)  # PEFT's own takes its place
+        with adapter.in_place() as model, private_draws(adapter.seed, lm.device):
+            optimizer = torch.optim.AdamW(parameters(model), lr=self.training.lr, weight_decay=0.0)
+            if self._optimizer is not None:
+                optimizer.load_state_dict(self._optimizer)
+            try:
+                done.losses = self.training.run(lm, objective, optimizer, draw)
+            except FloatingPointError as error:
+                done.reason = str(error)
+            updates, factors = adapter.updates(model), adapter.state(model)
+        if not done.reason:
+            self._put(editor, updates)
+            done.after = examine(lm, aside, self.texts)
+            done.reason = _worse(done.before, done.after, self.tolerance)
+        if not done.reason and self.mode == "adapter":
+            self.adapter, adapter.factors, self._optimizer = adapter, factors, optimizer.state_dict()
+        done.seconds = time.perf_counter() - started
+        return done
+
+    def _put(self, editor: SequentialEditor, updates: dict[str, Tensor]) -> None:
+        for path, update in updates.items():
+            layer = editor.changed_layer(path)
+            if self.mode == "merge":
+                layer.add(update)
+            else:
+                layer.set_adapter(update)
+
+    def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, done: _Adjustment) -> None:
+        decision = "drop" if done.reason else "keep"
+        self.decisions[decision] += 1
+        for when, health in (("before", done.before), ("after", done.after)):
+            found = asdict(health) if health is not None else {}
+            outcome.measured |= {f"lora/{name}_{when}": value for name, value in found.items() if value is not None}
+        outcome.measured |= {f"lora/loss_{name}": value for name, value in done.losses.items()}
+        outcome.measured["lora/kept"] = float(not done.reason)
+        if done.reason:
+            log.info("Batch %d: the LoRA adjustment is dropped: %s", outcome.plan.step, done.reason)
+        if trainer.is_global_zero:
+            found = asdict(done) | {"seconds": round(done.seconds, 3)}
+            self._events.append({"step": outcome.plan.step, "edits": editor.edits, "decision": decision, **found})
+
+    # ---- the end, and checkpoints -----------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what was done; writes the adapter, where one is kept."""
+        assert isinstance(pl_module, SequentialEditor)
+        told = ", ".join(f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped")))
+        log.info("LoRA adjustments: %s (see %s)", told, self._events.path)
+        if self.adapter is not None and self.adapter.factors is not None and trainer.is_global_zero:
+            self.adapter.save(run_folder(trainer) / "adapter")
+            log.info("LoRA adapter: %s, for the edited model", run_folder(trainer) / "adapter")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapter and its optimizer, and when it was trained."""
+        return {
+            "factors": self.adapter.factors if self.adapter is not None else None,
+            "optimizer": self._optimizer,
+            "last": self.last,
+            "decisions": dict(self.decisions),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what :meth:`state_dict` gave; the adapter is put in place once the model is there."""
+        self._resumed = state_dict
+        self.last = state_dict["last"]
+        self.decisions = Counter(state_dict["decisions"])
+
+
+def _worse(before: Health, after: Health, tolerance: float) -> str:
+    """What the guard objects to; "" where it does not."""
+    if not after.edits >= before.edits - tolerance:
+        return f"edits set aside went from {before.edits:.3f} to {after.edits:.3f} nats per token"
+    if before.text is not None and after.text is not None and not after.text <= before.text + tolerance:
+        return f"the text set aside went from {before.text:.3f} to {after.text:.3f} nats per token"
+    return ""

@@ -1,0 +1,76 @@
+"""What a LoRA adjustment buys on top of EMMET, alone and with replay, by rank, and what it costs.
+
+    python scripts/run_lora_ablation.py                       # every case, three seeds; goes on where it stopped
+    python scripts/run_lora_ablation.py --only emmet lora_8 --seeds 1
+    python scripts/run_lora_ablation.py --dry-run
+
+Writes ``results/lora_ablation.csv`` (a row a run), ``results/lora_ablation_means.csv`` (a row a case, with the gain
+over the same recipe without LoRA) and ``figs/lora_ablation.png`` (and ``.pdf``) from the runs that are there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, write_rows, write_table
+
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
+
+RECIPE = "configs/emmet_lora.yaml"
+CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
+SHOWN = {
+    "emmet": ("EMMET", BLACK, ":"),
+    "lora_8": ("EMMET + LoRA", BLUE, "-"),
+    "replay": ("EMMET + replay", ORANGE, "--"),
+    "replay_lora_8": ("EMMET + replay + LoRA", GREEN, "-"),
+    "layer_6": ("layer 6 alone", VERMILION, ":"),
+    "layer_6_lora_8": ("layer 6 alone + LoRA", VERMILION, "-"),
+}
+"""case -> label, color, line"""
+BASE = {"lora_8": "emmet", "replay_lora_8": "replay", "layer_6_lora_8": "layer_6", "lora_8_100": "emmet_100"}
+"""case -> the same without LoRA; ``emmet`` where not named"""
+
+
+def lora(**settings: Any) -> dict[str, Any]:
+    """LoRAAdjust as recommended, but for ``settings``."""
+    return {"class_path": "LoRAAdjust", "init_args": settings}
+
+
+def cases() -> list[Case]:
+    """All cases, the ones that matter most first."""
+    replay = {"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}
+    one_layer = {"model.layers": [6]}
+    few = {"data.limit": 100}
+    return [
+        Case("emmet", {}, [CURVE]),
+        Case("lora_8", {}, [lora(), CURVE], {"rank": 8}),
+        Case("layer_6", one_layer, [CURVE]),
+        Case("layer_6_lora_8", one_layer, [lora(), CURVE], {"rank": 8}),
+        Case("replay", {}, [replay, CURVE]),
+        Case("replay_lora_8", {}, [replay, lora(), CURVE], {"rank": 8}),
+        Case("emmet_100", few, [CURVE]),
+        Case("lora_8_100", few, [lora(), CURVE], {"rank": 8}),
+        Case("lora_4", {}, [lora(rank=4), CURVE], {"rank": 4}),
+        Case("lora_16", {}, [lora(rank=16), CURVE], {"rank": 16}),
+        Case("lora_8_end", {}, [lora(every_n_batches=None, steps=80), CURVE], {"rank": 8}),
+        Case("lora_8_attention", {}, [lora(targets="attention"), CURVE], {"rank": 8}),
+        Case("lora_8_unedited", {}, [lora(weights={"before": 0.0, "unedited": 1.0}), CURVE], {"rank": 8}),
+        Case("lora_8_firm", {}, [lora(weights={"before": 5.0}), CURVE], {"rank": 8}),
+    ]
+
+
+def main() -> None:
+    """Runs what is missing; writes the tables and the figure."""
+    shared = parser(__doc__, work=ROOT / "lightning_logs" / "lora_ablation")
+    add_texts(shared)
+    options = shared.parse_args()
+    common = common_flags(options)
+    runs = run_all([Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases()], RECIPE, options)
+    if runs:
+        write_table(runs, ROOT / "results" / "lora_ablation.csv")
+        write_rows(means(runs, BASE, "emmet"), ROOT / "results" / "lora_ablation_means.csv")
+        draw_curves(runs, SHOWN, ROOT / "figs" / "lora_ablation.png")
+
+
+if __name__ == "__main__":
+    main()
