@@ -157,14 +157,12 @@ class LoRAAdjust(EditCallback):
         if editor.restore_between_batches:
             raise UserError("LoRAAdjust has nothing to adjust where model.restore_between_batches is set: drop one.")
         self._take_up(editor)
-        model = editor.lm.model
-        whole = sum(p.numel() for p in model.parameters())
-        maps = [model.get_submodule(path).weight for path in self.paths]
-        own = sum(self.rank * sum(weight.shape) for weight in maps)  # type: ignore[arg-type,misc]
+        weights = [editor.changed_layer(path).weight for path in self.paths]
+        whole = sum(p.numel() for p in editor.lm.model.parameters())
+        own, full = sum(self.rank * sum(w.shape) for w in weights), sum(w.numel() for w in weights)
         log.info(
-            "LoRA of rank %d on %d linear maps: %d trainable parameters, %.3f%% of the model's %d (all of those maps: "
-            "%d, %.2f%%)", self.rank, len(maps), own, 100 * own / whole, whole,
-            (full := sum(weight.numel() for weight in maps)), 100 * full / whole,  # type: ignore[misc,operator]
+            "LoRA of rank %d on %d linear maps: %d trainable parameters, %.3f%% of the model's (all of those maps: %d, "
+            "%.2f%%)", self.rank, len(weights), own, 100 * own / whole, full, 100 * full / whole,
         )  # fmt: skip
 
     def _take_up(self, editor: SequentialEditor) -> None:

@@ -31,15 +31,15 @@ SHOWN = {
 """case -> label, color, line"""
 
 
-def replay(name: str, flags: dict[str, Any] | None = None, **settings: Any) -> Case:
-    """A case with MemoryReplay in it."""
+def replay(name: str, flags: dict[str, Any] | None = None, curve: bool = True, **settings: Any) -> Case:
+    """A case with MemoryReplay in it, and the curve where one is to be drawn."""
     callback = {"class_path": "MemoryReplay", "init_args": settings}
     labels = {
         k: settings[k]
         for k in ("memory", "sampling", "rate", "capacity", "weight", "repair", "refresh")
         if k in settings
     }
-    return Case(name, flags or {}, [callback, CURVE], labels)
+    return Case(name, flags or {}, [callback, CURVE] if curve else [callback], labels)
 
 
 def cases(edits: int) -> list[Case]:
@@ -82,7 +82,7 @@ def cases(edits: int) -> list[Case]:
         replay("consolidated_current", current, **consolidated),
     ]
     grid = [
-        replay(f"{sampling}_{rate}_{capacity}", sampling=sampling, rate=rate, capacity=capacity)
+        replay(f"{sampling}_{rate}_{capacity}", curve=False, sampling=sampling, rate=rate, capacity=capacity)
         for sampling in ("random", "priority")
         for rate in (0.1, 0.3, 0.5)
         for capacity in (50, 100, 200)
