@@ -5,13 +5,15 @@ No callback and no PEFT here: a model, rows of tokens, and the parameters to tra
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from editlab.data.fact import Fact
 from editlab.lm.language_model import LanguageModel
@@ -132,7 +134,7 @@ class Training:
         """
         pools = {"edits": _Deck(len(objective.edits), draw), "others": _Deck(len(objective.others), draw)}
         seen: list[dict[str, float]] = []
-        for _ in range(self.steps):
+        for _ in tqdm(range(self.steps), desc="LoRA", unit="step", leave=False):
             with torch.enable_grad():
                 parts = objective.loss(lm, pools["edits"].deal(self.batch_size), pools["others"].deal(self.batch_size))
                 loss = objective.total(parts)
@@ -174,6 +176,18 @@ class Health:
     """mean negative log-probability per token of the texts, in nats; None where there are none"""
     ES: float | None = None
     """share of edits whose new target is likelier than the truth; None where no truth is known"""
+
+    def numbers(self) -> dict[str, float]:
+        """What was measured, by name; what is no number (a model that is beyond saying anything) is left out."""
+        return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
+
+    def worse_than(self, before: Health, tolerance: float) -> str:
+        """What has become worse by more than ``tolerance`` nats per token, as a sentence; "" where nothing has."""
+        if not self.edits >= before.edits - tolerance:
+            return f"edits set aside went from {before.edits:.3f} to {self.edits:.3f} nats per token"
+        if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:
+            return f"the text set aside went from {before.text:.3f} to {self.text:.3f} nats per token"
+        return ""
 
 
 def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> Health:

@@ -139,6 +139,7 @@ class LoRAAdjust(EditCallback):
         self.mode = mode
         self.seed = seed
         self.adapter: Adapter | None = None
+        self.paths: list[str] = []
         self.last = -1
         self.decisions: Counter[str] = Counter()
         self._optimizer: dict[str, Any] | None = None
@@ -169,15 +170,19 @@ class LoRAAdjust(EditCallback):
         """The adapter of a checkpoint is put beside the weights."""
         self.paths = find_targets(editor.lm.anatomy, self.targets, self.layers or editor.layer_numbers)
         layers = {path: editor.changed_layer(path) for path in self.paths}
-        if self._resumed is not None and self.mode == "adapter":
+        if self._resumed is not None and self._resumed["factors"] is not None:
+            if (self.mode, self.rank, self.paths) != tuple(self._resumed[name] for name in ("mode", "rank", "paths")):
+                raise UserError(
+                    f"The checkpoint has a LoRA adapter of rank {self._resumed['rank']} on {self._resumed['paths']}, "
+                    "and this run asks for another: set LoRAAdjust as it was, or start a new run without --ckpt_path."
+                )
             self.adapter = self._new_adapter(editor, 0)
             self.adapter.factors = self._resumed["factors"]
             self._optimizer = self._resumed["optimizer"]
-            if self.adapter.factors is not None:
-                with self.adapter.in_place() as model:
-                    updates = self.adapter.updates(model)
-                for path, layer in layers.items():
-                    layer.set_adapter(updates[path])
+            with self.adapter.in_place() as model:
+                updates = self.adapter.updates(model)
+            for path, layer in layers.items():
+                layer.set_adapter(updates[path])
         self._resumed = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -276,7 +281,7 @@ class LoRAAdjust(EditCallback):
         if not done.reason:
             self._put(editor, updates)
             done.after = examine(lm, aside, self.texts)
-            done.reason = _worse(done.before, done.after, self.tolerance)
+            done.reason = done.after.worse_than(done.before, self.tolerance)
         if not done.reason and self.mode == "adapter":
             self.adapter, adapter.factors, self._optimizer = adapter, factors, optimizer.state_dict()
         done.seconds = time.perf_counter() - started
@@ -293,15 +298,15 @@ class LoRAAdjust(EditCallback):
     def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, done: _Adjustment) -> None:
         decision = "drop" if done.reason else "keep"
         self.decisions[decision] += 1
-        for when, health in (("before", done.before), ("after", done.after)):
-            found = asdict(health) if health is not None else {}
-            outcome.measured |= {f"lora/{name}_{when}": value for name, value in found.items() if value is not None}
+        told = {"before": done.before.numbers(), "after": done.after.numbers() if done.after else {}}
+        for when, numbers in told.items():
+            outcome.measured |= {f"lora/{name}_{when}": number for name, number in numbers.items()}
         outcome.measured |= {f"lora/loss_{name}": value for name, value in done.losses.items()}
         outcome.measured["lora/kept"] = float(not done.reason)
         if done.reason:
             log.info("Batch %d: the LoRA adjustment is dropped: %s", outcome.plan.step, done.reason)
         if trainer.is_global_zero:
-            found = asdict(done) | {"seconds": round(done.seconds, 3)}
+            found = {**asdict(done), **told, "seconds": round(done.seconds, 3)}
             self._events.append({"step": outcome.plan.step, "edits": editor.edits, "decision": decision, **found})
 
     # ---- the end, and checkpoints -----------------------------------------------------------------------------
@@ -322,6 +327,9 @@ class LoRAAdjust(EditCallback):
             "optimizer": self._optimizer,
             "last": self.last,
             "decisions": dict(self.decisions),
+            "mode": self.mode,
+            "rank": self.rank,
+            "paths": self.paths,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -329,12 +337,3 @@ class LoRAAdjust(EditCallback):
         self._resumed = state_dict
         self.last = state_dict["last"]
         self.decisions = Counter(state_dict["decisions"])
-
-
-def _worse(before: Health, after: Health, tolerance: float) -> str:
-    """What the guard objects to; "" where it does not."""
-    if not after.edits >= before.edits - tolerance:
-        return f"edits set aside went from {before.edits:.3f} to {after.edits:.3f} nats per token"
-    if before.text is not None and after.text is not None and not after.text <= before.text + tolerance:
-        return f"the text set aside went from {before.text:.3f} to {after.text:.3f} nats per token"
-    return ""

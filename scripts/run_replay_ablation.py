@@ -46,6 +46,7 @@ def cases(edits: int) -> list[Case]:
     """All cases, the ones that matter most first."""
     consolidated = {"memory": "consolidated"}
     current = {"model.values.reference": "current"}
+    firmer = {"model.rule.init_args.covariance_weight": 1500}
     one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
                  "model.rule.init_args.covariance_weight": 1}  # fmt: skip
     best = {"rate": 0.3, "capacity": 200}
@@ -59,17 +60,8 @@ def cases(edits: int) -> list[Case]:
         replay("random_1_500", sampling="random", rate=1.0, capacity=500),
         replay("random_3_500", sampling="random", rate=3.0, capacity=500),
         replay("spare_3_500", sampling="random", rate=3.0, capacity=500, repair=0.0),
-        *(
-            replay(
-                f"spare_3_500_{weight}",
-                {"model.rule.init_args.covariance_weight": weight},
-                sampling="random",
-                rate=3.0,
-                capacity=500,
-                repair=0.0,
-            )
-            for weight in (1200, 1500)
-        ),
+        Case("none_1500", firmer, []),
+        replay("spare_3_500_1500", firmer, sampling="random", rate=3.0, capacity=500, repair=0.0),
         replay("loss", sampling="loss", refresh_every=2, **best),
         replay("loss_10", sampling="loss", refresh_every=2, weight=10.0, **best),
         replay("refresh", sampling="loss", refresh_every=2, refresh="values", **best),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
+from callbacks.adapter import Adapter
 from callbacks.lora import EVENTS
 from editlab.errors import UserError
 from editlab.events import EditCallback
@@ -182,8 +183,28 @@ def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch)
     monkeypatch.setattr("callbacks.adjustment.Training.run", fails)
     _, _, events = run(tmp_path, tiny_folder)
     assert [(e["decision"], e["reason"], e["after"]) for e in events] == 2 * [
-        ("drop", "the loss is nan after 3 steps", None)
+        ("drop", "the loss is nan after 3 steps", {})
     ]
+
+
+def test_a_model_beyond_saying_anything_is_dropped_and_written_down(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Adapter, "updates", lambda self, model: {p: torch.full((32, 48), torch.inf) for p in self.paths}
+    )
+    module, _, events = run(tmp_path, tiny_folder)
+    assert [e["decision"] for e in events] == ["drop", "drop"]
+    assert "edits" not in events[0]["after"]
+    assert all(torch.isfinite(weight).all() for weight in bits(module))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the run would go on in its folder
+def test_a_checkpoint_with_another_adapter_is_refused(tiny_folder, tmp_path):
+    fit(tmp_path, editor(tiny_folder), callbacks=[LoRAAdjust(**LENIENT, mode="adapter")], save=True)
+    checkpoint = tmp_path / "logs" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    for changes in ({"rank": 3}, {"targets": "mlp"}, {"mode": "merge"}):
+        lora = LoRAAdjust(**{**LENIENT, "mode": "adapter", **changes})
+        with pytest.raises(UserError, match=r"adapter of rank 2 on \['model.layers.1.mlp.down_proj"):
+            fit(tmp_path, editor(tiny_folder), callbacks=[lora], ckpt_path=checkpoint, save=True)
 
 
 def test_edits_set_aside_are_not_trained_on(tiny_folder, tmp_path):
