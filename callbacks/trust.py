@@ -80,7 +80,7 @@ class TrustRollback(EditCallback):
     def __init__(
         self,
         enable: bool = True,
-        threshold: float = 0.4,
+        threshold: float = 0.5,
         weights: dict[str, float] | None = None,
         heldout_samples: int = 32,
         heldout: str | None = None,

@@ -85,7 +85,7 @@ NARROWEST: dict[str, float] = {
 WEIGHTS: dict[str, float] = {
     GAIN: 1.0,
     "heldout_ppl_delta": 1.0,
-    "neighbor_flip_rate": 0.5,
+    "neighbor_flip_rate": 0.25,
     "confidence_shift": 0.5,
     "update_norm": 1.0,
 }

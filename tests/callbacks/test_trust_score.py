@@ -35,10 +35,10 @@ def test_a_scale_by_hand():
 
 def test_a_score_by_hand():
     # A rise of 3 nats at half = 1.5: 1 - 2^-2 = .75; perplexity +13% at [.03, .05]: 1 - 2^-2 = .75 of weight 0.4;
-    # a flip rate of .3 at [.15, .15]: a half, of weight 0.5. In all .75 - .3 - .25 = .2.
+    # a flip rate of .3 at [.15, .15]: a half, of weight 0.25. In all .75 - .3 - .125 = .325.
     scorer = TrustScorer(weights={"heldout_ppl_delta": 0.4}, calibrate=0)
     metrics = TrustMetrics(3.0, 0.1, heldout_ppl_delta=0.13, neighbor_flip_rate=0.3)
-    assert scorer.score(metrics) == pytest.approx(0.2)
+    assert scorer.score(metrics) == pytest.approx(0.325)
     # What the model is sure of need not rise: .9 in place of the rise's 0.
     assert scorer.score(TrustMetrics(0.0, 0.9)) == pytest.approx(0.9)
     # The cheap signals have no weight unless one is given.
@@ -47,9 +47,9 @@ def test_a_score_by_hand():
 
 
 def test_the_score_of_a_fact_by_hand():
-    # A gain of 1.5 is a half; its flipped neighbor costs .5 (1 - 2^-.5) and a residual of 5 medians 1.0 * .5.
+    # A gain of 1.5 is a half; its flipped neighbor costs .25 (1 - 2^-.5) and a residual of 5 medians 1.0 * .5.
     metrics = TrustMetrics(1.5, neighbor_flip_rate=1.0)
-    assert TrustScorer().score_fact(metrics) == pytest.approx(0.5 - 0.5 * (1 - 2**-0.5))
+    assert TrustScorer().score_fact(metrics) == pytest.approx(0.5 - 0.25 * (1 - 2**-0.5))
     assert TrustScorer().score_fact(TrustMetrics(1.5, update_norm=5.0)) == 0
     assert TrustScorer().score_fact(TrustMetrics(1.5, update_norm=3.0)) == 0.5
     # What the whole batch did is not one fact's.
