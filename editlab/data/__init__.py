@@ -2,7 +2,8 @@
 
 from editlab.data.datamodule import EditDataModule
 from editlab.data.fact import Fact, Neighbor
-from editlab.data.formats import CounterFact, EasyEdit, FactFormat, ZsRE, read_facts
+from editlab.data.files import read_facts
+from editlab.data.formats import CounterFact, EasyEdit, FactFormat, Plain, ZsRE
 from editlab.data.stream import EditStream
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Fact",
     "FactFormat",
     "Neighbor",
+    "Plain",
     "ZsRE",
     "read_facts",
 ]

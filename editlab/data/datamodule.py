@@ -11,7 +11,8 @@ from lightning import LightningDataModule
 from tqdm import tqdm
 
 from editlab.data.fact import Fact
-from editlab.data.formats import FactFormat, read_facts
+from editlab.data.files import read_facts
+from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
 
@@ -25,7 +26,7 @@ class EditDataModule(LightningDataModule):
     """The facts of one file, ordered, chosen and cut into batches.
 
     Args:
-        path: a JSON or JSONL file of facts, or ``worldfacts`` (built in).
+        path: a JSON, JSONL, CSV or TSV file of facts, or ``worldfacts`` (built in).
         limit: facts to edit; all where not given.
         batch_size: facts a step.
         only_known: edit only facts whose truth the unedited model finds likelier than the new target; an edit of a

@@ -1,21 +1,14 @@
-"""Reading facts: CounterFact, EasyEdit's flat schema and zsRE, told apart by looking at the file."""
+"""Schemas of fact files: CounterFact, EasyEdit's, zsRE's and the plain one, told apart by looking at a record."""
 
 from __future__ import annotations
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from editlab.data.fact import Fact, Neighbor
 from editlab.errors import UserError
-
-log = logging.getLogger(__name__)
-
-BUILTIN = Path(__file__).with_name("worldfacts.json")
-"""The facts that ship with editlab; in YAML their path is ``worldfacts``."""
 
 
 class FactFormat(ABC):
@@ -90,7 +83,7 @@ def _easyedit_neighbors(record: dict[str, Any]) -> Iterable[Neighbor]:
         prompts = _texts(record, "locality_prompt")
         truths = _texts(record, "locality_ground_truth")
         if len(prompts) != len(truths):
-            raise UserError(f"has {len(prompts)} locality_prompt but {len(truths)} locality_ground_truth")
+            raise UserError(f"has {len(prompts)} locality_prompt but {len(truths)} locality_ground_truth: give as many")
         yield from map(Neighbor, prompts, truths)
     for group in (record.get("locality") or {}).values():
         for one in group if isinstance(group, list) else [group]:
@@ -122,76 +115,76 @@ class ZsRE(FactFormat):
         )
 
 
-FORMATS: tuple[FactFormat, ...] = (CounterFact(), ZsRE(), EasyEdit())
+class Plain(FactFormat):
+    """A user's own: ``subject``, ``prompt`` and ``target``; where known, ``truth``, ``paraphrases`` and ``neighbors``.
+
+    Paraphrases are a text or a list of texts, neighbors a list of objects with ``prompt`` and ``truth``; in a cell of a
+    CSV, lists are written as JSON.
+    """
+
+    def matches(self, record: dict[str, Any]) -> bool:
+        """By ``subject``, ``prompt`` and ``target``."""
+        return {"subject", "prompt", "target"} <= record.keys()
+
+    def read(self, record: dict[str, Any], index: int) -> Fact:
+        """The prompt is a whole one with the subject in it, or a template; an empty cell is an absent field."""
+        subject = _text(record, "subject")
+        truth = record.get("truth") or None
+        neighbors = _unpacked(record, "neighbors") or []
+        if not isinstance(neighbors, list):
+            raise UserError('has \'neighbors\' that are no list: write [{"prompt": "...", "truth": "..."}]')
+        return Fact(
+            subject=subject,
+            prompt=as_template(_text(record, "prompt"), subject),
+            target_new=_text(record, "target"),
+            target_true=_text(record, "truth") if truth is not None else None,
+            paraphrases=_texts({"paraphrases": _unpacked(record, "paraphrases")}, "paraphrases"),
+            neighbors=tuple(Neighbor(_text(one, "prompt"), _text(one, "truth")) for one in neighbors),
+            id=record.get("id") or index,
+        )
+
+
+def _unpacked(record: dict[str, Any], name: str) -> Any:
+    """A field that may hold a list; a text that begins like one is taken for JSON."""
+    value = record.get(name) or None
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"has a {name!r} that is no valid JSON ({error}): mend it") from error
+
+
+FORMATS: tuple[FactFormat, ...] = (CounterFact(), ZsRE(), EasyEdit(), Plain())
 """Tried in this order."""
 
 
-def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool = False) -> list[Fact]:
-    """The facts of a JSON array or a JSONL file.
-
-    Args:
-        path: the file, or ``worldfacts`` for the built-in facts.
-        fact_format: its schema; found from the first record where not given.
-        skip_bad: leave out records that do not fit, and log them.
+def format_of(record: dict[str, Any]) -> FactFormat:
+    """The first of :data:`FORMATS` that a record looks like.
 
     Raises:
-        UserError: where the file can not be read, or a record does not fit; the record's index is named.
+        UserError: None; with what is wrong, as the end of a sentence.
     """
-    records = _records(BUILTIN if path == "worldfacts" else Path(path).expanduser(), path)
-    facts: list[Fact] = []
-    bad: list[str] = []
-    for index, record in enumerate(records):
-        try:
-            if fact_format is None:
-                fact_format = _format_of(record)
-            if not isinstance(record, dict):
-                raise UserError(f"is a {type(record).__name__} and no object with fields")
-            facts.append(_checked(fact_format.read(record, index)))
-        except UserError as error:
-            if not skip_bad:
-                raise UserError(
-                    f"Record {index} of {path} {error}: mend or remove it, or set data.skip_bad to true."
-                ) from error
-            bad.append(f"Record {index} {error}")
-    if bad:
-        log.warning("%d records of %s are left out: %s", len(bad), path, "; ".join(bad[:5]))
-    if not facts:
-        raise UserError(f"The fact file {path} holds no record that can be used.")
-    return facts
-
-
-def _format_of(record: Any) -> FactFormat:
-    if not isinstance(record, dict):
-        raise UserError(f"is a {type(record).__name__} and no object with fields")
     for fact_format in FORMATS:
         if fact_format.matches(record):
             return fact_format
     known = ", ".join(type(f).__name__ for f in FORMATS)
-    raise UserError(f"has the fields {', '.join(sorted(record)) or 'none'}, which no format has ({known})")
+    raise UserError(
+        f"has the fields {', '.join(sorted(map(str, record))) or 'none'}, which no format has ({known}): give it "
+        "subject, prompt and target"
+    )
 
 
-def _records(path: Path, name: str) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"The fact file {name} does not exist: check data.path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The fact file {name} can not be read ({error}): give a UTF-8 file of JSON.") from error
-    try:
-        if text.lstrip()[:1] == "[":
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise UserError(f"The fact file {name} is not valid JSON or JSONL ({error}).") from error
-    if not records:
-        raise UserError(f"The fact file {name} holds no record.")
-    return list(records)
+def checked(fact: Fact) -> Fact:
+    """The fact, its prompt having one place for the subject.
 
-
-def _checked(fact: Fact) -> Fact:
+    Raises:
+        UserError: It has none or several; as the end of a sentence.
+    """
     if fact.prompt.count("{}") != 1:
-        raise UserError(f"has a prompt with {fact.prompt.count('{}')} places for the subject, and needs one {{}}")
+        raise UserError(
+            f"has a prompt with {fact.prompt.count('{}')} places for the subject: write {{}} once, where it stands"
+        )
     return fact
 
 
@@ -205,22 +198,23 @@ def as_template(prompt: str, subject: str) -> str:
         return prompt
     before, found, after = prompt.rpartition(subject)
     if not found:
-        raise UserError(f"has a prompt in which its subject {subject!r} does not occur")
+        raise UserError(f"has a prompt in which its subject {subject!r} does not occur: write {{}} where it belongs")
     return before + "{}" + after
 
 
 def _get(record: Any, name: str, kind: type) -> Any:
     if not isinstance(record, dict) or name not in record:
-        raise UserError(f"lacks {name!r}")
+        raise UserError(f"lacks {name!r}: add it")
     if not isinstance(record[name], kind):
-        raise UserError(f"has a {name!r} that is no {'object' if kind is dict else 'text'}")
+        wanted = "an object" if kind is dict else "a text in quotes"
+        raise UserError(f"has a {name!r} that is no {'object' if kind is dict else 'text'}: make it {wanted}")
     return record[name]
 
 
 def _text(record: Any, name: str) -> str:
     text = _get(record, name, str).strip()
     if not text:
-        raise UserError(f"has an empty {name!r}")
+        raise UserError(f"has an empty {name!r}: fill it in")
     return str(text)
 
 
@@ -229,5 +223,5 @@ def _texts(record: dict[str, Any], name: str) -> tuple[str, ...]:
     value = record.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise UserError(f"has a {name!r} that is no list of texts")
+        raise UserError(f'has a {name!r} that is no list of texts: write it as ["...", "..."]')
     return tuple(v.strip() for v in values if v.strip())

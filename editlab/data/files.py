@@ -1,0 +1,168 @@
+"""Files of facts: JSON, JSONL, CSV and TSV, read record by record, so that a bad one can be named and passed over."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from editlab.data.fact import Fact
+from editlab.data.formats import FactFormat, checked, format_of
+from editlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BUILTIN = Path(__file__).with_name("worldfacts.json")
+"""The facts that ship with editlab; in YAML their path is ``worldfacts``."""
+
+TABLES = (".csv", ".tsv")
+_DELIMITERS = ",;\t"
+_OVER = "more cells than columns"
+
+
+class Found(NamedTuple):
+    """What a record gives: a fact, or what is wrong with it."""
+
+    where: str
+    """such as ``Record 3 (line 4)``; records count from 0, lines from 1"""
+    fact: Fact | None
+    fault: str | None
+    """the end of a sentence, with the mend"""
+
+
+class _Raw(NamedTuple):
+    where: str
+    content: Any
+    fault: str | None = None
+
+
+def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool = False) -> list[Fact]:
+    """The facts of a file.
+
+    Args:
+        path: a JSON array, JSONL, CSV or TSV file, or ``worldfacts`` for the built-in facts.
+        fact_format: its schema; found from the first record where not given.
+        skip_bad: leave out records that do not fit, and log them.
+
+    Raises:
+        UserError: where the file can not be read, or a record does not fit; the record's index is named.
+    """
+    facts: list[Fact] = []
+    bad: list[str] = []
+    for where, fact, fault in find_facts(path, fact_format):
+        if fact is not None:
+            facts.append(fact)
+        elif skip_bad:
+            bad.append(f"{where} {fault}")
+        else:
+            raise UserError(f"{where} of {path} {fault}, or set data.skip_bad to true to leave it out.")
+    if bad:
+        log.warning("%d records of %s are left out: %s", len(bad), path, "; ".join(bad[:5]))
+    if not facts:
+        raise UserError(f"The fact file {path} holds no record that can be used.")
+    return facts
+
+
+def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Found]:
+    """What each record of a file gives; arguments as for :func:`read_facts`.
+
+    Raises:
+        UserError: where the file as a whole can not be read, or holds no record.
+    """
+    file = BUILTIN if path == "worldfacts" else Path(path).expanduser()
+    empty = True
+    for index, raw in enumerate(_records(file, path)):
+        empty = False
+        try:
+            if raw.fault is not None:
+                raise UserError(raw.fault)
+            if not isinstance(raw.content, dict):
+                raise UserError(f"is a {type(raw.content).__name__} and no object with fields: give it subject, "
+                                "prompt and target")  # fmt: skip
+            fact_format = fact_format or format_of(raw.content)
+            yield Found(raw.where, checked(fact_format.read(raw.content, index)), None)
+        except UserError as error:
+            yield Found(raw.where, None, str(error))
+    if empty:
+        raise UserError(f"The fact file {path} holds no record.")
+
+
+def _records(path: Path, name: str) -> Iterable[_Raw]:
+    text = _read(path, name)
+    if path.suffix.lower() in TABLES:
+        return _table(text, name)
+    if text.lstrip()[:1] != "[":
+        if _is_one_object(text):
+            raise UserError(f"The fact file {name} is one JSON object over many lines: write its records as a list.")
+        return _lines(text)
+    try:
+        array = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"The fact file {name} is not valid JSON ({error}): mend it there.") from error
+    return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before the text
+    except FileNotFoundError as error:
+        raise UserError(f"The fact file {name} does not exist: check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The fact file {name} can not be read ({error}): give a UTF-8 file of JSON or CSV.") from error
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _lines(text: str) -> Iterator[_Raw]:
+    """JSONL: a record a line."""
+    # Not splitlines(): inside a JSON string there may be other characters that it takes for ends of lines.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        where = f"Record {index} (line {number})"
+        try:
+            yield _Raw(where, json.loads(line))
+        except json.JSONDecodeError as error:
+            yield _Raw(where, None, f"is not valid JSON ({error.msg} at column {error.colno}): mend the line")
+
+
+def _table(text: str, name: str) -> Iterator[_Raw]:
+    """CSV or TSV: the first line names the columns; an empty cell is an absent field."""
+    header = text.split("\n", 1)[0]
+    delimiter = max(_DELIMITERS, key=header.count)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=_OVER, strict=True)
+    columns = [str(column).strip() for column in rows.fieldnames or ()]
+    if "subject" not in columns:
+        raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
+    rows.fieldnames = columns
+    index = 0
+    while True:
+        begin = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where the next record begins can not be told
+            yield _Raw(
+                f"Record {index} (line {begin})",
+                None,
+                f"is not valid CSV ({error}): close every quote, and double those inside a cell",
+            )
+            return
+        yield _row(f"Record {index} (line {rows.line_num})", row, len(columns))
+        index += 1
+
+
+def _row(where: str, row: dict[str, Any], columns: int) -> _Raw:
+    if _OVER in row:
+        cells = columns + len(row[_OVER])
+        return _Raw(where, None, f'has {cells} cells for {columns} columns: put texts with a comma in "quotes"')
+    return _Raw(where, {column: cell for column, cell in row.items() if cell is not None and cell.strip()})
