@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +47,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: There is none.
             UserError: The file is damaged, or not one of editlab's.
         """
-        try:
-            checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"The checkpoint {path} can not be read; give another, or start anew.") from error
-        if KEY not in checkpoint:
-            raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
-        return checkpoint
+        with _explained(path):
+            return _ours(super().load_checkpoint(path, *args, **kwargs), path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without a Trainer; its tensors are read from the disk when they are looked at.
+
+    Raises:
+        UserError: There is none, it is damaged, or not one of editlab's.
+    """
+    if not path.is_file():
+        raise UserError(f"The checkpoint {str(path)!r} does not exist: check --ckpt_path.")
+    with _explained(path):
+        return _ours(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+
+
+@contextmanager
+def _explained(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"The checkpoint {path} can not be read; give another, or start anew.") from error
+
+
+def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
+    return checkpoint
 
 
 class EditCheckpoint(ModelCheckpoint):
@@ -60,15 +85,18 @@ class EditCheckpoint(ModelCheckpoint):
 
     Args:
         every_n_batches: batches between two checkpoints. A killed run loses at most the work of these.
+        keep_all: keep each one beside the last, as ``batch_N.ckpt`` after N batches, so that ``editlab revert
+            --to_step N`` finds it.
 
     Raises:
-        UserError: where it is under 1.
+        UserError: where ``every_n_batches`` is under 1.
     """
 
-    def __init__(self, every_n_batches: int = 1) -> None:
+    def __init__(self, every_n_batches: int = 1, keep_all: bool = False) -> None:
         if every_n_batches < 1:
             raise UserError(f"EditCheckpoint.every_n_batches is {every_n_batches}: it must be at least 1.")
         super().__init__(filename=LAST, every_n_train_steps=every_n_batches, enable_version_counter=False)
+        self.keep_all = keep_all
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sets the folder, and how files are written."""
@@ -79,6 +107,8 @@ class EditCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()  # first: what the checkpoint says was logged has to be on the disk
         super()._save_checkpoint(trainer, filepath)
+        if self.keep_all and trainer.is_global_zero:
+            _keep(Path(filepath), Path(filepath).with_name(f"batch_{trainer.global_step}.ckpt"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last batches, and says how large the file is."""
@@ -88,6 +118,67 @@ class EditCheckpoint(ModelCheckpoint):
             size = Path(self.best_model_path).stat().st_size
             model = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             log.info("Checkpoint: %.1f MiB, %.2g%% of the model's size", size / 2**20, 100 * size / max(1, model))
+
+
+def _keep(last: Path, copy: Path) -> None:
+    with atomic_file(copy) as temporary:
+        temporary.unlink()
+        # A second name for the same bytes costs nothing, and the last checkpoint is replaced, never written over.
+        try:
+            os.link(last, temporary)
+        except OSError:  # not every disk has links
+            shutil.copyfile(last, temporary)
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that a user means: the file itself, or a run's folder for its ``checkpoints/last.ckpt``.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise UserError(f"The checkpoint {path!r} does not exist: check --ckpt_path.")
+    if given.is_file():
+        return given
+    for found in (given / "checkpoints" / f"{LAST}.ckpt", given / f"{LAST}.ckpt"):
+        if found.is_file():
+            return found
+    raise UserError(f"The folder {path} holds no checkpoints/{LAST}.ckpt: give a run's folder, such as .../version_0.")
+
+
+def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
+    """The checkpoint after ``step`` batches of the run that ``checkpoint`` belongs to, in the same folder.
+
+    A checkpoint holds the sum of all updates and not each batch's, so an earlier state has to have been kept.
+
+    Raises:
+        UserError: The run has not come so far, or did not keep that state.
+    """
+    newest = read_checkpoint(checkpoint)
+    if not 0 < step <= newest["global_step"]:
+        raise UserError(f"--to_step is {step}: {checkpoint} has gone through {newest['global_step']} batches.")
+    if step == newest["global_step"]:
+        return checkpoint
+    found: dict[int, Path] = {}
+    for path in sorted(checkpoint.parent.glob("*.ckpt")):
+        with suppress(UserError):  # what can not be read is not the one
+            other = read_checkpoint(path)
+            if _same_run(other[KEY], newest[KEY]):
+                found[other["global_step"]] = path
+    if step in found:
+        return found[step]
+    raise UserError(
+        f"No checkpoint in {checkpoint.parent} is of the state after batch {step} (there are those after "
+        f"{', '.join(map(str, sorted(found)))}): run again with EditCheckpoint's keep_all to keep each batch's."
+    )
+
+
+def _same_run(earlier: dict[str, Any], later: dict[str, Any]) -> bool:
+    """Whether one editor's state came before another's: the same weights, layers and first edits."""
+    edits = earlier["ledger"]
+    same = all(earlier.get(name) == later.get(name) for name in ("weights", "layers", "modules"))
+    return same and edits == later["ledger"][: len(edits)]
 
 
 def newest_checkpoint(runs: Path) -> Path:

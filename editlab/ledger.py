@@ -48,8 +48,7 @@ class Ledger:
     @property
     def standing(self) -> list[Fact]:
         """Facts that the weights should hold: kept, and not superseded; in the order in which they were edited."""
-        latest = {entry.fact.slot: i for i, entry in enumerate(self._entries) if entry.kept}
-        return [self._entries[i].fact for i in sorted(latest.values())]
+        return [self._entries[i].fact for i in sorted(self._latest.values())]
 
     @property
     def kept(self) -> int:
@@ -60,6 +59,24 @@ class Ledger:
     def superseded(self) -> int:
         """Kept edits whose place a later one took."""
         return self.kept - len(self.standing)
+
+    @property
+    def fates(self) -> list[str]:
+        """What became of each edit, in words; a later one that superseded it is named by its number, from 1."""
+        latest = self._latest
+        return [self._fate(i, latest.get(entry.fact.slot, i)) for i, entry in enumerate(self._entries)]
+
+    @property
+    def _latest(self) -> dict[tuple[str, str], int]:
+        return {entry.fact.slot: i for i, entry in enumerate(self._entries) if entry.kept}
+
+    def _fate(self, index: int, latest: int) -> str:
+        entry = self._entries[index]
+        if not entry.kept:
+            return "rolled back"
+        if latest > index:
+            return f"superseded by edit {latest + 1}"
+        return "kept" if entry.factor == 1 else f"scaled to {entry.factor:.2g}"
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The entries as plain data."""

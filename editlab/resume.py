@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from editlab.errors import UserError
+from editlab.lm.dtypes import dtype_name
 from editlab.logger import RunLogger
 from editlab.rng import rng_state, set_rng_state
 
@@ -22,7 +23,10 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = {
         "language_model": editor.language_model,
         "weights": editor.fingerprint,
+        "dtype": dtype_name(editor.lm.model.dtype),
         "layers": editor.layer_numbers,
+        "modules": [editor.lm.anatomy.edit_name(layer) for layer in editor.layer_numbers],
+        "independent": editor.restore_between_batches,
         "batch_size": editor.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
         "ledger": editor.ledger.state_dict(),
         "contexts": editor.contexts,

@@ -62,7 +62,11 @@ class Anatomy:
 
     def transposed(self, layer: int) -> bool:
         """Tell whether the weight is stored as ``[d_k, d_v]`` (GPT-2's Conv1D) and not as ``[d_v, d_k]``."""
-        return isinstance(self.edit_module(layer), Conv1D)
+        return is_transposed(self.edit_module(layer))
+
+    def edit_name(self, layer: int) -> str:
+        """Return the path of the edited map of block ``layer`` in the whole model."""
+        return f"{self.block_path}.{layer}.{self.edit_path}"
 
     def key_size(self, layer: int) -> int:
         """Return d_k, the width of the edited map's input."""
@@ -71,6 +75,11 @@ class Anatomy:
     def value_size(self, layer: int) -> int:
         """Return d_v, the width of the edited map's output: that of the residual stream."""
         return _widths(self.edit_module(layer))[1]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a linear map stores its weight as ``[d_k, d_v]``, which GPT-2's Conv1D does."""
+    return isinstance(module, Conv1D)
 
 
 def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anatomy:

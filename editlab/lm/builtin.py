@@ -29,6 +29,7 @@ from transformers import modeling_gguf_pytorch_utils
 
 from editlab.errors import EditLabError, UserError
 from editlab.lm.cache import atomic_folder, cache_dir
+from editlab.lm.save import save
 
 logger = logging.getLogger(__name__)
 
@@ -192,10 +193,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    # safetensors lets only the owner read its files, whatever the umask says.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
+        save(model, tokenizer, folder)
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""Data types of weights by name."""
+
+from __future__ import annotations
+
+import torch
+
+WEIGHTS = ("float32", "bfloat16", "float16", "float64")
+"""Those in which a model can be held and written."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the type of that name, one of :data:`WEIGHTS`.
+
+    Raises:
+        ValueError: There is no such type, or weights are not held in it.
+    """
+    if name not in WEIGHTS:
+        raise ValueError(f"{name!r} is none of {', '.join(WEIGHTS)}")
+    found: torch.dtype = getattr(torch, name)
+    return found

@@ -1,0 +1,47 @@
+"""Writing a language model as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlab.errors import UserError
+from editlab.lm.dtypes import dtype_name
+
+SHARD = "5GB"
+"""Size of a weight file above which there are several."""
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str = SHARD) -> None:
+    """Write safetensors, configuration, generation settings and tokenizer into ``folder``, which is there.
+
+    Every file may be read by whom the umask lets.
+    """
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    # safetensors lets only the owner read its files, whatever the umask says.
+    for file in folder.glob("*.safetensors"):
+        share(file, folder / "config.json")
+
+
+def share(file: Path, like: Path) -> None:
+    """Give ``file`` the permissions of ``like``."""
+    os.chmod(file, like.stat().st_mode)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn the weights of ``model`` into ``dtype`` in place.
+
+    Raises:
+        UserError: A weight is too large for that type.
+    """
+    if model.dtype == dtype:
+        return
+    model.to(dtype)  # type: ignore[arg-type]
+    if torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max:
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise UserError(f"{name} has weights too large for {dtype_name(dtype)}: choose bfloat16.")
