@@ -1,4 +1,4 @@
-"""The command line: a LightningCLI whose errors are one sentence each."""
+"""The command line: a LightningCLI with verbs of its own beside Lightning's, whose errors are one sentence each."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
+from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError
 from editlab.explain import explain
 from editlab.logger import RunLogger
+
+DESCRIPTION = "Edits facts in a language model, one batch after another, and shows what it keeps and forgets."
 
 PLUGINS = "editlab.plugins"
 """Entry-point group of packages with callbacks, rules or formats, which YAML may then name by bare class name."""
@@ -54,6 +57,13 @@ class EditLabCLI(LightningCLI):
         """The Trainer's verbs that mean something here."""
         return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Lists the other verbs beside the Trainer's; :func:`run` takes them before they come here."""
+        super().setup_parser(*args, **kwargs)
+        verbs: Any = self.parser._subcommands_action  # jsonargparse has no other way to those that are there
+        for name, command in COMMANDS.items():
+            verbs.add_subcommand(name, ArgumentParser(), help=command.help)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets the default logger; YAML or a flag may replace it."""
         parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
@@ -87,13 +97,22 @@ def _add_checkpoint(trainer: Namespace) -> None:
         trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(every_n_batches=1))]
 
 
-def run(arguments: list[str] | None = None) -> EditLabCLI:
-    """Runs a command and gives back the CLI; errors come out as they are.
+def run(arguments: list[str] | None = None) -> None:
+    """Runs a command; errors come out as they are.
 
     Args:
         arguments: as after ``editlab`` on the command line; the process's own where not given.
     """
     load_plugins()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]].run(arguments[1:])
+    else:
+        run_trainer(arguments)
+
+
+def run_trainer(arguments: list[str]) -> EditLabCLI:
+    """Runs one of the Trainer's verbs, ``fit``, ``validate`` or ``test``, and gives back the CLI."""
     return EditLabCLI(
         SequentialEditor,
         EditDataModule,
@@ -102,7 +121,7 @@ def run(arguments: list[str] | None = None) -> EditLabCLI:
         auto_configure_optimizers=False,
         args=arguments,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"exit_on_error": False, "description": __doc__},
+        parser_kwargs={"exit_on_error": False, "prog": "editlab", "description": DESCRIPTION},
     )
 
 

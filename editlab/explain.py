@@ -53,17 +53,37 @@ def _unknown_class(found: re.Match[str]) -> str:
 
 
 def _unknown_setting(found: re.Match[str]) -> str:
-    return f"There is no setting {found.group(1).lstrip('-')!r}: editlab fit --help lists them all."
+    return f"There is no setting {found.group(1).lstrip('-')!r}: --help after the verb lists them all."
 
 
 def _wrong_value(found: re.Match[str]) -> str:
     key, rest = found.groups()
     kinds = list(dict.fromkeys(re.findall(r"Expected a <class '(?:\w+\.)*(\w+)'>", rest)))
-    given = re.search(r"Given value: (.*)", rest)
+    given = re.search(r"(?:Given|Got) value: (.*)", rest)
     if kinds and given:
         wanted = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
         return f"{key} is {given.group(1).strip()!r}: it must be {wanted}."
     return f"{key} has a wrong value: {_line(rest)}."
+
+
+def _unknown_verb(found: re.Match[str]) -> str:
+    verb, known = found.groups()
+    return f"There is no verb {verb!r}{_did_you_mean(verb, _listed(known)) or f': say {_either(known)}.'}"
+
+
+def _missing(found: re.Match[str]) -> str:
+    names = [name.rsplit(".", 1)[-1] for name in found.group(1).split(", ")]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing: --help after the verb tells more."
+
+
+def _listed(text: str) -> list[str]:
+    """The names in a list that argparse has written."""
+    return re.findall(r"[\w-]+", text)
+
+
+def _either(text: str) -> str:
+    *others, last = _listed(text)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
@@ -74,9 +94,12 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"unrecognized arguments: (\S+)", _unknown_setting),
     (r"does not accept option '([^']+)'", _unknown_setting),
-    (r"(?:invalid choice: '([^']+)'|\"subcommand\").*",
-     lambda m: f"{'There is no verb ' + repr(m.group(1)) if m.group(1) else 'A verb is missing'}: "
-               "say editlab fit, editlab validate or editlab test."),
+    (r"argument subcommand: invalid choice: '([^']+)' \(choose from (.*)\)", _unknown_verb),
+    (r'expected "subcommand" to be one of', lambda m: "A verb is missing: --help lists them."),
+    (r"argument (--\S+): invalid choice: '([^']*)' \(choose from (.*)\)",
+     lambda m: f"{m.group(1)} is {m.group(2)!r}: it must be {_either(m.group(3))}."),
+    (r"argument (--\S+): expected one argument", lambda m: f"{m.group(1)} has no value: write one after it."),
+    (r"following arguments are required: (.*)", _missing),
     (r'Parser key "([^"]+)":?\s*(.*)', _wrong_value),
 )  # fmt: skip
 """What to look for, the most telling first, and what to say of it."""
