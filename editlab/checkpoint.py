@@ -108,7 +108,22 @@ class EditCheckpoint(ModelCheckpoint):
             logger.save()  # first: what the checkpoint says was logged has to be on the disk
         super()._save_checkpoint(trainer, filepath)
         if self.keep_all and trainer.is_global_zero:
-            _keep(Path(filepath), Path(filepath).with_name(f"batch_{trainer.global_step}.ckpt"))
+            self._keep(Path(filepath), trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the checkpoint that a run goes on from, too: a kill may have come before that was done."""
+        super().on_train_start(trainer, pl_module)
+        if self.keep_all and trainer.ckpt_path and trainer.is_global_zero:
+            self._keep(Path(trainer.ckpt_path), trainer.global_step)
+
+    def _keep(self, last: Path, batches: int) -> None:
+        with atomic_file(Path(str(self.dirpath)) / f"batch_{batches}.ckpt") as temporary:
+            temporary.unlink()
+            # A second name for the same bytes costs nothing, and the last checkpoint is replaced, never written over.
+            try:
+                os.link(last, temporary)
+            except OSError:  # not every disk has links
+                shutil.copyfile(last, temporary)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last batches, and says how large the file is."""
@@ -118,16 +133,6 @@ class EditCheckpoint(ModelCheckpoint):
             size = Path(self.best_model_path).stat().st_size
             model = sum(p.numel() * p.element_size() for p in pl_module.parameters())
             log.info("Checkpoint: %.1f MiB, %.2g%% of the model's size", size / 2**20, 100 * size / max(1, model))
-
-
-def _keep(last: Path, copy: Path) -> None:
-    with atomic_file(copy) as temporary:
-        temporary.unlink()
-        # A second name for the same bytes costs nothing, and the last checkpoint is replaced, never written over.
-        try:
-            os.link(last, temporary)
-        except OSError:  # not every disk has links
-            shutil.copyfile(last, temporary)
 
 
 def find_checkpoint(path: str) -> Path:

@@ -47,11 +47,6 @@ class History:
     settings: str = ""
     """the sections ``model`` and ``data`` and the callbacks of the run's config.yaml"""
 
-    @property
-    def kept(self) -> int:
-        """Edits that the weights should hold: kept or scaled, and not superseded."""
-        return sum(edit.fate.startswith(("kept", "scaled")) for edit in self.edits)
-
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> History:
         """Of a checkpoint read from ``path``, and of the run's folder around it where that is still there."""

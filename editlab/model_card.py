@@ -87,7 +87,7 @@ def _base(delta: Delta) -> str:
     layers = ", ".join(map(str, delta.layers))
     modules = ", ".join(f"`{name}`" for name in delta.totals)
     return (
-        f"## What was changed\n\nLayers {layers}: {modules}. Nothing else.\n\nFingerprint of the unedited weights in "
+        f"## Edited modules\n\nLayers {layers}: {modules}; nothing else.\n\nFingerprint of the unedited weights in "
         f"{dtype_name(delta.dtype)}: `{delta.fingerprint}`\n"
     )
 
@@ -141,7 +141,7 @@ def _ledger(edits: tuple[Edit, ...]) -> str:
     lines = [
         "## Edits\n",
         ", ".join(f"{count} {fate}" for fate, count in fates.items()) + ".\n",
-        "| | prompt | new | before | batch | |",
+        "| | prompt | new | truth | batch | |",
         "| ---: | --- | --- | --- | ---: | --- |",
     ]
     for number, edit in enumerate(edits, start=1):

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 
-from editlab.checkpoint import AtomicCheckpointIO, EditCheckpoint, newest_checkpoint, run_version
+from editlab.checkpoint import AtomicCheckpointIO, EditCheckpoint, newest_checkpoint, read_checkpoint, run_version
+from editlab.data import EditDataModule
 from editlab.errors import UserError
+from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
 
@@ -42,24 +45,47 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_one_file_every_so_many_batches_and_at_the_end(tiny_folder, tmp_path):
-    checkpoint = EditCheckpoint(every_n_batches=2)
-    saved = []
-    plain = checkpoint._save_checkpoint
-    checkpoint._save_checkpoint = lambda trainer, path: (saved.append(trainer.global_step), plain(trainer, path))
-    module = editor(tiny_folder)
-    from lightning import Trainer
-
-    from editlab.data import EditDataModule
-    from tests.facts import FACTS, write_counterfact
-
-    facts = str(write_counterfact(tmp_path / "facts.json", FACTS[:5]))
-    data = EditDataModule(facts, batch_size=1, only_known=False)
+def edit(model, folder, checkpoint, ckpt_path=None):
+    """Edits five facts one by one, with these checkpoints and no logger."""
+    facts = str(write_counterfact(folder / "facts.json", FACTS[:5]))
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", callbacks=[checkpoint], enable_progress_bar=False, logger=False,
-        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=tmp_path,
+        enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(editor(model), EditDataModule(facts, batch_size=1, only_known=False), ckpt_path=ckpt_path)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_all_are_kept_where_asked_also_over_a_kill(tiny_folder, tmp_path):
+    checkpoint = EditCheckpoint(every_n_batches=2, keep_all=True)
+    edit(tiny_folder, tmp_path, checkpoint)
+    folder = Path(checkpoint.dirpath)
+    kept = {"batch_2.ckpt": 2, "batch_4.ckpt": 4, "batch_5.ckpt": 5, "last.ckpt": 5}
+    assert {p.name: read_checkpoint(p)["global_step"] for p in folder.iterdir()} == kept
+    # As if killed right after the fourth was written.
+    (folder / "batch_5.ckpt").unlink()
+    (folder / "batch_4.ckpt").replace(folder / "last.ckpt")
+    edit(tiny_folder, tmp_path, EditCheckpoint(every_n_batches=2, keep_all=True), ckpt_path=folder / "last.ckpt")
+    assert {p.name: read_checkpoint(p)["global_step"] for p in folder.iterdir()} == kept
+
+
+def test_a_disk_without_links_gets_copies(tiny_folder, tmp_path, monkeypatch):
+    def no_link(*_):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr("os.link", no_link)
+    checkpoint = EditCheckpoint(every_n_batches=5, keep_all=True)
+    edit(tiny_folder, tmp_path, checkpoint)
+    last, kept = (Path(checkpoint.dirpath) / name for name in ("last.ckpt", "batch_5.ckpt"))
+    assert last.read_bytes() == kept.read_bytes()
+    assert not last.samefile(kept)
+
+
+def test_one_file_every_so_many_batches_and_at_the_end(tiny_folder, tmp_path):
+    checkpoint, saved = EditCheckpoint(every_n_batches=2), []
+    plain = checkpoint._save_checkpoint
+    checkpoint._save_checkpoint = lambda trainer, path: (saved.append(trainer.global_step), plain(trainer, path))
+    edit(tiny_folder, tmp_path, checkpoint)
     assert saved == [2, 4, 5]
     files = list(Path(checkpoint.dirpath).iterdir())
     assert [f.name for f in files] == ["last.ckpt"]

@@ -53,7 +53,18 @@ def test_print_config_and_help(recipe, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
-    assert "preserve_prompt_tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "preserve_prompt_tokens" in shown
+    last = shown[shown.rindex("usage:") :]
+    assert "{fit,validate,test,export,apply,revert,ask,facts}" in last
+
+
+@pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "facts", "facts check"])
+def test_each_verb_has_its_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"usage: editlab {verb}" in capsys.readouterr().out.replace(" [options]", "")
 
 
 def changed(recipe, **changes):
@@ -102,8 +113,15 @@ def test_mistakes_are_one_sentence(recipe, tmp_path, capsys, case):
     ("arguments", "message"),
     [
         (["fit", "--config", "none.yaml"], "none.yaml' does not exist: check --config"),
-        (["frobnicate"], "There is no verb 'frobnicate'"),
-        ([], "A verb is missing"),
+        (["frobnicate"], "There is no verb 'frobnicate': say fit, validate, test, export, apply, revert, ask or facts"),
+        (["exprot"], "There is no verb 'exprot': did you mean export?"),
+        ([], "A verb is missing: --help lists them"),
+        (["facts"], "A verb is missing: --help lists them"),
+        (["facts", "chek"], "There is no verb 'chek': did you mean check?"),
+        (["facts", "check"], "file is missing: --help"),
+        (["facts", "check", "a", "b"], "There is no setting 'b'"),
+        (["export"], "ckpt_path and out are missing: --help"),
+        (["export", "--ckpt_path"], "--ckpt_path has no value"),
         (["fit", "--config", "broken.yaml"], "not valid YAML"),
     ],
 )

@@ -25,6 +25,14 @@ def test_one_that_was_rolled_back_does_not():
     assert ledger.standing == [A, B]
 
 
+def test_fates_in_words():
+    ledger = Ledger()
+    ledger.add([A, B], 0, [1.0, 0.5])
+    ledger.add([AGAIN, A], 1, [0.25, 0.0])
+    assert ledger.fates == ["superseded by edit 3", "scaled to 0.5", "scaled to 0.25", "rolled back"]
+    assert Ledger().fates == []
+
+
 def test_its_state_goes_round():
     ledger, other = Ledger(), Ledger()
     ledger.add([A, B], 0, [0.25, 0.0])

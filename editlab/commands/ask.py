@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -112,7 +113,7 @@ def render(pair: Pair, with_text: bool = True) -> str:
 
 
 def _visible(text: str) -> str:
-    return text.strip().replace("\n", " / ")
+    return re.sub(r"\s*\n\s*", " / ", text.strip())
 
 
 def _token(one: tuple[str, float] | None, width: int) -> str:

@@ -31,10 +31,9 @@ def _check(given: Namespace) -> None:
         facts.append(fact)
         first = slots.setdefault(fact.slot, where)
         if first != where:
-            log.info(
-                "%s repeats subject and prompt of %s, which alone is edited: remove one, or set data.keep_repeats "
-                "to true.", where, first[0].lower() + first[1:],
-            )  # fmt: skip
+            other = first[0].lower() + first[1:]
+            log.info("%s repeats subject and prompt of %s: one of them is edited, or with data.keep_repeats all.",
+                     where, other)  # fmt: skip
     if wrong:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
         raise UserError(f"{count}: mend or remove what is named above.")

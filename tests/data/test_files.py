@@ -1,0 +1,132 @@
+"""Files of facts as users write them: CSV and JSONL with only the least, and what each broken record is told."""
+
+import json
+
+import pytest
+
+from editlab.data import Fact, Neighbor, Plain, read_facts
+from editlab.data.files import find_facts
+from editlab.errors import UserError
+
+BERLIN = Fact("Berlin", "{} lies in", "Peru", id=0)
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("f.csv", "subject,prompt,target\nBerlin,Berlin lies in,Peru\n"),
+        ("f.csv", "\ufefftarget;prompt;subject\r\nPeru;{} lies in;Berlin\r\n"),  # as spreadsheets write it
+        ("f.TSV", "subject\tprompt\ttarget\tnotes\nBerlin\tBerlin lies in\tPeru\tmine\n"),
+        ("f.csv", " subject , prompt,target,truth,paraphrases,neighbors\n\nBerlin, Berlin lies in,Peru ,, ,\n\n"),
+        ("f.jsonl", '{"subject": "Berlin", "prompt": "Berlin lies in", "target": "Peru"}\n'),
+        ("f.json", '[{"subject": "Berlin", "prompt": "{} lies in", "target": "Peru", "truth": null}]'),
+    ],
+)
+def test_the_least_that_a_fact_needs(tmp_path, name, text):
+    # What is not there stays absent: no truth, no paraphrases, no neighbors.
+    assert read_facts(write(tmp_path, name, text)) == [BERLIN]
+
+
+def test_all_that_a_plain_fact_may_have(tmp_path):
+    neighbors = [{"prompt": "Rome lies in", "truth": "Italy"}, {"prompt": "Oslo lies in", "truth": "Norway"}]
+    paraphrases = ["Where is Berlin? In", "Berlin, a city of"]
+    whole = Fact(
+        "Berlin", "{} lies in", "Peru", "Germany", tuple(paraphrases), tuple(Neighbor(**n) for n in neighbors), "b"
+    )
+    record = {"id": "b", "subject": "Berlin", "prompt": "{} lies in", "target": "Peru", "truth": "Germany",
+              "paraphrases": paraphrases, "neighbors": neighbors}  # fmt: skip
+    assert read_facts(write(tmp_path, "f.jsonl", json.dumps(record))) == [whole]
+    cells = [v if isinstance(v, str) else '"' + json.dumps(v).replace('"', '""') + '"' for v in record.values()]
+    assert read_facts(write(tmp_path, "f.csv", ",".join(record) + "\n" + ",".join(cells))) == [whole]
+    (one,) = read_facts(write(tmp_path, "g.csv", "subject,prompt,target,paraphrases\nA,A is,B,A was\n"))
+    assert one.paraphrases == ("A was",)
+
+
+def test_other_schemas_may_be_tables_too(tmp_path):
+    text = "prompt,subject,target_new,ground_truth\nBBC One is owned by,BBC One,Sega,BBC\n"
+    assert read_facts(write(tmp_path, "f.csv", text)) == [Fact("BBC One", "{} is owned by", "Sega", "BBC")]
+
+
+def test_a_cell_of_several_lines(tmp_path):
+    path = write(tmp_path, "f.csv", 'subject,prompt,target\nA,"A is,\nas ever,",B\nC,C is\n')
+    first, second = find_facts(path)
+    assert first.fact == Fact("A", "{} is,\nas ever,", "B", id=0)
+    assert (second.where, second.fact) == ("Record 1 (line 4)", None)
+
+
+def test_a_line_end_inside_a_json_text_is_no_end_of_a_record(tmp_path):
+    record = {"subject": "A", "prompt": "A \u2028 is", "target": "B"}
+    path = write(tmp_path, "f.jsonl", json.dumps(record, ensure_ascii=False))
+    assert read_facts(path)[0].question == record["prompt"]
+
+
+GOOD = {"subject": "A", "prompt": "A is", "target": "B"}
+
+BROKEN = {
+    "no object": ("f.jsonl", "5", "is a int and no object with fields: give it subject, prompt and target"),
+    "half a line": ("f.jsonl", '{"subject": "A"', "is not valid JSON (Expecting ',' delimiter at column 16): mend the"),
+    "no target": ("f.jsonl", {"subject": "A", "prompt": "A is"}, "lacks 'target': add it"),
+    "number": ("f.jsonl", {**GOOD, "target": 5}, "has a 'target' that is no text: make it a text in quotes"),
+    "empty": ("f.jsonl", {**GOOD, "subject": " "}, "has an empty 'subject': fill it in"),
+    "elsewhere": ("f.jsonl", {**GOOD, "prompt": "It is"}, "'A' does not occur: write {} where it belongs"),
+    "two places": ("f.jsonl", {**GOOD, "prompt": "{} {}"}, "2 places for the subject: write {} once, where it stands"),
+    "truth": ("f.jsonl", {**GOOD, "truth": 5}, "has a 'truth' that is no text"),
+    "paraphrases": ("f.jsonl", {**GOOD, "paraphrases": [5]}, "has a 'paraphrases' that is no list of texts: write it"),
+    "neighbors": ("f.jsonl", {**GOOD, "neighbors": "B is"}, "has 'neighbors' that are no list: write [{"),
+    "neighbor": ("f.jsonl", {**GOOD, "neighbors": [{"prompt": "B is"}]}, "lacks 'truth': add it"),
+    "comma": ("f.csv", "A,A is, as ever,B", 'has 4 cells for 3 columns: put texts with a comma in "quotes"'),
+    "short": ("f.csv", "A,A is", "lacks 'target': add it"),
+    "empty cell": ("f.csv", ",A is,B", "lacks 'subject': add it"),
+    "quote": ("f.csv", 'A,"A is,B', "is not valid CSV (unexpected end of data): close every quote"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_records_are_named_with_the_mend_and_passed_over(tmp_path, case):
+    name, record, message = BROKEN[case]
+    record = record if isinstance(record, str) else json.dumps(record)
+    good = json.dumps(GOOD) if name == "f.jsonl" else "A,A is,B"
+    lines = [good, record] if case == "quote" else [good, record, good]  # an open quote swallows the rest
+    header = [] if name == "f.jsonl" else ["subject,prompt,target"]
+    path = write(tmp_path, name, "\n".join([*header, *lines]))
+    found = list(find_facts(path))
+    assert [one.fact is None for one in found] == [False, True, False][: len(lines)]
+    where = f"Record 1 (line {2 + len(header)})"
+    assert found[1].where == where
+    assert message in found[1].fault
+    with pytest.raises(UserError) as caught:
+        read_facts(path)
+    assert str(caught.value).startswith(f"{where} of {path} {found[1].fault}, or set data.skip_bad to true")
+    assert len(read_facts(path, skip_bad=True)) == len(lines) - 1
+
+
+def test_a_broken_list_in_a_cell(tmp_path):
+    path = write(tmp_path, "f.csv", "subject,prompt,target,paraphrases\nA,A is,B,[A was\n")
+    (found,) = find_facts(path)
+    assert found.fault.startswith("has a 'paraphrases' that is no valid JSON (")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("f.csv", "", "The first line of .* must name its columns: write subject,prompt,target there"),
+        ("f.csv", "Berlin,Berlin lies in,Peru\n", "The first line of .* must name its columns"),
+        ("f.csv", "subject,prompt,target\n", "holds no record"),
+        ("f.json", '{\n"facts": []\n}', "one JSON object over many lines: write its records as a list"),
+    ],
+)
+def test_files_without_facts(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        read_facts(write(tmp_path, name, text))
+
+
+def test_a_first_record_that_is_broken_does_not_hide_the_format(tmp_path):
+    path = write(tmp_path, "f.jsonl", '{"subject": "A"}\n' + json.dumps(GOOD))
+    assert "which no format has" in next(iter(find_facts(path))).fault
+    assert read_facts(path, skip_bad=True) == read_facts(path, Plain(), skip_bad=True)
