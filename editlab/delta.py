@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from editlab.lm.dtypes import dtype_name, dtype_named
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.load import load
 from editlab.optim import EditedLayer
-from editlab.resume import KEY
+from editlab.resume import KEY, adjusted_path
+
+log = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
 FORMAT = "editlab-delta-1"
@@ -41,8 +44,10 @@ class Delta:
     dtype: torch.dtype
     """the type in which the run held the model"""
     layers: list[int]
+    """numbers of the blocks that were edited"""
     totals: dict[str, Tensor]
-    """path of each edited module, lowest layer first -> float32 [d_v, d_k]"""
+    """path of each changed module -> float32 [d_v, d_k]; the edited ones, lowest layer first, then others that a
+    callback adjusted"""
     history: History
 
     @classmethod
@@ -60,8 +65,17 @@ class Delta:
             module: checkpoint["state_dict"][f"edited.{layer}.total"].contiguous()
             for layer, module in zip(saved["layers"], saved["modules"], strict=True)
         }
+        for name, total in checkpoint["state_dict"].items():
+            adjusted = adjusted_path(name)
+            if adjusted is not None:
+                totals[adjusted] = total.contiguous()
         dtype = dtype_named(saved["dtype"])
         history = History.of(checkpoint, path)
+        if history.adapted:
+            log.warning(
+                "The run keeps an adapter beside the weights of %d modules, which is not taken along: put it on the "
+                "exported model from the adapter folder of the run.", history.adapted,
+            )  # fmt: skip
         return cls(saved["language_model"], saved["weights"], dtype, saved["layers"], totals, history)
 
     def save(self, path: Path) -> None:

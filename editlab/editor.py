@@ -141,7 +141,7 @@ class SequentialEditor(lightning.LightningModule):
     def changed_layer(self, path: str) -> EditedLayer:
         """The linear map at ``path`` in the language model as one that may be changed; made so where it is not yet."""
         anatomy = self.lm.anatomy
-        paths = {f"{anatomy.block_path}.{n}.{anatomy.edit_path}": n for n in self.layer_numbers}
+        paths = {anatomy.edit_name(n): n for n in self.layer_numbers}
         if path in paths:
             return self.edited[str(paths[path])]  # type: ignore[return-value]
         key = path.replace(".", "/")  # a dot can not be in a module's name

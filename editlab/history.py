@@ -38,6 +38,8 @@ class History:
 
     batches: int
     """edit batches that went into the weights, or were tried"""
+    adapted: int = 0
+    """modules with an adapter beside their weights, which is not among the sums"""
     edits: tuple[Edit, ...] = ()
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """``before``, ``immediate``, ``retained``, ``perplexity``, ``generation_entropy`` of the run's summary"""
@@ -57,6 +59,7 @@ class History:
         measured = summary if summary.get("batches") == batches else {}
         return cls(
             batches,
+            checkpoint[KEY].get("adapted", 0),
             tuple(_edits(checkpoint[KEY], batches)),
             {name: measured[name] for name in (*GROUPS, *_LANGUAGE) if measured.get(name)},
             summary.get("recipe"),

@@ -32,15 +32,12 @@ def edited_card(delta: Delta, dtype: str) -> str:
 
 def delta_card(delta: Delta) -> str:
     """Of a folder with only the delta."""
-    modules = "\n".join(
-        f"| {layer} | `{name}` | {' x '.join(map(str, total.shape))} |"
-        for layer, (name, total) in zip(delta.layers, delta.totals.items(), strict=True)
-    )
+    modules = "\n".join(f"| `{name}` | {' x '.join(map(str, total.shape))} |" for name, total in delta.totals.items())
     opening = (
         f"`{FILE}` is what {_count(delta.history)} added to the weights of `{delta.language_model}`: one float32 "
         f"tensor {ORIENTATION} a module (rows are outputs). Put it on the base model:\n\n"
         f"```bash\neditlab apply --delta {FILE} --model {delta.language_model} --out DIR\n```\n\n"
-        f"| layer | module | shape |\n| --- | --- | --- |\n{modules}\n"
+        f"| module | shape |\n| --- | --- |\n{modules}\n"
     )
     return "\n".join([_front(delta, "editlab"), "# Edits of a model\n", opening, *_sections(delta)])
 
@@ -78,6 +75,11 @@ def _count(history: History) -> str:
 def _sections(delta: Delta) -> Iterable[str]:
     history = delta.history
     yield _base(delta)
+    if history.adapted:
+        yield (
+            f"The run also kept an adapter beside the weights of {history.adapted} modules. It is not in this folder, "
+            "and goes onto the edited model from the run's `adapter` folder; the metrics were measured with it.\n"
+        )
     yield _metrics(history, dtype_name(delta.dtype))
     yield _recipe(history)
     yield _ledger(history.edits)
@@ -87,7 +89,8 @@ def _base(delta: Delta) -> str:
     layers = ", ".join(map(str, delta.layers))
     modules = ", ".join(f"`{name}`" for name in delta.totals)
     return (
-        f"## Edited modules\n\nLayers {layers}: {modules}; nothing else.\n\nFingerprint of the unedited weights in "
+        f"## Edited modules\n\nThe edits act at layers {layers}; the weights of {modules} were changed, and nothing "
+        f"else.\n\nFingerprint of the unedited weights in "
         f"{dtype_name(delta.dtype)}: `{delta.fingerprint}`\n"
     )
 

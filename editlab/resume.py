@@ -26,6 +26,7 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         "dtype": dtype_name(editor.lm.model.dtype),
         "layers": editor.layer_numbers,
         "modules": [editor.lm.anatomy.edit_name(layer) for layer in editor.layer_numbers],
+        "adapted": sum(layer.adapter is not None for layer in editor.changed_layers),
         "independent": editor.restore_between_batches,
         "batch_size": editor.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
         "ledger": editor.ledger.state_dict(),
@@ -34,6 +35,11 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         "table": loggers[0].rows if loggers else {},
         "rng": rng_state(),
     }
+
+
+def adjusted_path(name: str) -> str | None:
+    """The path in the language model of a sum by its name in a checkpoint; None where a callback did not adjust it."""
+    return name.split(".")[1].replace("/", ".") if name.startswith("adjusted.") else None
 
 
 def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
@@ -54,8 +60,9 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
             f"{editor.language_model}: set model.language_model to the model that it edits."
         )
     for name in checkpoint["state_dict"]:
-        if name.startswith("adjusted."):  # weights that a callback adjusted have to be there for Lightning to load
-            editor.changed_layer(name.split(".")[1].replace("/", "."))
+        path = adjusted_path(name)
+        if path is not None:  # weights that a callback adjusted have to be there for Lightning to load
+            editor.changed_layer(path)
     editor.ledger.load_state_dict(saved["ledger"])
     editor.contexts = list(saved["contexts"])
     editor.evaluation.load_state_dict(saved["evaluation"])

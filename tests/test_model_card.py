@@ -15,7 +15,7 @@ EDITS = (
     Edit("x", "{} is", "w", "z", 2, "superseded by edit 4"),
     Edit("x", "{} is", "v", "z", 2, "scaled to 0.25"),
 )
-DELTA = Delta("owner/model", "f00d", torch.float32, [3], {"h.3.out": torch.zeros(2, 3)}, History(2, EDITS))
+DELTA = Delta("owner/model", "f00d", torch.float32, [3], {"h.3.out": torch.zeros(2, 3)}, History(2, edits=EDITS))
 
 
 def test_no_text_breaks_out_of_its_cell():

@@ -48,15 +48,18 @@ def _ask(given: Namespace) -> None:
     for name, least in (("new_tokens", 0), ("top", 0)):
         if given[name] < least:
             raise UserError(f"--{name} is {given[name]}: it must be at least {least}.")
-    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
-    prompts = given.prompts or _typed()
-    if not given.json:
-        for pair in ask(delta, prompts, given.new_tokens, given.top, given.model):
+    if given.json:
+        with redirect_stdout(sys.stderr):  # where messages belong while standard output is for a program to read
+            pairs = _answers(given)
+        sys.stdout.write(json.dumps([_plain(pair) for pair in pairs], ensure_ascii=False, indent=2) + "\n")
+    else:
+        for pair in _answers(given):
             log.info("%s\n", render(pair, given.new_tokens > 0))
-        return
-    with redirect_stdout(sys.stderr):  # where messages belong while standard output is for a program to read
-        pairs = ask(delta, prompts, given.new_tokens, given.top, given.model)
-    sys.stdout.write(json.dumps([_plain(pair) for pair in pairs], ensure_ascii=False, indent=2) + "\n")
+
+
+def _answers(given: Namespace) -> list[Pair]:
+    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    return ask(delta, given.prompts or _typed(), given.new_tokens, given.top, given.model)
 
 
 def _typed() -> list[str]:

@@ -23,6 +23,9 @@ MODELS = {
 EDITS = [*FACTS[:6], replace(FACTS[0], target_new="Lima"), FACTS[6]]
 """The seventh supersedes the first."""
 
+LORA = {"targets": "mlp", "rank": 2, "steps": 2, "every_n_batches": 2, "text_tokens": 64, "tolerance": 1e9}
+"""An adjustment that is always kept."""
+
 FATES = ["superseded by edit 7", "kept", "scaled to 0.5", "scaled to 0.5", "rolled back", "rolled back", "kept", "kept"]
 """What becomes of :data:`EDITS` in batches of two under :class:`tests.commands.verdicts.Verdicts`."""
 
@@ -47,8 +50,8 @@ def save_tiny(folder, name, **changes):
     return folder
 
 
-def edited(folder, name, **model):
-    """Edits a tiny model in ``folder``, by the command."""
+def edited(folder, name, lora=None, **model):
+    """Edits a tiny model in ``folder``, by the command; with ``lora``, its mode, all of the MLPs is adjusted."""
     base = save_tiny(folder / "base", name)
     write_counterfact(folder / "facts.json", EDITS)
     config = {
@@ -67,6 +70,7 @@ def edited(folder, name, **model):
             "callbacks": [
                 {"class_path": "tests.commands.verdicts.Verdicts"},
                 {"class_path": "EditCheckpoint", "init_args": {"keep_all": True}},
+                *([{"class_path": "LoRAAdjust", "init_args": {"mode": lora, **LORA}}] if lora else []),
             ],
         },
     }  # fmt: skip

@@ -34,7 +34,6 @@ def by_hand(run, dtype=torch.float32):
     """The edited model by the definition: each edited weight of the base plus its sum, and nothing of editlab's."""
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]
-    assert len(sums) == 2
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     for layer in (1, 2):
         mlp = blocks[layer].mlp
@@ -136,6 +135,41 @@ def test_a_run_in_bfloat16(runs, tmp_path):
     total = torch.load(run.checkpoint, weights_only=True)["state_dict"]["edited.1.total"]
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(found[name], base[name].bfloat16().float() + total)
+
+
+def test_what_lora_merged_into_other_weights_is_taken_along(runs, tmp_path):
+    run = runs("llama", lora="merge")
+    assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
+    sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    found, base = weights(tmp_path / "out"), weights(run.base)
+    changed = [name for name in base if not torch.equal(found[name], base[name])]
+    assert changed == [
+        f"model.layers.{n}.mlp.{part}_proj.weight" for n in (1, 2) for part in ("down", "gate", "up")
+    ]  # in the order of names
+    total = sums["adjusted.model/layers/1/mlp/up_proj.total"]
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], base["model.layers.1.mlp.up_proj.weight"] + total)
+    assert export("--ckpt_path", run.folder, "--out", tmp_path / "d", "--delta-only") == 0
+    assert len(weights(tmp_path / "d")) == 6
+    assert main(["apply", "--delta", str(tmp_path / "d"), "--model", str(run.base), "--out", str(tmp_path / "a")]) == 0
+    assert files(tmp_path / "a") == files(tmp_path / "out")
+
+
+def test_an_adapter_beside_the_weights_is_named(runs, tmp_path, capsys):
+    run = runs("llama", lora="adapter")
+    capsys.readouterr()
+    assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
+    assert "an adapter beside the weights of 6 modules, which is not taken along" in capsys.readouterr().out
+    assert "adapter beside the weights of 6 modules" in (tmp_path / "out" / "README.md").read_text()
+    # On the exported model the run's adapter gives the weights that the run had: the sums, and what it adds.
+    from peft import PeftModel
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(plain.get_submodule(name).weight, by_hand(run).get_submodule(name).weight)
+    adapted = PeftModel.from_pretrained(plain, run.folder / "adapter")
+    assert adapted.base_model.model.get_submodule(name).get_delta_weight("default").any()
+    assert main(["ask", "--ckpt_path", str(run.folder), "Oslo", "--new_tokens", "1", "--json"]) == 0
+    json.loads(capsys.readouterr().out)  # the message is not in it
 
 
 def test_a_large_model_goes_to_several_files(runs, tmp_path):

@@ -255,7 +255,7 @@ def test_a_spoilt_folder_is_named(wheel, monkeypatch):
 
 def test_silence_ends_with_the_conversion():
     chatter = transformers.utils.logging
-    reader = transformers.modeling_gguf_pytorch_utils
+    reader = builtin.modeling_gguf_pytorch_utils
 
     def state():
         return chatter.get_verbosity(), chatter.is_progress_bar_enabled(), reader.tqdm
