@@ -162,7 +162,7 @@ def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
     """
     newest = read_checkpoint(checkpoint)
     if not 0 < step <= newest["global_step"]:
-        raise UserError(f"--to_step is {step}: {checkpoint} has gone through {newest['global_step']} batches.")
+        raise UserError(f"--to_step is {step}: {checkpoint} has {newest['global_step']} batches; give 0 to that.")
     if step == newest["global_step"]:
         return checkpoint
     found: dict[int, Path] = {}
