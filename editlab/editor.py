@@ -271,9 +271,7 @@ class SequentialEditor(lightning.LightningModule):
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)
-        bar: dict[str, Any] = {
-            name: immediate[name] for name in ("ES", "accuracy") if name in immediate
-        }  # no ES without a truth
+        bar: dict[str, Any] = {n: immediate[n] for n in ("ES", "accuracy") if n in immediate}  # no ES without a truth
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
