@@ -38,6 +38,8 @@ class _Open:
     kept: bool
     intended: list[Fact]
     past: list[Fact]
+    edited: int
+    """good edits before it, of which ``past`` is a sample"""
     plans: list[EditPlan] = field(default_factory=list)
 
 
@@ -62,11 +64,11 @@ class ForkLabels(EditCallback):
     def __init__(
         self,
         text: str,
-        tokens: int = 1024,
-        past: int = 32,
-        neighbors: int = 32,
+        tokens: int = 2048,
+        past: int = 64,
+        neighbors: int = 64,
         later: int = 3,
-        later_every: int = 4,
+        later_every: int = 5,
         matmul: str = "auto",
     ) -> None:
         self.text, self.tokens, self.past, self.neighbors = text, tokens, past, neighbors
@@ -105,7 +107,7 @@ class ForkLabels(EditCallback):
         now = [layer.total.clone() for layer in editor.layers]
         half = self.past // 2
         past = self.good[:half] + self.good[half:][-half:]
-        this = _Open(outcome.plan.step, self._totals, self._updates, outcome.kept, self._intended, past)
+        this = _Open(outcome.plan.step, self._totals, self._updates, outcome.kept, self._intended, past, len(self.good))
         reject = self._ask(editor, this, self._totals)
         accept = self._ask(editor, this, [t + u for t, u in zip(self._totals, self._updates, strict=True)])
         self._write(this, 0, accept, reject)
@@ -169,8 +171,9 @@ class ForkLabels(EditCallback):
             return {k: v if torch.isfinite(torch.tensor(v)) else None for k, v in numbers.items()}
 
         self.events.append(
-            {"step": batch.step, "later": later, "kept": batch.kept, "accept": plain(accept), "reject": plain(reject)}
-        )
+            {"step": batch.step, "later": later, "kept": batch.kept, "edited": batch.edited,
+             "accept": plain(accept), "reject": plain(reject)}
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """The edits made so far; batches that wait for their later comparison are lost by a stop."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 LOSSES = ("facts", "NS", "nll")
-FLOORS = {"facts": 0.5, "NS": 1 / 32, "nll": 0.005}
-"""The least that tau is above what is usual: half a fact, one neighbor of 32, half a percent of perplexity."""
 SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
 
 
@@ -38,14 +35,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(event: Mapping[str, Any]) -> dict[str, float]:
-    """What accepting lost against rejecting: facts right (earlier ones, net of the batch's own), NS, log-perplexity.
+    """What accepting lost against rejecting: share of facts right (the batch's own included), NS, log-perplexity.
 
-    Own facts count by their paraphrases. Earlier ones are a sample; each stands for as many as there were.
+    Own facts count by their paraphrases. Earlier ones are a sample; each stands for as many as there were. So what a
+    batch gains is netted against what it loses of earlier edits.
     """
-    accept, reject, edited = event["accept"], event["reject"], 10 * event["step"]
-    share = edited / reject["past_asked"] if reject["past_asked"] else 0.0
+    accept, reject = event["accept"], event["reject"]
+    own, edited = reject["own_asked"], event["edited"]
+    rate = (reject["past"] - accept["past"]) / reject["past_asked"] if reject["past_asked"] else 0.0
     worst = {"nll": 100.0, "NS": 0.0}  # where the branch is broken so far that it gives no number
-    found = {"facts": (reject["past"] - accept["past"]) * share - (accept["own"] - reject["own"])}
+    found = {"facts": (rate * edited - (accept["own"] - reject["own"])) / max(1, edited + own)}
     found["NS"] = _number(reject["NS"], worst["NS"]) - _number(accept["NS"], worst["NS"])
     found["nll"] = _number(accept["nll"], worst["nll"]) - _number(reject["nll"], worst["nll"])
     return found
@@ -72,14 +71,12 @@ def read_batches(folder: Path) -> list[Batch]:
 
 
 def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
-    """Loss beyond which a batch is bad: median and three robust standard deviations of ordinary batches."""
-    found = {}
-    for name in LOSSES:
-        values = [batch.losses[later][name] for batch in ordinary if later in batch.losses]
-        middle = statistics.median(values)
-        spread = 1.4826 * statistics.median(abs(value - middle) for value in values)
-        found[name] = middle + max(3 * spread, FLOORS[name])
-    return found
+    """Loss beyond which a batch is bad: the largest that any batch of the ordinary runs caused.
+
+    Most of what is lost is a few flips of a finite sample. Robust deviations of such counts are often 0, and three of
+    them would call one ordinary batch of ten bad.
+    """
+    return {name: max(batch.losses[later][name] for batch in ordinary if later in batch.losses) for name in LOSSES}
 
 
 def is_bad(batch: Batch, tau: Mapping[str, float], later: int) -> bool:

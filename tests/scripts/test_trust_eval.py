@@ -89,18 +89,20 @@ def test_forks_measure_both_branches_and_leave_the_run_alone(tiny_folder, tmp_pa
 
 
 def event(step, accept, reject):
-    names = ("own", "past", "past_asked", "NS", "nll")
+    names = ("own", "past", "past_asked", "NS", "nll", "own_asked")
+    accept, reject = (*accept, 10), (*reject, 10)
     return {
         "step": step,
+        "edited": 10 * step,
         "accept": dict(zip(names, accept, strict=True)),
         "reject": dict(zip(names, reject, strict=True)),
     }
 
 
 def test_losses_by_hand():
-    # 40 facts were edited before batch 4; of 20 asked for 2 are lost, which stands for 4; 3 of its own are won.
+    # 40 facts were edited before batch 4; of 20 asked for 2 are lost, which stands for 4; 3 of its own 10 are won.
     found = trust_labels.losses(event(4, (3, 16, 20, 0.75, 3.2), (0, 18, 20, 0.80, 3.0)))
-    assert found == {"facts": pytest.approx(4 - 3), "NS": pytest.approx(0.05), "nll": pytest.approx(0.2)}
+    assert found == {"facts": pytest.approx((4 - 3) / 50), "NS": pytest.approx(0.05), "nll": pytest.approx(0.2)}
     # A branch that gives no number any more has lost all.
     broken = trust_labels.losses(event(0, (0, 0, 0, None, None), (0, 0, 0, 0.8, 3.0)))
     assert broken == {"facts": 0, "NS": pytest.approx(0.8), "nll": pytest.approx(97.0)}
@@ -111,14 +113,14 @@ def batch(facts, ns=0.0, nll=0.0):
 
 
 def test_tau_and_bad_by_hand():
-    ordinary = [batch(x) for x in (-9.0, -8.0, -10.0, -9.0, -7.0)]
+    # Each tau is the largest loss among the ordinary ones; as much as that is not bad yet.
+    ordinary = [batch(-0.02, ns=0.03), batch(0.01, nll=0.005), batch(-0.9)]
     tau = trust_labels.taus(ordinary, 0)
-    # Median -9, distances 0 1 1 0 2: their median 1; three robust deviations are 4.4478. The others have their floors.
-    assert tau == {"facts": pytest.approx(-9 + 3 * 1.4826), "NS": 1 / 32, "nll": 0.005}
-    assert not trust_labels.is_bad(batch(-5.0), tau, 0)
-    assert trust_labels.is_bad(batch(-4.0), tau, 0)
-    assert trust_labels.is_bad(batch(-9.0, ns=0.1), tau, 0)
-    assert trust_labels.is_bad(batch(-9.0, nll=0.01), tau, 0)
+    assert tau == {"facts": 0.01, "NS": 0.03, "nll": 0.005}
+    assert not any(trust_labels.is_bad(b, tau, 0) for b in ordinary)
+    assert trust_labels.is_bad(batch(0.02), tau, 0)
+    assert trust_labels.is_bad(batch(-0.9, ns=0.1), tau, 0)
+    assert trust_labels.is_bad(batch(-0.9, nll=0.01), tau, 0)
 
 
 def test_rates_and_areas_by_hand():
