@@ -99,7 +99,7 @@ class LoRAAdjust(EditCallback):
         every_n_batches: int | None = 4,
         at_end: bool = True,
         steps: int = 20,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         batch_size: int = 16,
         replayed: int = 128,
         weights: dict[str, float] | None = None,

@@ -40,11 +40,19 @@ class InjectFaults(EditCallback):
         first: batches before this one are left alone.
         every_n_batches: between two points of the curve.
         sample: facts asked for at each point, spread over all that went before.
+        kinds: of faults; all where not given.
     """
 
     def __init__(
-        self, share: float = 0.1, seed: int = 0, first: int = 1, every_n_batches: int = 10, sample: int = 64
+        self,
+        share: float = 0.1,
+        seed: int = 0,
+        first: int = 1,
+        every_n_batches: int = 10,
+        sample: int = 64,
+        kinds: list[str] | None = None,
     ) -> None:
+        self.kinds = kinds or list(KINDS)
         self.share = share
         self.seed = seed
         self.first = first
@@ -60,7 +68,7 @@ class InjectFaults(EditCallback):
         draw = random.Random(self.seed)
         count = round(self.share * batches)
         chosen = draw.sample(range(self.first, batches), count)
-        kinds = [KINDS[i % len(KINDS)] for i in range(count)]
+        kinds = [self.kinds[i % len(self.kinds)] for i in range(count)]
         self.faults = dict(sorted(zip(chosen, kinds, strict=True)))
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:

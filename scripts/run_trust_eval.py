@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults import KINDS
 from sweep import ROOT, TEXT, Case, Run, parser, run_all, write_rows
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 from trust_labels import SIGNALS, Batch, _ranks, areas, is_bad, rates, read_batches, taus
@@ -33,9 +34,10 @@ def gate(**settings: Any) -> dict[str, Any]:
     return {"class_path": "TrustRollback", "init_args": settings}
 
 
-def faults(seed: int, share: float) -> dict[str, Any]:
+def faults(seed: int, share: float, kinds: Sequence[str] = KINDS) -> dict[str, Any]:
     """The callback that spoils batches and measures the good ones."""
-    return {"class_path": "scripts.faults.InjectFaults", "init_args": {"seed": seed, "share": share}}
+    settings = {"seed": seed, "share": share, "kinds": list(kinds)}
+    return {"class_path": "scripts.faults.InjectFaults", "init_args": settings}
 
 
 def cases(seed: int) -> list[Case]:
@@ -43,11 +45,14 @@ def cases(seed: int) -> list[Case]:
     fork = {"class_path": "scripts.fork.ForkLabels", "init_args": {"text": str(TEXT / "wikitext2_test.txt")}}
     weak = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
             "model.rule.init_args.covariance_weight": 1}  # fmt: skip
+    subtle = [kind for kind in KINDS if kind != "norm"]  # one batch of that kind alone destroys the model
     return [
         Case("faulty_gate", {}, [faults(seed, 0.1), gate(), fork]),
         Case("faulty", {}, [faults(seed, 0.1)]),
         Case("clean_gate", {}, [faults(seed, 0.0), gate(), fork]),
         Case("clean", {}, [faults(seed, 0.0)]),
+        Case("subtle_gate", {}, [faults(seed, 0.1, subtle), gate()]),
+        Case("subtle", {}, [faults(seed, 0.1, subtle)]),
         Case("beyond_gate", weak, [faults(seed, 0.0), gate(), fork]),
         Case("beyond", weak, [faults(seed, 0.0)]),
         Case("faulty_edit", {}, [faults(seed, 0.1), gate(granularity="edit", neighbor_samples=10)]),
