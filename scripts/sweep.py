@@ -144,13 +144,18 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         for run in runs:
             print(f"{'to run' if run in waiting else 'done':7} {run.case.name}, seed {run.seed}")
         return []
-    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    threads = max(1, cores() // options.workers)
     with ThreadPoolExecutor(options.workers) as pool, tqdm(total=len(waiting), desc="Runs", unit="run") as bar:
         for run, code in pool.map(lambda run: (run, _start(run, recipe, options.work, threads)), waiting):
             bar.update()
             if code:
                 bar.write(f"{run.case.name}, seed {run.seed}, failed ({code}): see {run.folder / 'run.log'}")
     return [run for run in runs if run.summary is not None]
+
+
+def cores() -> int:
+    """Cores that this process may run on, where the system tells; else those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
