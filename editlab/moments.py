@@ -76,7 +76,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     if missing:
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = _windows(lm, settings, name)
-        for layer, moments in _accumulate(lm, missing, windows).items():
+        for layer, moments in accumulate(lm, missing, windows).items():
             found[layer] = moments
             if settings.cache:
                 with atomic_file(paths[layer]) as temporary:
@@ -168,7 +168,8 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
 
 
 @torch.no_grad()
-def _accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU."""
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
     sums = {
         layer: torch.zeros(lm.anatomy.key_size(layer), lm.anatomy.key_size(layer), dtype=torch.float64)

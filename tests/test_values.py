@@ -8,7 +8,7 @@ from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import ValueSettings, optimize_values
-from tests.oracle import naive_value
+from scripts.plain import plain_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -34,7 +34,7 @@ def exact(**settings):
 def check(lm, site, settings):
     ours = optimize_values(lm, FACTS, site, CONTEXTS, settings)
     for i, fact in enumerate(FACTS):
-        target, loss, steps = naive_value(lm, fact, site, CONTEXTS, settings)
+        target, loss, steps = plain_value(lm, fact, site, CONTEXTS, settings)
         # Adam divides by the root of the squared gradient, so float32 rounding grows over the steps; 1e-3 of the norm
         # is ten times what was seen, and a hundredth of what one missing term of the loss changes.
         assert (ours.target[i] - target).norm() <= 1e-3 * target.norm(), fact
