@@ -20,7 +20,7 @@ import torch
 from faults import KINDS
 from sweep import ROOT, TEXT, Case, Run, parser, run_all, write_rows
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
-from trust_labels import SIGNALS, Batch, ranks, areas, is_bad, rates, read_batches, read_lines, taus
+from trust_labels import SIGNALS, Batch, areas, is_bad, ranks, rates, read_batches, read_lines, taus
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, new_figure, save_figure
 
