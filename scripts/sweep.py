@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from editlab.lm.cache import atomic_file
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "text"
+
+PROVENANCE = "provenance.json"
+"""File of a run's folder that says what code and machine it was started with."""
 
 PANELS = (
     ("retained/ES", "retained ES"),
@@ -165,10 +169,39 @@ def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
     if checkpoint.exists():
         arguments += ["--ckpt_path", str(checkpoint)]
     run.folder.mkdir(parents=True, exist_ok=True)
+    if not checkpoint.exists():
+        (run.folder / PROVENANCE).write_text(json.dumps(provenance()) + "\n", encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (run.folder / "run.log").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "editlab.cli", *arguments]
         return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+
+
+def provenance() -> dict[str, str]:
+    """What the code and the machine are: the revision of git ("+" where files were changed since), and the CPU."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"revision": git("rev-parse", "--short", "HEAD") + changed, "machine": f"{cores()} x {cpu_name()}"}
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def provenance_of(run: Run) -> dict[str, str]:
+    """Revision and machine that a run was started with, as far as they were noted, and its version of torch."""
+    path = run.folder / PROVENANCE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
+    return {**found, "torch": (run.summary or {}).get("versions", {}).get("torch", "")}
 
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -253,6 +286,7 @@ def write_table(runs: Sequence[Run], path: Path) -> None:
             | {f"before_{k}": round(v, 4) for k, v in summary["before"].items() if k in ("PS", "NS")}
             | {"perplexity_before": round(perplexity["before"], 3), "perplexity_after": round(perplexity["after"], 3)}
             | {"perplexity_ratio": round(perplexity["after"] / perplexity["before"], 4)}
+            | provenance_of(run)
         )
     write_rows(rows, path)
 

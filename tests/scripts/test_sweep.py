@@ -13,6 +13,7 @@ from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
+import run_forgetting as forgetting
 import run_lora_ablation as lora_ablation
 import run_replay_ablation as ablation
 import sweep
@@ -133,3 +134,36 @@ def test_the_cases_cover_what_was_asked():
                 assert f"{sampling}_{rate}_{capacity}" in names
     assert {"none", "consolidated", "joint"} <= set(names)
     assert set(ablation.SHOWN) <= set(names)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("memit", "MEMIT"), ("alphaedit", "AlphaEdit"), ("emmet", "EMMET")])
+def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
+    case = next(case for case in forgetting.cases(2000) if case.name == name)
+    recipe = str(sweep.ROOT / forgetting.RECIPE)
+    command = [sys.executable, "-m", "editlab.cli", *case.arguments(recipe, 1, tmp_path), "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
+    found = yaml.safe_load(printed)["model"]["rule"]
+    assert found["class_path"].rpartition(".")[2] == rule
+    weights = {"memit": 15000, "emmet": 1000}
+    assert found["init_args"].get("covariance_weight") == weights.get(name)
+
+
+def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_path):
+    folder = tmp_path / "emmet" / "version_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(
+        "edits,retained/accuracy,perplexity/heldout,weights/layer_2/delta_norm,weights/layer_3/delta_norm,"
+        "solve/layer_2/gram_condition,solve/layer_3/gram_condition\n"
+        "32,,,0.1,0.2,5,6\n"
+        "200,0.75,40.25,0.3,0.25,70,12345.678\n"
+    )
+    (row,) = forgetting.snapshots([sweep.Run(sweep.Case("emmet", {}), 1, folder)])
+    assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
+    assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
+
+
+def test_a_run_says_what_it_was_started_with(options):
+    (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
+    found = sweep.provenance_of(run)
+    assert found == {**sweep.provenance(), "torch": run.summary["versions"]["torch"]}
+    assert found["machine"].split(" x ")[0] == str(sweep.cores())
