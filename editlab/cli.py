@@ -19,19 +19,12 @@ from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError
 from editlab.explain import explain
 from editlab.logger import RunLogger
+from editlab.trainer import TRAINER_DEFAULTS
 
 DESCRIPTION = "Edits facts in a language model, one batch after another, and shows what it keeps and forgets."
 
 PLUGINS = "editlab.plugins"
 """Entry-point group of packages with callbacks, rules or formats, which YAML may then name by bare class name."""
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
 
 
 def load_plugins() -> None:

@@ -113,11 +113,19 @@ class SequentialEditor(lightning.LightningModule):
         """Loads the language model once, in the Trainer's dtype."""
         if hasattr(self, "lm"):
             return
-        self.lm = LanguageModel.from_name(self.language_model, torch.get_default_dtype(), self.edit_module)
-        anatomy = self.lm.anatomy
+        self.use(LanguageModel.from_name(self.language_model, torch.get_default_dtype(), self.edit_module))
+
+    def use(self, lm: LanguageModel) -> None:
+        """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
+
+        Raises:
+            UserError: where ``layers`` are not its own, or can not share an edit.
+        """
+        self.lm = lm
+        anatomy = lm.anatomy
         for layer in self.layer_numbers:
             self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
-        self.site = Site.of(self.lm, self.layer_numbers[-1])
+        self.site = Site.of(lm, self.layer_numbers[-1])
         if not self.site.in_stream and len(self.layer_numbers) > 1:
             raise UserError(
                 f"{self.language_model} has a norm after its MLP, so an edit can not be spread over several layers: "
