@@ -25,8 +25,8 @@ from sweep import (
     parser,
     provenance_of,
     run_all,
+    table_rows,
     write_rows,
-    write_table,
 )
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
@@ -110,7 +110,7 @@ def main() -> None:
     runs = run_all(wanted, RECIPE, options)
     if runs:
         write_rows(snapshots(runs), ROOT / "results" / "large_scale_forgetting.csv")
-        write_table(runs, ROOT / "results" / "large_scale_final.csv")
+        write_rows(table_rows(runs), ROOT / "results" / "large_scale_final.csv")
         write_rows(means(runs, {}, "emmet"), ROOT / "results" / "large_scale_means.csv")
         draw_curves(runs, SHOWN, ROOT / "figs" / "large_scale_forgetting.png")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, write_rows, write_table
+from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, table_rows, write_rows
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
@@ -67,7 +67,7 @@ def main() -> None:
     common = common_flags(options)
     runs = run_all([Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases()], RECIPE, options)
     if runs:
-        write_table(runs, ROOT / "results" / "lora_ablation.csv")
+        write_rows(table_rows(runs), ROOT / "results" / "lora_ablation.csv")
         write_rows(means(runs, BASE, "emmet"), ROOT / "results" / "lora_ablation_means.csv")
         draw_curves(runs, SHOWN, ROOT / "figs" / "lora_ablation.png")
 

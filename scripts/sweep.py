@@ -272,23 +272,22 @@ def draw_curves(runs: Sequence[Run], shown: Mapping[str, tuple[str, str, str]], 
     save_figure(figure, path)
 
 
-def write_table(runs: Sequence[Run], path: Path) -> None:
-    """One row a run: its labels, seed, and the numbers of its summary."""
+def table_rows(runs: Sequence[Run], more: Callable[[Run], dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """One row a run: its labels and seed, the numbers of its summary, ``more``, and what it was started with."""
     rows = []
     for run in runs:
         summary = run.summary
         assert summary is not None
+        row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
+        row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
+        for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
+            row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
         perplexity = summary["perplexity"]
-        rows.append(
-            {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-            | {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
-            | {f"immediate_{k}": round(v, 4) for k, v in summary["immediate"].items() if k in ("ES", "accuracy")}
-            | {f"before_{k}": round(v, 4) for k, v in summary["before"].items() if k in ("PS", "NS")}
-            | {"perplexity_before": round(perplexity["before"], 3), "perplexity_after": round(perplexity["after"], 3)}
-            | {"perplexity_ratio": round(perplexity["after"] / perplexity["before"], 4)}
-            | provenance_of(run)
-        )
-    write_rows(rows, path)
+        row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
+        if "after" in perplexity:
+            row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
+        rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
+    return rows
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
