@@ -75,6 +75,7 @@ def plain_value(
     optimizer = torch.optim.Adam([delta], lr=settings.lr)
     direction: Tensor | None = None
     initial = None
+    said = 0
     for step in range(settings.steps):
         handle = site.module.register_forward_hook(add)
         logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
@@ -83,13 +84,14 @@ def plain_value(
         picked = logp[:-1, :-1].gather(2, labels[:-1, 1:].clamp_min(0)[..., None]).squeeze(-1)
         wanted = labels[:-1, 1:] != -100
         nll = -(picked * wanted).sum(1) / wanted.sum(1)
+        said = said + 1 if bool((logp[:-1, :-1].argmax(2) == labels[:-1, 1:])[wanted].all()) else 0
         essence = logp[-1, int(mask[-1].sum()) - 1]
         if initial is None:
             initial = essence.detach()
         kl = kl_div(initial[None], essence[None], log_target=True, reduction="batchmean")
         decay = settings.weight_decay * delta.norm() / origin.norm() ** 2
         loss = nll.mean() + settings.kl_factor * kl + decay
-        if loss < settings.loss_threshold or step == settings.steps - 1:
+        if loss < settings.loss_threshold or step == settings.steps - 1 or 0 < settings.early_stop <= said:
             break
         optimizer.zero_grad()
         loss.backward()

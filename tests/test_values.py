@@ -83,6 +83,16 @@ def test_facts_that_are_done_leave_at_the_same_step():
     assert steps.min() < steps.max()
 
 
+@pytest.mark.parametrize("patience", [1, 3])
+def test_facts_leave_when_their_targets_were_said_so_many_times(patience):
+    lm, site = make("llama")
+    settings = {"steps": 25, "lr": 0.5, "clamp": 20.0, "loss_threshold": 0.0}
+    check(lm, site, exact(early_stop=patience, **settings))
+    steps = optimize_values(lm, FACTS, site, CONTEXTS, exact(early_stop=patience, **settings)).steps
+    assert patience <= steps.min() < 25
+    assert bool((optimize_values(lm, FACTS, site, CONTEXTS, exact(**settings)).steps == 25).all())
+
+
 def test_grouping_changes_only_rounding():
     lm, site = make("llama")
     together = optimize_values(lm, FACTS, site, CONTEXTS, exact(steps=5, lr=0.1))
