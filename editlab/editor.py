@@ -21,11 +21,10 @@ from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.keys import KEY_MODES, Keys, Site, read_keys
+from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
 from editlab.ledger import Ledger
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
-from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.rules import EMMET, Rule
@@ -186,10 +185,6 @@ class SequentialEditor(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
         self.evaluation.start_clock()
-        if self.resumed is None:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.go_on({}, 0)  # an old run's folder may have been named
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         largest = self.rule.largest_batch
         if largest is not None and data.batch_size > largest:
@@ -203,7 +198,8 @@ class SequentialEditor(lightning.LightningModule):
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
-        resume.check_facts(self)
+        check_lengths(self.lm, data.facts, self.contexts)
+        resume.begin(self)
 
     def on_train_start(self) -> None:
         """All set-up is done: a resumed run's random generators take up their states."""

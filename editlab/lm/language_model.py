@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab.lm.anatomy import Anatomy, read_anatomy
+from editlab.errors import UserError
+from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
@@ -38,6 +39,9 @@ class LanguageModel(nn.Module):
         model: any causal language model of transformers.
         tokenizer: its fast tokenizer.
         edit_module: path of the module to edit inside a block; found by structure where not given.
+
+    Raises:
+        UserError: where there is no such module, or what the model says is not finite.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = read_anatomy(model, edit_module)
+        self.longest = context_length(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
 
@@ -67,9 +72,14 @@ class LanguageModel(nn.Module):
         block = self.anatomy.blocks[0]
         handle = block.register_forward_hook(lambda m, a, output: kinds.append(isinstance(output, tuple)))
         try:
-            self.run(torch.zeros(1, 1, dtype=torch.long))
+            logits = self.run(torch.zeros(1, 1, dtype=torch.long)).logits
         finally:
             handle.remove()
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                "What the model says is not finite: its weights are damaged, or its type is too narrow "
+                "(trainer.precision)."
+            )
         return kinds[0]
 
     def run(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, **arguments: Any) -> Any:
