@@ -53,6 +53,7 @@ def cases() -> list[Case]:
         Case("lora_4", {}, [lora(rank=4), CURVE], {"rank": 4}),
         Case("lora_16", {}, [lora(rank=16), CURVE], {"rank": 16}),
         Case("lora_8_end", {}, [lora(every_n_batches=None, steps=80), CURVE], {"rank": 8}),
+        Case("lora_8_long", {}, [lora(steps=40), CURVE], {"rank": 8}),
         Case("lora_8_attention", {}, [lora(targets="attention"), CURVE], {"rank": 8}),
         Case("lora_8_unedited", {}, [lora(weights={"before": 0.0, "unedited": 1.0}), CURVE], {"rank": 8}),
         Case("lora_8_firm", {}, [lora(weights={"before": 5.0}), CURVE], {"rank": 8}),
