@@ -147,7 +147,8 @@ def draw_effect(runs: Sequence[Run], path: Path) -> None:
         "clean": ("no faults, no gate", BLACK, ":"),
         "faulty": ("faults, no gate", VERMILION, "--"),
         "faulty_gate": ("faults, gate", BLUE, "-"),
-        "faulty_edit": ("faults, gate by edit", GREEN, "-."),
+        "subtle": ("all but the worst fault, no gate", ORANGE, "--"),
+        "subtle_gate": ("all but the worst fault, gate", GREEN, "-"),
     }
     for case, (label, color, line) in shown.items():
         read = [json.loads((run.folder / "faults.json").read_text())["curve"] for run in runs if run.case.name == case]

@@ -107,6 +107,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, help="folder of the runs")
     found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
+    found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
     return found
 
@@ -148,6 +149,8 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         for run in runs:
             print(f"{'to run' if run in waiting else 'done':7} {run.case.name}, seed {run.seed}")
         return []
+    if options.no_run:
+        return [run for run in runs if run.summary is not None]
     threads = max(1, cores() // options.workers)
     with ThreadPoolExecutor(options.workers) as pool, tqdm(total=len(waiting), desc="Runs", unit="run") as bar:
         for run, code in pool.map(lambda run: (run, _start(run, recipe, options.work, threads)), waiting):

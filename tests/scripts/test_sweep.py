@@ -195,3 +195,13 @@ def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
     assert (row["effective_weight"], row["seconds_an_edit"], row["peak_memory_mb"]) == (300.0, 1.5, 1500)
     assert (row["immediate_ES"], row["before_NS"], row["perplexity_before"]) == (1.0, 0.8, 20.0)
     assert "perplexity_ratio" not in row
+
+
+def test_tables_alone_run_nothing(options, monkeypatch):
+    monkeypatch.setattr(sweep, "_start", lambda *arguments: 1 / 0)
+    done = options.work / "none" / "version_1"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text("{}")
+    options.no_run = True
+    runs = sweep.run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
+    assert [run.case.name for run in runs] == ["none"]
