@@ -201,6 +201,7 @@ def configure_messages() -> None:
         r".*module\(s\) in eval mode at the start of training.*",  # the language model stays in eval mode
         ".*LeafSpec.*is deprecated.*",
         ".*is_gradient_checkpointing.*is deprecated.*",  # what PEFT asks transformers
+        "LightningCLI's args parameter is intended.*",
         "Checkpoint directory .* exists and is not empty.*",  # a run that goes on writes over its own checkpoint
         "Using ModelCheckpoint with manual optimization.*",  # saved after the step is what is meant
     ):
