@@ -22,8 +22,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editlab.figures import Series, draw_band, new_figure, save_figure
+from editlab.figures import Series, comparison_figure, save_figure
 from editlab.lm.cache import atomic_file
+from editlab.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "text"
@@ -31,12 +32,6 @@ TEXT = ROOT.parent / "shared" / "data" / "text"
 PROVENANCE = "provenance.json"
 """File of a run's folder that says what code and machine it was started with."""
 
-PANELS = (
-    ("retained/ES", "retained ES"),
-    ("retained/accuracy", "retained accuracy"),
-    ("retained/NS", "neighbors (NS)"),
-    ("perplexity/heldout", "held-out perplexity"),
-)
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "accuracy": lambda s: s["retained"]["accuracy"],
     "ES": lambda s: s["retained"]["ES"],
@@ -83,13 +78,11 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The run's ``summary.json``; None where it has not finished."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return RunFolder(self.folder).summary
 
     def curve(self) -> Series:
         """The run's ``metrics.csv``: number of edits -> name -> value."""
-        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+        return RunFolder(self.folder).curve
 
 
 def _plain(value: Any) -> str:
@@ -265,14 +258,11 @@ def draw_curves(runs: Sequence[Run], shown: Mapping[str, tuple[str, str, str]], 
         shown: case -> label, color, line.
         path: of the figure, ``.png`` and ``.pdf``.
     """
-    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
-    for ax, (name, title) in zip(axes, PANELS, strict=True):
-        for case, (label, color, line) in shown.items():
-            curves = [run.curve() for run in runs if run.case.name == case]
-            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
-        ax.set(title=title, xlabel="edits")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    save_figure(figure, path)
+    drawn = {
+        label: ([run.curve() for run in runs if run.case.name == case], color, line)
+        for case, (label, color, line) in shown.items()
+    }
+    save_figure(comparison_figure(drawn), path)
 
 
 def table_rows(runs: Sequence[Run], more: Callable[[Run], dict[str, Any]] | None = None) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,facts}" in last
+    assert "{fit,validate,test,export,apply,revert,ask,compare,facts}" in last
 
 
 @pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "facts", "facts check"])
