@@ -56,10 +56,10 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,compare,facts}" in last
+    assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts}" in last
 
 
-@pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "facts", "facts check"])
+@pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check"])
 def test_each_verb_has_its_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
