@@ -18,11 +18,13 @@ from editlab import resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
+from editlab.data.stream import FactBatch
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
 from editlab.ledger import Ledger
+from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.moments import MomentSettings, second_moments
@@ -36,6 +38,10 @@ from editlab.value_cache import ValueCache
 from editlab.values import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
+
+_float32 = default_dtype(torch.float32)
+"""With ``trainer.precision bf16-true`` Lightning makes bfloat16 the type of all new tensors in a step. It is meant for
+the model alone: values, scores and solves stay as wide as they are everywhere else."""
 
 
 class SequentialEditor(lightning.LightningModule):
@@ -212,13 +218,15 @@ class SequentialEditor(lightning.LightningModule):
 
     # ---- one batch of edits -----------------------------------------------------------------------------------
 
-    def training_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def training_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Values, plan, solve, verdict, measurement: one batch of edits."""
+        facts = batch.facts
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
         before = StepState(self.layers)
-        plan = EditPlan(self.global_step, batch, self.find_values(batch))
+        plan = EditPlan(self.global_step, facts, self.find_values(facts))
         self._tell("on_edit_planned", plan)
         outcome = EditOutcome(plan, {}, {})
         self.optimizers().step(lambda: solve_batch(self, outcome))  # type: ignore[union-attr]
@@ -227,11 +235,11 @@ class SequentialEditor(lightning.LightningModule):
             solve_again(self, outcome, before)
             self._tell("on_edit_applied", outcome)
         carry_out(self, outcome, before)
-        self.ledger.add(batch, plan.step, outcome.factors)
+        self.ledger.add(facts, plan.step, outcome.factors)
         self._tell("on_edit_settled", outcome)
         self._tell("on_edit_adjust", outcome)
         self._tell("on_edit_done", outcome)
-        self._log_step(batch, outcome)
+        self._log_step(facts, outcome)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
@@ -294,17 +302,19 @@ class SequentialEditor(lightning.LightningModule):
         self.measure_retained()
         finish_run(self.trainer, self)
 
-    def validation_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Retention: past edits on the weights as they are."""
-        self.evaluation.update("retained", self.lm, batch)
+        self.evaluation.update("retained", self.lm, batch.facts)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches."""
         self.log_dict({f"retained/{k}": v for k, v in self.evaluation.compute("retained").items()})
 
-    def test_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def test_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Bystanders: facts that were never edited and should still be as true."""
-        self.evaluation.update("bystanders", self.lm, batch)
+        self.evaluation.update("bystanders", self.lm, batch.facts)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
