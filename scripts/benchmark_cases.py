@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import lightning
@@ -24,6 +24,7 @@ from editlab.moments import WINDOW, MomentSettings, accumulate, sample_text, sec
 from editlab.rules import EMMET
 from editlab.scoring import prefers_truth, score_facts
 from editlab.solver import Constraints, Preservation, solve
+from editlab.value_group import ValueGroup, rows_of
 from editlab.values import ValueSettings, optimize_values
 from scripts.plain import plain_keys, plain_moments, plain_scores, plain_solve, plain_step, plain_value
 
@@ -103,6 +104,27 @@ def values(s: Setting) -> list[Round]:
         return float(optimize_values(s.lm, facts, s.site, s.contexts, s.values).loss.mean())
 
     return [Round(len(f), lambda f=f: plain(f), lambda f=f: ours(f), lambda a, b: abs(b / a - 1)) for f in s.groups]
+
+
+def early(s: Setting) -> list[Round]:
+    """Values of a batch, ours stopped once every target was said twice; they differ by the share that is said."""
+    settings = replace(s.values, early_stop=2)
+
+    def said(facts: list[Fact], targets: Tensor) -> float:
+        with torch.no_grad():
+            group = ValueGroup(s.lm, s.site, [rows_of(s.lm, i, fact, [""]) for i, fact in enumerate(facts)])
+            return float(group.surprise(targets.to(group.origin) - group.origin).said.float().mean())
+
+    def plain(facts: list[Fact]) -> Tensor:
+        return torch.stack([plain_value(s.lm, fact, s.site, s.contexts, s.values)[0] for fact in facts])
+
+    def ours(facts: list[Fact]) -> Tensor:
+        return optimize_values(s.lm, facts, s.site, s.contexts, settings).target
+
+    return [
+        Round(len(f), lambda f=f: plain(f), lambda f=f: ours(f), lambda a, b, f=f: abs(said(f, a) - said(f, b)))
+        for f in s.groups
+    ]
 
 
 def keys(s: Setting) -> list[Round]:
@@ -210,6 +232,7 @@ def whole(s: Setting) -> list[Round]:
 
 CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "values": ("fact", values),
+    "early": ("fact", early),
     "keys": ("fact", keys),
     "moments": ("token", moments),
     "solver": ("batch", solver),
