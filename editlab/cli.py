@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
 
+from editlab import ranks
 from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
@@ -19,6 +22,8 @@ from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError
 from editlab.explain import explain
 from editlab.logger import RunLogger
+from editlab.progress import speaks
+from editlab.strategy import NAME, EditStrategy
 
 DESCRIPTION = "Edits facts in a language model, one batch after another, and shows what it keeps and forgets."
 
@@ -78,6 +83,20 @@ class EditLabCLI(LightningCLI):
             _go_on(verb, logger)
         _add_checkpoint(verb.trainer)
 
+    def instantiate_trainer(self, **arguments: Any) -> Trainer:
+        """The Trainer.
+
+        Raises:
+            UserError: where it would start several processes that do not know how to share an edit.
+        """
+        trainer = super().instantiate_trainer(**arguments)
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
+            raise UserError(
+                f"{trainer.world_size} processes share edits by --trainer.strategy {NAME}: set it, or set "
+                "--trainer.devices 1."
+            )
+        return trainer
+
 
 def _go_on(verb: Namespace, logger: Namespace) -> None:
     """Resolves ``--ckpt_path last``; a checkpoint from this recipe's runs goes on in its own run's folder."""
@@ -136,16 +155,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(arguments)
     except EditLabError as error:
-        return _say(str(error), error.exit_code)
+        return _fail(error, str(error), error.exit_code)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
             raise
-        return _say(sentence, UserError.exit_code)
+        return _fail(error, sentence, UserError.exit_code)
     return 0
 
 
-def _say(sentence: str, code: int) -> int:
+def _fail(error: Exception, sentence: str, code: int) -> int:
+    """Says what went wrong; of an error that all ranks have got the first one says it, and its exit code counts."""
+    if ranks.heard(error) and not speaks():
+        return 0
     sys.stderr.write(f"editlab: {sentence}\n")
     return code
 
@@ -166,6 +188,7 @@ def configure_messages() -> None:
     """Editlab's messages to the screen as plain lines; other libraries' chatter about our defaults held back."""
     handler = _Screen()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: speaks())
     for name in ("editlab", "callbacks"):
         logger = logging.getLogger(name)
         if not logger.handlers:
@@ -177,11 +200,17 @@ def configure_messages() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation within fit: that is meant
         r".*module\(s\) in eval mode at the start of training.*",  # the language model stays in eval mode
         ".*LeafSpec.*is deprecated.*",
+        "LightningCLI's args parameter is intended.*",
+        ".*sync_dist=True.*",  # what is logged is the same on every rank
         ".*is_gradient_checkpointing.*is deprecated.*",  # what PEFT asks transformers
         "Checkpoint directory .* exists and is not empty.*",  # a run that goes on writes over its own checkpoint
         "Using ModelCheckpoint with manual optimization.*",  # saved after the step is what is meant
     ):
         warnings.filterwarnings("ignore", message=chatter)
+    if not speaks():
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        disable_progress_bar()
     logging.getLogger("lightning.pytorch").addFilter(lambda record: "Tip:" not in record.getMessage())
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

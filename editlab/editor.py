@@ -11,10 +11,9 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from editlab import resume
+from editlab import ranks, resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
@@ -28,6 +27,7 @@ from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
+from editlab.progress import progress
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
 from editlab.scoring import prefers_truth
@@ -190,7 +190,7 @@ class SequentialEditor(lightning.LightningModule):
             )
         with self.unedited():
             if not self.contexts:
-                self.contexts = sample_contexts(self.lm, self.context_settings)
+                self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
@@ -243,7 +243,7 @@ class SequentialEditor(lightning.LightningModule):
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], found on the weights as they are."""
-        with tqdm(total=len(facts), desc="Values", unit="fact", leave=False) as bar:
+        with progress(total=len(facts), desc="Values", unit="fact") as bar:
             return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
 
     def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editlab import ranks
+
 
 class EditedLayer(nn.Module):
     """One edited weight: the original, the running sum of updates in float32, and the parameter made of both.
@@ -52,8 +54,8 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
-        """Adds an update [d_v, d_k] to the sum and writes the weight."""
-        self.total.add_(update.to(self.total))
+        """Adds an update [d_v, d_k] to the sum and writes the weight; of several ranks' updates the first one's."""
+        self.total.add_(ranks.same(update.to(self.total)))
         self.write()
 
     @torch.no_grad()
@@ -63,8 +65,11 @@ class EditedLayer(nn.Module):
         self.write()
 
     def set_adapter(self, adapter: Tensor | None) -> None:
-        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight."""
-        self.adapter = adapter
+        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight.
+
+        Of several ranks' adapters the first one's is taken.
+        """
+        self.adapter = None if adapter is None else ranks.same(adapter)
         self.write()
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlab import ranks
 from editlab.lm.anatomy import Anatomy, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.running import by_row, logits_only_at, reading
@@ -18,6 +19,11 @@ from editlab.rng import private_draws
 
 TOKENS_A_PASS = 4096
 """Padded tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
+
+
+def passes(rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
+    """Numbers of the rows that go through the model together, each pass of at most ``tokens`` padded tokens."""
+    return by_length([len(row) for row in rows], TOKENS_A_PASS if tokens is None else tokens)
 
 
 class NextTokenScores(NamedTuple):
@@ -91,7 +97,7 @@ class LanguageModel(nn.Module):
             For each row, name -> [its tokens, features], in the model's dtype.
         """
         found: list[dict[Any, Tensor]] = [{} for _ in rows]
-        for group in by_length([len(row) for row in rows], TOKENS_A_PASS):
+        for group in passes(rows):
             ids, mask = pad([rows[i] for i in group])
             with reading(modules, stop) as seen:
                 self.run(ids, mask)
@@ -101,20 +107,23 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def next_token_scores(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[tuple[int, int]]]
+        self,
+        rows: Sequence[Sequence[int]],
+        wanted: Sequence[Sequence[tuple[int, int]]],
+        tokens_a_pass: int | None = None,
     ) -> NextTokenScores:
-        """Scores of given next tokens, with logits only where they are asked for.
+        """Scores of given next tokens, with logits only where they are asked for; several ranks share the passes.
 
         Args:
             rows: token ids, one list a row.
             wanted: for each row, pairs (position, token): how likely is ``token`` after ``row[: position + 1]``?
+            tokens_a_pass: padded tokens in one pass, where it shall not be :data:`TOKENS_A_PASS`.
 
         Returns:
-            The scores, one tensor a row.
+            The scores, one tensor a row, on the CPU.
         """
-        logps, tops = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
-        hits = [torch.empty(0, dtype=torch.bool)] * len(rows)
-        for group in by_length([len(row) for row in rows], TOKENS_A_PASS):
+
+        def score(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
             ids, mask = pad([rows[i] for i in group])
             places = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
             # Long and [3, n] also where no row of the group wants anything.
@@ -125,10 +134,10 @@ class LanguageModel(nn.Module):
             best, argmax = logits.max(1)
             found = (logits.gather(1, tokens[:, None]).squeeze(1) - norm, argmax == tokens, best - norm)
             counts = [len(wanted[i]) for i in group]
-            for kept, scores in zip((logps, hits, tops), found, strict=True):
-                for i, some in zip(group, scores.cpu().split(counts), strict=True):
-                    kept[i] = some
-        return NextTokenScores(logps, hits, tops)
+            return list(zip(*(scores.cpu().split(counts) for scores in found), strict=True))
+
+        found = ranks.each(passes(rows, tokens_a_pass), score)
+        return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
 
     @torch.no_grad()
     def sample(

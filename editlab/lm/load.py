@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from editlab import ranks
 from editlab.errors import EditLabError, UserError
 from editlab.lm.builtin import smollm2_folder
 
@@ -63,7 +64,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
 def _source(name: str) -> str:
     """Turn ``name`` into a folder or a hub id, or say why it is neither."""
     if name in BUILTIN:
-        return str(BUILTIN[name]())
+        return str(ranks.first_ahead(BUILTIN[name]))
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
