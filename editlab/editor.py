@@ -56,6 +56,8 @@ class SequentialEditor(lightning.LightningModule):
         preserve_prompt_tokens: weight with which the keys of the edited prompts' other tokens enter the metric of
             their batch; the model reads those tokens too, so an edit should not move them. 0 leaves them out.
         edit_module: path of the edited module inside a block, where it is not found by structure.
+        device_map: transformers' own (``auto``, or module path -> device), for a model that one device can not hold;
+            the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: the Gram matrix' condition number above which the slack is raised (see the solver).
 
@@ -75,6 +77,7 @@ class SequentialEditor(lightning.LightningModule):
         keys: str = "bare",
         preserve_prompt_tokens: float = 0.0,
         edit_module: str | None = None,
+        device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
     ) -> None:
@@ -94,6 +97,7 @@ class SequentialEditor(lightning.LightningModule):
         self.key_mode = keys
         self.preserve_prompt_tokens = preserve_prompt_tokens
         self.edit_module = edit_module
+        self.device_map = device_map
         self.restore_between_batches = restore_between_batches
         self.condition_limit = condition_limit
         self.automatic_optimization = False
@@ -113,7 +117,14 @@ class SequentialEditor(lightning.LightningModule):
         """Loads the language model once, in the Trainer's dtype."""
         if hasattr(self, "lm"):
             return
-        self.lm = LanguageModel.from_name(self.language_model, torch.get_default_dtype(), self.edit_module)
+        if self.device_map is not None and ranks.count() > 1:
+            raise UserError(
+                "model.device_map spreads one copy of the model over devices, and each process has a copy of its own: "
+                "set --trainer.devices 1, or leave it out."
+            )
+        self.lm = LanguageModel.from_name(
+            self.language_model, torch.get_default_dtype(), self.edit_module, self.device_map
+        )
         anatomy = self.lm.anatomy
         for layer in self.layer_numbers:
             self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
@@ -285,9 +296,13 @@ class SequentialEditor(lightning.LightningModule):
             return {}
         return self.evaluation.measure_retained(self.lm, self.edited_facts, self.edits, self.trainer.loggers)
 
-    def on_fit_end(self) -> None:
-        """All edits measured on the final weights; the summary, on the screen and in the run's folder."""
+    def on_train_end(self) -> None:
+        """All edits measured on the final weights, while the model is on its device and the ranks are together."""
         self.measure_retained()
+
+    def on_fit_end(self) -> None:
+        """The summary, on the screen and in the run's folder."""
+        self.measure_retained()  # of a finished run that was resumed
         finish_run(self.trainer, self)
 
     def validation_step(self, batch: list[Fact], batch_idx: int) -> None:

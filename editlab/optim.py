@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab import ranks
+from editlab.lm.placement import settle
 
 
 class EditedLayer(nn.Module):
@@ -31,6 +32,7 @@ class EditedLayer(nn.Module):
         super().__init__()
         self._modules_outside = (module,)  # in a tuple: it belongs to the model and is not registered here again
         self.transposed = transposed
+        settle(module)
         weight = self.weight.detach()
         shape = weight.T.shape if transposed else weight.shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))

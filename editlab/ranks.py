@@ -13,7 +13,8 @@ from __future__ import annotations
 import io
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -103,8 +104,9 @@ def summed(parts: Sequence[T], work: Callable[[Sequence[T]], Sequence[Tensor]]) 
     sums: list[Tensor] = []
     _meet(f"summed {_name(work)}", lambda: sums.extend(work(parts[number() :: count()])))
     if count() > 1:
-        for tensor in sums:
-            dist.all_reduce(tensor, group=_group)
+        with reaching_others():
+            for tensor in sums:
+                dist.all_reduce(tensor, group=_group)
     return sums
 
 
@@ -127,7 +129,8 @@ def same(tensor: Tensor) -> Tensor:
         return tensor
     _meet("same", lambda: None)
     tensor = tensor.contiguous()
-    dist.broadcast(tensor, 0, group=_group if tensor.device.type == "cpu" else None)
+    with reaching_others():
+        dist.broadcast(tensor, 0, group=_group if tensor.device.type == "cpu" else None)
     return tensor
 
 
@@ -147,18 +150,38 @@ def tell(error: BaseException) -> bool:
     """
     if count() == 1 or heard(error):
         return True
+
+    def say() -> None:
+        with suppress(EditLabError):  # nobody is there to hear it
+            _exchange("failed", error, b"")
+            setattr(error, _HEARD, True)
+
     # In a thread, as a meeting that the others do not come to can not be left.
-    messenger = threading.Thread(target=_exchange, args=("failed", error, b""), daemon=True)
+    messenger = threading.Thread(target=say, daemon=True)
     messenger.start()
     messenger.join(PATIENCE)
-    if not messenger.is_alive():
-        setattr(error, _HEARD, True)
     return heard(error)
 
 
 def heard(error: BaseException) -> bool:
     """Whether every rank has got this error, so that rank 0 speaks for all."""
     return getattr(error, _HEARD, False)
+
+
+@contextmanager
+def reaching_others() -> Iterator[None]:
+    """Around a collective of torch.distributed: one sentence where another rank was killed.
+
+    Raises:
+        EditLabError: where the collective fails.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise EditLabError(
+            f"The other ranks can not be reached ({str(error).splitlines()[0]}): see what they said last; --ckpt_path "
+            "last goes on from the last batch."
+        ) from error
 
 
 def _meet(place: str, work: Callable[[], R]) -> list[R]:
@@ -200,7 +223,8 @@ def _name(work: Callable[..., Any]) -> str:
 
 def _exchange(place: str, error: BaseException | None, result: bytes) -> list[_Word]:
     words: list[Any] = [None] * count()
-    dist.all_gather_object(words, _Word(place, _portable(error), result), group=_group)
+    with reaching_others():
+        dist.all_gather_object(words, _Word(place, _portable(error), result), group=_group)
     return words
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
@@ -28,6 +29,15 @@ class EditStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leaves the module as it is."""
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for the other ranks.
+
+        Raises:
+            EditLabError: where one of them is gone.
+        """
+        with ranks.reaching_others():
+            super().barrier(*args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
         """Tells the other ranks; those that do not listen are ended, where this process started them."""

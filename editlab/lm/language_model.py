@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab import ranks
 from editlab.lm.anatomy import Anatomy, read_anatomy
 from editlab.lm.load import load
+from editlab.lm.placement import DeviceMap, is_placed, runs_on
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
 from editlab.rng import private_draws
@@ -57,15 +58,20 @@ class LanguageModel(nn.Module):
         self.blocks_give_tuples = self._probe_tuples()
 
     @classmethod
-    def from_name(cls, name: str, dtype: torch.dtype, edit_module: str | None = None) -> LanguageModel:
+    def from_name(
+        cls, name: str, dtype: torch.dtype, edit_module: str | None = None, device_map: DeviceMap | None = None
+    ) -> LanguageModel:
         """Loads ``smollm2-135m``, a hub id or a folder; see :func:`editlab.lm.load.load` for what it raises."""
-        return cls(*load(name, dtype), edit_module)
+        return cls(*load(name, dtype, device_map), edit_module)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
+        # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.
+        return self if is_placed(self.model) else super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        return device
+        return runs_on(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def _probe_tuples(self) -> bool:
