@@ -117,10 +117,10 @@ class SequentialEditor(lightning.LightningModule):
         """Loads the language model once, in the Trainer's dtype."""
         if hasattr(self, "lm"):
             return
-        if self.device_map is not None and ranks.count() > 1:
+        if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
             raise UserError(
-                "model.device_map spreads one copy of the model over devices, and each process has a copy of its own: "
-                "set --trainer.devices 1, or leave it out."
+                "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
+                "of its own: set --trainer.devices 1, or leave it out."
             )
         self.lm = LanguageModel.from_name(
             self.language_model, torch.get_default_dtype(), self.edit_module, self.device_map

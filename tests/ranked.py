@@ -63,12 +63,15 @@ def together(count: int, folder: Path, function: Callable[..., Any], *arguments:
     return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(count)]
 
 
-def _command(rank: int, count: int, arguments: list[str], folder: str, port: int, dies: tuple[int, int] | None) -> None:
+def _command(
+    rank: int, count: int, arguments: list[str], folder: str, port: int, dies: tuple[int, int] | None, nodes: bool
+) -> None:
     os.chdir(folder)
     sys.stdout = sys.stderr = open(f"said_{rank}.txt", "a")  # noqa: SIM115 - open until the end
     os.environ |= {
-        "EDITLAB_CACHE": f"{folder}/cache", "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "EDITLAB_CACHE": f"{folder}/cache", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": "0" if nodes else str(rank), "NODE_RANK": str(rank) if nodes else "0",
     }  # fmt: skip
     rank_zero_only.rank = rank
     torch.set_num_threads(1)
@@ -90,7 +93,9 @@ def _command(rank: int, count: int, arguments: list[str], folder: str, port: int
     os._exit(code)
 
 
-def command(count: int, arguments: list[str], folder: Path, dies: tuple[int, int] | None = None) -> list[int]:
+def command(
+    count: int, arguments: list[str], folder: Path, dies: tuple[int, int] | None = None, nodes: bool = False
+) -> list[int]:
     """Runs ``editlab`` in ``folder`` as ``count`` ranks that a launcher has started.
 
     Each leaves ``said_RANK.txt`` and, at the end of ``fit``, ``weights_RANK.pt``.
@@ -100,6 +105,7 @@ def command(count: int, arguments: list[str], folder: Path, dies: tuple[int, int
         arguments: of the command; devices and strategy are added.
         folder: working directory; the cache is in it, too.
         dies: (rank, step): this rank is killed right after it logged that step.
+        nodes: each rank is a node of its own with one device.
 
     Returns:
         the exit codes, by rank; minus the signal where one was killed.
@@ -107,5 +113,8 @@ def command(count: int, arguments: list[str], folder: Path, dies: tuple[int, int
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    several = ["--trainer.devices", str(count), "--trainer.strategy", "editlab_ddp"] if count > 1 else []
-    return [p.exitcode for p in _start(_command, count, [*arguments, *several], str(folder), port, dies)]
+    places = (
+        ["--trainer.num_nodes", str(count), "--trainer.devices", "1"] if nodes else ["--trainer.devices", str(count)]
+    )
+    several = [*places, "--trainer.strategy", "editlab_ddp"] if count > 1 else []
+    return [p.exitcode for p in _start(_command, count, [*arguments, *several], str(folder), port, dies, nodes)]

@@ -31,7 +31,7 @@ def prepared(folder, tiny, recipe, **changes):
     arguments = shrunk(ROOT / "configs" / f"{recipe}.yaml", folder, tiny)
     config = yaml.safe_load((folder / f"{recipe}.yaml").read_text())
     config["data"] |= {"limit": 5, "batch_size": 3}
-    config["model"]["values"] |= {"batch_tokens": 30}
+    config["model"]["values"] |= {"batch_tokens": 30, "matmul": "float32"}
     config["model"]["moments"] = {"tokens": 128 * 130}  # two passes of sampling, five of sums
     for section, values in changes.items():
         config[section] |= values
@@ -175,7 +175,13 @@ def test_another_strategy_is_refused(tiny_folder, tmp_path, monkeypatch, capsys)
 
 
 @needs_gloo
-def test_a_device_map_is_for_one_process(tiny_folder, tmp_path):
-    arguments = prepared(tmp_path / "run", tiny_folder, "emmet", model={"device_map": "cpu"})
-    assert ranked.command(2, arguments, tmp_path / "run")[0] == 2
-    assert "set --trainer.devices 1" in said(tmp_path / "run", 0)
+def test_a_device_map_is_for_one_process_of_a_machine(tiny_folder, tmp_path):
+    weights = {}
+    for name, model in (("plain", {}), ("spread", {"device_map": {"": "disk"}})):
+        folder = tmp_path / name
+        arguments = prepared(folder, tiny_folder, "emmet", model=model)
+        assert ranked.command(2, arguments, folder, nodes=True) == [0, 0], said(folder, 0)[-3000:]
+        weights[name] = [torch.load(folder / f"weights_{rank}.pt") for rank in (0, 1)]
+    assert same(weights["spread"], weights["plain"])
+    assert ranked.command(2, arguments, folder) == [2, 0]
+    assert "set --trainer.devices 1" in said(folder, 0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab import ranks
 from editlab.lm.anatomy import Anatomy, read_anatomy
 from editlab.lm.load import load
-from editlab.lm.placement import DeviceMap, is_placed, runs_on
+from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
 from editlab.rng import private_draws
@@ -45,12 +45,18 @@ class LanguageModel(nn.Module):
         model: any causal language model of transformers.
         tokenizer: its fast tokenizer.
         edit_module: path of the module to edit inside a block; found by structure where not given.
+        placed: the model lies where it shall stay, whatever device the Trainer has.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edit_module: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edit_module: str | None = None,
+        placed: bool = False,
     ) -> None:
         super().__init__()
+        self.placed = placed
         self.model = model
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = read_anatomy(model, edit_module)
@@ -62,11 +68,11 @@ class LanguageModel(nn.Module):
         cls, name: str, dtype: torch.dtype, edit_module: str | None = None, device_map: DeviceMap | None = None
     ) -> LanguageModel:
         """Loads ``smollm2-135m``, a hub id or a folder; see :func:`editlab.lm.load.load` for what it raises."""
-        return cls(*load(name, dtype, device_map), edit_module)
+        return cls(*load(name, dtype, device_map), edit_module, placed=device_map is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
         # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.
-        return self if is_placed(self.model) else super()._apply(fn, recurse)
+        return self if self.placed else super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

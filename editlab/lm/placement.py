@@ -18,11 +18,6 @@ DeviceMap = str | dict[str, int | str]
 """transformers' ``device_map``: ``auto``, ``balanced``, ``sequential``, a device, or module path -> device."""
 
 
-def is_placed(model: nn.Module) -> bool:
-    """Whether a ``device_map`` has said where the model lies, so that nobody may move it."""
-    return getattr(model, "hf_device_map", None) is not None
-
-
 def runs_on(module: nn.Module) -> torch.device:
     """The device that a module with parameters runs on, which is not where its weights are while it is offloaded."""
     device = getattr(_hook(module), "execution_device", None)
