@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,12 +27,14 @@ from callbacks.adjustment import (
     prompt_rows,
     text_rows,
 )
+from callbacks.probes import quick
 from editlab.batch import StepState
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome
+from editlab.lm.products import MATMULS
 from editlab.moments import read_file, read_ids, sample_text
 from editlab.rng import private_draws
 from editlab.summary import run_folder
@@ -81,6 +84,8 @@ class LoRAAdjust(EditCallback):
         prompts: questions of facts that are not edited, to be answered as before.
         probes: edits that the guard sets aside; at most a quarter of all.
         tolerance: nats per token by which edits and text set aside may get worse.
+        matmul: how the blocks above multiply in training: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CPUs with
+            instructions for it.
         mode: ``merge`` adds each adjustment to the weights; ``adapter`` trains one adapter on and keeps it beside them,
             to be written in PEFT's format into ``adapter/`` of the run's folder.
         seed: of the adapter's first factors and of what is drawn.
@@ -108,6 +113,7 @@ class LoRAAdjust(EditCallback):
         prompts: int = 48,
         probes: int = 32,
         tolerance: float = 0.01,
+        matmul: str = "auto",
         mode: str = "merge",
         seed: int = 0,
     ) -> None:
@@ -124,8 +130,9 @@ class LoRAAdjust(EditCallback):
                 raise UserError(f"LoRAAdjust.{name} is {number}: it must not be negative.")
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
-        if mode not in MODES:
-            raise UserError(f"LoRAAdjust.mode is {mode!r}: it must be one of {', '.join(MODES)}.")
+        for name, given, known in (("mode", mode, MODES), ("matmul", matmul, MATMULS)):
+            if given not in known:
+                raise UserError(f"LoRAAdjust.{name} is {given!r}: it must be one of {', '.join(known)}.")
         unknown = set(weights or {}) - set(LOSSES)
         if unknown or any(weight < 0 for weight in (weights or {}).values()):
             raise UserError(f"LoRAAdjust.weights is {weights}: give {', '.join(LOSSES)}, none of them negative.")
@@ -136,6 +143,7 @@ class LoRAAdjust(EditCallback):
         self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
         self.weights = {"edits": 1.0, "before": 1.0, "unedited": 0.0, **(weights or {})}
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
+        self.matmul = matmul
         self.mode = mode
         self.seed = seed
         self.adapter: Adapter | None = None
@@ -203,7 +211,8 @@ class LoRAAdjust(EditCallback):
             half = -(-count // 2)
             self.texts = text_rows(windows[:half])
             self.others = [*prompt_rows(lm, spare), *text_rows(windows[half:])]
-            self._said_unedited = distributions(lm, self.others) if self.weights["unedited"] else []
+            with self._quick(editor):
+                self._said_unedited = distributions(lm, self.others) if self.weights["unedited"] else []
         self._events = EventLog(run_folder(trainer) / EVENTS)
         if trainer.is_global_zero:
             self._events.go_on(trainer.global_step)
@@ -216,6 +225,9 @@ class LoRAAdjust(EditCallback):
         else:
             flat = read_ids(editor.lm, read_file(self.text), count * TEXT_WINDOW)
         return [flat[i : i + TEXT_WINDOW] for i in range(0, len(flat), TEXT_WINDOW)]
+
+    def _quick(self, editor: SequentialEditor) -> AbstractContextManager[None]:
+        return quick(editor, self.matmul, self.layers or ())
 
     def _new_adapter(self, editor: SequentialEditor, step: int) -> Adapter:
         return Adapter(editor.lm, self.paths, self.rank, self.alpha, self.dropout, 1000 * self.seed + step)
@@ -264,7 +276,8 @@ class LoRAAdjust(EditCallback):
         if contexts:
             rows += [row for fact in trained for row in edit_rows(lm, [fact], [draw.choice(contexts)])]
         done = _Adjustment(examine(lm, aside, self.texts))
-        said = distributions(lm, self.others) if self.weights["before"] else []
+        with self._quick(editor):
+            said = distributions(lm, self.others) if self.weights["before"] else []
         objective = Objective(rows, self.others, said, self._said_unedited, self.weights)
         adapter = self.adapter or self._new_adapter(editor, step)
         for path in self.paths:
@@ -274,7 +287,8 @@ class LoRAAdjust(EditCallback):
             if self._optimizer is not None:
                 optimizer.load_state_dict(self._optimizer)
             try:
-                done.losses = self.training.run(lm, objective, optimizer, draw)
+                with self._quick(editor):
+                    done.losses = self.training.run(lm, objective, optimizer, draw)
             except FloatingPointError as error:
                 done.reason = str(error)
             updates, factors = adapter.updates(model), adapter.state(model)

@@ -152,10 +152,10 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
     return value, vector
 
 
-def quick(editor: SequentialEditor, matmul: str) -> AbstractContextManager[None]:
-    """Within it blocks above the edited layers multiply as ``matmul`` says; the edits are not rounded."""
+def quick(editor: SequentialEditor, matmul: str, also: Sequence[int] = ()) -> AbstractContextManager[None]:
+    """Within it blocks above the edited layers and those ``also`` named multiply as ``matmul`` says; edits do not."""
     anatomy = editor.lm.anatomy
-    above = list(anatomy.blocks)[editor.layer_numbers[-1] + 1 :]
+    above = list(anatomy.blocks)[max([*editor.layer_numbers, *also]) + 1 :]
     return products(matmul, above, anatomy.edit_path, editor.lm.device)
 
 

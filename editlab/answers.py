@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.errors import UserError
+from editlab.lm.anatomy import context_length
 from editlab.lm.tokens import encode
 
 
@@ -52,7 +53,7 @@ def answer(
     """
     require_words(prompt)
     ids = list(encode(tokenizer, prompt).ids)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = context_length(model)
     if longest is not None and len(ids) + new_tokens > longest:
         raise UserError(
             f"The prompt {prompt[:40]!r} has {len(ids)} tokens, and with {new_tokens} new ones the model takes "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
 from editlab import ranks
@@ -19,24 +20,21 @@ from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_vers
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.errors import EditLabError, UserError
+from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
+from editlab.failures import describe, surprise
 from editlab.logger import RunLogger
 from editlab.progress import speaks
 from editlab.strategy import NAME, EditStrategy
+from editlab.trainer import TRAINER_DEFAULTS
 
-DESCRIPTION = "Edits facts in a language model, one batch after another, and shows what it keeps and forgets."
+DESCRIPTION = (
+    "Edits facts in a language model, one batch after another, and shows what it keeps and forgets. With --debug, an "
+    "error comes with its traceback."
+)
 
 PLUGINS = "editlab.plugins"
 """Entry-point group of packages with callbacks, rules or formats, which YAML may then name by bare class name."""
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
 
 
 def load_plugins() -> None:
@@ -52,6 +50,16 @@ def load_plugins() -> None:
             raise UserError(
                 f"The plug-in {plugin.name!r} ({plugin.value}) can not be imported ({error}): mend or uninstall it."
             ) from error
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder; a run that goes on keeps the one that it was started with."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes it, unless there is one and a checkpoint is gone on from."""
+        there = (Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename).exists()
+        if not (there and self.config.get("ckpt_path")):
+            super().setup(trainer, pl_module, stage)
 
 
 class EditLabCLI(LightningCLI):
@@ -139,6 +147,7 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
         trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
         args=arguments,
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"exit_on_error": False, "prog": "editlab", "description": DESCRIPTION},
     )
@@ -147,27 +156,39 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
 def main(arguments: list[str] | None = None) -> int:
     """The ``editlab`` command.
 
+    With ``--debug`` among the arguments, errors come with their traceback.
+
     Returns:
-        0; 2 where the user's input was at fault; 1 for any other failure that editlab can name. What it can not
-        name comes with its traceback.
+        0; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
     configure_messages()
     try:
-        run(arguments)
-    except EditLabError as error:
-        return _fail(error, str(error), error.exit_code)
+        run([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt:
+        return _say("Interrupted; a run goes on from its last finished batch with --ckpt_path last.", 130)
     except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        return _fail(error, sentence, UserError.exit_code)
+        if debug:
+            traceback.print_exc()
+        if ranks.heard(error) and not speaks():
+            return 0  # all ranks have got it: the first one says it, and its exit code counts
+        return _say(*_told(error))
     return 0
 
 
-def _fail(error: Exception, sentence: str, code: int) -> int:
-    """Says what went wrong; of an error that all ranks have got the first one says it, and its exit code counts."""
-    if ranks.heard(error) and not speaks():
-        return 0
+def _told(error: Exception) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    for link in causes(error):  # the parser wraps what a class says of its arguments
+        if isinstance(link, EditLabError):
+            return str(link), link.exit_code
+    mistake = explain(error)
+    if mistake is not None:
+        return mistake, UserError.exit_code
+    return describe(error) or str(surprise(error)), EditLabError.exit_code
+
+
+def _say(sentence: str, code: int) -> int:
     sys.stderr.write(f"editlab: {sentence}\n")
     return code
 
@@ -200,9 +221,9 @@ def configure_messages() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation within fit: that is meant
         r".*module\(s\) in eval mode at the start of training.*",  # the language model stays in eval mode
         ".*LeafSpec.*is deprecated.*",
-        "LightningCLI's args parameter is intended.*",
         ".*sync_dist=True.*",  # what is logged is the same on every rank
         ".*is_gradient_checkpointing.*is deprecated.*",  # what PEFT asks transformers
+        "LightningCLI's args parameter is intended.*",
         "Checkpoint directory .* exists and is not empty.*",  # a run that goes on writes over its own checkpoint
         "Using ModelCheckpoint with manual optimization.*",  # saved after the step is what is meant
     ):

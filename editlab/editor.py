@@ -17,14 +17,15 @@ from editlab import ranks, resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
+from editlab.data.stream import FactBatch
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.keys import KEY_MODES, Keys, Site, read_keys
+from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
 from editlab.ledger import Ledger
+from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
-from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.progress import progress
@@ -37,6 +38,10 @@ from editlab.value_cache import ValueCache
 from editlab.values import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
+
+_float32 = default_dtype(torch.float32)
+"""With ``trainer.precision bf16-true`` Lightning makes bfloat16 the type of all new tensors in a step. It is meant for
+the model alone: values, scores and solves stay as wide as they are everywhere else."""
 
 
 class SequentialEditor(lightning.LightningModule):
@@ -122,13 +127,20 @@ class SequentialEditor(lightning.LightningModule):
                 "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
                 "of its own: set --trainer.devices 1, or leave it out."
             )
-        self.lm = LanguageModel.from_name(
-            self.language_model, torch.get_default_dtype(), self.edit_module, self.device_map
-        )
-        anatomy = self.lm.anatomy
+        dtype = torch.get_default_dtype()
+        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
+
+    def use(self, lm: LanguageModel) -> None:
+        """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
+
+        Raises:
+            UserError: where ``layers`` are not its own, or can not share an edit.
+        """
+        self.lm = lm
+        anatomy = lm.anatomy
         for layer in self.layer_numbers:
             self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
-        self.site = Site.of(self.lm, self.layer_numbers[-1])
+        self.site = Site.of(lm, self.layer_numbers[-1])
         if not self.site.in_stream and len(self.layer_numbers) > 1:
             raise UserError(
                 f"{self.language_model} has a norm after its MLP, so an edit can not be spread over several layers: "
@@ -189,10 +201,6 @@ class SequentialEditor(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
         self.evaluation.start_clock()
-        if self.resumed is None:
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.go_on({}, 0)  # an old run's folder may have been named
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         largest = self.rule.largest_batch
         if largest is not None and data.batch_size > largest:
@@ -206,7 +214,8 @@ class SequentialEditor(lightning.LightningModule):
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
-        resume.check_facts(self)
+        check_lengths(self.lm, data.facts, self.contexts)
+        resume.begin(self)
 
     def on_train_start(self) -> None:
         """All set-up is done: a resumed run's random generators take up their states."""
@@ -219,13 +228,15 @@ class SequentialEditor(lightning.LightningModule):
 
     # ---- one batch of edits -----------------------------------------------------------------------------------
 
-    def training_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def training_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Values, plan, solve, verdict, measurement: one batch of edits."""
+        facts = batch.facts
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
         before = StepState(self.layers)
-        plan = EditPlan(self.global_step, batch, self.find_values(batch))
+        plan = EditPlan(self.global_step, facts, self.find_values(facts))
         self._tell("on_edit_planned", plan)
         outcome = EditOutcome(plan, {}, {})
         self.optimizers().step(lambda: solve_batch(self, outcome))  # type: ignore[union-attr]
@@ -234,11 +245,11 @@ class SequentialEditor(lightning.LightningModule):
             solve_again(self, outcome, before)
             self._tell("on_edit_applied", outcome)
         carry_out(self, outcome, before)
-        self.ledger.add(batch, plan.step, outcome.factors)
+        self.ledger.add(facts, plan.step, outcome.factors)
         self._tell("on_edit_settled", outcome)
         self._tell("on_edit_adjust", outcome)
         self._tell("on_edit_done", outcome)
-        self._log_step(batch, outcome)
+        self._log_step(facts, outcome)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
@@ -305,17 +316,19 @@ class SequentialEditor(lightning.LightningModule):
         self.measure_retained()  # of a finished run that was resumed
         finish_run(self.trainer, self)
 
-    def validation_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Retention: past edits on the weights as they are."""
-        self.evaluation.update("retained", self.lm, batch)
+        self.evaluation.update("retained", self.lm, batch.facts)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches."""
         self.log_dict({f"retained/{k}": v for k, v in self.evaluation.compute("retained").items()})
 
-    def test_step(self, batch: list[Fact], batch_idx: int) -> None:
+    @_float32
+    def test_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Bystanders: facts that were never edited and should still be as true."""
-        self.evaluation.update("bystanders", self.lm, batch)
+        self.evaluation.update("bystanders", self.lm, batch.facts)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class EditLabError(Exception):
     """A failure that is not the user's doing; the command line prints its one sentence and exits with 1."""
@@ -13,3 +15,11 @@ class UserError(EditLabError):
     """A mistake in what was asked for (a path, a field, a layer); the command line exits with 2."""
 
     exit_code = 2
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, the outermost first: libraries wrap what they are told in errors of their own."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__

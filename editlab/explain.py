@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from pickle import UnpicklingError
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +16,9 @@ from lightning.pytorch.loggers import Logger
 from editlab.data.formats import FactFormat
 from editlab.rules import Rule
 
+_NO_TRAINER = re.compile(r"You selected an invalid (accelerator|strategy)|Precision .* is invalid")
+"""How the Trainer's plain errors about its arguments begin."""
+
 _NAMED_IN_YAML: tuple[type, ...] = (Rule, FactFormat, Callback, Logger)
 
 
@@ -22,10 +26,10 @@ def explain(error: Exception) -> str | None:
     """One sentence for a mistake in the configuration; None where the error is of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
-    if isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error):
+    if isinstance(error, UnpicklingError) or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
         return "The checkpoint can not be read, for it is damaged or of another kind: give another, or start anew."
-    if isinstance(error, MisconfigurationException):
-        return _line(str(error))
+    if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
+        return _line(str(error)) + "."
     if not isinstance(error, ArgumentError):
         return None
     text = str(error)
@@ -53,7 +57,8 @@ def _unknown_class(found: re.Match[str]) -> str:
 
 
 def _unknown_setting(found: re.Match[str]) -> str:
-    return f"There is no setting {found.group(1).lstrip('-')!r}: --help after the verb lists them all."
+    name = found.group(1).lstrip("-").partition("=")[0]
+    return f"There is no setting {name!r}: --help after the verb lists them all."
 
 
 def _wrong_value(found: re.Match[str]) -> str:
@@ -89,6 +94,7 @@ def _either(text: str) -> str:
 _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r'"config": File does not exist: \'([^\']+)\'',
      lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config."),
+    (r"Unexpected config: ", lambda m: "The configuration is no mapping: write sections, such as model: and data:."),
     (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),
     (r"Expected a dot import path string: (\S+)", _unknown_class),

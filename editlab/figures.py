@@ -18,11 +18,23 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
 Series = Mapping[int, Mapping[str, float]]
 """number of edits -> name -> value"""
 
+LINES = tuple(
+    (color, line) for line in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
+)
+"""Color and line of the first run in a figure, the second, ..."""
+
 PANELS = (
     ("ES", "efficacy (ES)"),
     ("accuracy", "accuracy"),
     ("PS", "paraphrases (PS)"),
     ("NS", "neighbors (NS)"),
+)
+
+COMPARED = (
+    ("retained/ES", "retained ES"),
+    ("retained/accuracy", "retained accuracy"),
+    ("retained/NS", "neighbors (NS)"),
+    ("perplexity/heldout", "held-out perplexity"),
 )
 
 
@@ -67,6 +79,22 @@ def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: 
         ax.fill_between(edits, low, high, color=color, alpha=0.1, linewidth=0)
     elif len(curves) > 1:
         ax.vlines(edits, low, high, color=color, linewidth=1)
+
+
+def comparison_figure(shown: Mapping[str, tuple[Sequence[Series], str, str]]) -> Figure:
+    """Retained ES, accuracy, NS and held-out perplexity over edits, a line each; bands are the range over several runs.
+
+    Args:
+        shown: label -> the runs' curves, color, line.
+    """
+    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
+    for ax, (name, title) in zip(axes, COMPARED, strict=True):
+        for label, (curves, color, line) in shown.items():
+            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+        ax.set(title=title, xlabel="edits")
+    labelled = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexity_before: float | None) -> Figure:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from editlab import ranks
 from editlab.data.fact import Fact
+from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel, passes
-from editlab.lm.tokens import Encoding, encode
+from editlab.lm.tokens import Encoding, encode, encode_pair
 
 KEY_MODES = ("bare", "mean", "each")
 
@@ -90,6 +91,24 @@ def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, 
     """
     encoding = encode(lm.tokenizer, context + fact.question)
     return encoding, encoding.token_at(len(context) + fact.subject_span[1])
+
+
+def check_lengths(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
+    """Makes sure that every fact fits into the model behind every context.
+
+    Raises:
+        UserError: where one has more tokens than the model takes.
+    """
+    if lm.longest is None:
+        return
+    before = max((len(encode(lm.tokenizer, context).ids) for context in contexts if context), default=0)
+    for fact in facts:
+        length = before + len(encode_pair(lm.tokenizer, fact.question, fact.target_new)[0].ids)
+        if length > lm.longest:
+            raise UserError(
+                f"The fact {fact.question[:40]!r}... has {length} tokens with its target and a context, and the model "
+                f"takes {lm.longest}: shorten its prompt."
+            )
 
 
 def read_keys(

@@ -77,7 +77,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     if missing:
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = _windows(lm, settings, name)
-        for layer, moments in _accumulate(lm, missing, windows).items():
+        for layer, moments in accumulate(lm, missing, windows).items():
             found[layer] = moments
             if settings.cache:
                 ranks.on_first(partial(_keep, paths[layer], moments))
@@ -176,7 +176,8 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
 
 
 @torch.no_grad()
-def _accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU."""
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
 
     def add_up(starts: Sequence[int]) -> list[Tensor]:

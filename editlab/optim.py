@@ -40,6 +40,13 @@ class EditedLayer(nn.Module):
         self.adapter: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
+        """As of any module, but the sum only moves: ``trainer.precision bf16-true`` would round it."""
+        total = self.total
+        super()._apply(fn, recurse)
+        self.total = total.to(self.total.device)
+        return self
+
     @property
     def weight(self) -> Tensor:
         """The module's parameter."""

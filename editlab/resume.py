@@ -67,23 +67,26 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
     editor.contexts = list(saved["contexts"])
     editor.evaluation.load_state_dict(saved["evaluation"])
     editor.resumed = saved
-    for logger in editor.trainer.loggers:
-        if isinstance(logger, RunLogger):
-            logger.go_on(saved["table"], editor.edits)
 
 
-def check_facts(editor: SequentialEditor) -> None:
-    """Makes sure that a resumed run goes on with the facts that the checkpoint began with.
+def begin(editor: SequentialEditor) -> None:
+    """Lets the loggers go on where the checkpoint was, or begin anew; only once nothing speaks against it.
 
     Raises:
-        UserError: where the facts, their order or the batch size differ.
+        UserError: where a resumed run's facts, their order or the batch size are not those of the checkpoint.
     """
-    if editor.resumed is None:
-        return
+    if editor.resumed is not None:
+        _check_facts(editor, editor.resumed)
+    for logger in editor.trainer.loggers:
+        if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
+            logger.go_on(editor.resumed["table"] if editor.resumed else {}, editor.edits)
+
+
+def _check_facts(editor: SequentialEditor, saved: dict[str, Any]) -> None:
     data = editor.trainer.datamodule  # type: ignore[attr-defined]
-    if data.batch_size != editor.resumed["batch_size"]:
+    if data.batch_size != saved["batch_size"]:
         raise UserError(
-            f"The checkpoint's batches are of {editor.resumed['batch_size']} facts and this run's of "
+            f"The checkpoint's batches are of {saved['batch_size']} facts and this run's of "
             f"{data.batch_size}: set data.batch_size as it was."
         )
     for number, (entry, fact) in enumerate(zip(editor.ledger, data.facts, strict=False)):

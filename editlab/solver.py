@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from editlab.errors import EditLabError
+from editlab.errors import EditLabError, UserError
 
 DUPLICATE_TOLERANCE = 1e-5
 """Two keys are the same when they differ by less than this share of their norm (float32 forward passes differ more
@@ -75,12 +75,12 @@ class Preservation:
         as in the paper, in the units of C0.
 
         Raises:
-            EditLabError: where no eigenvalue lies under the threshold.
+            UserError: where no eigenvalue lies under the threshold.
         """
         values, vectors = torch.linalg.eigh(moments.double())
         basis = vectors[:, values < threshold]
         if basis.shape[1] == 0:
-            raise EditLabError(
+            raise UserError(
                 f"No eigenvalue of the second moments is under {threshold:g}, so the null space is empty: raise the "
                 f"threshold (they run from {values[0]:.3g} to {values[-1]:.3g})."
             )

@@ -104,16 +104,9 @@ def _checkpoint(trainer: Trainer) -> str:
     return "none was written (see trainer.enable_checkpointing)"
 
 
-def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str) -> str:
-    """The summary as a table of at most one screen."""
-    undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
-    lines = [
-        "",
-        f"{summary['edits']} facts edited{undone} in {summary['batches']} batches: {editor.language_model}, layers "
-        f"{', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
-        "",
-        f"{'':22}" + "".join(f"{group:>12}" for group in GROUPS),
-    ]
+def table(summary: dict[str, Any]) -> str:
+    """The metrics before, right after, and at the end; those that were not measured are absent."""
+    lines = [f"{'':22}" + "".join(f"{group:>12}" for group in GROUPS)]
     for name in NAMES:
         cells = [summary[group].get(name) for group in GROUPS]
         if any(cell is not None for cell in cells):
@@ -123,6 +116,19 @@ def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, chec
         if summary[name]:
             cells = [summary[name].get("before"), None, summary[name].get("after")]
             lines.append(f"{title:22}" + "".join(f"{'-':>12}" if v is None else f"{v:12.2f}" for v in cells))
+    return "\n".join(lines)
+
+
+def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str) -> str:
+    """The summary as a table of at most one screen."""
+    undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
+    lines = [
+        "",
+        f"{summary['edits']} facts edited{undone} in {summary['batches']} batches: {editor.language_model}, layers "
+        f"{', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
+        "",
+        table(summary),
+    ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
     lines += [

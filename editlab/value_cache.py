@@ -36,6 +36,8 @@ class ValueCache:
 
     def __init__(self, fingerprint: str, site: Site, contexts: Sequence[str], settings: ValueSettings) -> None:
         relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
+        if not settings.early_stop:
+            del relevant["early_stop"]  # as before there was such a setting: values found then are still right
         what = [fingerprint, site.layer, site.in_stream, list(contexts), relevant]
         self.folder = cache_dir() / "values" / _digest(json.dumps(what, sort_keys=True))
         self._known: dict[str, Tensor] = {}

@@ -58,7 +58,7 @@ def main() -> None:
     without = MemoryReplay(rate=0.0)
 
     ratios = []
-    for number, facts in enumerate(data.train_dataloader()):
+    for number, facts in enumerate(batch.facts for batch in data.train_dataloader()):
         totals = [layer.total.clone() for layer in editor.layers]
         plain, _ = step(editor, without, number, facts)
         for layer, total in zip(editor.layers, totals, strict=True):

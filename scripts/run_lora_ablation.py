@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, write_rows, write_table
+from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, table_rows, write_rows
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
@@ -53,6 +53,7 @@ def cases() -> list[Case]:
         Case("lora_4", {}, [lora(rank=4), CURVE], {"rank": 4}),
         Case("lora_16", {}, [lora(rank=16), CURVE], {"rank": 16}),
         Case("lora_8_end", {}, [lora(every_n_batches=None, steps=80), CURVE], {"rank": 8}),
+        Case("lora_8_long", {}, [lora(steps=40), CURVE], {"rank": 8}),
         Case("lora_8_attention", {}, [lora(targets="attention"), CURVE], {"rank": 8}),
         Case("lora_8_unedited", {}, [lora(weights={"before": 0.0, "unedited": 1.0}), CURVE], {"rank": 8}),
         Case("lora_8_firm", {}, [lora(weights={"before": 5.0}), CURVE], {"rank": 8}),
@@ -67,7 +68,7 @@ def main() -> None:
     common = common_flags(options)
     runs = run_all([Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases()], RECIPE, options)
     if runs:
-        write_table(runs, ROOT / "results" / "lora_ablation.csv")
+        write_rows(table_rows(runs), ROOT / "results" / "lora_ablation.csv")
         write_rows(means(runs, BASE, "emmet"), ROOT / "results" / "lora_ablation_means.csv")
         draw_curves(runs, SHOWN, ROOT / "figs" / "lora_ablation.png")
 

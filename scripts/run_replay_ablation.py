@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, write_rows, write_table
+from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, table_rows, write_rows
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
@@ -91,7 +91,7 @@ def main() -> None:
     wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        write_table(runs, ROOT / "results" / "replay_ablation.csv")
+        write_rows(table_rows(runs), ROOT / "results" / "replay_ablation.csv")
         write_rows(means(runs, {}, "none"), ROOT / "results" / "replay_ablation_means.csv")
         draw_curves(runs, SHOWN, ROOT / "figs" / "forgetting_replay.png")
         print("results/replay_ablation.csv, replay_ablation_means.csv and figs/forgetting_replay.png are written")

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -21,18 +22,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from editlab.figures import Series, draw_band, new_figure, save_figure
+from editlab.figures import Series, comparison_figure, save_figure
 from editlab.lm.cache import atomic_file
+from editlab.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "text"
 
-PANELS = (
-    ("retained/ES", "retained ES"),
-    ("retained/accuracy", "retained accuracy"),
-    ("retained/NS", "neighbors (NS)"),
-    ("perplexity/heldout", "held-out perplexity"),
-)
+PROVENANCE = "provenance.json"
+"""File of a run's folder that says what code and machine it was started with."""
+
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "accuracy": lambda s: s["retained"]["accuracy"],
     "ES": lambda s: s["retained"]["ES"],
@@ -79,13 +78,11 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The run's ``summary.json``; None where it has not finished."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return RunFolder(self.folder).summary
 
     def curve(self) -> Series:
         """The run's ``metrics.csv``: number of edits -> name -> value."""
-        with (self.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+        return RunFolder(self.folder).curve
 
 
 def _plain(value: Any) -> str:
@@ -103,6 +100,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, help="folder of the runs")
     found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
+    found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
     return found
 
@@ -144,6 +142,8 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         for run in runs:
             print(f"{'to run' if run in waiting else 'done':7} {run.case.name}, seed {run.seed}")
         return []
+    if options.no_run:
+        return [run for run in runs if run.summary is not None]
     threads = max(1, cores() // options.workers)
     with ThreadPoolExecutor(options.workers) as pool, tqdm(total=len(waiting), desc="Runs", unit="run") as bar:
         for run, code in pool.map(lambda run: (run, _start(run, recipe, options.work, threads)), waiting):
@@ -165,10 +165,39 @@ def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
     if checkpoint.exists():
         arguments += ["--ckpt_path", str(checkpoint)]
     run.folder.mkdir(parents=True, exist_ok=True)
+    if not checkpoint.exists():
+        (run.folder / PROVENANCE).write_text(json.dumps(provenance()) + "\n", encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (run.folder / "run.log").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "editlab.cli", *arguments]
         return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+
+
+def provenance() -> dict[str, str]:
+    """What the code and the machine are: the revision of git ("+" where files were changed since), and the CPU."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"revision": git("rev-parse", "--short", "HEAD") + changed, "machine": f"{cores()} x {cpu_name()}"}
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def provenance_of(run: Run) -> dict[str, str]:
+    """Revision and machine that a run was started with, as far as they were noted, and its version of torch."""
+    path = run.folder / PROVENANCE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
+    return {**found, "torch": (run.summary or {}).get("versions", {}).get("torch", "")}
 
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -229,32 +258,29 @@ def draw_curves(runs: Sequence[Run], shown: Mapping[str, tuple[str, str, str]], 
         shown: case -> label, color, line.
         path: of the figure, ``.png`` and ``.pdf``.
     """
-    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
-    for ax, (name, title) in zip(axes, PANELS, strict=True):
-        for case, (label, color, line) in shown.items():
-            curves = [run.curve() for run in runs if run.case.name == case]
-            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
-        ax.set(title=title, xlabel="edits")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    save_figure(figure, path)
+    drawn = {
+        label: ([run.curve() for run in runs if run.case.name == case], color, line)
+        for case, (label, color, line) in shown.items()
+    }
+    save_figure(comparison_figure(drawn), path)
 
 
-def write_table(runs: Sequence[Run], path: Path) -> None:
-    """One row a run: its labels, seed, and the numbers of its summary."""
+def table_rows(runs: Sequence[Run], more: Callable[[Run], dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """One row a run: its labels and seed, the numbers of its summary, ``more``, and what it was started with."""
     rows = []
     for run in runs:
         summary = run.summary
         assert summary is not None
+        row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
+        row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
+        for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
+            row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
         perplexity = summary["perplexity"]
-        rows.append(
-            {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-            | {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
-            | {f"immediate_{k}": round(v, 4) for k, v in summary["immediate"].items() if k in ("ES", "accuracy")}
-            | {f"before_{k}": round(v, 4) for k, v in summary["before"].items() if k in ("PS", "NS")}
-            | {"perplexity_before": round(perplexity["before"], 3), "perplexity_after": round(perplexity["after"], 3)}
-            | {"perplexity_ratio": round(perplexity["after"] / perplexity["before"], 4)}
-        )
-    write_rows(rows, path)
+        row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
+        if "after" in perplexity:
+            row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
+        rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
+    return rows
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

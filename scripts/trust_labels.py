@@ -104,7 +104,7 @@ def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict
 
 def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
     """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate."""
-    scores, labels = _ranks(suspicion), torch.tensor(list(bad)).long()
+    scores, labels = ranks(suspicion), torch.tensor(list(bad)).long()
     found = {"base_rate": float(labels.float().mean())}
     draw = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(labels), (resamples, len(labels)), generator=draw)
@@ -116,7 +116,7 @@ def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000
     return found
 
 
-def _ranks(values: Sequence[float]) -> Tensor:
+def ranks(values: Sequence[float]) -> Tensor:
     """Values as ranks in 0..1, equal ones alike: torchmetrics would take what is outside of it for logits."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
     unique, place = torch.unique(tensor, return_inverse=True)

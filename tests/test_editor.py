@@ -50,6 +50,7 @@ def fit(
     name="run",
     path=None,
     keep_repeats=False,
+    precision=None,
 ):
     data = EditDataModule(
         str(path or write_counterfact(tmp_path / "facts.json")),
@@ -63,7 +64,7 @@ def fit(
     trainer = L.Trainer(
         max_epochs=1, max_steps=max_steps, accelerator="cpu", logger=RunLogger(str(tmp_path / "logs"), name, version=0),
         callbacks=[*callbacks, *saving], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        num_sanity_val_steps=0, use_distributed_sampler=False, enable_checkpointing=save,
+        num_sanity_val_steps=0, use_distributed_sampler=False, enable_checkpointing=save, precision=precision,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
@@ -333,3 +334,24 @@ def test_memit_leaves_a_residual_and_emmet_none(tiny_folder, tmp_path):
         left[type(rule)] = spy.outcomes[0].diagnostics["layer_1/residual_left"]
     assert left[EMMET] < 1e-6
     assert left[MEMIT] > 1e-2
+
+
+def test_half_precision_is_the_model_s_alone(tiny_folder, tmp_path):
+    spy = Spy()
+    module = editor(tiny_folder, values=ValueSettings(steps=6, lr=0.5, clamp=3.0, matmul="float32"))
+    fit(tmp_path, module, callbacks=[spy], precision="bf16-true")
+    assert module.lm.model.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == torch.float32
+    assert {outcome.plan.targets.dtype for outcome in spy.outcomes} == {torch.float32}
+    scores = [scores.edit for group in module.evaluation.scores.values() for scores in group]
+    assert {one.logp_new.dtype for one in scores} == {torch.float32}
+    for layer in module.layers:
+        assert layer.total.dtype == torch.float32
+        assert bool(layer.total.any())
+        # Summed in float32 and rounded once.
+        assert torch.equal(layer.weight, (layer.original.float() + layer.total).bfloat16())
+    # bfloat16 has 8 bits: the updates are those of float32 but for rounding in the model's passes.
+    exact = editor(tiny_folder, values=ValueSettings(steps=6, lr=0.5, clamp=3.0, matmul="float32"))
+    fit(tmp_path, exact, name="exact")
+    for rounded, layer in zip(module.layers, exact.layers, strict=True):
+        assert (rounded.total - layer.total).norm() < 0.5 * layer.total.norm()

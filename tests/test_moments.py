@@ -55,13 +55,13 @@ def short(monkeypatch):
 def computed(monkeypatch):
     """Record the layers that are computed and not taken from the cache."""
     seen = []
-    accumulate = moments._accumulate
+    accumulate = moments.accumulate
 
     def noted(lm, layers, windows):
         seen.append(list(layers))
         return accumulate(lm, layers, windows)
 
-    monkeypatch.setattr(moments, "_accumulate", noted)
+    monkeypatch.setattr(moments, "accumulate", noted)
     return seen
 
 

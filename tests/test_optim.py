@@ -237,3 +237,12 @@ def test_an_adapter_stands_beside_the_sum(kind):
     layer.restore(update(1).float())
     layer.set_adapter(None)
     assert torch.equal(module.weight, edited)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.double()])
+def test_the_sum_stays_float32_whatever_the_model_is_converted_to(convert):
+    _, layer = make("linear")
+    layer.add(update(3, 1e-4))
+    before = layer.total.clone()
+    assert convert(layer).total.dtype == torch.float32
+    assert torch.equal(layer.total, before)

@@ -144,7 +144,7 @@ def measure(facts):
     keys = read_keys(lm, facts, 1, site, contexts, "mean")
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
     windows = editlab.moments.sample_text(lm, 3 * editlab.moments.WINDOW + 40, 0, "")
-    moments = editlab.moments._accumulate(lm, [1], windows)[1]
+    moments = editlab.moments.accumulate(lm, [1], windows)[1]
     exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.others, keys.fact, *scores]
     return exact, windows, moments
 

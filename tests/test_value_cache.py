@@ -39,8 +39,9 @@ def test_the_key_holds_all_that_a_value_depends_on():
         cache(steps=3),
         cache(clamp=2.0),
         cache(kl_factor=0.5),
+        cache(early_stop=2),
     ]
-    assert len({c.folder for c in [cache(), *others]}) == 8
+    assert len({c.folder for c in [cache(), *others]}) == 9
     assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
     assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
 

@@ -8,7 +8,7 @@ from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import ValueSettings, optimize_values
-from tests.oracle import naive_value
+from scripts.plain import plain_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -34,7 +34,7 @@ def exact(**settings):
 def check(lm, site, settings):
     ours = optimize_values(lm, FACTS, site, CONTEXTS, settings)
     for i, fact in enumerate(FACTS):
-        target, loss, steps = naive_value(lm, fact, site, CONTEXTS, settings)
+        target, loss, steps = plain_value(lm, fact, site, CONTEXTS, settings)
         # Adam divides by the root of the squared gradient, so float32 rounding grows over the steps; 1e-3 of the norm
         # is ten times what was seen, and a hundredth of what one missing term of the loss changes.
         assert (ours.target[i] - target).norm() <= 1e-3 * target.norm(), fact
@@ -81,6 +81,16 @@ def test_facts_that_are_done_leave_at_the_same_step():
     check(lm, site, settings)
     steps = optimize_values(lm, FACTS, site, CONTEXTS, settings).steps
     assert steps.min() < steps.max()
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_facts_leave_when_their_targets_were_said_so_many_times(patience):
+    lm, site = make("llama")
+    settings = {"steps": 25, "lr": 0.5, "clamp": 20.0, "loss_threshold": 0.0}
+    check(lm, site, exact(early_stop=patience, **settings))
+    steps = optimize_values(lm, FACTS, site, CONTEXTS, exact(early_stop=patience, **settings)).steps
+    assert patience <= steps.min() < 25
+    assert bool((optimize_values(lm, FACTS, site, CONTEXTS, exact(**settings)).steps == 25).all())
 
 
 def test_grouping_changes_only_rounding():

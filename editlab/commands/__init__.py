@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from editlab.commands import apply, ask, export, facts, revert
+from editlab.commands import apply, ask, compare, export, facts, report, revert
 from editlab.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
-    command.name: command for command in (export.COMMAND, apply.COMMAND, revert.COMMAND, ask.COMMAND, facts.COMMAND)
+    verb.COMMAND.name: verb.COMMAND for verb in (export, apply, revert, ask, compare, report, facts)
 }
 """By the word after ``editlab``, in the order in which ``--help`` lists them."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from editlab.data.fact import Fact
-from editlab.data.formats import FactFormat, checked, format_of
+from editlab.data.formats import FactFormat, format_of, read_record
 from editlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
                 raise UserError(f"is a {type(raw.content).__name__} and no object with fields: give it subject, "
                                 "prompt and target")  # fmt: skip
             fact_format = fact_format or format_of(raw.content)
-            yield Found(raw.where, checked(fact_format.read(raw.content, index)), None)
+            yield Found(raw.where, read_record(raw.content, index, fact_format), None)
         except UserError as error:
             yield Found(raw.where, None, str(error))
     if empty:

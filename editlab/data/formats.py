@@ -175,6 +175,15 @@ def format_of(record: dict[str, Any]) -> FactFormat:
     )
 
 
+def read_record(record: dict[str, Any], index: int, fact_format: FactFormat | None = None) -> Fact:
+    """The fact of one record; its schema is found by looking at it where not given.
+
+    Raises:
+        UserError: with what is missing or wrong, as the end of a sentence.
+    """
+    return checked((fact_format or format_of(record)).read(record, index))
+
+
 def checked(fact: Fact) -> Fact:
     """The fact, its prompt having one place for the subject.
 

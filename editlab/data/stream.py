@@ -8,6 +8,26 @@ from typing import Any
 from editlab.data.fact import Fact
 
 
+class FactBatch:
+    """The facts of one step.
+
+    No list, tuple or dataclass, for those Lightning takes apart to convert the tensors in them (``trainer.precision``
+    ``bf16-true`` and company), and facts are frozen.
+
+    Args:
+        facts: in the order of editing.
+    """
+
+    def __init__(self, facts: Sequence[Fact]) -> None:
+        self.facts = list(facts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)
+
+
 class EditStream:
     """A sized iterable over batches of facts, whose position Lightning saves and restores.
 
@@ -27,11 +47,11 @@ class EditStream:
     def __len__(self) -> int:
         return -(-len(self.facts) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Fact]]:
+    def __iter__(self) -> Iterator[FactBatch]:
         while self.position < len(self):
             start = self.position * self.batch_size
             self.position += 1
-            yield list(self.facts[start : start + self.batch_size])
+            yield FactBatch(self.facts[start : start + self.batch_size])
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:

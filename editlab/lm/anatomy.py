@@ -77,6 +77,12 @@ class Anatomy:
         return _widths(self.edit_module(layer))[1]
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that a model takes; None where its configuration does not say."""
+    longest: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return longest
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Tell whether a linear map stores its weight as ``[d_k, d_v]``, which GPT-2's Conv1D does."""
     return isinstance(module, Conv1D)

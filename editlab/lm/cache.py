@@ -14,8 +14,10 @@ import platformdirs
 
 from editlab.errors import EditLabError, UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Error numbers of a disk that takes no more."""
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Error numbers of a place that one may not write to or read from."""
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _NEARLY_NOTHING = 1 << 20
 """Free bytes below which a failed write is put down to a full disk, whatever the writer said."""
@@ -95,14 +97,14 @@ def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | 
     elsewhere = "set EDITLAB_CACHE to" if _within(target, cache_dir()) else "choose"
     code = error.errno if isinstance(error, OSError) else None
     # The writers of safetensors and of torch.save turn a full disk into an error of their own.
-    if code in _FULL or "No space left on device" in str(error) or _disk_is_full(target):
+    if code in FULL or "No space left on device" in str(error) or _disk_is_full(target):
         return EditLabError(
             f"no space on the disk to write {target}: free some, or {elsewhere} a folder on another disk"
         )
     # A failed rename carries both of its names, the target second.
     named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
     ours = named is not None and (_within(Path(named), temporary) or _within(target, Path(named)))
-    if ours and code in _FORBIDDEN:
+    if ours and code in FORBIDDEN:
         return UserError(f"no permission to write {target}: {elsewhere} a folder that you may write to")
     if ours and code in _IN_THE_WAY:
         return UserError(f"cannot write {target}, because {named} is in its way: {elsewhere} another folder")

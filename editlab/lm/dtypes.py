@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 WEIGHTS = ("float32", "bfloat16", "float16", "float64")
@@ -23,3 +26,14 @@ def dtype_named(name: str) -> torch.dtype:
         raise ValueError(f"{name!r} is none of {', '.join(WEIGHTS)}")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it new tensors are of ``dtype`` where nothing else is said; also decorates a function."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

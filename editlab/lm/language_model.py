@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab import ranks
-from editlab.lm.anatomy import Anatomy, read_anatomy
+from editlab.errors import UserError
+from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.running import by_row, logits_only_at, reading
@@ -46,6 +47,9 @@ class LanguageModel(nn.Module):
         tokenizer: its fast tokenizer.
         edit_module: path of the module to edit inside a block; found by structure where not given.
         placed: the model lies where it shall stay, whatever device the Trainer has.
+
+    Raises:
+        UserError: where there is no such module, or what the model says is not finite.
     """
 
     def __init__(
@@ -56,10 +60,11 @@ class LanguageModel(nn.Module):
         placed: bool = False,
     ) -> None:
         super().__init__()
-        self.placed = placed
+        self.placed = placed or getattr(model, "hf_device_map", None) is not None
         self.model = model
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = read_anatomy(model, edit_module)
+        self.longest = context_length(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
 
@@ -85,9 +90,14 @@ class LanguageModel(nn.Module):
         block = self.anatomy.blocks[0]
         handle = block.register_forward_hook(lambda m, a, output: kinds.append(isinstance(output, tuple)))
         try:
-            self.run(torch.zeros(1, 1, dtype=torch.long))
+            logits = self.run(torch.zeros(1, 1, dtype=torch.long)).logits
         finally:
             handle.remove()
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                "What the model says is not finite: its weights are damaged, or its type is too narrow "
+                "(trainer.precision)."
+            )
         return kinds[0]
 
     def run(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, **arguments: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from editlab import ranks
-from editlab.errors import EditLabError, UserError
+from editlab.errors import EditLabError, UserError, causes
 from editlab.lm.builtin import smollm2_folder
 from editlab.lm.placement import DeviceMap
 
@@ -123,8 +123,7 @@ def _explained(name: str) -> Iterator[None]:
 
 def _hub_trouble(name: str, error: BaseException) -> EditLabError | None:
     """Find what the hub had to say among the causes of ``error``; None where it had nothing to do with it."""
-    link: BaseException | None = error
-    while link is not None:
+    for link in causes(error):
         # The order matters: a gated repository is also one that was not found, to someone who may not see it.
         if isinstance(link, hub.GatedRepoError):
             return UserError(f"{name!r} is gated: accept its terms on the hub, then log in with `hf auth login`")
@@ -146,5 +145,4 @@ def _hub_trouble(name: str, error: BaseException) -> EditLabError | None:
             return EditLabError(f"the disk is full while fetching {name!r}: free some space, or move HF_HOME")
         if "trust_remote_code" in str(link):
             return UserError(f"{name!r} needs code of its own, which is never run: choose another model")
-        link = link.__cause__ or link.__context__
     return None

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from callbacks import MemoryReplay, TrustRollback
+from callbacks.probes import Probes
 from callbacks.trust import EVENTS
+from callbacks.trust_score import TrustMetrics
 from editlab.errors import UserError
 from editlab.events import EditCallback
 from editlab.values import ValueSettings
@@ -97,25 +99,27 @@ def test_a_low_score_may_scale(tiny_folder, tmp_path, heldout):
     assert gate.decisions["scale"] >= 1
 
 
-def test_a_search_takes_the_largest_share_that_scores(tiny_folder, tmp_path, heldout):
-    # Spoilt at all of its update; at a smaller share its perplexity is within what is free.
-    scales = {"heldout_ppl_delta": [0.05, 1e-3], "edit_success_gain": [-100.0, 1.0], "neighbor_flip_rate": [1.0, 1.0]}
-    found = {}
-    for size in (2.0, 1e6):
+@pytest.mark.parametrize(("bearable", "expected"), [(0.9, 0.5), (0.3, 0.25), (0.13, 0.125), (0.1, 0.0)])
+def test_a_search_takes_the_largest_share_that_scores(tiny_folder, tmp_path, heldout, monkeypatch, bearable, expected):
+    # The probe tells which share of the update is applied; above ``bearable`` the score falls from 1 to 0.
+    before = []
 
-        class Stretch(Spoil):
-            def on_edit_planned(self, trainer, editor, plan, size=size):
-                if plan.step == 1:
-                    plan.targets = size * plan.targets
+    class Watch(EditCallback):
+        state_key = "A"  # before the gate
 
-        _, _, events = run(
-            tmp_path, tiny_folder, heldout, Stretch(1), name=f"size_{size}", action="search", scales=scales,
-            weights={"update_norm": 0.0, "confidence_shift": 0.0},
-        )  # fmt: skip
-        found[size] = events[1]
-    assert found[1e6]["decision"] == "rollback"
-    assert found[2.0]["decision"] in ("keep", "scale")
-    assert found[2.0]["factor"] in (1.0, 0.5, 0.25, 0.125)
+        def on_edit_planned(self, trainer, editor, plan):
+            before[:] = [editor.layers[0].total.clone()]
+
+    def ask_after(self, editor, outcome):
+        applied = (editor.layers[0].total - before[0]).norm() / outcome.updates[editor.layer_numbers[0]].norm()
+        return TrustMetrics(certainty=1.0, heldout_ppl_delta=float(applied))
+
+    monkeypatch.setattr(Probes, "ask_after", ask_after)
+    scales = {"heldout_ppl_delta": [bearable, 1e-3]}
+    module, _, events = run(tmp_path, tiny_folder, heldout, Watch(), action="search", scales=scales)
+    assert [event["factor"] for event in events] == [expected] * 3
+    assert [entry.factor for entry in module.ledger] == [expected] * 6
+    assert {event["decision"] for event in events} == {"scale" if expected else "rollback"}
 
 
 def test_a_spoilt_fact_is_left_out_and_its_batch_solved_again(tiny_folder, tmp_path, heldout):

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from editlab.data import EditDataModule, EditStream
 from editlab.errors import UserError
@@ -131,5 +132,13 @@ def test_stream_state():
     next(iterator)
     other = EditStream(FACTS[:5], 2)
     other.load_state_dict(stream.state_dict())
-    assert list(other) == list(iterator)
+    assert [batch.facts for batch in other] == [batch.facts for batch in iterator] == [FACTS[2:4], FACTS[4:5]]
     assert len(list(other)) == 3  # a second pass begins at the beginning
+
+
+def test_lightning_does_not_take_a_batch_apart():
+    # What its half-precision plug-ins do to a batch; a frozen dataclass in it would be an error.
+    (batch,) = EditStream(FACTS[:2], 2)
+    assert apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.bfloat16()) is batch
+    assert list(batch) == FACTS[:2]
+    assert len(batch) == 2

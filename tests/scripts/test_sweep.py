@@ -13,6 +13,8 @@ from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
+import run_all_baselines as baselines
+import run_forgetting as forgetting
 import run_lora_ablation as lora_ablation
 import run_replay_ablation as ablation
 import sweep
@@ -53,7 +55,7 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     assert started == ["none"]
     assert (run.folder / "metrics.csv").read_text() == written
 
-    sweep.write_table(runs, tmp_path / "results" / "table.csv")
+    sweep.write_rows(sweep.table_rows(runs), tmp_path / "results" / "table.csv")
     with (tmp_path / "results" / "table.csv").open() as file:
         (row,) = csv.DictReader(file)
     summary = run.summary
@@ -133,3 +135,73 @@ def test_the_cases_cover_what_was_asked():
                 assert f"{sampling}_{rate}_{capacity}" in names
     assert {"none", "consolidated", "joint"} <= set(names)
     assert set(ablation.SHOWN) <= set(names)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("memit", "MEMIT"), ("alphaedit", "AlphaEdit"), ("emmet", "EMMET")])
+def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
+    case = next(case for case in forgetting.cases(2000) if case.name == name)
+    recipe = str(sweep.ROOT / forgetting.RECIPE)
+    command = [sys.executable, "-m", "editlab.cli", *case.arguments(recipe, 1, tmp_path), "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
+    found = yaml.safe_load(printed)["model"]["rule"]
+    assert found["class_path"].rpartition(".")[2] == rule
+    weights = {"memit": 15000, "emmet": 1000}
+    assert found["init_args"].get("covariance_weight") == weights.get(name)
+
+
+def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_path):
+    folder = tmp_path / "emmet" / "version_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(
+        "edits,retained/accuracy,perplexity/heldout,weights/layer_2/delta_norm,weights/layer_3/delta_norm,"
+        "solve/layer_2/gram_condition,solve/layer_3/gram_condition\n"
+        "32,,,0.1,0.2,5,6\n"
+        "200,0.75,40.25,0.3,0.25,70,12345.678\n"
+    )
+    (row,) = forgetting.snapshots([sweep.Run(sweep.Case("emmet", {}), 1, folder)])
+    assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
+    assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
+
+
+def test_a_run_says_what_it_was_started_with(options):
+    (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
+    found = sweep.provenance_of(run)
+    assert found == {**sweep.provenance(), "torch": run.summary["versions"]["torch"]}
+    assert found["machine"].split(" x ")[0] == str(sweep.cores())
+
+
+def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
+    found = {case.name: case for case in baselines.cases()}
+    assert set(found) == {f"{name}_{way}" for name in baselines.METHODS for way in ("sequential", "independent")}
+    recipe = str(sweep.ROOT / baselines.RECIPE)
+    command = [sys.executable, "-m", "editlab.cli", *found["rome_independent"].arguments(recipe, 1, tmp_path)]
+    printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True, cwd=sweep.ROOT)
+    config = yaml.safe_load(printed.stdout)
+    assert config["model"]["rule"]["class_path"].endswith("ROME")
+    assert config["model"]["restore_between_batches"] is True
+    assert config["data"]["batch_size"] == 1
+    assert config["trainer"]["callbacks"] == []
+
+
+def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
+    folder = tmp_path / "memit" / "version_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("edits,solve/layer_6/effective_weight\n32,300.0\n64,300.0\n")
+    summary = {"edits": 64, "retained": {}, "immediate": {"ES": 1.0, "accuracy": 0.5}, "before": {"NS": 0.8},
+               "perplexity": {"before": 20.0}, "delta_norm": {"6": 0.25}, "seconds": 96.0,
+               "peak_memory_mb": 1500.4, "versions": {"torch": "2"}}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (row,) = sweep.table_rows([sweep.Run(sweep.Case("memit", {}), 1, folder)], baselines.measured)
+    assert (row["effective_weight"], row["seconds_an_edit"], row["peak_memory_mb"]) == (300.0, 1.5, 1500)
+    assert (row["immediate_ES"], row["before_NS"], row["perplexity_before"]) == (1.0, 0.8, 20.0)
+    assert "perplexity_ratio" not in row
+
+
+def test_tables_alone_run_nothing(options, monkeypatch):
+    monkeypatch.setattr(sweep, "_start", lambda *arguments: 1 / 0)
+    done = options.work / "none" / "version_1"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text("{}")
+    options.no_run = True
+    runs = sweep.run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
+    assert [run.case.name for run in runs] == ["none"]

@@ -1,0 +1,63 @@
+"""Failures that are no mistake of the user's: a full disk, no permission, too little memory, a fault in a program."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from editlab.errors import EditLabError, causes
+from editlab.lm.cache import FORBIDDEN, FULL
+
+
+def describe(error: BaseException) -> str | None:
+    """One sentence, with the mend; None where the error tells of nothing but a fault in a program.
+
+    Looks through what led to the error as well.
+    """
+    return next((found for link in causes(error) if (found := _of_system(link) or _of_memory(link))), None)
+
+
+def surprise(error: Exception) -> EditLabError:
+    """What to say of an error that editlab can not name."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return EditLabError(
+        f"{type(error).__name__}: {first.rstrip('.')}. This should not happen: run it again with --debug and report "
+        "what it shows. What is written so far is whole, and --ckpt_path last goes on from it."
+    )
+
+
+def _of_system(error: BaseException) -> str | None:
+    if not isinstance(error, OSError):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in FULL:
+        return (
+            f"The disk is full{where}: free some space, or write elsewhere (trainer.logger.init_args.save_dir, "
+            "EDITLAB_CACHE, HF_HOME); what was written is whole, and --ckpt_path last goes on from it."
+        )
+    if error.errno in FORBIDDEN:
+        return (
+            f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another place."
+        )
+    return None
+
+
+def _of_memory(error: BaseException) -> str | None:
+    text = str(error)
+    asked = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
+    if isinstance(error, torch.OutOfMemoryError):
+        place, more = "The GPU's memory", "model.values.batch_tokens, data.batch_size, or trainer.precision bf16-true"
+    elif isinstance(error, MemoryError) or "not enough memory" in text or "DefaultCPUAllocator" in text:
+        place, more = "Memory", "model.values.batch_tokens or data.batch_size, or take a smaller model"
+    else:
+        return None
+    wanted = f" ({_readable(asked.group(1))} more were asked for)" if asked else ""
+    return f"{place} does not suffice{wanted}: lower {more}; --ckpt_path last goes on from the last finished batch."
+
+
+def _readable(amount: str) -> str:
+    number, _, unit = amount.partition(" ")
+    if unit != "bytes":
+        return amount
+    return f"{int(float(number)) / 2**20:.0f} MiB"

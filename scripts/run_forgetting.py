@@ -1,0 +1,119 @@
+"""Thousands of edits in sequence: whether the model forgets gradually or all at once, and what moves that point.
+
+    python scripts/run_forgetting.py                               # 2,000 edits, every case, three seeds; resumable
+    python scripts/run_forgetting.py --edits 5000 --only both emmet --seeds 1
+    python scripts/run_forgetting.py --dry-run
+
+Writes ``results/large_scale_forgetting.csv`` (a row a run and snapshot), ``results/large_scale_final.csv`` (a row a
+run), ``results/large_scale_means.csv`` and ``figs/large_scale_forgetting.png`` (and ``.pdf``) from the runs that are
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweep import (
+    ROOT,
+    Case,
+    Run,
+    add_texts,
+    common_flags,
+    draw_curves,
+    means,
+    parser,
+    provenance_of,
+    run_all,
+    table_rows,
+    write_rows,
+)
+
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+
+RECIPE = "configs/emmet_consolidated.yaml"
+EVERY, SAMPLE = 200, 128
+"""Edits between two snapshots, and past edits asked for at each."""
+RULE = "model.rule.init_args."
+SHOWN = {
+    "layer_6": ("EMMET, layer 6 alone", VERMILION, ":"),
+    "emmet": ("EMMET, layers 2 to 6", BLACK, ":"),
+    "replay": ("+ replay at rate 0.3", ORANGE, "--"),
+    "lora": ("+ LoRA", SKY, "--"),
+    "trust": ("+ trust", PURPLE, "-."),
+    "consolidated": ("+ consolidated memory", BLUE, "-"),
+    "both": ("+ consolidated and replay", GREEN, "-"),
+}
+"""case -> label, color, line"""
+KEPT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "immediate/accuracy", "perplexity/heldout")
+"""Columns of a snapshot, beside the largest of each layer's norm and condition."""
+
+
+def cases(edits: int) -> list[Case]:
+    """All cases, the ones that matter most first."""
+    curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": EVERY, "sample": SAMPLE}}
+    consolidated = {"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}
+    sampled = {"sampling": "loss", "refresh_every": 4, "rate": 0.3, "capacity": 500}
+    both = {"class_path": "MemoryReplay", "init_args": {"memory": "both", **sampled}}
+    replay = {"class_path": "MemoryReplay", "init_args": {"sampling": "random", "rate": 0.3, "capacity": 500}}
+    lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 16}}
+    trust = {"class_path": "TrustRollback", "init_args": {}}
+    one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
+                 RULE + "covariance_weight": 1}  # fmt: skip
+    memit = {"model.rule": "MEMIT", RULE + "covariance_weight": 15000}
+    alphaedit = {"model.rule": "AlphaEdit", "model.preserve_prompt_tokens": 0}
+    return [
+        Case("emmet", {}, [curve]),
+        Case("both", {}, [both, curve]),
+        Case("layer_6", one_layer, [curve]),
+        Case("consolidated", {}, [consolidated, curve]),
+        Case("replay", {}, [replay, curve]),
+        Case("lora", {}, [lora, curve]),
+        Case("both_lora", {}, [both, lora, curve]),
+        Case("trust", {}, [trust, curve]),
+        Case("memit", memit, [curve]),
+        Case("alphaedit", alphaedit, [consolidated, curve]),
+        Case("joint", {"data.batch_size": edits}, []),
+        Case("layer_6_consolidated", one_layer, [consolidated, curve]),
+        Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
+        Case("both_softer", {RULE + "covariance_weight": 500}, [both, curve]),
+    ]
+
+
+def snapshots(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row a run and snapshot: what was retained, and what norms and conditions were there."""
+    rows = []
+    for run in runs:
+        for edits, point in run.curve().items():
+            if "retained/accuracy" not in point:
+                continue
+            row: dict[str, Any] = {"case": run.case.name, "seed": run.seed, "edits": edits}
+            row |= {name.replace("/", "_"): round(point[name], 4) for name in KEPT if name in point}
+            row |= {"delta_norm": _largest(point, "delta_norm"), "gram_condition": _largest(point, "gram_condition")}
+            rows.append(row | provenance_of(run))
+    return rows
+
+
+def _largest(point: Mapping[str, float], name: str) -> float | str:
+    """The largest over layers of what a step logged; empty where it logged none."""
+    found = [value for key, value in point.items() if key.endswith(f"/{name}")]
+    return float(f"{max(found):.4g}") if found else ""
+
+
+def main() -> None:
+    """Runs what is missing; writes the tables and the figure."""
+    shared = parser(__doc__, work=ROOT / "lightning_logs" / "forgetting", edits=2000)
+    add_texts(shared)
+    options = shared.parse_args()
+    common = common_flags(options)
+    wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
+    runs = run_all(wanted, RECIPE, options)
+    if runs:
+        write_rows(snapshots(runs), ROOT / "results" / "large_scale_forgetting.csv")
+        write_rows(table_rows(runs), ROOT / "results" / "large_scale_final.csv")
+        write_rows(means(runs, {}, "emmet"), ROOT / "results" / "large_scale_means.csv")
+        draw_curves(runs, SHOWN, ROOT / "figs" / "large_scale_forgetting.png")
+
+
+if __name__ == "__main__":
+    main()

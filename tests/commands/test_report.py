@@ -1,0 +1,70 @@
+"""``editlab report``: the lost edits against the exported model's own generation, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from editlab.checkpoint import read_checkpoint
+from editlab.cli import main
+from editlab.commands.report import SAID
+from tests.commands.runs import EDITS, FATES
+from tests.test_report import Seen
+
+
+def report(*arguments):
+    return main(["report", *map(str, arguments)])
+
+
+def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_path, capsys):
+    run = runs("llama")
+    assert report(run.folder, "--out", tmp_path / "page.html") == 0
+    assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "model")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    immediate = read_checkpoint(run.checkpoint)["editor"]["evaluation"]["scores"]["immediate"]
+    learnt = torch.cat([scores["edit"]["hit_new"] for scores in immediate]).tolist()
+    expected = []
+    for number, (fact, fate) in enumerate(zip(EDITS, FATES, strict=True), start=1):
+        if fate.startswith(("superseded", "rolled")):
+            continue  # not in the weights, so not lost
+        ids = tokenizer(fact.question, return_tensors="pt").input_ids
+        target = tokenizer(f"{fact.question} {fact.target_new}", return_tensors="pt").input_ids[0, ids.shape[1] :]
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAID,
+                                 min_new_tokens=SAID, pad_token_id=0)  # fmt: skip
+        new = out[0, ids.shape[1] :]
+        if new[: len(target)].tolist() != target.tolist():
+            words = tokenizer.decode(new, skip_special_tokens=True).strip()
+            kind = "forgotten" if learnt[number - 1] else "never learnt"
+            expected.append([str(number), str((number + 1) // 2), fact.question, fact.target_new, words, kind])
+    page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
+    rows = [t for t in page.texts if t]
+    assert expected, "the tiny run should have lost some edits, or this test shows nothing"
+    for row in expected:
+        start = rows.index(row[2])
+        assert rows[start - 2 : start + 4] == [cell for cell in row if cell], row
+    assert sum(kind in rows for kind in ("forgotten", "never learnt")) >= 1
+
+
+def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
+    run = runs("llama")
+    assert report(run.folder, "--no_answers", "--model", "nowhere") == 0
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    (run.folder / "report.html").unlink()
+    assert "The model was not asked" in page
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert f"{summary['edits']} facts edited" in page
+    assert "rolled back" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "There is no folder 'nowhere'"), (["."], "checkpoint"), ([], "run is missing")],
+)
+def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,137 @@
+"""edit_model: a model at hand in, the same model edited out, with what a run would have measured."""
+
+import copy
+
+import pytest
+import torch
+
+import editlab
+from callbacks import MemoryReplay
+from editlab import edit_model
+from editlab.contexts import ContextSettings
+from editlab.data import Fact
+from editlab.errors import UserError
+from editlab.evaluation import EvaluationSettings
+from editlab.moments import MomentSettings
+from editlab.values import ValueSettings
+from tests.facts import FACTS
+from tests.test_editor import editor, fit
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SMALL = {
+    "layers": [1, 2], "batch_size": 2, "progress": False,
+    "values": ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original"),
+    "moments": MomentSettings(tokens=512, cache=False), "contexts": ContextSettings(count=1, length=3),
+    "evaluation": EvaluationSettings(heldout_tokens=64, generated_texts=0),
+}  # fmt: skip
+PLAIN = [
+    {"subject": "France", "prompt": "The capital of {} is", "target": "Tokyo"},
+    {"subject": "Oslo", "prompt": "Oslo lies in", "target": "Peru", "truth": "Norway"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(before, model):
+    return sorted(n for n, p in model.named_parameters() if not torch.equal(p, before[n]))
+
+
+def test_only_the_layers_change_and_all_comes_back():
+    model = tiny_model("llama")
+    model.train()
+    model.lm_head.eval()  # a mode of its own
+    before = weights(model)
+    generator = torch.get_rng_state()
+    edited, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+    assert edited is model
+    assert changed(before, model) == [f"model.layers.{n}.mlp.down_proj.weight" for n in (1, 2)]
+    assert torch.equal(generator, torch.get_rng_state())
+    assert model.training
+    assert not model.lm_head.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    result.revert()
+    assert changed(before, model) == []
+
+
+def test_the_result_is_what_was_measured():
+    model = tiny_model("llama")
+    _, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+    assert [fact.subject for fact in result.facts] == ["France", "Oslo"]
+    assert result.rolled_back == []
+    assert set(result.retained) >= {"ES", "accuracy"}
+    assert "PS" not in result.retained  # no paraphrase was given
+    assert result.summary["edits"] == 2
+    lines = str(result).splitlines()
+    assert lines[0].split() == ["before", "immediate", "retained"]
+    assert f"{result.retained['accuracy']:.3f}" == next(line.split()[-1] for line in lines if "accuracy" in line)
+
+
+def test_the_same_bits_as_a_run_of_the_command(tiny_folder, tmp_path):
+    # The same facts, model and settings through a Trainer that a test of the editor sets up.
+    module = editor(tiny_folder, layers=[1], values=SMALL["values"])
+    fit(tmp_path, module, limit=4)
+    _, result = edit_model(
+        tiny_model("llama"), tiny_tokenizer(), FACTS[:4], layers=[1], batch_size=2, progress=False,
+        rule=module.rule, values=module.values, moments=module.moments, contexts=module.context_settings,
+        evaluation=module.evaluation.settings, preserve_prompt_tokens=module.preserve_prompt_tokens,
+        keys=module.key_mode,
+    )  # fmt: skip
+    assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
+    assert result.retained == module.evaluation.retained
+
+
+def test_callbacks_and_a_folder(tmp_path):
+    replay = MemoryReplay(rate=1.0)
+    edit_model(tiny_model("gpt2"), tiny_tokenizer(), FACTS[:4], callbacks=[replay], folder=tmp_path, **SMALL)
+    assert [memory.fact for memory in replay.buffer.memories] == FACTS[:4]
+    (run,) = (tmp_path / "edit_model").iterdir()
+    assert {"metrics.csv", "summary.json"} <= {path.name for path in run.iterdir()}
+
+
+def test_nothing_is_written_where_no_folder_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_repeated_slot_is_edited_anew():
+    facts = [*PLAIN, {**PLAIN[0], "target": "Lima"}]
+    _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), facts, **SMALL)
+    assert [(fact.subject, fact.target_new) for fact in result.facts] == [("Oslo", "Peru"), ("France", "Lima")]
+    assert [fact.target_new for fact in result.rolled_back] == ["Tokyo"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ([], "No fact is given"),
+        ([PLAIN[0], {"subject": "France", "prompt": "The capital of {} is"}], r"Fact 1 has the fields prompt, subject"),
+        ([{**PLAIN[0], "prompt": "The capital is"}], r"Fact 0 has a prompt in which its subject 'France' does not"),
+        ([Fact("France", "no place", "Tokyo")], r"Fact 0 has a prompt with 0 places"),
+    ],
+)
+def test_what_is_wrong_with_facts_is_named(facts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), facts, **SMALL)
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = tiny_model("llama")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="layers are 0 to 3"):
+        edit_model(model, tiny_tokenizer(), PLAIN, **{**SMALL, "layers": [9]})
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'edit_everything'"):
+        _ = editlab.edit_everything
