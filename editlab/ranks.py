@@ -179,8 +179,8 @@ def reaching_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise EditLabError(
-            f"The other ranks can not be reached ({str(error).splitlines()[0]}): see what they said last; --ckpt_path "
-            "last goes on from the last batch."
+            "The other ranks can not be reached, as one was ended or its machine is gone: see what it said last; "
+            "--ckpt_path last goes on from the last finished batch."
         ) from error
 
 
