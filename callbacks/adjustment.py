@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from editlab.data.fact import Fact
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.running import logits_only_at
 from editlab.lm.tokens import encode, encode_pair, pad
+from editlab.progress import progress
 from editlab.scoring import score_facts
 
 LOSSES = ("edits", "before", "unedited")
@@ -134,7 +134,7 @@ class Training:
         """
         pools = {"edits": _Deck(len(objective.edits), draw), "others": _Deck(len(objective.others), draw)}
         seen: list[dict[str, float]] = []
-        for _ in tqdm(range(self.steps), desc="LoRA", unit="step", leave=False):
+        for _ in progress(range(self.steps), desc="LoRA", unit="step"):
             with torch.enable_grad():
                 parts = objective.loss(lm, pools["edits"].deal(self.batch_size), pools["others"].deal(self.batch_size))
                 loss = objective.total(parts)

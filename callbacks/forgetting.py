@@ -91,8 +91,9 @@ class ForgettingCurve(EditCallback):
             pl_module.evaluation.series("immediate"),
             pl_module.evaluation.language_before.get("perplexity/heldout"),
         )
+        folder = run_folder(trainer)  # all ranks have to ask for it
         if trainer.is_global_zero:
-            with atomic_file(run_folder(trainer) / "forgetting.png") as temporary:
+            with atomic_file(folder / "forgetting.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

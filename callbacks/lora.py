@@ -330,9 +330,10 @@ class LoRAAdjust(EditCallback):
         assert isinstance(pl_module, SequentialEditor)
         told = ", ".join(f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped")))
         log.info("LoRA adjustments: %s (see %s)", told, self._events.path)
+        folder = run_folder(trainer) / "adapter"  # all ranks have to ask for it
         if self.adapter is not None and self.adapter.factors is not None and trainer.is_global_zero:
-            self.adapter.save(run_folder(trainer) / "adapter")
-            log.info("LoRA adapter: %s, for the edited model", run_folder(trainer) / "adapter")
+            self.adapter.save(folder)
+            log.info("LoRA adapter: %s, for the edited model", folder)
 
     def state_dict(self) -> dict[str, Any]:
         """The adapter and its optimizer, and when it was trained."""

@@ -13,7 +13,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 
+from editlab import ranks
 from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
@@ -22,6 +24,8 @@ from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
 from editlab.failures import describe, surprise
 from editlab.logger import RunLogger
+from editlab.progress import speaks
+from editlab.strategy import NAME, EditStrategy
 from editlab.trainer import TRAINER_DEFAULTS
 
 DESCRIPTION = (
@@ -86,6 +90,20 @@ class EditLabCLI(LightningCLI):
         if logger is not None and verb.get("ckpt_path"):
             _go_on(verb, logger)
         _add_checkpoint(verb.trainer)
+
+    def instantiate_trainer(self, **arguments: Any) -> Trainer:
+        """The Trainer.
+
+        Raises:
+            UserError: where it would start several processes that do not know how to share an edit.
+        """
+        trainer = super().instantiate_trainer(**arguments)
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
+            raise UserError(
+                f"{trainer.world_size} processes share edits by --trainer.strategy {NAME}: set it, or set "
+                "--trainer.devices 1."
+            )
+        return trainer
 
 
 def _go_on(verb: Namespace, logger: Namespace) -> None:
@@ -153,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if ranks.heard(error) and not speaks():
+            return 0  # all ranks have got it: the first one says it, and its exit code counts
         return _say(*_told(error))
     return 0
 
@@ -189,6 +209,7 @@ def configure_messages() -> None:
     """Editlab's messages to the screen as plain lines; other libraries' chatter about our defaults held back."""
     handler = _Screen()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda record: speaks())
     for name in ("editlab", "callbacks"):
         logger = logging.getLogger(name)
         if not logger.handlers:
@@ -200,12 +221,17 @@ def configure_messages() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation within fit: that is meant
         r".*module\(s\) in eval mode at the start of training.*",  # the language model stays in eval mode
         ".*LeafSpec.*is deprecated.*",
+        ".*sync_dist=True.*",  # what is logged is the same on every rank
         ".*is_gradient_checkpointing.*is deprecated.*",  # what PEFT asks transformers
         "LightningCLI's args parameter is intended.*",
         "Checkpoint directory .* exists and is not empty.*",  # a run that goes on writes over its own checkpoint
         "Using ModelCheckpoint with manual optimization.*",  # saved after the step is what is meant
     ):
         warnings.filterwarnings("ignore", message=chatter)
+    if not speaks():
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        disable_progress_bar()
     logging.getLogger("lightning.pytorch").addFilter(lambda record: "Tip:" not in record.getMessage())
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()

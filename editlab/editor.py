@@ -11,10 +11,9 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from editlab import resume
+from editlab import ranks, resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact
@@ -29,6 +28,7 @@ from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
+from editlab.progress import progress
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
 from editlab.scoring import prefers_truth
@@ -61,6 +61,8 @@ class SequentialEditor(lightning.LightningModule):
         preserve_prompt_tokens: weight with which the keys of the edited prompts' other tokens enter the metric of
             their batch; the model reads those tokens too, so an edit should not move them. 0 leaves them out.
         edit_module: path of the edited module inside a block, where it is not found by structure.
+        device_map: transformers' own (``auto``, or module path -> device), for a model that one device can not hold;
+            the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: the Gram matrix' condition number above which the slack is raised (see the solver).
 
@@ -80,6 +82,7 @@ class SequentialEditor(lightning.LightningModule):
         keys: str = "bare",
         preserve_prompt_tokens: float = 0.0,
         edit_module: str | None = None,
+        device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
     ) -> None:
@@ -99,6 +102,7 @@ class SequentialEditor(lightning.LightningModule):
         self.key_mode = keys
         self.preserve_prompt_tokens = preserve_prompt_tokens
         self.edit_module = edit_module
+        self.device_map = device_map
         self.restore_between_batches = restore_between_batches
         self.condition_limit = condition_limit
         self.automatic_optimization = False
@@ -118,7 +122,13 @@ class SequentialEditor(lightning.LightningModule):
         """Loads the language model once, in the Trainer's dtype."""
         if hasattr(self, "lm"):
             return
-        self.use(LanguageModel.from_name(self.language_model, torch.get_default_dtype(), self.edit_module))
+        if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
+            raise UserError(
+                "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
+                "of its own: set --trainer.devices 1, or leave it out."
+            )
+        dtype = torch.get_default_dtype()
+        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
 
     def use(self, lm: LanguageModel) -> None:
         """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
@@ -199,7 +209,7 @@ class SequentialEditor(lightning.LightningModule):
             )
         with self.unedited():
             if not self.contexts:
-                self.contexts = sample_contexts(self.lm, self.context_settings)
+                self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
@@ -255,7 +265,7 @@ class SequentialEditor(lightning.LightningModule):
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], found on the weights as they are."""
-        with tqdm(total=len(facts), desc="Values", unit="fact", leave=False) as bar:
+        with progress(total=len(facts), desc="Values", unit="fact") as bar:
             return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
 
     def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
@@ -297,9 +307,13 @@ class SequentialEditor(lightning.LightningModule):
             return {}
         return self.evaluation.measure_retained(self.lm, self.edited_facts, self.edits, self.trainer.loggers)
 
-    def on_fit_end(self) -> None:
-        """All edits measured on the final weights; the summary, on the screen and in the run's folder."""
+    def on_train_end(self) -> None:
+        """All edits measured on the final weights, while the model is on its device and the ranks are together."""
         self.measure_retained()
+
+    def on_fit_end(self) -> None:
+        """The summary, on the screen and in the run's folder."""
+        self.measure_retained()  # of a finished run that was resumed
         finish_run(self.trainer, self)
 
     @_float32

@@ -11,13 +11,14 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
-from tqdm import tqdm
 
+from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, Retention, TokenPerplexity
 from editlab.moments import read_file, read_ids
+from editlab.progress import progress
 from editlab.score_cache import ScoreCache
 from editlab.scoring import FactScores, score_facts, token_log_probs
 
@@ -28,6 +29,9 @@ BUILTIN_TEXT = Path(__file__).parent / "data" / "heldout.txt"
 
 OPENING = 12
 """Tokens of the held-out text that a generated text begins with."""
+
+GATHERED: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics: every rank has all scores, and they must not be gathered once more."""
 
 CHUNK = 64
 """Facts scored at a time: the progress bar moves, and prompts that repeat are still run once."""
@@ -129,7 +133,7 @@ class Evaluation:
     ) -> list[FactScores]:
         neighbors = self.settings.neighbors if others else 0
         starts = range(0, len(facts), CHUNK)
-        bar = tqdm(starts, desc=title, unit="chunk", leave=False, disable=not title or len(facts) <= CHUNK)
+        bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)
         return [
             score_facts(
                 lm, facts[i : i + CHUNK], paraphrases=others, neighbors=neighbors, first_record=first + i, cache=cache
@@ -154,14 +158,14 @@ class Evaluation:
         if not self._heldout:
             path = str(BUILTIN_TEXT) if settings.heldout == "builtin" else settings.heldout
             self._heldout = read_ids(lm, read_file(path), settings.heldout_tokens)
-        perplexity = TokenPerplexity()
+        perplexity = TokenPerplexity(**GATHERED)
         perplexity.update(token_log_probs(lm, self._heldout))
         found = {"perplexity/heldout": float(perplexity.compute())}
         width = min(OPENING, len(self._heldout) // max(1, settings.generated_texts))
         openings = [self._heldout[i * width : (i + 1) * width] for i in range(settings.generated_texts)]
         if openings and settings.generated_tokens >= 3 and width:
-            entropy = GenerationEntropy()
-            texts = lm.sample(openings, settings.generated_tokens, seed=0)
+            entropy = GenerationEntropy(**GATHERED)
+            texts = ranks.on_first(lambda: lm.sample(openings, settings.generated_tokens, seed=0))
             entropy.update(text[width:] for text in texts)
             found["generation/entropy"] = float(entropy.compute())
         return found
@@ -188,7 +192,7 @@ class Evaluation:
             self.language_after = self.language(lm)
             self._measured_at = edits
             rows = {f"retained/{k}": v for k, v in self.retained.items()} | self.language_after
-            by_age = Retention("accuracy", self.settings.age_bins)
+            by_age = Retention("accuracy", self.settings.age_bins, **GATHERED)
             for some in scores:
                 by_age.update(some.edit, len(facts) - some.edit.record)
             rows |= {f"retention/accuracy_age_{i}": float(v) for i, v in enumerate(by_age.by_age(), start=1)}
@@ -216,7 +220,7 @@ class Evaluation:
 def _summarize(scores: Sequence[FactScores]) -> dict[str, float]:
     if not scores:
         return {}
-    metrics = EditMetrics()
+    metrics = EditMetrics(**GATHERED)
     for some in scores:
         metrics.update(some.edit, some.paraphrases, some.neighbors)
     return {name: float(value) for name, value in metrics.compute().items()}

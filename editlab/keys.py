@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import UserError
-from editlab.lm.language_model import LanguageModel
+from editlab.lm.language_model import LanguageModel, passes
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
 KEY_MODES = ("bare", "mean", "each")
@@ -115,6 +116,8 @@ def read_keys(
 ) -> Keys:
     """Keys of the facts at one layer, the site's current output, and the prompts' other keys, in one reading.
 
+    Several ranks share the passes.
+
     Args:
         lm: the model, with the weights as they are now.
         facts: the facts.
@@ -133,13 +136,15 @@ def read_keys(
             rows.append(encoding.ids if context == "" else encoding.ids[: last + 1])
             lasts.append(last)
     modules = {"key": (lm.anatomy.edit_module(layer), "input"), "site": (site.module, "output")}
-    seen = lm.read(rows, modules, stop="site")
     n = len(facts)
-    at_last = torch.stack([s["key"][last] for s, last in zip(seen, lasts, strict=True)]).double()
-    others = [
-        s["key"][[t for t in range(1, len(row)) if t != last]]
-        for s, row, last in zip(seen[:n], rows[:n], lasts[:n], strict=True)
-    ]
+
+    def read(group: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        seen = lm.read([rows[i] for i in group], modules, stop="site")
+        return [_picked(s, lasts[i], len(rows[i]) if i < n else 0) for s, i in zip(seen, group, strict=True)]
+
+    found = ranks.each(passes(rows), read)
+    at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
+    others = [some for _, some, _ in found[:n]]
     order = torch.arange(n, device=at_last.device)
     lengths = torch.tensor([len(o) for o in others], device=at_last.device)
     others_fact = order.repeat_interleave(lengths)
@@ -150,7 +155,13 @@ def read_keys(
     return Keys(
         keys=at_last.T.contiguous(),
         fact=order,
-        current=torch.stack([s["site"][last] for s, last in zip(seen[:n], lasts[:n], strict=True)]).double().T,
-        others=torch.cat(others).double().T,
+        current=torch.stack([site for _, _, site in found[:n]]).to(lm.device).double().T,
+        others=torch.cat(others).to(lm.device).double().T,
         others_fact=others_fact,
     )
+
+
+def _picked(seen: dict[str, Tensor], last: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one row, on the CPU: the key at its ``last`` token, those at its other ``tokens``, the site's output."""
+    others = [t for t in range(1, tokens) if t != last]
+    return seen["key"][last].cpu().clone(), seen["key"][others].cpu(), seen["site"][last].cpu().clone()

@@ -1,7 +1,7 @@
 """Second moments C0 = E[k k^T] of keys over ordinary text: what an edit should leave alone.
 
-Text is streamed in windows, sums are kept in float64, blocks above the highest layer asked for never run, and the
-result is cached under a fingerprint of the weights, the layers and the text.
+Text is streamed in windows, sums are kept in float64, blocks above the highest layer asked for never run, several
+ranks share the passes, and the result is cached under a fingerprint of the weights, the layers and the text.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from editlab import ranks
 from editlab.errors import UserError
 from editlab.lm.cache import atomic_file, cache_dir
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
+from editlab.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +65,14 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     """
     text_key = _text_key(settings)
     weights = fingerprint(lm.model)
-    found: dict[int, Tensor] = {}
     paths = {
         layer: cache_dir()
         / "moments"
         / f"{_digest(weights, str(layer), lm.anatomy.edit_path, text_key, str(settings.tokens))}.safetensors"
         for layer in layers
     }
-    if settings.cache:
-        found = {layer: safetensors.torch.load_file(path)["moments"] for layer, path in paths.items() if path.exists()}
+    here = ranks.on_first(lambda: [layer for layer, path in paths.items() if settings.cache and path.exists()])
+    found = {layer: _read_cached(paths[layer], lm.anatomy.key_size(layer)) for layer in here}
     missing = [layer for layer in layers if layer not in found]
     if missing:
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
@@ -79,11 +80,19 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
         for layer, moments in accumulate(lm, missing, windows).items():
             found[layer] = moments
             if settings.cache:
-                with atomic_file(paths[layer]) as temporary:
-                    safetensors.torch.save_file({"moments": moments}, temporary)
+                ranks.on_first(partial(_keep, paths[layer], moments))
     else:
         log.info("Second moments of layers %s taken from %s", list(layers), cache_dir() / "moments")
     return found
+
+
+def _read_cached(path: Path, size: int) -> Tensor:
+    return ranks.read_on_first(lambda: safetensors.torch.load_file(path)["moments"], (size, size), dtype=torch.float64)
+
+
+def _keep(path: Path, moments: Tensor) -> None:
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file({"moments": moments}, temporary)
 
 
 def _digest(*parts: str) -> str:
@@ -158,10 +167,9 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
     ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special])
     count = -(-tokens // WINDOW)
     firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
-    windows: list[list[int]] = []
     rows = 4 * ROWS  # one token a row at a time: more rows make up for it
-    for start in tqdm(range(0, count, rows), desc=title, unit="pass", leave=False):
-        windows += lm.sample([[f] for f in firsts[start : start + rows]], WINDOW - 1, seed + start)
+    passes = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
+    windows = ranks.each(passes, lambda some: lm.sample([[firsts[i]] for i in some], WINDOW - 1, seed + some[0]), title)
     flat = tokens - WINDOW * (count - 1)
     windows[-1] = windows[-1][:flat]
     return windows
@@ -171,15 +179,17 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
 def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
     """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU."""
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
-    sums = {
-        layer: torch.zeros(lm.anatomy.key_size(layer), lm.anatomy.key_size(layer), dtype=torch.float64)
-        for layer in layers
-    }
-    count = 0
-    for start in tqdm(range(0, len(windows), ROWS), desc="Second moments", unit="pass", leave=False):
-        for seen in lm.read(windows[start : start + ROWS], modules, stop=max(layers)):
-            for layer, keys in seen.items():
-                k = keys.double()
-                sums[layer] += (k.T @ k).cpu()
-            count += len(next(iter(seen.values())))
-    return {layer: total / count for layer, total in sums.items()}
+
+    def add_up(starts: Sequence[int]) -> list[Tensor]:
+        sizes = {layer: lm.anatomy.key_size(layer) for layer in layers}
+        sums = {layer: torch.zeros(size, size, dtype=torch.float64) for layer, size in sizes.items()}
+        for start in progress(starts, desc="Second moments", unit="pass"):
+            for seen in lm.read(windows[start : start + ROWS], modules, stop=max(layers)):
+                for layer, keys in seen.items():
+                    k = keys.double()
+                    sums[layer] += (k.T @ k).cpu()
+        return [sums[layer] for layer in layers]
+
+    totals = ranks.summed(range(0, len(windows), ROWS), add_up)
+    count = sum(len(window) for window in windows)
+    return {layer: total / count for layer, total in zip(layers, totals, strict=True)}

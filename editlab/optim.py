@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editlab import ranks
+from editlab.lm.placement import settle
+
 
 class EditedLayer(nn.Module):
     """One edited weight: the original, the running sum of updates in float32, and the parameter made of both.
@@ -29,6 +32,7 @@ class EditedLayer(nn.Module):
         super().__init__()
         self._modules_outside = (module,)  # in a tuple: it belongs to the model and is not registered here again
         self.transposed = transposed
+        settle(module)
         weight = self.weight.detach()
         shape = weight.T.shape if transposed else weight.shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
@@ -59,8 +63,8 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
-        """Adds an update [d_v, d_k] to the sum and writes the weight."""
-        self.total.add_(update.to(self.total))
+        """Adds an update [d_v, d_k] to the sum and writes the weight; of several ranks' updates the first one's."""
+        self.total.add_(ranks.same(update.to(self.total)))
         self.write()
 
     @torch.no_grad()
@@ -70,8 +74,11 @@ class EditedLayer(nn.Module):
         self.write()
 
     def set_adapter(self, adapter: Tensor | None) -> None:
-        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight."""
-        self.adapter = adapter
+        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight.
+
+        Of several ranks' adapters the first one's is taken.
+        """
+        self.adapter = None if adapter is None else ranks.same(adapter)
         self.write()
 
     @torch.no_grad()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
+from editlab import ranks
 from editlab.errors import EditLabError
 from editlab.lm.cache import cache_dir
 
@@ -39,37 +40,43 @@ class ScoreCache:
     ) -> dict[Request, Score]:
         """The scores of all requests: read where they are known, found and kept where they are not.
 
+        Of several ranks the first one alone touches the file.
+
         Raises:
             EditLabError: where the file can not be read or written.
         """
-        try:
-            with closing(self._open()) as database:
-                keys = {request: _key(request) for request in dict.fromkeys(requests)}
-                known = self._read(database, list(keys.values()))
-                missing = [request for request, key in keys.items() if key not in known]
-                if missing:
-                    found = {keys[r]: score for r, score in zip(missing, find(missing), strict=True)}
-                    with database:  # one transaction
-                        rows = [(key, logp, int(hit)) for key, (logp, hit) in found.items()]
-                        database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
-                    known |= found
-        except sqlite3.Error as error:
-            raise EditLabError(f"{self.path} can not be used ({error}): delete it, or set EDITLAB_CACHE.") from error
+        keys = {request: _key(request) for request in dict.fromkeys(requests)}
+        known = ranks.on_first(lambda: self._read(list(keys.values())))
+        missing = [request for request, key in keys.items() if key not in known]
+        if missing:
+            found = {keys[r]: score for r, score in zip(missing, find(missing), strict=True)}
+            ranks.on_first(lambda: self._keep(found))
+            known |= found
         return {request: known[key] for request, key in keys.items()}
 
-    def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self.path, timeout=60)
-        database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, logp REAL, hit INTEGER)")
-        return database
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=60)) as database, database:  # one transaction
+                database.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, logp REAL, hit INTEGER)")
+                yield database
+        except sqlite3.Error as error:
+            raise EditLabError(f"{self.path} can not be used ({error}): delete it, or set EDITLAB_CACHE.") from error
 
-    def _read(self, database: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, Score]:
+    def _read(self, keys: Sequence[bytes]) -> dict[bytes, Score]:
         known: dict[bytes, Score] = {}
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            query = f"SELECT key, logp, hit FROM scores WHERE key IN ({','.join('?' * len(some))})"
-            known |= {key: (logp, bool(hit)) for key, logp, hit in database.execute(query, some)}
+        with self._open() as database:
+            for start in range(0, len(keys), _AT_ONCE):
+                some = keys[start : start + _AT_ONCE]
+                query = f"SELECT key, logp, hit FROM scores WHERE key IN ({','.join('?' * len(some))})"
+                known |= {key: (logp, bool(hit)) for key, logp, hit in database.execute(query, some)}
         return known
+
+    def _keep(self, found: dict[bytes, Score]) -> None:
+        with self._open() as database:
+            rows = [(key, logp, int(hit)) for key, (logp, hit) in found.items()]
+            database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
 
 
 def _key(request: Request) -> bytes:

@@ -135,8 +135,7 @@ def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) ->
     """
     windows = [list(ids[i : i + window]) for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
-    logps: list[Tensor] = []
-    for i in range(0, len(windows), 4):  # 4 x 256 positions x the vocabulary in float32 is what a laptop can hold
-        some = windows[i : i + 4]
-        logps += lm.next_token_scores(some, [[(p - 1, w[p]) for p in range(1, len(w))] for w in some]).logps
+    wanted = [[(p - 1, w[p]) for p in range(1, len(w))] for w in windows]
+    # 4 x 256 positions x the vocabulary in float32 is what a laptop can hold.
+    logps = lm.next_token_scores(windows, wanted, tokens_a_pass=4 * window).logps
     return torch.cat([torch.empty(0), *logps])

@@ -80,6 +80,7 @@ def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
         },
         "seconds": evaluation.stop_clock(),
         "peak_memory_mb": peak_memory_mb(),
+        "ranks": trainer.world_size,
         "recipe": trainer.logger.name if trainer.logger else None,
         "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         "versions": versions(),

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.keys import Site
 from editlab.lm.cache import atomic_file, cache_dir
@@ -45,26 +46,34 @@ class ValueCache:
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Targets of facts, float32 [n, d_v]: read where they are known, found and kept where they are not.
 
+        Of several ranks the first one alone touches the folder.
+
         Args:
             facts: the facts.
             find: gives the targets [m, d_v] of those that are missing.
         """
-        self._look()
-        missing = [fact for fact in facts if name_of(fact) not in self._known]
+        names = [name_of(fact) for fact in facts]
+        known = ranks.on_first(lambda: self._look(names))
+        missing = [fact for fact, name in zip(facts, names, strict=True) if name not in known]
         if missing:
             found = {name_of(fact): target.contiguous() for fact, target in zip(missing, find(missing), strict=True)}
-            path = self.folder / f"{_digest(json.dumps(sorted(found)))}.safetensors"
-            with atomic_file(path) as temporary:
-                safetensors.torch.save_file(found, temporary)
-            self._known |= found
-            self._read.add(path)
-        return torch.stack([self._known[name_of(fact)] for fact in facts])
+            ranks.on_first(lambda: self._keep(found))
+            known |= found
+        return torch.stack([known[name] for name in names])
 
-    def _look(self) -> None:
+    def _look(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Reads files that have come since the last look; of two values of one fact the one known first stays."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._read):
             self._known = safetensors.torch.load_file(path) | self._known
             self._read.add(path)
+        return {name: self._known[name] for name in names if name in self._known}
+
+    def _keep(self, found: dict[str, Tensor]) -> None:
+        path = self.folder / f"{_digest(json.dumps(sorted(found)))}.safetensors"
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file(found, temporary)
+        self._known |= found
+        self._read.add(path)
 
 
 def name_of(fact: Fact) -> str:

@@ -118,7 +118,7 @@ class ValueGroup:
         zero = torch.zeros(1, dtype=torch.long, device=self.lm.device)
         with logits_only_at(self.lm.anatomy.head, zero, zero):
             self.lm.run(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True)
-        self.past = [(layer.keys[which], layer.values[which]) for layer in cache.layers]  # type: ignore[union-attr,index]
+        self.past = [(_rows(layer.keys, which), _rows(layer.values, which)) for layer in cache.layers]  # type: ignore[union-attr,arg-type]
 
     @torch.no_grad()
     def _read_tails(self) -> None:
@@ -131,8 +131,8 @@ class ValueGroup:
         with reading(enters, stop="site") as seen:
             self.lm.run(self.tail, self.mask, self.positions, past_key_values=self._cache(), use_cache=True)
         rows = len(self.tail)
-        self.hidden = by_row(seen["hidden"], rows).clone()
-        self.origin = by_row(seen["site"], rows)[self.bare_row, 0].float()
+        self.hidden = by_row(seen["hidden"], rows).clone().to(self.lm.device)
+        self.origin = by_row(seen["site"], rows).to(self.lm.device)[self.bare_row, 0].float()
         for i in range(min(self.first_block, len(self.past))):
             # Blocks that are stepped over need an entry of the right length and no content.
             key, value = (t[:1, :, :, :1].expand(len(t), -1, -1, -1) for t in self.past[i])
@@ -193,4 +193,9 @@ class ValueGroup:
         self.row_fact = refact[self.row_fact[rows]]
         self.tail, self.mask, self.positions = self.tail[rows], self.mask[rows], self.positions[rows]
         self.hidden = self.hidden[rows]
-        self.past = [(key[rows], value[rows]) for key, value in self.past]
+        self.past = [(_rows(key, rows), _rows(value, rows)) for key, value in self.past]
+
+
+def _rows(cached: Tensor, rows: Tensor) -> Tensor:
+    """Rows of one block's keys or values, which lie where the block runs."""
+    return cached[rows.to(cached.device)]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
@@ -63,7 +64,7 @@ class ValueSettings:
     (they are kept in the cache folder)."""
     batch_tokens: int = 512
     """Padded tokens optimized together. It bounds memory and changes results only by rounding; on a CPU larger groups
-    are slower, as they outgrow its caches."""
+    are slower, as they outgrow its caches. Groups are what several ranks share."""
     matmul: str = "auto"
     """``float32``; ``bfloat16``: matrix products in the blocks above the site, which rounds values (by 2% of their norm
     on SmolLM2-135M, at the same loss); ``auto``: bfloat16 on CPUs with instructions for it. For float32 weights."""
@@ -105,7 +106,7 @@ def optimize_values(
     settings: ValueSettings,
     progress: Callable[[int], object] | None = None,
 ) -> Values:
-    """Values of all facts, on the weights as they are.
+    """Values of all facts, on the weights as they are; several ranks share the work.
 
     Args:
         lm: the model.
@@ -123,13 +124,22 @@ def optimize_values(
     padded = [max(len(r.tail) for r in some) * len(some) for some in rows]
     d = lm.anatomy.value_size(site.layer)
     values = Values(torch.zeros(len(facts), d), torch.zeros(len(facts)), torch.zeros(len(facts), dtype=torch.long))
+    left = len(facts)
+
+    def optimize(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        nonlocal left
+        target, loss, steps = _optimize(ValueGroup(lm, site, [rows[i] for i in group]), settings)
+        left -= len(group)
+        if progress is not None:
+            progress(len(group))
+        return list(zip(target.cpu(), loss.cpu(), steps.cpu(), strict=True))
+
     with _products_above(lm, site, settings):
-        for group in by_length(padded, settings.batch_tokens):
-            target, loss, steps = _optimize(ValueGroup(lm, site, [rows[i] for i in group]), settings)
-            at = torch.tensor(group)
-            values.target[at], values.loss[at], values.steps[at] = target.cpu(), loss.cpu(), steps.cpu()
-            if progress is not None:
-                progress(len(group))
+        found = ranks.each(by_length(padded, settings.batch_tokens), optimize)
+    for i, (target, loss, steps) in enumerate(found):
+        values.target[i], values.loss[i], values.steps[i] = target, loss, steps
+    if progress is not None and left:
+        progress(left)  # those of other ranks
     if not bool(torch.isfinite(values.target).all()):
         bad = facts[int((~torch.isfinite(values.target)).any(1).nonzero()[0])]
         raise EditLabError(

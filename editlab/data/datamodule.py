@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning import LightningDataModule
-from tqdm import tqdm
 
 from editlab.data.fact import Fact
 from editlab.data.files import read_facts
 from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
+from editlab.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class EditDataModule(LightningDataModule):
             )
         kept: list[Fact] = []
         looked = 0
-        with tqdm(total=wanted, desc="Known facts", unit="fact", leave=False) as bar:
+        with progress(total=wanted, desc="Known facts", unit="fact") as bar:
             for start in range(0, len(self.candidates), CHUNK):
                 chunk = self.candidates[start : start + CHUNK]
                 for fact, known in zip(chunk, is_known(chunk), strict=True):

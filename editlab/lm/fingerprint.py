@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from editlab.lm.placement import weights_of
+
 _WORD = 8
 _CHUNK = 1 << 20
 """Words (of 8 bytes) that are summed at once; few enough that their factors stay in the processor's cache."""
@@ -17,16 +19,15 @@ def fingerprint(model: nn.Module) -> str:
 
     It covers each tensor's name, shape, data type and bytes: a changed bit always shows, and so do swapped
     elements and a renamed, cast or reshaped tensor. Tensors are read as integers and summed with fixed odd
-    factors modulo 2^64, which is exact in any order: neither the device nor the number of threads matters.
+    factors modulo 2^64, which is exact in any order: neither the device (or whether a tensor is
+    offloaded) nor the number of threads matters.
     It is made to notice changes, not to withstand someone who forges weights.
     """
     digest = hashlib.sha256()
     factors = _factors(_CHUNK)
-    for name, tensor in sorted(model.state_dict().items()):
-        # A module may put an extra state of its own beside the tensors; that is no weight.
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-            digest.update(_sums(tensor, factors))
+    for name, tensor in weights_of(model):
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(_sums(tensor, factors))
     return digest.hexdigest()
 
 

@@ -10,15 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlab import ranks
 from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
+from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
 from editlab.rng import private_draws
 
 TOKENS_A_PASS = 4096
 """Padded tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
+
+
+def passes(rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
+    """Numbers of the rows that go through the model together, each pass of at most ``tokens`` padded tokens."""
+    return by_length([len(row) for row in rows], TOKENS_A_PASS if tokens is None else tokens)
 
 
 class NextTokenScores(NamedTuple):
@@ -39,15 +46,21 @@ class LanguageModel(nn.Module):
         model: any causal language model of transformers.
         tokenizer: its fast tokenizer.
         edit_module: path of the module to edit inside a block; found by structure where not given.
+        placed: the model lies where it shall stay, whatever device the Trainer has.
 
     Raises:
         UserError: where there is no such module, or what the model says is not finite.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, edit_module: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        edit_module: str | None = None,
+        placed: bool = False,
     ) -> None:
         super().__init__()
+        self.placed = placed or getattr(model, "hf_device_map", None) is not None
         self.model = model
         self.tokenizer = tokenizer
         self.anatomy: Anatomy = read_anatomy(model, edit_module)
@@ -56,15 +69,20 @@ class LanguageModel(nn.Module):
         self.blocks_give_tuples = self._probe_tuples()
 
     @classmethod
-    def from_name(cls, name: str, dtype: torch.dtype, edit_module: str | None = None) -> LanguageModel:
+    def from_name(
+        cls, name: str, dtype: torch.dtype, edit_module: str | None = None, device_map: DeviceMap | None = None
+    ) -> LanguageModel:
         """Loads ``smollm2-135m``, a hub id or a folder; see :func:`editlab.lm.load.load` for what it raises."""
-        return cls(*load(name, dtype), edit_module)
+        return cls(*load(name, dtype, device_map), edit_module, placed=device_map is not None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
+        # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.
+        return self if self.placed else super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embeddings."""
-        device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        return device
+        return runs_on(self.model.get_input_embeddings())
 
     @torch.no_grad()
     def _probe_tuples(self) -> bool:
@@ -101,7 +119,7 @@ class LanguageModel(nn.Module):
             For each row, name -> [its tokens, features], in the model's dtype.
         """
         found: list[dict[Any, Tensor]] = [{} for _ in rows]
-        for group in by_length([len(row) for row in rows], TOKENS_A_PASS):
+        for group in passes(rows):
             ids, mask = pad([rows[i] for i in group])
             with reading(modules, stop) as seen:
                 self.run(ids, mask)
@@ -111,20 +129,23 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def next_token_scores(
-        self, rows: Sequence[Sequence[int]], wanted: Sequence[Sequence[tuple[int, int]]]
+        self,
+        rows: Sequence[Sequence[int]],
+        wanted: Sequence[Sequence[tuple[int, int]]],
+        tokens_a_pass: int | None = None,
     ) -> NextTokenScores:
-        """Scores of given next tokens, with logits only where they are asked for.
+        """Scores of given next tokens, with logits only where they are asked for; several ranks share the passes.
 
         Args:
             rows: token ids, one list a row.
             wanted: for each row, pairs (position, token): how likely is ``token`` after ``row[: position + 1]``?
+            tokens_a_pass: padded tokens in one pass, where it shall not be :data:`TOKENS_A_PASS`.
 
         Returns:
-            The scores, one tensor a row.
+            The scores, one tensor a row, on the CPU.
         """
-        logps, tops = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
-        hits = [torch.empty(0, dtype=torch.bool)] * len(rows)
-        for group in by_length([len(row) for row in rows], TOKENS_A_PASS):
+
+        def score(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
             ids, mask = pad([rows[i] for i in group])
             places = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
             # Long and [3, n] also where no row of the group wants anything.
@@ -135,10 +156,10 @@ class LanguageModel(nn.Module):
             best, argmax = logits.max(1)
             found = (logits.gather(1, tokens[:, None]).squeeze(1) - norm, argmax == tokens, best - norm)
             counts = [len(wanted[i]) for i in group]
-            for kept, scores in zip((logps, hits, tops), found, strict=True):
-                for i, some in zip(group, scores.cpu().split(counts), strict=True):
-                    kept[i] = some
-        return NextTokenScores(logps, hits, tops)
+            return list(zip(*(scores.cpu().split(counts) for scores in found), strict=True))
+
+        found = ranks.each(passes(rows, tokens_a_pass), score)
+        return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
 
     @torch.no_grad()
     def sample(

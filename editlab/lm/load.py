@@ -24,8 +24,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from editlab import ranks
 from editlab.errors import EditLabError, UserError, causes
 from editlab.lm.builtin import smollm2_folder
+from editlab.lm.placement import DeviceMap
 
 _LEAST_VOCABULARY = 16
 
@@ -33,11 +35,14 @@ BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
 """Models that need no hub: what fetches each, and returns its folder."""
 
 
-def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, for evaluation and without gradients, and its fast tokenizer.
 
     ``name`` is that of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
-    wrote, or an id on the Hugging Face hub. Code that comes with a model is never run.
+    wrote, or an id on the Hugging Face hub. Code that comes with a model is never run. ``device_map`` is transformers'
+    own, for a model that one device can not hold.
 
     Raises:
         UserError: There is no such model; its folder is incomplete; it is gated, or not a causal language
@@ -51,7 +56,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
     _require_causal(name, config)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            source, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
         )
     model, report = loaded
     if report["missing_keys"]:
@@ -63,7 +68,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
 def _source(name: str) -> str:
     """Turn ``name`` into a folder or a hub id, or say why it is neither."""
     if name in BUILTIN:
-        return str(BUILTIN[name]())
+        return str(ranks.first_ahead(BUILTIN[name]))
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
+from editlab.lm.placement import runs_on
 
 LinearMap = nn.Linear | Conv1D
 Alter = Callable[[str, Tensor, float], Tensor]
@@ -105,9 +106,9 @@ def _altering(path: str, rows: int, alter: Alter, trace: Trace, stream: list[flo
 
 def _dummy_text(model: PreTrainedModel) -> Tensor:
     """Make ``[TOKENS]`` ids of ordinary tokens: special ones stand at the ends of the vocabulary."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return torch.arange(TOKENS, device=weight.device).add(len(weight) // 2).remainder(len(weight))
+    embeddings = model.get_input_embeddings()
+    size = len(embeddings.weight)  # type: ignore[arg-type]
+    return torch.arange(TOKENS, device=runs_on(embeddings)).add(size // 2).remainder(size)
 
 
 def _rms(x: Tensor) -> float:

@@ -119,7 +119,7 @@ def adding(module: nn.Module, position: int, shift: Tensor) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         before = hidden_of(output)
         hidden = by_row(before, len(shift)).clone()
-        hidden[:, position] = hidden[:, position] + shift
+        hidden[:, position] = hidden[:, position] + shift.to(hidden.device)
         return replace_hidden(output, hidden.view(before.shape))
 
     handle = module.register_forward_hook(hook)
@@ -138,7 +138,8 @@ def logits_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[N
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, columns].unsqueeze(0), *args[1:])
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

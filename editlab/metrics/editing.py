@@ -30,6 +30,7 @@ class _PromptMetric(Metric):
     is_differentiable = False
     higher_is_better = True
     prefer_truth = False
+    record: list[Tensor]
 
     def __init__(self, kind: str = "score", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -46,7 +47,7 @@ class _PromptMetric(Metric):
     @property
     def scores(self) -> PromptScores:
         """All prompts so far."""
-        if not self.record:
+        if len(self.record) == 0:  # a list, or after a gathering over ranks a tensor
             return _empty()
         return PromptScores(*(dim_zero_cat(getattr(self, column)) for column in _COLUMNS))
 
@@ -95,19 +96,22 @@ class EditMetrics:
 
     ``ES, PS, NS, S, accuracy, paraphrase_accuracy, neighbor_accuracy`` and the magnitudes ``ES_magnitude,
     PS_magnitude, NS_magnitude``. What was not evaluated is absent from the result, not zero.
+
+    Args:
+        kwargs: of torchmetrics, for each of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         self.metrics: dict[str, _PromptMetric] = {
-            "ES": EfficacyScore("score"),
-            "PS": ParaphraseScore("score"),
-            "NS": NeighborhoodScore("score"),
-            "accuracy": EfficacyScore("accuracy"),
-            "paraphrase_accuracy": ParaphraseScore("accuracy"),
-            "neighbor_accuracy": NeighborhoodScore("accuracy"),
-            "ES_magnitude": EfficacyScore("magnitude"),
-            "PS_magnitude": ParaphraseScore("magnitude"),
-            "NS_magnitude": NeighborhoodScore("magnitude"),
+            "ES": EfficacyScore("score", **kwargs),
+            "PS": ParaphraseScore("score", **kwargs),
+            "NS": NeighborhoodScore("score", **kwargs),
+            "accuracy": EfficacyScore("accuracy", **kwargs),
+            "paraphrase_accuracy": ParaphraseScore("accuracy", **kwargs),
+            "neighbor_accuracy": NeighborhoodScore("accuracy", **kwargs),
+            "ES_magnitude": EfficacyScore("magnitude", **kwargs),
+            "PS_magnitude": ParaphraseScore("magnitude", **kwargs),
+            "NS_magnitude": NeighborhoodScore("magnitude", **kwargs),
         }
 
     def update(

@@ -47,7 +47,7 @@ class Retention(EfficacyScore):
 
     def by_age(self) -> list[Tensor]:
         """Each age bin's mean, newest first; fewer bins where there are fewer edits."""
-        if not self.record or not self.age_bins:
+        if len(self.record) == 0 or not self.age_bins:
             return []
         scores, age = self.scores, dim_zero_cat(self.age)
         ages = per_record(age.double(), scores.record)

@@ -1,0 +1,56 @@
+"""Models that lie on several devices: where a module runs, and its weights where they are offloaded.
+
+Hugging Face accelerate puts a hook on each module of such a model, which brings inputs (and offloaded weights) to the
+device that the module runs on. Nothing here needs accelerate to be installed where no model is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from editlab.errors import UserError
+
+DeviceMap = str | dict[str, int | str]
+"""transformers' ``device_map``: ``auto``, ``balanced``, ``sequential``, a device, or module path -> device."""
+
+
+def runs_on(module: nn.Module) -> torch.device:
+    """The device that a module with parameters runs on, which is not where its weights are while it is offloaded."""
+    device = getattr(_hook(module), "execution_device", None)
+    return torch.device(device) if device is not None else next(module.parameters()).device
+
+
+def settle(module: nn.Module) -> None:
+    """Brings an offloaded module's own weights to where it runs, for good: what is written into them then stays.
+
+    Raises:
+        UserError: where weights are offloaded as part of a larger module.
+    """
+    hook = _hook(module)
+    if getattr(hook, "offload", False):
+        hook.pre_forward(module)
+        hook.offload = False
+        for name, weight in module.named_parameters(recurse=False):
+            # What was brought may be the offloaded original itself, or a file that must not be written to.
+            module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if any(weight.is_meta for weight in module.parameters(recurse=False)):
+        raise UserError("An edited module's weights are offloaded in one with others: place its block on a device.")
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and contents of all parameters and persistent buffers, by name; offloaded ones are read one at a time."""
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue  # a module may put an extra state of its own beside the tensors; that is no weight
+        if tensor.is_meta:
+            path, _, last = name.rpartition(".")
+            tensor = _hook(model.get_submodule(path)).weights_map[last]
+        yield name, tensor
+
+
+def _hook(module: nn.Module) -> Any:
+    return getattr(module, "_hf_hook", None)
