@@ -114,7 +114,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast."""
+    """How long and how fast: the learning rate falls from ``lr`` to 0, which costs the rest of the model less."""
 
     steps: int
     lr: float
@@ -134,7 +134,9 @@ class Training:
         """
         pools = {"edits": _Deck(len(objective.edits), draw), "others": _Deck(len(objective.others), draw)}
         seen: list[dict[str, float]] = []
-        for _ in progress(range(self.steps), desc="LoRA", unit="step"):
+        for number in progress(range(self.steps), desc="LoRA", unit="step"):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * (1 - number / self.steps)
             with torch.enable_grad():
                 parts = objective.loss(lm, pools["edits"].deal(self.batch_size), pools["others"].deal(self.batch_size))
                 loss = objective.total(parts)

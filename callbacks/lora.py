@@ -75,17 +75,17 @@ class LoRAAdjust(EditCallback):
         every_n_batches: between two adjustments; null makes none on the way.
         at_end: also after the last batch.
         steps: of each adjustment.
-        lr: of its AdamW.
+        lr: of its AdamW at the first step; over an adjustment it falls to 0 in a straight line.
         batch_size: prompts of edits, and others, in each step.
         replayed: earlier edits that an adjustment draws, beside those since the last one.
-        weights: of the losses ``edits``, ``before`` and ``unedited``; those not named keep 1, 1 and 0.
+        weights: of the losses ``edits``, ``before`` and ``unedited``; those not named keep 1, 2 and 0.
         text: to stay as likely as it was: ``self`` (sampled from the unedited model) or a text file.
         text_tokens: of it; half of them are the guard's.
         prompts: questions of facts that are not edited, to be answered as before.
         probes: edits that the guard sets aside; at most a quarter of all.
         tolerance: nats per token by which edits and text set aside may get worse.
-        matmul: how the blocks above multiply in training: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CPUs with
-            instructions for it.
+        matmul: how the blocks above and the head multiply in training: ``float32``, ``bfloat16``, or ``auto``: bfloat16
+            on CPUs with instructions for it.
         mode: ``merge`` adds each adjustment to the weights; ``adapter`` trains one adapter on and keeps it beside them,
             to be written in PEFT's format into ``adapter/`` of the run's folder.
         seed: of the adapter's first factors and of what is drawn.
@@ -101,16 +101,16 @@ class LoRAAdjust(EditCallback):
         dropout: float = 0.0,
         targets: str = "edited",
         layers: list[int] | None = None,
-        every_n_batches: int | None = 4,
+        every_n_batches: int | None = None,
         at_end: bool = True,
-        steps: int = 20,
-        lr: float = 3e-3,
-        batch_size: int = 16,
+        steps: int = 60,
+        lr: float = 4e-3,
+        batch_size: int = 32,
         replayed: int = 128,
         weights: dict[str, float] | None = None,
         text: str = "self",
-        text_tokens: int = 1024,
-        prompts: int = 48,
+        text_tokens: int = 2048,
+        prompts: int = 96,
         probes: int = 32,
         tolerance: float = 0.01,
         matmul: str = "auto",
@@ -141,7 +141,7 @@ class LoRAAdjust(EditCallback):
         self.every_n_batches, self.at_end = every_n_batches, at_end
         self.training = Training(steps, lr, batch_size)
         self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
-        self.weights = {"edits": 1.0, "before": 1.0, "unedited": 0.0, **(weights or {})}
+        self.weights = {"edits": 1.0, "before": 2.0, "unedited": 0.0, **(weights or {})}
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul = matmul
         self.mode = mode
@@ -227,7 +227,7 @@ class LoRAAdjust(EditCallback):
         return [flat[i : i + TEXT_WINDOW] for i in range(0, len(flat), TEXT_WINDOW)]
 
     def _quick(self, editor: SequentialEditor) -> AbstractContextManager[None]:
-        return quick(editor, self.matmul, self.layers or ())
+        return quick(editor, self.matmul, self.layers or (), head=True)
 
     def _new_adapter(self, editor: SequentialEditor, step: int) -> Adapter:
         return Adapter(editor.lm, self.paths, self.rank, self.alpha, self.dropout, 1000 * self.seed + step)

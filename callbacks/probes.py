@@ -152,11 +152,16 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
     return value, vector
 
 
-def quick(editor: SequentialEditor, matmul: str, also: Sequence[int] = ()) -> AbstractContextManager[None]:
-    """Within it blocks above the edited layers and those ``also`` named multiply as ``matmul`` says; edits do not."""
+def quick(
+    editor: SequentialEditor, matmul: str, also: Sequence[int] = (), head: bool = False
+) -> AbstractContextManager[None]:
+    """Within it blocks above the edited layers and those ``also`` named multiply as ``matmul`` says; edits do not.
+
+    With ``head`` the logits' product does too: twice as fast in training, and too coarse to compare answers by.
+    """
     anatomy = editor.lm.anatomy
     above = list(anatomy.blocks)[max([*editor.layer_numbers, *also]) + 1 :]
-    return products(matmul, above, anatomy.edit_path, editor.lm.device)
+    return products(matmul, above, anatomy.edit_path, editor.lm.device, anatomy.head if head else None)
 
 
 class Probes:

@@ -66,7 +66,7 @@ class ValueSettings:
     """Padded tokens optimized together. It bounds memory and changes results only by rounding; on a CPU larger groups
     are slower, as they outgrow its caches. Groups are what several ranks share."""
     matmul: str = "auto"
-    """``float32``; ``bfloat16``: matrix products in the blocks above the site, which rounds values (by 2% of their norm
+    """``float32``; ``bfloat16``: matrix products above the site, which rounds values (by 2% of their norm
     on SmolLM2-135M, at the same loss); ``auto``: bfloat16 on CPUs with instructions for it. For float32 weights."""
 
     def __post_init__(self) -> None:
@@ -149,8 +149,9 @@ def optimize_values(
 
 
 def _products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> AbstractContextManager[None]:
-    """Products as the settings want them in the blocks above the site; keys and v0 come from below, unrounded."""
-    return products(settings.matmul, list(lm.anatomy.blocks)[site.layer + 1 :], lm.anatomy.edit_path, lm.device)
+    """Products as the settings want them above the site, the head's too; keys and v0 come from below, unrounded."""
+    above = list(lm.anatomy.blocks)[site.layer + 1 :]
+    return products(settings.matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head)
 
 
 def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tensor, Tensor]:

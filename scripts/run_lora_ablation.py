@@ -41,6 +41,7 @@ def cases() -> list[Case]:
     replay = {"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}
     one_layer = {"model.layers": [6]}
     few = {"data.limit": 100}
+    unedited = {"before": 0.0, "unedited": 2.0}
     return [
         Case("emmet", {}, [CURVE]),
         Case("lora_8", {}, [lora(), CURVE], {"rank": 8}),
@@ -52,11 +53,10 @@ def cases() -> list[Case]:
         Case("lora_8_100", few, [lora(), CURVE], {"rank": 8}),
         Case("lora_4", {}, [lora(rank=4), CURVE], {"rank": 4}),
         Case("lora_16", {}, [lora(rank=16), CURVE], {"rank": 16}),
-        Case("lora_8_end", {}, [lora(every_n_batches=None, steps=80), CURVE], {"rank": 8}),
-        Case("lora_8_long", {}, [lora(steps=40), CURVE], {"rank": 8}),
+        Case("lora_8_often", {}, [lora(every_n_batches=4, steps=15), CURVE], {"rank": 8}),
         Case("lora_8_attention", {}, [lora(targets="attention"), CURVE], {"rank": 8}),
-        Case("lora_8_unedited", {}, [lora(weights={"before": 0.0, "unedited": 1.0}), CURVE], {"rank": 8}),
-        Case("lora_8_firm", {}, [lora(weights={"before": 5.0}), CURVE], {"rank": 8}),
+        Case("lora_8_unedited", {}, [lora(weights=unedited), CURVE], {"rank": 8}),
+        Case("lora_8_firm", {}, [lora(weights={"before": 6.0}), CURVE], {"rank": 8}),
     ]
 
 

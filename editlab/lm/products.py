@@ -1,4 +1,4 @@
-"""Matrix products of some blocks in bfloat16, with everything between them in the model's own type.
+"""Matrix products of some blocks, and of the head, in bfloat16, with everything between in the model's own type.
 
 CPUs with AMX multiply bfloat16 matrices several times as fast as float32 ones. The weights are rounded once, not at
 each product; the residual stream, norms and attention keep their type, so errors do not add up over the blocks.
@@ -25,22 +25,25 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
 
 
-def products(matmul: str, blocks: Sequence[nn.Module], edit_path: str, device: torch.device) -> AbstractContextManager:
-    """Products of ``blocks`` as a setting wants them: :func:`bfloat16_products`, or as they are.
+def products(
+    matmul: str, blocks: Sequence[nn.Module], edit_path: str, device: torch.device, head: nn.Module | None = None
+) -> AbstractContextManager:
+    """Products of ``blocks`` and ``head`` as a setting wants them: :func:`bfloat16_products`, or as they are.
 
     Args:
         matmul: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the CPU has instructions for it.
         blocks: blocks of the model.
         edit_path: path of the MLP's output projection in a block.
         device: where the model is.
+        head: the map to the logits, where it shall be among them.
     """
     if matmul == "float32" or (matmul == "auto" and not multiplies_bfloat16(device)):
         return nullcontext()
-    return bfloat16_products(blocks, edit_path)
+    return bfloat16_products(blocks, edit_path, head)
 
 
 @contextmanager
-def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str) -> Iterator[None]:
+def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Module | None = None) -> Iterator[None]:
     """The float32 linear maps of ``blocks`` multiply in bfloat16 inside the ``with``; others are left alone.
 
     Inputs are rounded and outputs given back in float32. Only what the MLP's first maps give stays in bfloat16: it
@@ -49,20 +52,21 @@ def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str) -> Iterator[N
     Args:
         blocks: blocks of the model.
         edit_path: path of the MLP's output projection in a block (:attr:`Anatomy.edit_path`).
+        head: the map to the logits, where it is to be rounded too. Embeddings tied to it stay as they are.
     """
     shared = _Rounded()
     mlp = edit_path.rpartition(".")[0]
+    inner = [(path, module) for block in blocks for path, module in linear_maps(block).items()]
     with ExitStack() as stack:
-        for block in blocks:
-            for path, module in linear_maps(block).items():
-                if module.weight.dtype != torch.float32 or module.weight.is_meta:
-                    continue
-                stack.callback(_exchange, module, {k: p for k, p in module.named_parameters(recurse=False)})
-                rounded = {k: p.detach().bfloat16() for k, p in module.named_parameters(recurse=False)}
-                _exchange(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
-                stack.callback(module.register_forward_pre_hook(shared.round_input).remove)
-                if path == edit_path or not mlp or path.rpartition(".")[0] != mlp:
-                    stack.callback(module.register_forward_hook(_give_float32).remove)
+        for path, module in [*inner, *([("", head)] if isinstance(head, LinearMap) else [])]:
+            if module.weight.dtype != torch.float32 or module.weight.is_meta:
+                continue
+            stack.callback(_exchange, module, {k: p for k, p in module.named_parameters(recurse=False)})
+            rounded = {k: p.detach().bfloat16() for k, p in module.named_parameters(recurse=False)}
+            _exchange(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
+            stack.callback(module.register_forward_pre_hook(shared.round_input).remove)
+            if path == edit_path or not mlp or path.rpartition(".")[0] != mlp:
+                stack.callback(module.register_forward_hook(_give_float32).remove)
         yield
 
 

@@ -123,6 +123,23 @@ def test_training_learns_the_edits_and_divergence_holds_it_back(lm):
     assert learnt[30.0][1] < learnt[0.0][1] / 3
 
 
+def test_steps_get_shorter_to_the_end(lm):
+    # SGD moves a weight by lr times its gradient: 1, 3/4, 2/4 and 1/4 of the first rate.
+    bias = torch.nn.Parameter(torch.zeros(1))
+
+    class Slope:
+        edits, others = [None], []
+
+        def loss(self, lm, edits, others):
+            return {"edits": bias.sum()}
+
+        def total(self, parts):
+            return parts["edits"]
+
+    Training(4, 0.5, 1).run(lm, Slope(), torch.optim.SGD([bias], 99.0), random.Random(0))
+    assert float(bias) == pytest.approx(-0.5 * (1 + 0.75 + 0.5 + 0.25))
+
+
 def test_a_loss_that_is_not_finite_stops_it(lm):
     module = lm.anatomy.edit_module(2)
     with torch.no_grad():

@@ -53,6 +53,20 @@ def test_one_map_by_hand(family):
     assert torch.allclose(got.double(), expected, rtol=2**-8, atol=2**-8 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_head_rounds_and_embeddings_tied_to_it_do_not(family):
+    lm = make(family)
+    lm.model.tie_weights()
+    head, embeddings = lm.anatomy.head, lm.model.get_input_embeddings()
+    x = torch.randn(3, head.in_features, generator=torch.Generator().manual_seed(0))
+    expected = x.bfloat16().double() @ head.weight.detach().bfloat16().double().T
+    with bfloat16_products([], lm.anatomy.edit_path, head):
+        got, embedded = head(x), embeddings(IDS)
+    assert got.dtype == embedded.dtype == torch.float32
+    assert torch.allclose(got.double(), expected, rtol=2**-8, atol=2**-8 * float(expected.abs().max()))
+    assert torch.equal(embedded, embeddings(IDS))
+
+
 def test_the_gradient_is_near_the_float32_one():
     lm = make("llama")
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
