@@ -1,7 +1,8 @@
 """Matrix products of some blocks, and of the head, in bfloat16, with everything between in the model's own type.
 
-CPUs with AMX multiply bfloat16 matrices several times as fast as float32 ones. The weights are rounded once, not at
-each product; the residual stream, norms and attention keep their type, so errors do not add up over the blocks.
+CPUs with AMX multiply bfloat16 matrices several times as fast as float32 ones, those with AVX-512's bfloat16 twice as
+fast. The weights are rounded once, not at each product; the residual stream, norms and attention keep their type, so
+errors do not add up over the blocks.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ MATMULS = ("auto", "float32", "bfloat16")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AMX); False for any other device."""
+    """Whether the CPU has instructions for bfloat16 products (AMX or AVX-512's); False for any other device."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+    return device.type == "cpu" and any(map(capabilities.get, ("amx_bf16", "avx512_bf16")))
 
 
 def products(

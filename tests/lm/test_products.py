@@ -97,7 +97,15 @@ def test_weights_of_another_type_are_left_alone():
 
 def test_no_other_device_is_asked_for_cpu_instructions():
     assert not multiplies_bfloat16(torch.device("meta"))
-    assert isinstance(multiplies_bfloat16(torch.device("cpu")), bool)
+
+
+@pytest.mark.parametrize(
+    ("has", "able"),
+    [({"amx_bf16": True}, True), ({"amx_bf16": False, "avx512_bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_cpus_with_either_kind_of_instruction_multiply_bfloat16(monkeypatch, has, able):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert multiplies_bfloat16(torch.device("cpu")) is able
 
 
 def test_maps_that_read_one_tensor_share_its_rounded_copy(monkeypatch):
