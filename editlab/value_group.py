@@ -7,20 +7,22 @@ of the subject's last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache
 
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.keys import Site, locate
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.layout import lay_out
+from editlab.lm.past import read_prefixes
 from editlab.lm.running import adding, by_row, logits_only_at, reading, starting_at
-from editlab.lm.tokens import encode, join, pad
+from editlab.lm.tokens import encode, join
 
 KL_PROMPT = "{} is a"
 """The essence prompt: what a subject is should not change with one of its facts."""
@@ -87,13 +89,8 @@ class ValueGroup:
         rows = [row for some in facts for row in some]
         self.row_fact = torch.tensor([i for i, some in enumerate(facts) for _ in some], device=device)
         self.bare_row = torch.tensor([sum(len(f) for f in facts[:i]) for i in range(len(facts))], device=device)
-        prefixes = list(dict.fromkeys(r.prefix for r in rows))
-        which = torch.tensor([prefixes.index(r.prefix) for r in rows])
-        prefix, prefix_mask = pad(prefixes, left=True)
-        tail, tail_mask = pad([r.tail for r in rows])
-        self.tail, self.mask = tail.to(device), torch.cat([prefix_mask[which], tail_mask], 1).to(device)
-        starts = prefix_mask[which].sum(1, keepdim=True)
-        self.positions = (starts + torch.arange(tail.shape[1])).to(device)
+        past = read_prefixes(lm, [[row.prefix for row in some] for some in facts])
+        self.layout = lay_out(lm, [row.tail for row in rows], past)
         flat = [(i, p, t, r.weight) for i, r in enumerate(rows) for p, t in r.wanted]
         self.at_row = torch.tensor([f[0] for f in flat], device=device)
         self.at_column = torch.tensor([f[1] for f in flat], device=device)
@@ -103,22 +100,7 @@ class ValueGroup:
         self.kl_column = torch.tensor([len(r.tail) - 1 for r in rows if not r.wanted], device=device)
         self.first_block = site.layer + 1 if site.in_stream else site.layer
         self.initial: Tensor | None = None
-        self._read_prefixes(prefix, prefix_mask, which.to(device))
         self._read_tails()
-
-    @torch.no_grad()
-    def _read_prefixes(self, ids: Tensor, mask: Tensor, which: Tensor) -> None:
-        """Keys and values of all blocks for each different prefix, once; ``which`` says whose row has which."""
-        self.past: list[tuple[Tensor, Tensor]] = []
-        if ids.shape[1] == 0:
-            return
-        # A row without any prefix is all padding, which nothing reads; attending to it keeps its content finite.
-        mask = torch.where(mask.any(1, keepdim=True), mask, 1)
-        cache = DynamicCache()
-        zero = torch.zeros(1, dtype=torch.long, device=self.lm.device)
-        with logits_only_at(self.lm.anatomy.head, zero, zero):
-            self.lm.run(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True)
-        self.past = [(_rows(layer.keys, which), _rows(layer.values, which)) for layer in cache.layers]  # type: ignore[union-attr,arg-type]
 
     @torch.no_grad()
     def _read_tails(self) -> None:
@@ -129,21 +111,14 @@ class ValueGroup:
         }
         # With the site in the stream both are one module's output, and hooks run in the order of the dict.
         with reading(enters, stop="site") as seen:
-            self.lm.run(self.tail, self.mask, self.positions, past_key_values=self._cache(), use_cache=True)
-        rows = len(self.tail)
-        self.hidden = by_row(seen["hidden"], rows).clone().to(self.lm.device)
-        self.origin = by_row(seen["site"], rows).to(self.lm.device)[self.bare_row, 0].float()
-        for i in range(min(self.first_block, len(self.past))):
-            # Blocks that are stepped over need an entry of the right length and no content.
-            key, value = (t[:1, :, :, :1].expand(len(t), -1, -1, -1) for t in self.past[i])
-            self.past[i] = (key, value)
+            self.layout.run()
+        self.hidden, given = (by_row(seen[name], self.layout.rows).to(self.lm.device) for name in ("hidden", "site"))
+        self.origin = given[self._subjects(self.bare_row)].float()
+        self.layout.past.forget(self.first_block)
 
-    def _cache(self) -> DynamicCache:
-        """The prefixes' keys and values as the model takes them; made anew for each pass, which adds to it."""
-        cache = DynamicCache()
-        for i, (key, value) in enumerate(self.past):
-            cache.update(key, value, i)
-        return cache
+    def _subjects(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the subjects' last tokens of rows lie."""
+        return self.layout.place(rows, torch.zeros_like(rows))
 
     def surprise(self, delta: Tensor) -> Surprise:
         """What the targets cost with vectors ``delta`` [facts left, d_v] added; gradients flow.
@@ -164,20 +139,18 @@ class ValueGroup:
 
     def _logits(self, shift: Tensor) -> Tensor:
         """Float32 logits at the wanted positions and then at the KL positions, [n, vocabulary]."""
-        cache = self._cache()
         anatomy, hidden = self.lm.anatomy, self.hidden
-        rows, columns = torch.cat([self.at_row, self.kl_row]), torch.cat([self.at_column, self.kl_column])
+        subjects = self._subjects(torch.arange(len(self.row_fact), device=shift.device))
         if self.site.in_stream:
-            hidden = torch.cat([hidden[:, :1] + shift[:, None], hidden[:, 1:]], 1)
+            hidden = hidden.index_put(subjects, shift, accumulate=True)
+        rows, columns = torch.cat([self.at_row, self.kl_row]), torch.cat([self.at_column, self.kl_column])
         with (
             starting_at(anatomy.blocks, self.first_block, hidden, self.lm.blocks_give_tuples),
-            logits_only_at(anatomy.head, rows, columns),
+            logits_only_at(anatomy.head, *self.layout.place(rows, columns)),
+            nullcontext() if self.site.in_stream else adding(self.site.module, subjects, shift, self.layout.rows),
         ):
-            run = lambda: self.lm.run(self.tail, self.mask, self.positions, past_key_values=cache, use_cache=True)
-            if self.site.in_stream:
-                return run().logits[0].float()
-            with adding(self.site.module, 0, shift):
-                return run().logits[0].float()
+            logits: Tensor = self.layout.run().logits[0].float()
+        return logits
 
     def keep(self, facts: Tensor) -> None:
         """Drops the rows of facts that are done; ``facts`` is bool over those that were left."""
@@ -191,11 +164,4 @@ class ValueGroup:
         self.token, self.weight = self.token[wanted], self.weight[wanted]
         self.kl_row, self.kl_column = renumber[self.kl_row[kl]], self.kl_column[kl]
         self.row_fact = refact[self.row_fact[rows]]
-        self.tail, self.mask, self.positions = self.tail[rows], self.mask[rows], self.positions[rows]
-        self.hidden = self.hidden[rows]
-        self.past = [(_rows(key, rows), _rows(value, rows)) for key, value in self.past]
-
-
-def _rows(cached: Tensor, rows: Tensor) -> Tensor:
-    """Rows of one block's keys or values, which lie where the block runs."""
-    return cached[rows.to(cached.device)]
+        self.hidden = self.layout.keep(rows, self.hidden)

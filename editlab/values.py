@@ -25,6 +25,7 @@ from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.layout import find_out
 from editlab.lm.products import MATMULS, products
 from editlab.lm.tokens import by_length
 from editlab.value_group import ValueGroup, rows_of
@@ -134,6 +135,7 @@ def optimize_values(
             progress(len(group))
         return list(zip(target.cpu(), loss.cpu(), steps.cpu(), strict=True))
 
+    find_out(lm)
     with _products_above(lm, site, settings):
         found = ranks.each(by_length(padded, settings.batch_tokens), optimize)
     for i, (target, loss, steps) in enumerate(found):

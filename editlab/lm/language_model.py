@@ -67,6 +67,8 @@ class LanguageModel(nn.Module):
         self.longest = context_length(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
+        self.packs: bool | None = None
+        """whether rows may be packed (:mod:`editlab.lm.layout`); None where that was not tried yet"""
 
     @classmethod
     def from_name(

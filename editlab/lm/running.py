@@ -113,13 +113,21 @@ def starting_at(blocks: nn.ModuleList, first: int, hidden: Tensor, as_tuple: boo
 
 
 @contextmanager
-def adding(module: nn.Module, position: int, shift: Tensor) -> Iterator[None]:
-    """Adds ``shift`` [rows, d] to the module's output at one token position."""
+def adding(module: nn.Module, places: tuple[Tensor, Tensor], shift: Tensor, rows: int) -> Iterator[None]:
+    """Adds ``shift`` [n, d] to the module's output at n places.
+
+    Args:
+        module: whose output is changed.
+        places: row and column of each, [n].
+        shift: what is added.
+        rows: that run at a time.
+    """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         before = hidden_of(output)
-        hidden = by_row(before, len(shift)).clone()
-        hidden[:, position] = hidden[:, position] + shift.to(hidden.device)
+        there = before.device
+        hidden = by_row(before, rows)
+        hidden = hidden.index_put(tuple(p.to(there) for p in places), shift.to(there), accumulate=True)
         return replace_hidden(output, hidden.view(before.shape))
 
     handle = module.register_forward_hook(hook)

@@ -111,7 +111,7 @@ def test_nothing_is_left_behind_after_an_exception(lm, first):
         pytest.raises(ZeroDivisionError),
         starting_at(lm.anatomy.blocks, first, hidden, lm.blocks_give_tuples),
         logits_only_at(lm.anatomy.head, ROWS, COLUMNS),
-        adding(block, 0, torch.ones(1)),
+        adding(block, (torch.zeros(1), torch.zeros(1)), torch.ones(1), 2),
         reading({"a": (block, "input"), "b": (block, "output")}),
     ):
         raise ZeroDivisionError
@@ -203,7 +203,7 @@ def test_adding_equals_a_hand_made_hook(lm, position):
     handle = block.register_forward_hook(by_hand)
     expected = lm.run(IDS, MASK).logits
     handle.remove()
-    with adding(block, position, shift):
+    with adding(block, (torch.tensor([0, 1]), torch.tensor([position, position])), shift, 2):
         got = lm.run(IDS, MASK).logits
     assert torch.equal(got, expected)
     assert not torch.allclose(got, lm.run(IDS, MASK).logits, atol=1e-2)
@@ -214,7 +214,7 @@ def test_adding_equals_a_hand_made_hook(lm, position):
 def test_adding_does_not_write_into_the_modules_own_tensor():
     given = torch.zeros(1, 2, 3)
     module = nn.Identity()
-    with adding(module, 1, torch.ones(1, 3)):
+    with adding(module, (torch.tensor([0]), torch.tensor([1])), torch.ones(1, 3), 1):
         out = module(given)
     assert out.tolist() == [[[0, 0, 0], [1, 1, 1]]]
     assert not given.any()
