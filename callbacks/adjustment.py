@@ -18,10 +18,13 @@ from editlab.data.fact import Fact
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.running import logits_only_at
 from editlab.lm.tokens import encode, encode_pair, pad
+from editlab.moments import read_file, read_ids, sample_text
 from editlab.progress import progress
 from editlab.scoring import score_facts
 
 LOSSES = ("edits", "before", "unedited")
+WINDOW = 32
+"""Tokens in a window of the text that shall stay as likely as it was."""
 
 
 class Row(NamedTuple):
@@ -48,6 +51,19 @@ def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
     """The questions of facts; what would come next matters, and no answer is known."""
     encoded = [tuple(encode(lm.tokenizer, fact.question).ids) for fact in facts]
     return [Row(ids, (len(ids) - 1,), (-1,)) for ids in encoded]
+
+
+def text_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[list[int]]:
+    """So many windows of a text file, or of text sampled from the model with its weights as they are (``self``).
+
+    Raises:
+        UserError: where the file can not be read, or is too short.
+    """
+    if text == "self":
+        flat = [token for window in sample_text(lm, count * WINDOW, seed, "Sampling text") for token in window]
+    else:
+        flat = read_ids(lm, read_file(text), count * WINDOW)
+    return [flat[i : i + WINDOW] for i in range(0, len(flat), WINDOW)]
 
 
 def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from callbacks.adapter import Adapter, find_targets, parameters
 from callbacks.adjustment import (
     LOSSES,
+    WINDOW,
     Health,
     Objective,
     Training,
@@ -26,6 +27,7 @@ from callbacks.adjustment import (
     examine,
     prompt_rows,
     text_rows,
+    text_windows,
 )
 from callbacks.probes import quick
 from editlab.batch import StepState
@@ -35,7 +37,6 @@ from editlab.errors import UserError
 from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome
 from editlab.lm.products import MATMULS
-from editlab.moments import read_file, read_ids, sample_text
 from editlab.rng import private_draws
 from editlab.summary import run_folder
 
@@ -43,8 +44,6 @@ log = logging.getLogger(__name__)
 
 EVENTS = "lora_events.jsonl"
 MODES = ("merge", "adapter")
-TEXT_WINDOW = 32
-"""Tokens in a window of the text that shall stay as likely as it was."""
 
 
 @dataclass
@@ -204,10 +203,10 @@ class LoRAAdjust(EditCallback):
         """Chooses what shall stay as it is, and drops events that a resumed run makes anew."""
         editor = pl_module
         assert isinstance(editor, SequentialEditor)
-        lm, count = editor.lm, self.text_tokens // TEXT_WINDOW
+        lm, count = editor.lm, self.text_tokens // WINDOW
         spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
         with editor.unedited():
-            windows = self._windows(editor) if count else []
+            windows = text_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)
             self.texts = text_rows(windows[:half])
             self.others = [*prompt_rows(lm, spare), *text_rows(windows[half:])]
@@ -216,15 +215,6 @@ class LoRAAdjust(EditCallback):
         self._events = EventLog(run_folder(trainer) / EVENTS)
         if trainer.is_global_zero:
             self._events.go_on(trainer.global_step)
-
-    def _windows(self, editor: SequentialEditor) -> list[list[int]]:
-        count = self.text_tokens // TEXT_WINDOW
-        if self.text == "self":
-            sampled = sample_text(editor.lm, count * TEXT_WINDOW, self.seed, "Sampling text")
-            flat = [token for window in sampled for token in window]
-        else:
-            flat = read_ids(editor.lm, read_file(self.text), count * TEXT_WINDOW)
-        return [flat[i : i + TEXT_WINDOW] for i in range(0, len(flat), TEXT_WINDOW)]
 
     def _quick(self, editor: SequentialEditor) -> AbstractContextManager[None]:
         return quick(editor, self.matmul, self.layers or (), head=True)
