@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with trained(options.kind, lm, paths, options.rank) as some:
         optimizer = torch.optim.AdamW(some, lr=1e-4)
         start = time.perf_counter()
-        Training(options.steps, 1e-4, 16).run(lm, objective, optimizer, random.Random(0))
+        Training(options.steps, 1e-4, options.batch_size).run(lm, objective, optimizer, random.Random(0))
         seconds = (time.perf_counter() - start) / options.steps
     whole = sum(p.numel() for p in lm.model.parameters())
     count = sum(p.numel() for p in some)
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--targets", default="edited")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts of edits, and others, in each step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
