@@ -1,0 +1,92 @@
+"""Starts the runs of an experiment: each in a process of its own, here or on the machines of a Ray cluster.
+
+In a run's folder lie, beside what ``editlab fit`` writes, ``run.log`` (all output), ``provenance.json`` (what it was
+started with) and, where it ended badly, ``failed.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
+
+STOPPED = {130, 143, -2, -15}
+"""Exit codes of what was told to stop, which is no failure."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be started."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    """of ``editlab``"""
+    threads: int
+
+
+def start(job: Job) -> int:
+    """Runs a job, or resumes it from its checkpoint; returns its exit code."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / FAILED).unlink(missing_ok=True)
+    arguments = list(job.arguments)
+    checkpoint = job.folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        arguments += ["--ckpt_path", str(checkpoint)]
+    else:
+        _write(job.folder / PROVENANCE, provenance())
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
+    with (job.folder / LOG).open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "editlab.cli", *arguments]
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+    if code and code not in STOPPED:
+        _write(job.folder / FAILED, {"code": code, "log": str(job.folder / LOG)})
+    return code
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def provenance() -> dict[str, str]:
+    """What the code and the machine are: the revision of git ("+" where files were changed since), and the CPU."""
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"revision": git("rev-parse", "--short", "HEAD") + changed, "machine": f"{cores()} x {cpu_name()}"}
+
+
+def cores() -> int:
+    """Cores that this process may run on, where the system tells; else those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Runs jobs on this machine, ``workers`` at a time; gives each with its exit code, in their order."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda job: (job, start(job)), jobs)
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Job], int], Iterator[tuple[Job, int]]]] = {"local": processes}
+"""name -> jobs, jobs at a time on one machine -> each job with its exit code"""
