@@ -34,9 +34,16 @@ class Job:
     threads: int
 
 
-def start(job: Job) -> int:
-    """Runs a job, or resumes it from its checkpoint; returns its exit code."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
+    """Runs a job, or resumes it from its checkpoint.
+
+    Args:
+        job: what to run.
+        variables: of the environment, beside those of this process.
+
+    Returns:
+        Its exit code.
+    """
     (job.folder / FAILED).unlink(missing_ok=True)
     arguments = list(job.arguments)
     checkpoint = job.folder / "checkpoints" / "last.ckpt"
@@ -44,7 +51,8 @@ def start(job: Job) -> int:
         arguments += ["--ckpt_path", str(checkpoint)]
     else:
         _write(job.folder / PROVENANCE, provenance())
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
+    environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": str(job.threads)}
+    job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "editlab.cli", *arguments]
         code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
@@ -54,6 +62,7 @@ def start(job: Job) -> int:
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -88,5 +97,43 @@ def processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
         yield from pool.map(lambda job: (job, start(job)), jobs)
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Job], int], Iterator[tuple[Job, int]]]] = {"local": processes}
+def over_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Runs jobs on the machines of a Ray cluster, ``workers`` at a time on each; gives each as it ends.
+
+    The cluster is that of ``RAY_ADDRESS``, or one that was started on this machine, else one of this machine alone.
+    Its machines are alike, and have this checkout, its environment, the facts and the runs' folder at the same paths.
+    A run whose machine is lost goes on elsewhere from its checkpoint. Exits with a sentence where Ray is absent.
+    """
+    try:
+        import ray
+    except ImportError:
+        sys.exit("The launcher ray needs Ray: pip install 'editlab[ray]', or leave --launcher out.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False)
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # scripts are no package that a worker could import
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0) / len(ray.nodes()) / workers
+        variables = {name: value for name, value in os.environ.items() if name.startswith(("EDITLAB_", "HF_"))}
+        remote = ray.remote(start)
+        waiting = {
+            remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables): job for job in jobs
+        }
+        while waiting:
+            (ended,), _ = ray.wait(list(waiting), num_returns=1)
+            job = waiting.pop(ended)
+            try:
+                yield job, ray.get(ended)
+            except ray.exceptions.RayError as error:
+                _write(job.folder / FAILED, {"code": 1, "log": str(job.folder / LOG), "ray": str(error)})
+                yield job, 1
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+        if ours:
+            ray.shutdown()
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Job], int], Iterator[tuple[Job, int]]]] = {"local": processes, "ray": over_ray}
 """name -> jobs, jobs at a time on one machine -> each job with its exit code"""

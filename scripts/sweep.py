@@ -108,6 +108,9 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, help="folder of the runs")
     found.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
     found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    found.add_argument(
+        "--launcher", choices=list(LAUNCHERS), default="local", help="ray: over the machines of a cluster"
+    )
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
     found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
@@ -170,7 +173,7 @@ def _carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
     jobs = [(run.folder.absolute(), run.case.arguments(run.recipe, run.seed, work)) for run in runs]
     of = {Job(folder, tuple(arguments), threads): run for run, (folder, arguments) in zip(runs, jobs, strict=True)}
     with tqdm(total=len(runs), desc="Runs", unit="run") as bar:
-        for job, code in LAUNCHERS["local"](list(of), options.workers):
+        for job, code in LAUNCHERS[options.launcher](list(of), options.workers):
             bar.update()
             if code:
                 bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
