@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import dry_run
 from launch import FAILED, LAUNCHERS, LOG, PROVENANCE, ROOT, Job, cores
 from tqdm import tqdm
 
@@ -149,34 +150,51 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
     return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
 
 
-def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
-    """Runs every case with every seed; gives those that have a result.
+def run_all(
+    cases: Iterable[Case], recipe: str, options: argparse.Namespace, formula: dry_run.Formula | None = None
+) -> list[Run]:
+    """Runs every case with every seed.
 
-    Exits with a sentence where the fact file is absent.
+    Where several run at a time, the first of each seed goes ahead of the others: what it finds and keeps in the cache
+    (values, second moments, scores of the unedited model) they need not find again.
+
+    Args:
+        cases: what to run, the ones that matter most first.
+        recipe: file that they start from.
+        options: of :func:`parser`.
+        formula: seconds of a case, for a dry run.
+
+    Returns:
+        Those that have a result. Exits with a sentence where the fact file is absent.
     """
     if options.path != "worldfacts" and not Path(options.path).exists():
         sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
     runs = planned(cases, recipe, options)
     waiting = [run for run in runs if run.summary is None]
     if options.dry_run:
-        for run in runs:
-            print(f"{run.status:7} {run.case.name}, seed {run.seed}")
+        dry_run.show(runs, formula, options.workers)
         return []
     if not options.no_run:
-        _carry_out(waiting, options)
+        known = {run.seed for run in runs if run.summary is not None}
+        first = {run.seed: run for run in reversed(waiting) if run.seed not in known}
+        ahead = list(first.values())[::-1] if options.workers > 1 or options.launcher != "local" else []
+        _carry_out([ahead, [run for run in waiting if run not in ahead]], options)
     return [run for run in runs if run.summary is not None]
 
 
-def _carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
+def _carry_out(stages: Sequence[Sequence[Run]], options: argparse.Namespace) -> None:
+    runs = [run for stage in stages for run in stage]
     threads = max(1, cores() // options.workers)
     work = options.work.absolute()
     jobs = [(run.folder.absolute(), run.case.arguments(run.recipe, run.seed, work)) for run in runs]
     of = {Job(folder, tuple(arguments), threads): run for run, (folder, arguments) in zip(runs, jobs, strict=True)}
     with tqdm(total=len(runs), desc="Runs", unit="run") as bar:
-        for job, code in LAUNCHERS[options.launcher](list(of), options.workers):
-            bar.update()
-            if code:
-                bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
+        for stage in filter(None, stages):
+            some = [job for job, run in of.items() if run in stage]
+            for job, code in LAUNCHERS[options.launcher](some, options.workers):
+                bar.update()
+                if code:
+                    bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
 
 
 def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> None:
