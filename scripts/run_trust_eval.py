@@ -4,20 +4,21 @@
     python scripts/run_trust_eval.py --only faulty faulty_gate --seeds 1
     python scripts/run_trust_eval.py --dry-run
 
-Writes ``results/trust_eval.csv``, ``results/trust_effect.csv``, ``results/trust_events.jsonl``, ``figs/trust_roc.png``
-and ``figs/rollback_effect_curve.png`` from the runs that are there.
+Writes ``results/trust_eval.csv``, ``results/trust_roc.csv``, ``results/trust_effect.csv``,
+``results/trust_events.jsonl``, ``figs/trust_roc.png`` and ``figs/rollback_effect_curve.png`` from the runs that are
+there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from faults import KINDS
 from sweep import (
     ROOT,
@@ -32,17 +33,18 @@ from sweep import (
     run_all,
     write_rows,
 )
-from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
-from trust_labels import SIGNALS, Batch, areas, is_bad, ranks, rates, read_batches, read_lines, taus
+from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, read_lines, taus
 
 from editlab.evaluation import BUILTIN_TEXT
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, new_figure, save_figure
+from editlab.experiment_figures import roc_figure
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure, save_figure
 
 RECIPE = "configs/emmet_trust.yaml"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 LABELLED = ("faulty_gate", "clean_gate", "beyond_gate")
 """Cases whose batches have labels."""
-COLORS = {"trust": (BLUE, "-"), "norm only": (ORANGE, "--"), "perplexity only": (GREEN, "-.")}
+DRAWN = ("injected", "fork")
+"""Kinds of labels that have an ROC curve."""
 
 
 def gate(**settings: Any) -> dict[str, Any]:
@@ -134,26 +136,17 @@ def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
-def draw_areas(labels: dict[str, tuple[list[Batch], list[bool]]], path: Path) -> None:
-    """ROC and precision-recall curves of the gates, for the injected faults and for the fork's labels."""
-    kinds = [kind for kind in ("injected", "fork") if kind in labels]
-    figure, axes = new_figure(len(kinds), 2, width=3.6, height=3.0)
-    for row, kind in enumerate(kinds):
-        batches, bad = labels[kind]
-        truth = torch.tensor(bad).long()
-        left, right = axes[2 * row], axes[2 * row + 1]
-        for name, (color, line) in COLORS.items():
-            scores = ranks([batch.suspicion[name] for batch in batches])
-            fpr, tpr, _ = binary_roc(scores, truth)
-            precision, recall, _ = binary_precision_recall_curve(scores, truth)
-            left.plot(fpr, tpr, color=color, linestyle=line, label=name)
-            right.step(recall, precision, color=color, linestyle=line, where="post")
-        left.plot([0, 1], [0, 1], color=BLACK, linewidth=0.5)
-        right.axhline(sum(bad) / len(bad), color=BLACK, linewidth=0.5)
-        left.set(title=f"ROC, {kind}", xlabel="false positive rate", ylabel="true positive rate")
-        right.set(title=f"precision and recall, {kind}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    save_figure(figure, path)
+def points(labels: dict[str, tuple[list[Batch], list[bool]]]) -> list[dict[str, Any]]:
+    """One row for each kind of label that is drawn, gate and limit: from rejecting nothing to rejecting everything."""
+    rows = []
+    for kind, (batches, bad) in labels.items():
+        for name in SIGNALS if kind in DRAWN else ():
+            suspicion = [batch.suspicion[name] for batch in batches]
+            for limit in (*sorted(set(suspicion), reverse=True), -math.inf):
+                found = rates(suspicion, bad, limit)
+                kept = {k: round(found[k], 4) for k in ("false_positive_rate", "recall", "precision")}
+                rows.append({"labels": kind, "gate": name, **kept})
+    return rows
 
 
 def draw_effect(runs: Sequence[Run], path: Path) -> None:
@@ -173,7 +166,7 @@ def draw_effect(runs: Sequence[Run], path: Path) -> None:
             draw_band(ax, curves, name, label=label, color=color, linestyle=line)
     axes[0].set(title="retained accuracy of good edits", xlabel="edits", ylim=(-0.03, 1.03))
     axes[1].set(title="held-out perplexity", xlabel="edits", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, columns=2)
     save_figure(figure, path)
 
 
@@ -206,7 +199,8 @@ def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
     if labels:
         shared = provenance_of_all([run for run in runs if run.case.name in LABELLED])
         write_rows([{**row, **shared} for row in table(labels)], results / "trust_eval.csv")
-        draw_areas(labels, figs / "trust_roc.png")
+        write_rows([{**row, **shared} for row in points(labels)], results / "trust_roc.csv")
+        save_figure(roc_figure(points(labels)), figs / "trust_roc.png")
     for run in runs:
         if run.case.name == "faulty_gate" and run.seed == options.seeds[0]:
             shutil.copy(run.folder / "trust_events.jsonl", results / "trust_events.jsonl")
