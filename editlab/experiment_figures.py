@@ -11,9 +11,9 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
-from editlab.figures import BLACK, BLUE, GREEN, LINES, ORANGE, draw_band, legend_below, new_figure
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_band, legend_below, new_figure
 
 Row = Mapping[str, Any]
 
@@ -23,8 +23,11 @@ COLD_TO_WARM = "cividis"
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo")
 """Of bars, so that they are told apart in gray too."""
 
-GATES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
-"""Color and line of the first gate, the second, ..."""
+STYLES: tuple[tuple[str, Any], ...] = (
+    (BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (VERMILION, ":"), (PURPLE, (0, (6, 1, 1, 1, 1, 1))),
+    (SKY, (0, (1, 0.5))), (BLACK, (0, (8, 3))),
+)  # fmt: skip
+"""Color and line of the first group, the second, ...: told apart in gray too."""
 
 
 def values_of(rows: Sequence[Row], column: str) -> list[float]:
@@ -46,16 +49,16 @@ def lines_figure(
     """
     figure, axes = new_figure(1, len(panels), width=3.2, height=2.9)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
-        for (label, rows), (color, line) in zip(groups.items(), LINES, strict=False):
+        for (label, rows), (color, line) in zip(groups.items(), STYLES, strict=False):
             curves = [
                 {int(row[x]): {column: float(row[column])} for row in rows if row[repeat] == one and column in row}
                 for one in dict.fromkeys(row[repeat] for row in rows)
             ]
             draw_band(ax, curves, column, label=label, color=color, linestyle=line)
         ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted({int(row[x]) for rows in groups.values() for row in rows}))
+        marks = sorted({int(row[x]) for rows in groups.values() for row in rows})
+        ax.set_xticks(marks, map(str, marks), rotation=45)
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.set(title=title, xlabel=xlabel)
     legend_below(figure)
     return figure
@@ -103,7 +106,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
             one of them.
     """
     labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
-    style = dict(zip(labels, LINES, strict=False))
+    style = dict(zip(labels, STYLES, strict=False))
     figure = Figure(figsize=(3.9 * len(panels), 4.2), layout="constrained")
     for ax, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "polar"}).flat,
@@ -121,10 +124,13 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
         ax.set_theta_offset(math.pi / 2)
         ax.set_theta_direction(-1)
         ax.set_xticks(spokes, [measures[column] for column in columns])
+        for mark, angle in zip(ax.get_xticklabels(), spokes, strict=True):
+            side = round(math.sin(angle), 6)
+            mark.set_horizontalalignment("left" if side > 0 else "right" if side < 0 else "center")
         ax.set_ylim(0, 1)
         ax.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "0.5", "", "1"], fontsize=7)
         ax.grid(alpha=0.4, linewidth=0.5)
-        ax.set_title(title, pad=14)
+        ax.set_title(title, y=1.12)
     legend_below(figure)
     return figure
 
@@ -138,7 +144,7 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
     """
     figure, axes = new_figure(1, len(panels), width=2.3, height=3.1)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
-        for place, ((label, rows), (color, _)) in enumerate(zip(groups.items(), LINES, strict=False)):
+        for place, ((label, rows), (color, _)) in enumerate(zip(groups.items(), STYLES, strict=False)):
             values = values_of(rows, column)
             if values:
                 ax.bar(place, mean(values), color=color, width=0.75, label=label, edgecolor=BLACK, linewidth=0.5,
@@ -163,7 +169,7 @@ def roc_figure(rows: Sequence[Row]) -> Figure:
     for number, kind in enumerate(kinds):
         left, right = axes[2 * number : 2 * number + 2]
         own = [row for row in rows if row["labels"] == kind]
-        for gate, (color, line) in zip(dict.fromkeys(row["gate"] for row in own), GATES, strict=False):
+        for gate, (color, line) in zip(dict.fromkeys(row["gate"] for row in own), STYLES, strict=False):
             names = ("false_positive_rate", "recall", "precision")
             points = sorted(tuple(float(row[name]) for name in names) for row in own if row["gate"] == gate)
             fpr, recall, precision = zip(*points, strict=True)
@@ -172,6 +178,7 @@ def roc_figure(rows: Sequence[Row]) -> Figure:
         left.plot([0, 1], [0, 1], color=BLACK, linewidth=0.5)
         right.axhline(precision[-1], color=BLACK, linewidth=0.5)
         left.set(title=f"ROC, {kind}", xlabel="false positive rate", ylabel="true positive rate")
-        right.set(title=f"precision and recall, {kind}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+        right.set(title=f"precision and recall, {kind}", xlabel="recall", ylabel="precision")
+        right.set(xlim=(-0.05, 1.05), ylim=(0, 1.03))
     legend_below(figure)
     return figure
