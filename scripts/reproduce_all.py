@@ -43,10 +43,10 @@ class Step:
 FEW = ("--edits", "16", "--batch_size", "4")
 STEPS = (
     Step("baselines", "run_all_baselines.py", ("baseline_comparison.csv", "quick_validation.csv"),
-         ("--edits", "16", "--only", "rome_sequential", "emmet_sequential", "memit_sequential", "alphaedit_sequential",
-          "emmet_independent")),
+         ("--edits", "16", "--only",
+          "rome_sequential", "emmet_sequential", "alphaedit_sequential", "emmet_independent")),
     Step("replay", "run_replay_ablation.py", ("replay_ablation.csv", "replay_ablation_means.csv"),
-         (*FEW, "--only", "none", "random_0.3_200", "consolidated", "both", "joint")),
+         (*FEW, "--only", "none", "random_0.3_200", "both", "joint")),
     Step("lora", "run_lora_ablation.py", ("lora_ablation.csv", "lora_ablation_means.csv"),
          (*FEW, "--only", "emmet", "lora_8")),
     Step("trust", "run_trust_eval.py", ("trust_eval.csv", "trust_roc.csv", "trust_effect.csv", "trust_events.jsonl"),
@@ -55,7 +55,8 @@ STEPS = (
          ("large_scale_forgetting.csv", "large_scale_final.csv", "large_scale_means.csv"),
          (*FEW, "--only", "emmet", "both")),
     Step("matrix", "run_batch_experiments.py", ("ablation_matrix.csv",),
-         ("--edits", "16", "--batches", "1", "8", "--rates", "0", "0.3", "--ranks", "0", "8")),
+         ("--edits", "16", "--only", "batch_1_rate_0_lora_none", "batch_8_rate_0_lora_none",
+          "batch_8_rate_0.3_lora_none", "batch_8_rate_0.3_lora_8")),
     Step("figures", "analyze_results.py", (), (), sweep=False),
 )  # fmt: skip
 

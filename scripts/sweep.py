@@ -145,7 +145,14 @@ def common_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
-    """Every case that is asked for with every seed, whether it has a result or not."""
+    """Every case that is asked for with every seed, whether it has a result or not.
+
+    Exits with a sentence where there is no case of a name that is asked for.
+    """
+    cases = list(cases)
+    unknown = set(options.only or ()) - {case.name for case in cases}
+    if unknown:
+        sys.exit(f"There is no case {', '.join(sorted(unknown))}: there are {', '.join(c.name for c in cases)}.")
     chosen = [case for case in cases if not options.only or case.name in options.only]
     return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
 

@@ -119,6 +119,9 @@ def test_dry_run_and_missing_file(options, capsys):
     options.dry_run = True
     assert sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options) == []
     assert "to run  none, seed 1" in capsys.readouterr().out
+    options.only = ["nome"]
+    with pytest.raises(SystemExit, match="There is no case nome: there are none, some"):
+        sweep.run_all([sweep.Case("none", {}), sweep.Case("some", {})], "configs/emmet.yaml", options)
     options.path = "nowhere.json"
     with pytest.raises(SystemExit, match=r"nowhere\.json is not there"):
         sweep.run_all([], "configs/emmet.yaml", options)
