@@ -22,7 +22,8 @@ from pathlib import Path
 from launch import LAUNCHERS, ROOT, cores
 
 QUICK_OUT = ROOT / "lightning_logs" / "quick"
-QUICK = ("--path", "worldfacts", "--heldout", "builtin", "--moments", "self", "--tokens", "4096", "--seeds", "1")
+QUICK = ("--path", "worldfacts", "--heldout", "builtin", "--moments", "self", "--tokens", "4096", "--seeds", "1",
+         "--callback", "LoRAAdjust.steps=4")  # fmt: skip
 """Of each experiment in the quick pass, beside its own."""
 
 

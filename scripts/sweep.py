@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,17 @@ class Case:
     def over(self, common: Mapping[str, Any]) -> Case:
         """The same case with flags that its experiment gives to all, below its own."""
         return replace(self, flags={**common, **self.flags})
+
+    def given(self, settings: Iterable[tuple[str, str, Any]]) -> Case:
+        """The same case with settings (class, name, value) of its callbacks, where it has such."""
+        own: dict[str, dict[str, Any]] = {}
+        for owner, name, value in settings:
+            own.setdefault(owner, {})[name] = value
+        callbacks = [
+            {**one, "init_args": {**one.get("init_args", {}), **own.get(one["class_path"].rpartition(".")[2], {})}}
+            for one in self.callbacks
+        ]
+        return replace(self, callbacks=callbacks)
 
     def arguments(self, recipe: str, seed: int, work: Path) -> list[str]:
         """What ``editlab`` is called with."""
@@ -98,6 +110,18 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _setting(text: str) -> tuple[str, str, Any]:
+    """CLASS.NAME=VALUE, the value as JSON or else a word."""
+    found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no CLASS.NAME=VALUE")
+    owner, name, value = found.groups()
+    try:
+        return owner, name, json.loads(value)
+    except json.JSONDecodeError:
+        return owner, name, value
+
+
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that all experiments share."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +136,8 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument(
         "--launcher", choices=list(LAUNCHERS), default="local", help="ray: over the machines of a cluster"
     )
+    found.add_argument("--callback", type=_setting, nargs="+", default=[], metavar="CLASS.NAME=VALUE",
+                       help="settings of callbacks in all cases that have them: LoRAAdjust.steps=4")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
     found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
@@ -153,7 +179,7 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
     unknown = set(options.only or ()) - {case.name for case in cases}
     if unknown:
         sys.exit(f"There is no case {', '.join(sorted(unknown))}: there are {', '.join(c.name for c in cases)}.")
-    chosen = [case for case in cases if not options.only or case.name in options.only]
+    chosen = [case.given(options.callback) for case in cases if not options.only or case.name in options.only]
     return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
 
 

@@ -84,6 +84,17 @@ def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
     assert curve["class_path"].endswith("ForgettingCurve")
 
 
+def test_settings_of_callbacks_reach_the_cases_that_have_them(options, capsys):
+    options = sweep.parser(None, work=options.work).parse_args(["--callback", "MemoryReplay.rate=0.5", "Other.a=b"])
+    with_it, without = sweep.Case("a", {}, [{"class_path": "callbacks.MemoryReplay"}]), sweep.Case("b", {})
+    found = [run.case.callbacks for run in sweep.planned([with_it, without], "", options) if run.seed == 1]
+    assert found == [[{"class_path": "callbacks.MemoryReplay", "init_args": {"rate": 0.5}}], []]
+    assert options.callback[1] == ("Other", "a", "b")
+    with pytest.raises(SystemExit):
+        sweep.parser(None).parse_args(["--callback", "rate=0.5"])
+    assert "is no CLASS.NAME=VALUE" in capsys.readouterr().err
+
+
 def test_intervals_by_hand():
     # 1, 2, 3: standard deviation 1, 4.303 / sqrt(3) = 2.484.
     assert sweep.interval([1.0, 2.0, 3.0]) == (
