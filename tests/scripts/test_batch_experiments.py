@@ -81,7 +81,12 @@ def test_batches_larger_than_all_facts_are_not_run(tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert "batch_8_rate_0_lora_none, seed 1" in printed
     assert "batch_32" not in printed
-    assert "2 of 2 runs are to be made" in printed
+    # 41 + 16 * 0.33 + 2 * 0.32 and 41 + 16 * 0.33 + 16 * 0.32 seconds.
+    assert "batch_8_rate_0_lora_none, seed 1, about 47 s" in printed
+    assert (
+        "2 of 2 runs are to be made: about 98 s, 1 at a time (by the script's formula; no run is finished)" in printed
+    )
+    assert matrix.formula(16)(matrix.Cell(8, 0.0, 4).case(16)) == pytest.approx(41 + 5.28 + 0.64 + 600)
     assert not (tmp_path / "out").exists()
 
 
