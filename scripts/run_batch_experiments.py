@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,20 +82,6 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return list({case.name: case for case in chosen}.values())
 
 
-def formula(edits: int) -> Callable[[Case], float]:
-    """Seconds of a case: those measured with the built-in model on one core of a server's CPU.
-
-    A fit of 8 to 32 facts took 41 s, 0.33 s a fact and 0.32 s a batch; LoRA's training about 600 s. Replay made no
-    difference that showed. Values come on top: 1 to 2 s a fact, once for all cases of a seed.
-    """
-
-    def seconds(case: Case) -> float:
-        adjusted = any(callback["class_path"] == "LoRAAdjust" for callback in case.callbacks)
-        return 41 + 0.33 * edits + 0.32 * math.ceil(edits / case.flags["data.batch_size"]) + 600 * adjusted
-
-    return seconds
-
-
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each cell of the whole matrix and each seed, run or not."""
     everything = argparse.Namespace(**{**vars(options), "only": None})
@@ -125,7 +110,7 @@ def main() -> None:
         shared.add_argument(f"--{name}", type=kind, nargs="+", choices=values, default=values, help="of the matrix")
     options = shared.parse_args()
     wanted = [case.over(common_flags(options)) for case in cases(options)]
-    run_all(wanted, RECIPE, options, formula(options.edits))
+    run_all(wanted, RECIPE, options)
     if not options.dry_run:
         write_rows(rows(options), options.out / "results" / "ablation_matrix.csv")
     exit_where_failed(wanted, RECIPE, options)

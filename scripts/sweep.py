@@ -183,9 +183,7 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
     return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
 
 
-def run_all(
-    cases: Iterable[Case], recipe: str, options: argparse.Namespace, formula: dry_run.Formula | None = None
-) -> list[Run]:
+def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
     """Runs every case with every seed.
 
     Where several run at a time, the first of each seed goes ahead of the others: what it finds and keeps in the cache
@@ -195,7 +193,6 @@ def run_all(
         cases: what to run, the ones that matter most first.
         recipe: file that they start from.
         options: of :func:`parser`.
-        formula: seconds of a case, for a dry run.
 
     Returns:
         Those that have a result. Exits with a sentence where the fact file is absent.
@@ -205,7 +202,7 @@ def run_all(
     runs = planned(cases, recipe, options)
     waiting = [run for run in runs if run.summary is None]
     if options.dry_run:
-        dry_run.show(runs, formula, options.workers)
+        dry_run.show(runs, options.workers)
         return []
     if not options.no_run:
         known = {run.seed for run in runs if run.summary is not None}

@@ -83,37 +83,38 @@ def test_batches_larger_than_all_facts_are_not_run(tmp_path, monkeypatch, capsys
     assert "batch_32" not in printed
     # 41 + 16 * 0.33 + 2 * 0.32 and 41 + 16 * 0.33 + 16 * 0.32 seconds.
     assert "batch_8_rate_0_lora_none, seed 1, about 47 s" in printed
-    assert (
-        "2 of 2 runs are to be made: about 98 s, 1 at a time (by the script's formula; no run is finished)" in printed
-    )
-    assert matrix.formula(16)(matrix.Cell(8, 0.0, 4).case(16)) == pytest.approx(41 + 5.28 + 0.64 + 600)
+    assert "2 of 2 runs are to be made: about 98 s, 1 at a time (by a formula, no run is finished)" in printed
     assert not (tmp_path / "out").exists()
 
 
 def test_estimates_by_hand(tmp_path):
-    def run(case, seed, seconds=None):
+    def run(case, seed, edits, seconds=None, **flags):
         folder = finish(tmp_path, case, seed, seconds) if seconds else tmp_path / "runs" / case / f"version_{seed}"
-        return sweep.Run(sweep.Case(case, {"size": len(case)}), seed, folder)
+        return sweep.Run(sweep.Case(case, {"data.limit": edits, "data.batch_size": 10, **flags}), seed, folder)
 
     def formula(case):
-        return 20.0 * case.flags["size"]
+        return dry_run.formula(case.case)
 
-    done = [run("a", 1, 90.0), run("a", 2, 70.0), run("bb", 1, 70.0)]  # with their start-up 100, 80 and 80 s
-    assert dry_run.expected(run("a", 3), done, formula) == 90.0  # the mean of its own
-    # Measured over formula: 100 / 20, 80 / 20 and 80 / 40, of which 4 is the middle.
-    assert dry_run.expected(run("ccc", 1), done, formula) == 4 * 60.0
-    assert dry_run.expected(run("ccc", 1), [], formula) == 60.0
-    assert dry_run.expected(run("ccc", 1), done, None) == pytest.approx(260 / 3)
-    assert dry_run.expected(run("ccc", 1), [], None) is None
+    small, large = run("c", 1, 20), run("d", 1, 200)
+    assert formula(small) == pytest.approx(41 + 6.6 + 0.64)
+    assert formula(run("e", 1, 20, **{"model.values.reference": "current"})) == pytest.approx(41 + 6.6 + 0.64 + 30)
+    adjusted = sweep.Case("f", small.case.flags, [{"class_path": "LoRAAdjust"}])
+    assert dry_run.formula(adjusted) == pytest.approx(41 + 6.6 + 0.64 + 600)
+
+    # With 10 s of start-up these took 5, 4 and 2 times what the formula gives.
+    once = formula(small)
+    done = [run("a", 1, 20, 5 * once - 10), run("a", 2, 20, 4 * once - 10), run("b", 1, 20, 2 * once - 10)]
+    assert dry_run.expected(run("a", 3, 20), done) == pytest.approx(4.5 * once)  # the mean of its own
+    assert dry_run.expected(large, done) == pytest.approx(4 * formula(large))  # the middle of all
+    assert dry_run.expected(large, []) == formula(large)
 
 
 def test_a_dry_run_says_how_long(tmp_path, capsys):
-    folder = finish(tmp_path, "a", 1, 3590.0)
-    runs = [
-        sweep.Run(sweep.Case("a", {}), 1, folder),
-        *(sweep.Run(sweep.Case("a", {}), s, tmp_path) for s in (2, 3, 4)),
-    ]
-    dry_run.show(runs, None, 2)
+    case = sweep.Case("a", {})
+    done = sweep.Run(case, 1, finish(tmp_path, "a", 1, 3590.0))
+    dry_run.show([done, *(sweep.Run(case, seed, tmp_path) for seed in (2, 3, 4))], 2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["done    a, seed 1", "to run  a, seed 2, about 60 min"]
     assert lines[-1] == "3 of 4 runs are to be made: about 90 min, 2 at a time (measured on 1 finished runs)"
+    dry_run.show([done], 2)
+    assert capsys.readouterr().out.splitlines()[-1] == "0 of 1 runs are to be made: nothing to wait for"

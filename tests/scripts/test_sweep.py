@@ -128,7 +128,8 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 def test_dry_run_and_missing_file(options, capsys):
     options.dry_run = True
-    assert sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options) == []
+    case = sweep.Case("none", options.flags)
+    assert sweep.run_all([case], "configs/emmet.yaml", options) == []
     assert "to run  none, seed 1" in capsys.readouterr().out
     options.only = ["nome"]
     with pytest.raises(SystemExit, match="There is no case nome: there are none, some"):
