@@ -81,14 +81,14 @@ def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], 
             [values_of([r for r in rows if (float(r[x]), float(r[y])) == (a, b)], column) for a in across] for b in up
         ]
         shown = [[mean(some) if some else math.nan for some in line] for line in grid]
-        image = ax.imshow(shown, cmap=COLD_TO_WARM, aspect="auto", origin="lower")
+        known = [value for line in shown for value in line if not math.isnan(value)]
+        middle = (min(known) + max(known)) / 2 if known else 0.0
+        ax.imshow(shown, cmap=COLD_TO_WARM, aspect="auto", origin="lower")
         for i, line in enumerate(shown):
             for j, value in enumerate(line):
                 if not math.isnan(value):
-                    dark = image.norm(value) < 0.5
-                    ax.text(
-                        j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color="white" if dark else BLACK
-                    )
+                    color = "white" if value < middle else BLACK
+                    ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=color)
         ax.set_xticks(range(len(across)), [f"{value:g}" for value in across])
         ax.set_yticks(range(len(up)), [f"{value:g}" for value in up])
         ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
@@ -152,6 +152,7 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
                 ax.vlines(place, min(values), max(values), color=BLACK, linewidth=1.2)
         ax.set(title=title, xticks=[])
         ax.grid(False, axis="x")
+        ax.set_axisbelow(True)
     legend_below(figure)
     return figure
 
