@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,14 +68,21 @@ def _write(path: Path, content: Mapping[str, object]) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """What the code and the machine are: the revision of git ("+" where files were changed since), and the CPU."""
+    """What the code and the machine are: git's revision ("+" where files were changed since), the CPU and GPUs."""
+    changed = "+" if _says("git", "status", "--porcelain", "--untracked-files=no") else ""
+    gpus = _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return {
+        "revision": _says("git", "rev-parse", "--short", "HEAD") + changed,
+        "machine": ", ".join([f"{cores()} x {cpu_name()}", *gpus]),
+    }
 
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return found.stdout.strip()
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"revision": git("rev-parse", "--short", "HEAD") + changed, "machine": f"{cores()} x {cpu_name()}"}
+def _says(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return "" if found.returncode else found.stdout.strip()
 
 
 def cores() -> int:

@@ -110,6 +110,11 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _place(text: str) -> str:
+    """The full path of a file that is there, as runs have another working folder; other words as they are."""
+    return str(Path(text).resolve()) if Path(text).is_file() else text
+
+
 def _setting(text: str) -> tuple[str, str, Any]:
     """CLASS.NAME=VALUE, the value as JSON or else a word."""
     found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
@@ -125,7 +130,9 @@ def _setting(text: str) -> tuple[str, str, Any]:
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that all experiments share."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--path", default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file")
+    found.add_argument(
+        "--path", type=_place, default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file"
+    )
     found.add_argument("--edits", type=int, default=500)
     found.add_argument("--batch_size", type=int, default=32)
     found.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -148,8 +155,8 @@ def add_texts(shared: argparse.ArgumentParser) -> None:
     """The arguments for texts: WikiText where it is at hand, else what comes with editlab."""
     texts = {"heldout": TEXT / "wikitext2_test.txt", "moments": TEXT / "wikitext2_valid.txt"}
     heldout, moments = (str(path) if path.exists() else None for path in texts.values())
-    shared.add_argument("--heldout", default=heldout or "builtin", help="text of the perplexity")
-    shared.add_argument("--moments", default=moments or "self", help="text of the second moments")
+    shared.add_argument("--heldout", type=_place, default=heldout or "builtin", help="text of the perplexity")
+    shared.add_argument("--moments", type=_place, default=moments or "self", help="text of the second moments")
     shared.add_argument(
         "--tokens", type=int, help="of the second moments; 24576 of the model's own text, 160000 of others"
     )

@@ -51,6 +51,16 @@ def test_two_workers_of_ray(tmp_path, monkeypatch):
         ray.shutdown()
 
 
+def test_the_machine_has_its_gpus(monkeypatch):
+    said = {"git rev-parse": "abc1234", "git status": " M x", "nvidia-smi --query-gpu=name": "Card A\nCard B"}
+    monkeypatch.setattr(launch, "_says", lambda *command: said[" ".join(command[:2])])
+    cpu = f"{launch.cores()} x {launch.cpu_name()}"
+    assert launch.provenance() == {"revision": "abc1234+", "machine": f"{cpu}, Card A, Card B"}
+    monkeypatch.undo()
+    assert launch._says("no-such-command-anywhere") == ""
+    assert launch._says(sys.executable, "-c", "print(1); raise SystemExit(1)") == ""
+
+
 def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"pip install 'editlab\[ray\]'"):

@@ -95,6 +95,14 @@ def test_settings_of_callbacks_reach_the_cases_that_have_them(options, capsys):
     assert "is no CLASS.NAME=VALUE" in capsys.readouterr().err
 
 
+def test_files_are_found_from_the_folder_of_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.csv").touch()
+    found = sweep.parser(None).parse_args(["--path", "facts.csv"])
+    assert found.path == str(tmp_path.resolve() / "facts.csv")
+    assert sweep.parser(None).parse_args(["--path", "worldfacts"]).path == "worldfacts"
+
+
 def test_intervals_by_hand():
     # 1, 2, 3: standard deviation 1, 4.303 / sqrt(3) = 2.484.
     assert sweep.interval([1.0, 2.0, 3.0]) == (
