@@ -51,7 +51,7 @@ STEPS = (
     Step("lora", "run_lora_ablation.py", ("lora_ablation.csv", "lora_ablation_means.csv"),
          (*FEW, "--only", "emmet", "lora_8")),
     Step("trust", "run_trust_eval.py", ("trust_eval.csv", "trust_roc.csv", "trust_effect.csv", "trust_events.jsonl"),
-         ("--edits", "40", "--batch_size", "4", "--only", "faulty_gate", "faulty", "clean_gate", "clean")),
+         ("--edits", "20", "--batch_size", "2", "--only", "faulty_gate", "faulty", "clean_gate", "clean")),
     Step("forgetting", "run_forgetting.py",
          ("large_scale_forgetting.csv", "large_scale_final.csv", "large_scale_means.csv"),
          (*FEW, "--only", "emmet", "both")),
