@@ -55,6 +55,15 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(temporary, format=suffix, dpi=150)
 
 
+def legend_below(figure: Figure, columns: int = 4) -> None:
+    """One legend for all panels, below them; none where nothing is labelled."""
+    labelled = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if labelled:
+        figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
 def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: str, linestyle: str) -> None:
     """The mean of one value over several runs, with the range between the lowest and the highest as a band.
 
@@ -92,8 +101,7 @@ def comparison_figure(shown: Mapping[str, tuple[Sequence[Series], str, str]]) ->
         for label, (curves, color, line) in shown.items():
             draw_band(ax, curves, name, label=label, color=color, linestyle=line)
         ax.set(title=title, xlabel="edits")
-    labelled = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure)
     return figure
 
 

@@ -12,7 +12,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, Run, add_texts, common_flags, parser, run_all, table_rows, write_rows
+from sweep import (
+    ROOT,
+    Case,
+    Run,
+    add_texts,
+    common_flags,
+    exit_where_failed,
+    parser,
+    run_all,
+    table_rows,
+    write_rows,
+)
 
 RECIPE = "configs/emmet.yaml"
 RULE = "model.rule.init_args."
@@ -65,12 +76,14 @@ def main() -> None:
     add_texts(shared)
     options = shared.parse_args()
     common = {**common_flags(options), "model.evaluation.immediate": "all"}
-    wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases()]
+    wanted = [case.over(common) for case in cases()]
     runs = run_all(wanted, RECIPE, options)
     if runs:
         rows = table_rows(runs, measured)
-        write_rows(rows, ROOT / "results" / "baseline_comparison.csv")
-        write_rows([row for row in rows if row["way"] == "sequential"], ROOT / "results" / "quick_validation.csv")
+        results = options.out / "results"
+        write_rows(rows, results / "baseline_comparison.csv")
+        write_rows([row for row in rows if row["way"] == "sequential"], results / "quick_validation.csv")
+    exit_where_failed(wanted, RECIPE, options)
 
 
 if __name__ == "__main__":

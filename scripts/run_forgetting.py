@@ -21,6 +21,7 @@ from sweep import (
     add_texts,
     common_flags,
     draw_curves,
+    exit_where_failed,
     means,
     parser,
     provenance_of,
@@ -106,13 +107,15 @@ def main() -> None:
     add_texts(shared)
     options = shared.parse_args()
     common = common_flags(options)
-    wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
+    wanted = [case.over(common) for case in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        write_rows(snapshots(runs), ROOT / "results" / "large_scale_forgetting.csv")
-        write_rows(table_rows(runs), ROOT / "results" / "large_scale_final.csv")
-        write_rows(means(runs, {}, "emmet"), ROOT / "results" / "large_scale_means.csv")
-        draw_curves(runs, SHOWN, ROOT / "figs" / "large_scale_forgetting.png")
+        results = options.out / "results"
+        write_rows(snapshots(runs), results / "large_scale_forgetting.csv")
+        write_rows(table_rows(runs), results / "large_scale_final.csv")
+        write_rows(means(runs, {}, "emmet"), results / "large_scale_means.csv")
+        draw_curves(runs, SHOWN, options.out / "figs" / "large_scale_forgetting.png")
+    exit_where_failed(wanted, RECIPE, options)
 
 
 if __name__ == "__main__":

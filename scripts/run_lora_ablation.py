@@ -12,7 +12,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, table_rows, write_rows
+from sweep import (
+    ROOT,
+    Case,
+    add_texts,
+    common_flags,
+    draw_curves,
+    exit_where_failed,
+    means,
+    parser,
+    run_all,
+    table_rows,
+    write_rows,
+)
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
@@ -66,11 +78,14 @@ def main() -> None:
     add_texts(shared)
     options = shared.parse_args()
     common = common_flags(options)
-    runs = run_all([Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases()], RECIPE, options)
+    wanted = [case.over(common) for case in cases()]
+    runs = run_all(wanted, RECIPE, options)
     if runs:
-        write_rows(table_rows(runs), ROOT / "results" / "lora_ablation.csv")
-        write_rows(means(runs, BASE, "emmet"), ROOT / "results" / "lora_ablation_means.csv")
-        draw_curves(runs, SHOWN, ROOT / "figs" / "lora_ablation.png")
+        results = options.out / "results"
+        write_rows(table_rows(runs), results / "lora_ablation.csv")
+        write_rows(means(runs, BASE, "emmet"), results / "lora_ablation_means.csv")
+        draw_curves(runs, SHOWN, options.out / "figs" / "lora_ablation.png")
+    exit_where_failed(wanted, RECIPE, options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import ROOT, Case, add_texts, common_flags, draw_curves, means, parser, run_all, table_rows, write_rows
+from sweep import (
+    ROOT,
+    Case,
+    add_texts,
+    common_flags,
+    draw_curves,
+    exit_where_failed,
+    means,
+    parser,
+    run_all,
+    table_rows,
+    write_rows,
+)
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
@@ -88,13 +100,14 @@ def main() -> None:
     add_texts(shared)
     options = shared.parse_args()
     common = common_flags(options)
-    wanted = [Case(c.name, {**common, **c.flags}, c.callbacks, c.labels) for c in cases(options.edits)]
+    wanted = [case.over(common) for case in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        write_rows(table_rows(runs), ROOT / "results" / "replay_ablation.csv")
-        write_rows(means(runs, {}, "none"), ROOT / "results" / "replay_ablation_means.csv")
-        draw_curves(runs, SHOWN, ROOT / "figs" / "forgetting_replay.png")
-        print("results/replay_ablation.csv, replay_ablation_means.csv and figs/forgetting_replay.png are written")
+        results = options.out / "results"
+        write_rows(table_rows(runs), results / "replay_ablation.csv")
+        write_rows(means(runs, {}, "none"), results / "replay_ablation_means.csv")
+        draw_curves(runs, SHOWN, options.out / "figs" / "forgetting_replay.png")
+    exit_where_failed(wanted, RECIPE, options)
 
 
 if __name__ == "__main__":

@@ -4,29 +4,47 @@
     python scripts/run_trust_eval.py --only faulty faulty_gate --seeds 1
     python scripts/run_trust_eval.py --dry-run
 
-Writes ``results/trust_eval.csv``, ``results/trust_effect.csv``, ``results/trust_events.jsonl``, ``figs/trust_roc.png``
-and ``figs/rollback_effect_curve.png`` from the runs that are there.
+Writes ``results/trust_eval.csv``, ``results/trust_roc.csv``, ``results/trust_effect.csv``,
+``results/trust_events.jsonl``, ``figs/trust_roc.png`` and ``figs/rollback_effect_curve.png`` from the runs that are
+there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from faults import KINDS
-from sweep import ROOT, TEXT, Case, Run, parser, run_all, write_rows
-from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
-from trust_labels import SIGNALS, Batch, areas, is_bad, ranks, rates, read_batches, read_lines, taus
+from sweep import (
+    ROOT,
+    Case,
+    Run,
+    add_texts,
+    common_flags,
+    exit_where_failed,
+    parser,
+    provenance_of,
+    provenance_of_all,
+    run_all,
+    write_rows,
+)
+from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, read_lines, taus
 
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, new_figure, save_figure
+from editlab.evaluation import BUILTIN_TEXT
+from editlab.experiment_figures import roc_figure
+from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure, save_figure
 
 RECIPE = "configs/emmet_trust.yaml"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
-COLORS = {"trust": (BLUE, "-"), "norm only": (ORANGE, "--"), "perplexity only": (GREEN, "-.")}
+LABELLED = ("faulty_gate", "clean_gate", "beyond_gate")
+"""Cases whose batches have labels."""
+DRAWN = ("injected", "fork")
+"""Kinds of labels that have an ROC curve."""
 
 
 def gate(**settings: Any) -> dict[str, Any]:
@@ -40,9 +58,9 @@ def faults(seed: int, share: float, kinds: Sequence[str] = KINDS) -> dict[str, A
     return {"class_path": "scripts.faults.InjectFaults", "init_args": settings}
 
 
-def cases(seed: int) -> list[Case]:
-    """All cases of one seed, the ones that matter most first."""
-    fork = {"class_path": "scripts.fork.ForkLabels", "init_args": {"text": str(TEXT / "wikitext2_test.txt")}}
+def cases(seed: int, text: str) -> list[Case]:
+    """All cases of one seed, the ones that matter most first; the fork takes the perplexity of ``text``, a file."""
+    fork = {"class_path": "scripts.fork.ForkLabels", "init_args": {"text": text}}
     weak = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
             "model.rule.init_args.covariance_weight": 1}  # fmt: skip
     subtle = [kind for kind in KINDS if kind != "norm"]  # one batch of that kind alone destroys the model
@@ -65,7 +83,7 @@ def cases(seed: int) -> list[Case]:
 def labelled(runs: Sequence[Run]) -> dict[str, tuple[list[Batch], list[bool]]]:
     """Batches and whether they were bad, by kind of label; kinds of which there are not two classes are left out."""
     batches = {name: [b for run in runs if run.case.name == name for b in read_batches(run.folder)]
-               for name in ("faulty_gate", "clean_gate", "beyond_gate")}  # fmt: skip
+               for name in LABELLED}  # fmt: skip
     found: dict[str, tuple[list[Batch], list[bool]]] = {}
     faulty = batches["faulty_gate"]
     if not batches["clean_gate"] or not faulty:
@@ -113,31 +131,22 @@ def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
              "mean_perplexity_rise": sum(points) / len(points), "final_perplexity_rise": points[-1],
              "good_batches_rejected": len(good - set(found["kept"])) / len(good),
              "faulty_batches_kept": len(set(found["kept"]) - good), "seconds": run.summary["seconds"],  # type: ignore[index]
-             "gate_seconds": spent}
+             "gate_seconds": spent, **provenance_of(run)}
         )  # fmt: skip
     return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
-def draw_areas(labels: dict[str, tuple[list[Batch], list[bool]]], path: Path) -> None:
-    """ROC and precision-recall curves of the gates, for the injected faults and for the fork's labels."""
-    kinds = [kind for kind in ("injected", "fork") if kind in labels]
-    figure, axes = new_figure(len(kinds), 2, width=3.6, height=3.0)
-    for row, kind in enumerate(kinds):
-        batches, bad = labels[kind]
-        truth = torch.tensor(bad).long()
-        left, right = axes[2 * row], axes[2 * row + 1]
-        for name, (color, line) in COLORS.items():
-            scores = ranks([batch.suspicion[name] for batch in batches])
-            fpr, tpr, _ = binary_roc(scores, truth)
-            precision, recall, _ = binary_precision_recall_curve(scores, truth)
-            left.plot(fpr, tpr, color=color, linestyle=line, label=name)
-            right.step(recall, precision, color=color, linestyle=line, where="post")
-        left.plot([0, 1], [0, 1], color=BLACK, linewidth=0.5)
-        right.axhline(sum(bad) / len(bad), color=BLACK, linewidth=0.5)
-        left.set(title=f"ROC, {kind}", xlabel="false positive rate", ylabel="true positive rate")
-        right.set(title=f"precision and recall, {kind}", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    save_figure(figure, path)
+def points(labels: dict[str, tuple[list[Batch], list[bool]]]) -> list[dict[str, Any]]:
+    """One row for each kind of label that is drawn, gate and limit: from rejecting nothing to rejecting everything."""
+    rows = []
+    for kind, (batches, bad) in labels.items():
+        for name in SIGNALS if kind in DRAWN else ():
+            suspicion = [batch.suspicion[name] for batch in batches]
+            for limit in (*sorted(set(suspicion), reverse=True), -math.inf):
+                found = rates(suspicion, bad, limit)
+                kept = {k: round(found[k], 4) for k in ("false_positive_rate", "recall", "precision")}
+                rows.append({"labels": kind, "gate": name, **kept})
+    return rows
 
 
 def draw_effect(runs: Sequence[Run], path: Path) -> None:
@@ -157,39 +166,44 @@ def draw_effect(runs: Sequence[Run], path: Path) -> None:
             draw_band(ax, curves, name, label=label, color=color, linestyle=line)
     axes[0].set(title="retained accuracy of good edits", xlabel="edits", ylim=(-0.03, 1.03))
     axes[1].set(title="held-out perplexity", xlabel="edits", yscale="log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, columns=2)
     save_figure(figure, path)
 
 
 def main() -> None:
     """Runs what is missing; writes tables and figures."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "trust_eval", batch_size=10)
+    add_texts(shared)
     options = shared.parse_args()
     common = {
-        "data.path": options.path, "data.limit": options.edits, "data.batch_size": options.batch_size,
+        **common_flags(options),
         "model.layers": [2, 3, 4, 5, 6], "model.rule.init_args.covariance_weight": 1000,
-        "model.evaluation.immediate": "edits", "model.evaluation.neighbors": 3,
-        "model.evaluation.generated_texts": 0, "model.evaluation.heldout_tokens": 2048,
-        "model.evaluation.heldout": str(TEXT / "wikitext2_test.txt"),
-        "model.moments.text": str(TEXT / "wikitext2_valid.txt"), "model.moments.tokens": 160000,
+        "model.evaluation.heldout_tokens": 2048,
     }  # fmt: skip
+    text = str(BUILTIN_TEXT) if options.heldout == "builtin" else options.heldout
     runs: list[Run] = []
-    seeds = options.seeds
-    for seed in seeds:
-        options.seeds = [seed]
-        wanted = [Case(c.name, {**common, **c.flags}, c.callbacks) for c in cases(seed)]
-        runs += run_all(wanted, RECIPE, options)
-    if not runs:
-        return
-    write_rows(effect(runs), ROOT / "results" / "trust_effect.csv")
-    draw_effect(runs, ROOT / "figs" / "rollback_effect_curve.png")
+    for seed in options.seeds:
+        one = argparse.Namespace(**{**vars(options), "seeds": [seed]})
+        runs += run_all([case.over(common) for case in cases(seed, text)], RECIPE, one)
+    if runs:
+        write(runs, options)
+    exit_where_failed(cases(options.seeds[0], text), RECIPE, options)
+
+
+def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Tables, figures, and the events of one run."""
+    results, figs = options.out / "results", options.out / "figs"
+    write_rows(effect(runs), results / "trust_effect.csv")
+    draw_effect(runs, figs / "rollback_effect_curve.png")
     labels = labelled(runs)
     if labels:
-        write_rows(table(labels), ROOT / "results" / "trust_eval.csv")
-        draw_areas(labels, ROOT / "figs" / "trust_roc.png")
+        shared = provenance_of_all([run for run in runs if run.case.name in LABELLED])
+        write_rows([{**row, **shared} for row in table(labels)], results / "trust_eval.csv")
+        write_rows([{**row, **shared} for row in points(labels)], results / "trust_roc.csv")
+        save_figure(roc_figure(points(labels)), figs / "trust_roc.png")
     for run in runs:
-        if run.case.name == "faulty_gate" and run.seed == seeds[0]:
-            shutil.copy(run.folder / "trust_events.jsonl", ROOT / "results" / "trust_events.jsonl")
+        if run.case.name == "faulty_gate" and run.seed == options.seeds[0]:
+            shutil.copy(run.folder / "trust_events.jsonl", results / "trust_events.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Many ``editlab fit`` runs: each in a process of its own, skipped where its result is there, resumed where it stopped.
 
-The experiments of this folder are lists of cases over this. A run's folder is ``WORK/CASE/version_SEED``; its output
-goes to ``run.log`` beside it, also where it fails.
+The experiments of this folder are lists of cases over this. A run's folder is ``WORK/CASE/version_SEED``; what it said,
+also where it failed, is in its ``run.log`` (see ``launch.py``).
 """
 
 from __future__ import annotations
@@ -9,28 +9,26 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
+import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import dry_run
+from launch import FAILED, LAUNCHERS, LOG, PROVENANCE, ROOT, Job, cores
 from tqdm import tqdm
 
 from editlab.figures import Series, comparison_figure, save_figure
 from editlab.lm.cache import atomic_file
 from editlab.runs import RunFolder
 
-ROOT = Path(__file__).parents[1]
 TEXT = ROOT.parent / "shared" / "data" / "text"
 
-PROVENANCE = "provenance.json"
-"""File of a run's folder that says what code and machine it was started with."""
+VERSIONS = ("editlab", "torch", "transformers", "peft")
+"""Packages whose versions a table gives."""
 
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "accuracy": lambda s: s["retained"]["accuracy"],
@@ -50,6 +48,21 @@ class Case:
     callbacks: Sequence[Mapping[str, Any]] = ()
     labels: Mapping[str, Any] = field(default_factory=dict)
     """columns of the table that say what the case is"""
+
+    def over(self, common: Mapping[str, Any]) -> Case:
+        """The same case with flags that its experiment gives to all, below its own."""
+        return replace(self, flags={**common, **self.flags})
+
+    def given(self, settings: Iterable[tuple[str, str, Any]]) -> Case:
+        """The same case with settings (class, name, value) of its callbacks, where it has such."""
+        own: dict[str, dict[str, Any]] = {}
+        for owner, name, value in settings:
+            own.setdefault(owner, {})[name] = value
+        callbacks = [
+            {**one, "init_args": {**one.get("init_args", {}), **own.get(one["class_path"].rpartition(".")[2], {})}}
+            for one in self.callbacks
+        ]
+        return replace(self, callbacks=callbacks)
 
     def arguments(self, recipe: str, seed: int, work: Path) -> list[str]:
         """What ``editlab`` is called with."""
@@ -74,6 +87,14 @@ class Run:
     case: Case
     seed: int
     folder: Path
+    recipe: str = ""
+
+    @property
+    def status(self) -> str:
+        """``done``, ``failed`` or ``to run``."""
+        if self.summary is not None:
+            return "done"
+        return "failed" if (self.folder / FAILED).exists() else "to run"
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -89,16 +110,41 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _place(text: str) -> str:
+    """The full path of a file that is there, as runs have another working folder; other words as they are."""
+    return str(Path(text).resolve()) if Path(text).is_file() else text
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """CLASS.NAME=VALUE, the value as JSON or else a word."""
+    found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no CLASS.NAME=VALUE")
+    owner, name, value = found.groups()
+    try:
+        return owner, name, json.loads(value)
+    except json.JSONDecodeError:
+        return owner, name, value
+
+
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that all experiments share."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--path", default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file")
+    found.add_argument(
+        "--path", type=_place, default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file"
+    )
     found.add_argument("--edits", type=int, default=500)
     found.add_argument("--batch_size", type=int, default=32)
     found.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     found.add_argument("--only", nargs="+", help="names of the cases to run; all where not given")
     found.add_argument("--work", type=Path, help="folder of the runs")
+    found.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
     found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    found.add_argument(
+        "--launcher", choices=list(LAUNCHERS), default="local", help="ray: over the machines of a cluster"
+    )
+    found.add_argument("--callback", type=_setting, nargs="+", default=[], metavar="CLASS.NAME=VALUE",
+                       help="settings of callbacks in all cases that have them: LoRAAdjust.steps=4")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
     found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
@@ -109,8 +155,11 @@ def add_texts(shared: argparse.ArgumentParser) -> None:
     """The arguments for texts: WikiText where it is at hand, else what comes with editlab."""
     texts = {"heldout": TEXT / "wikitext2_test.txt", "moments": TEXT / "wikitext2_valid.txt"}
     heldout, moments = (str(path) if path.exists() else None for path in texts.values())
-    shared.add_argument("--heldout", default=heldout or "builtin", help="text of the perplexity")
-    shared.add_argument("--moments", default=moments or "self", help="text of the second moments")
+    shared.add_argument("--heldout", type=_place, default=heldout or "builtin", help="text of the perplexity")
+    shared.add_argument("--moments", type=_place, default=moments or "self", help="text of the second moments")
+    shared.add_argument(
+        "--tokens", type=int, help="of the second moments; 24576 of the model's own text, 160000 of others"
+    )
 
 
 def common_flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -124,80 +173,87 @@ def common_flags(options: argparse.Namespace) -> dict[str, Any]:
         "model.evaluation.heldout": options.heldout,
         "model.evaluation.generated_texts": 0,
         "model.moments.text": options.moments,
-        "model.moments.tokens": 24576 if options.moments == "self" else 160000,
+        "model.moments.tokens": options.tokens or (24576 if options.moments == "self" else 160000),
     }
 
 
-def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
-    """Runs every case with every seed; gives those that have a result.
+def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
+    """Every case that is asked for with every seed, whether it has a result or not.
 
-    Exits with a sentence where the fact file is absent.
+    Exits with a sentence where there is no case of a name that is asked for.
+    """
+    cases = list(cases)
+    unknown = set(options.only or ()) - {case.name for case in cases}
+    if unknown:
+        sys.exit(f"There is no case {', '.join(sorted(unknown))}: there are {', '.join(c.name for c in cases)}.")
+    chosen = [case.given(options.callback) for case in cases if not options.only or case.name in options.only]
+    return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
+
+
+def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
+    """Runs every case with every seed.
+
+    Where several run at a time, the first of each seed goes ahead of the others: what it finds and keeps in the cache
+    (values, second moments, scores of the unedited model) they need not find again.
+
+    Args:
+        cases: what to run, the ones that matter most first.
+        recipe: file that they start from.
+        options: of :func:`parser`.
+
+    Returns:
+        Those that have a result. Exits with a sentence where the fact file is absent.
     """
     if options.path != "worldfacts" and not Path(options.path).exists():
         sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
-    chosen = [case for case in cases if not options.only or case.name in options.only]
-    runs = [Run(c, s, options.work / c.name / f"version_{s}") for s in options.seeds for c in chosen]
+    runs = planned(cases, recipe, options)
     waiting = [run for run in runs if run.summary is None]
     if options.dry_run:
-        for run in runs:
-            print(f"{'to run' if run in waiting else 'done':7} {run.case.name}, seed {run.seed}")
+        dry_run.show(runs, options.workers)
         return []
-    if options.no_run:
-        return [run for run in runs if run.summary is not None]
-    threads = max(1, cores() // options.workers)
-    with ThreadPoolExecutor(options.workers) as pool, tqdm(total=len(waiting), desc="Runs", unit="run") as bar:
-        for run, code in pool.map(lambda run: (run, _start(run, recipe, options.work, threads)), waiting):
-            bar.update()
-            if code:
-                bar.write(f"{run.case.name}, seed {run.seed}, failed ({code}): see {run.folder / 'run.log'}")
+    if not options.no_run:
+        known = {run.seed for run in runs if run.summary is not None}
+        first = {run.seed: run for run in reversed(waiting) if run.seed not in known}
+        ahead = list(first.values())[::-1] if options.workers > 1 or options.launcher != "local" else []
+        _carry_out([ahead, [run for run in waiting if run not in ahead]], options)
     return [run for run in runs if run.summary is not None]
 
 
-def cores() -> int:
-    """Cores that this process may run on, where the system tells; else those that there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _carry_out(stages: Sequence[Sequence[Run]], options: argparse.Namespace) -> None:
+    runs = [run for stage in stages for run in stage]
+    threads = max(1, cores() // options.workers)
+    work = options.work.absolute()
+    jobs = [(run.folder.absolute(), run.case.arguments(run.recipe, run.seed, work)) for run in runs]
+    of = {Job(folder, tuple(arguments), threads): run for run, (folder, arguments) in zip(runs, jobs, strict=True)}
+    with tqdm(total=len(runs), desc="Runs", unit="run") as bar:
+        for stage in filter(None, stages):
+            some = [job for job, run in of.items() if run in stage]
+            for job, code in LAUNCHERS[options.launcher](some, options.workers):
+                bar.update()
+                if code:
+                    bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
 
 
-def _start(run: Run, recipe: str, work: Path, threads: int) -> int:
-    """Runs or resumes one; returns its exit code."""
-    checkpoint = run.folder / "checkpoints" / "last.ckpt"
-    arguments = run.case.arguments(recipe, run.seed, work)
-    if checkpoint.exists():
-        arguments += ["--ckpt_path", str(checkpoint)]
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if not checkpoint.exists():
-        (run.folder / PROVENANCE).write_text(json.dumps(provenance()) + "\n", encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with (run.folder / "run.log").open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "editlab.cli", *arguments]
-        return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
-
-
-def provenance() -> dict[str, str]:
-    """What the code and the machine are: the revision of git ("+" where files were changed since), and the CPU."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return found.stdout.strip()
-
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    return {"revision": git("rev-parse", "--short", "HEAD") + changed, "machine": f"{cores()} x {cpu_name()}"}
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> None:
+    """Ends the program with exit code 1 and a sentence where runs that were asked for have failed."""
+    runs = [] if options.dry_run else planned(cases, recipe, options)
+    failed = [f"{run.case.name}, seed {run.seed}" for run in runs if run.status == "failed"]
+    if failed:
+        sys.exit(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}): see {LOG} in their folders.")
 
 
 def provenance_of(run: Run) -> dict[str, str]:
-    """Revision and machine that a run was started with, as far as they were noted, and its version of torch."""
+    """Recipe, revision and machine that a run was started with, as far as they were noted, and its versions."""
     path = run.folder / PROVENANCE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
-    return {**found, "torch": (run.summary or {}).get("versions", {}).get("torch", "")}
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
+    versions = (run.summary or {}).get("versions", {})
+    return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
+
+
+def provenance_of_all(runs: Sequence[Run]) -> dict[str, str]:
+    """The same of a row that several runs went into: what differs among them stands side by side."""
+    each = [provenance_of(run) for run in runs]
+    return {name: " | ".join(dict.fromkeys(one[name] for one in each)) for name in (each[0] if each else ())}
 
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -240,13 +296,14 @@ def means(runs: Sequence[Run], base: Mapping[str, str], otherwise: str) -> list[
     """
     rows = []
     for case in dict.fromkeys(run.case.name for run in runs):
-        some = [run.summary or {} for run in runs if run.case.name == case]
+        own = [run for run in runs if run.case.name == case]
+        some = [run.summary or {} for run in own]
         row: dict[str, Any] = {"case": case, "seeds": len(some)}
         row |= {name: round(interval([measure(s) for s in some])[0], 4) for name, measure in MEASURES.items()}
         for name, measure in MEASURES.items():
             found = against(runs, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
             row |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), found, strict=True)}
-        rows.append(row)
+        rows.append({**row, **provenance_of_all(own)})
     return rows
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
+import launch
 import run_all_baselines as baselines
 import run_forgetting as forgetting
 import run_lora_ablation as lora_ablation
@@ -43,11 +45,15 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     (run,) = runs
     assert sorted(run.curve()) == [2, 4]
     assert "layers are 0 to 3" in (options.work / "bad" / "version_1" / "run.log").read_text()
+    assert [run.status for run in sweep.planned([good, bad], "", options)] == ["done", "failed"]
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed \(bad, seed 1\): see run\.log"):
+        sweep.exit_where_failed([good, bad], "", options)
+    sweep.exit_where_failed([good], "", options)
     # What has a result is not started again; what was stopped goes on from its checkpoint.
     written = (run.folder / "metrics.csv").read_text()
     started = []
-    plain = sweep._start
-    monkeypatch.setattr(sweep, "_start", lambda run, *rest: (started.append(run.case.name), plain(run, *rest))[1])
+    plain = launch.start
+    monkeypatch.setattr(launch, "start", lambda job: (started.append(job.folder.parent.name), plain(job))[1])
     sweep.run_all([good], "configs/emmet.yaml", options)
     assert started == []
     (run.folder / "summary.json").unlink()
@@ -76,6 +82,25 @@ def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
     given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
     assert given == {"memory": "sampled", "sampling": "random", "rate": 0.5, "capacity": 200}
     assert curve["class_path"].endswith("ForgettingCurve")
+
+
+def test_settings_of_callbacks_reach_the_cases_that_have_them(options, capsys):
+    options = sweep.parser(None, work=options.work).parse_args(["--callback", "MemoryReplay.rate=0.5", "Other.a=b"])
+    with_it, without = sweep.Case("a", {}, [{"class_path": "callbacks.MemoryReplay"}]), sweep.Case("b", {})
+    found = [run.case.callbacks for run in sweep.planned([with_it, without], "", options) if run.seed == 1]
+    assert found == [[{"class_path": "callbacks.MemoryReplay", "init_args": {"rate": 0.5}}], []]
+    assert options.callback[1] == ("Other", "a", "b")
+    with pytest.raises(SystemExit):
+        sweep.parser(None).parse_args(["--callback", "rate=0.5"])
+    assert "is no CLASS.NAME=VALUE" in capsys.readouterr().err
+
+
+def test_files_are_found_from_the_folder_of_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.csv").touch()
+    found = sweep.parser(None).parse_args(["--path", "facts.csv"])
+    assert found.path == str(tmp_path.resolve() / "facts.csv")
+    assert sweep.parser(None).parse_args(["--path", "worldfacts"]).path == "worldfacts"
 
 
 def test_intervals_by_hand():
@@ -111,8 +136,12 @@ def test_differences_are_paired_by_seed(tmp_path):
 
 def test_dry_run_and_missing_file(options, capsys):
     options.dry_run = True
-    assert sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options) == []
+    case = sweep.Case("none", options.flags)
+    assert sweep.run_all([case], "configs/emmet.yaml", options) == []
     assert "to run  none, seed 1" in capsys.readouterr().out
+    options.only = ["nome"]
+    with pytest.raises(SystemExit, match="There is no case nome: there are none, some"):
+        sweep.run_all([sweep.Case("none", {}), sweep.Case("some", {})], "configs/emmet.yaml", options)
     options.path = "nowhere.json"
     with pytest.raises(SystemExit, match=r"nowhere\.json is not there"):
         sweep.run_all([], "configs/emmet.yaml", options)
@@ -166,8 +195,12 @@ def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_
 def test_a_run_says_what_it_was_started_with(options):
     (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
     found = sweep.provenance_of(run)
-    assert found == {**sweep.provenance(), "torch": run.summary["versions"]["torch"]}
-    assert found["machine"].split(" x ")[0] == str(sweep.cores())
+    versions = {name: version(name) for name in ("editlab", "torch", "transformers", "peft")}
+    assert found == {"recipe": "configs/emmet.yaml", **launch.provenance(), **versions}
+    assert found["machine"].split(" x ")[0] == str(launch.cores())
+    assert sweep.provenance_of_all([run, run]) == found
+    other = sweep.Run(run.case, 2, options.work, "configs/memit.yaml")
+    assert sweep.provenance_of_all([run, other])["recipe"] == "configs/emmet.yaml | configs/memit.yaml"
 
 
 def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
@@ -198,10 +231,31 @@ def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
 
 
 def test_tables_alone_run_nothing(options, monkeypatch):
-    monkeypatch.setattr(sweep, "_start", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(launch, "start", lambda job: 1 / 0)
     done = options.work / "none" / "version_1"
     done.mkdir(parents=True)
     (done / "summary.json").write_text("{}")
     options.no_run = True
     runs = sweep.run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
     assert [run.case.name for run in runs] == ["none"]
+
+
+@pytest.mark.parametrize("script", [baselines, forgetting, ablation, lora_ablation])
+def test_tables_go_where_they_are_wanted(script, tmp_path, monkeypatch):
+    (case,) = script.cases(8)[:1] if script in (forgetting, ablation) else script.cases()[:1]
+    folder = tmp_path / "runs" / case.name / "version_1"
+    folder.mkdir(parents=True)
+    summary = {"edits": 8, "retained": {"accuracy": 0.5, "ES": 1.0, "NS": 0.7}, "before": {"NS": 0.8}, "immediate": {},
+               "perplexity": {"before": 20.0, "after": 22.0}, "delta_norm": {"6": 0.25}, "seconds": 8.0,
+               "peak_memory_mb": 100.0, "versions": {"torch": "2"}}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    given = ["--no-run", "--path", "worldfacts", "--work", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["script", *given])
+    script.main()
+    tables = list((tmp_path / "out" / "results").iterdir())
+    assert tables
+    for table in tables:
+        with table.open() as file:
+            for row in csv.DictReader(file):
+                assert row["recipe"] == script.RECIPE
+                assert row["torch"] == "2"

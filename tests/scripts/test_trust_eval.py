@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def test_rates_and_areas_by_hand():
     assert areas["ROC_AUC_low"] <= areas["ROC_AUC"] <= areas["ROC_AUC_high"]
     never = trust_labels.rates([0.0] * 5, bad, 1.0)
     assert (never["rollback_rate"], never["accuracy"]) == (0, 0.5)
+
+
+def test_the_points_of_a_curve_have_its_area():
+    suspicion, bad = [0.9, 0.8, 0.7, 0.2, 0.1], [True, False, True, False, False]
+    batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.SIGNALS, s), None, {})
+               for i, s in enumerate(suspicion)]  # fmt: skip
+    rows = [r for r in run_trust_eval.points({"injected": (batches, bad)}) if r["gate"] == "trust"]
+    assert rows[0] == {"labels": "injected", "gate": "trust", "false_positive_rate": 0, "recall": 0, "precision": 0}
+    assert (rows[-1]["false_positive_rate"], rows[-1]["recall"], rows[-1]["precision"]) == (1, 1, 0.4)
+    area = sum((b["false_positive_rate"] - a["false_positive_rate"]) * (a["recall"] + b["recall"]) / 2
+               for a, b in pairwise(rows))  # fmt: skip
+    assert area == pytest.approx(trust_labels.areas(suspicion, bad, resamples=5)["ROC_AUC"], abs=1e-3)
+    # Kinds of labels that are not drawn have no points.
+    assert run_trust_eval.points({"beyond capacity, fork": (batches, bad)}) == []
 
 
 def test_the_table_gives_baselines_as_many_rejections():

@@ -1,0 +1,147 @@
+"""Starts the runs of an experiment: each in a process of its own, here or on the machines of a Ray cluster.
+
+In a run's folder lie, beside what ``editlab fit`` writes, ``run.log`` (all output), ``provenance.json`` (what it was
+started with) and, where it ended badly, ``failed.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
+
+STOPPED = {130, 143, -2, -15}
+"""Exit codes of what was told to stop, which is no failure."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be started."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    """of ``editlab``"""
+    threads: int
+
+
+def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
+    """Runs a job, or resumes it from its checkpoint.
+
+    Args:
+        job: what to run.
+        variables: of the environment, beside those of this process.
+
+    Returns:
+        Its exit code.
+    """
+    (job.folder / FAILED).unlink(missing_ok=True)
+    arguments = list(job.arguments)
+    checkpoint = job.folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        arguments += ["--ckpt_path", str(checkpoint)]
+    else:
+        _write(job.folder / PROVENANCE, provenance())
+    environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": str(job.threads)}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / LOG).open("a", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "editlab.cli", *arguments]
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+    if code and code not in STOPPED:
+        _write(job.folder / FAILED, {"code": code, "log": str(job.folder / LOG)})
+    return code
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def provenance() -> dict[str, str]:
+    """What the code and the machine are: git's revision ("+" where files were changed since), the CPU and GPUs."""
+    changed = "+" if _says("git", "status", "--porcelain", "--untracked-files=no") else ""
+    gpus = _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return {
+        "revision": _says("git", "rev-parse", "--short", "HEAD") + changed,
+        "machine": ", ".join([f"{cores()} x {cpu_name()}", *gpus]),
+    }
+
+
+def _says(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return "" if found.returncode else found.stdout.strip()
+
+
+def cores() -> int:
+    """Cores that this process may run on, where the system tells; else those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Runs jobs on this machine, ``workers`` at a time; gives each with its exit code, in their order."""
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda job: (job, start(job)), jobs)
+
+
+def over_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Runs jobs on the machines of a Ray cluster, ``workers`` at a time on each; gives each as it ends.
+
+    The cluster is that of ``RAY_ADDRESS``, or one that was started on this machine, else one of this machine alone.
+    Its machines are alike, and have this checkout, its environment, the facts and the runs' folder at the same paths.
+    A run whose machine is lost goes on elsewhere from its checkpoint. Exits with a sentence where Ray is absent.
+    """
+    try:
+        import ray
+    except ImportError:
+        sys.exit("The launcher ray needs Ray: pip install 'editlab[ray]', or leave --launcher out.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(log_to_driver=False)
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # scripts are no package that a worker could import
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0) / len(ray.nodes()) / workers
+        variables = {name: value for name, value in os.environ.items() if name.startswith(("EDITLAB_", "HF_"))}
+        remote = ray.remote(start)
+        waiting = {
+            remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables): job for job in jobs
+        }
+        while waiting:
+            (ended,), _ = ray.wait(list(waiting), num_returns=1)
+            job = waiting.pop(ended)
+            try:
+                yield job, ray.get(ended)
+            except ray.exceptions.RayError as error:
+                _write(job.folder / FAILED, {"code": 1, "log": str(job.folder / LOG), "ray": str(error)})
+                yield job, 1
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+        if ours:
+            ray.shutdown()
+
+
+LAUNCHERS: dict[str, Callable[[Sequence[Job], int], Iterator[tuple[Job, int]]]] = {"local": processes, "ray": over_ray}
+"""name -> jobs, jobs at a time on one machine -> each job with its exit code"""

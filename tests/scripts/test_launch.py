@@ -1,0 +1,77 @@
+"""Runs as processes here and over Ray: the same files, exit codes, failures kept, what was stopped no failure."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import launch
+
+
+def jobs(tmp_path):
+    """Two that end well, and one that does not."""
+    shown = tuple(
+        launch.Job(tmp_path / name / "version_1", ("fit", "--config", "configs/emmet.yaml", "--print_config"), 1)
+        for name in ("one", "two")
+    )
+    return [*shown, launch.Job(tmp_path / "bad" / "version_1", ("fit", "--config", "nowhere.yaml"), 1)]
+
+
+def check(found, tmp_path):
+    codes = {job.folder.parent.name: code for job, code in found}
+    assert sorted(codes) == ["bad", "one", "two"]
+    assert codes["one"] == codes["two"] == 0
+    assert codes["bad"] != 0
+    for name in codes:
+        folder = tmp_path / name / "version_1"
+        assert json.loads((folder / "provenance.json").read_text()) == launch.provenance()
+        assert (folder / "failed.json").exists() == (name == "bad")
+    assert "covariance_weight" in (tmp_path / "one" / "version_1" / "run.log").read_text()
+    assert "nowhere.yaml" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
+    assert json.loads((tmp_path / "bad" / "version_1" / "failed.json").read_text())["code"] == codes["bad"]
+
+
+def test_processes_of_this_machine(tmp_path):
+    check(list(launch.processes(jobs(tmp_path), 2)), tmp_path)
+
+
+# Ray's own warnings and sockets are not ours to mend.
+@pytest.mark.filterwarnings("default")
+def test_two_workers_of_ray(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'editlab[ray]')")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        check(list(launch.over_ray(jobs(tmp_path), 2)), tmp_path)
+        assert ray.is_initialized()  # a cluster that was there stays
+    finally:
+        ray.shutdown()
+
+
+def test_the_machine_has_its_gpus(monkeypatch):
+    said = {"git rev-parse": "abc1234", "git status": " M x", "nvidia-smi --query-gpu=name": "Card A\nCard B"}
+    monkeypatch.setattr(launch, "_says", lambda *command: said[" ".join(command[:2])])
+    cpu = f"{launch.cores()} x {launch.cpu_name()}"
+    assert launch.provenance() == {"revision": "abc1234+", "machine": f"{cpu}, Card A, Card B"}
+    monkeypatch.undo()
+    assert launch._says("no-such-command-anywhere") == ""
+    assert launch._says(sys.executable, "-c", "print(1); raise SystemExit(1)") == ""
+
+
+def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"pip install 'editlab\[ray\]'"):
+        list(launch.over_ray([], 1))
+
+
+def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp_path, monkeypatch):
+    (job, *_) = jobs(tmp_path)
+    for code, failed in ((3, True), (0, False), (-9, True), (130, False)):
+        monkeypatch.setattr(
+            launch.subprocess, "run", lambda *a, code=code, **k: launch.subprocess.CompletedProcess(a, code, "")
+        )
+        assert launch.start(job) == code
+        assert (job.folder / "failed.json").exists() == failed
