@@ -38,6 +38,7 @@ class EditedLayer(nn.Module):
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_buffer("original", weight.clone(), persistent=False)
         self.adapter: Tensor | None = None
+        self.set_aside = False  # while it is True the weight is the original one: see unedited()
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
@@ -53,10 +54,12 @@ class EditedLayer(nn.Module):
         return self._modules_outside[0].weight  # type: ignore[return-value]
 
     @torch.no_grad()
-    def write(self, total: Tensor | None = None) -> None:
-        """Sets the parameter to the original plus ``total`` (the running sum and the adapter where not given)."""
-        if total is None:
-            total = self.total if self.adapter is None else self.total + self.adapter
+    def write(self) -> None:
+        """Sets the parameter to the original plus the running sum and the adapter; to the original if set aside."""
+        if self.set_aside:
+            self.weight.copy_(self.original)
+            return
+        total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total
         # The wider of the two types: a 16-bit original is summed in float32, a float64 one keeps its digits.
         self.weight.copy_((self.original + total).to(self.weight.dtype))
@@ -117,15 +120,19 @@ class ClosedFormOptimizer(torch.optim.Optimizer):
 
 @contextmanager
 def unedited(layers: Iterable[EditedLayer]) -> Iterator[None]:
-    """Within it the weights are the original ones; afterwards they are as edited, bit for bit."""
-    layers = list(layers)
-    edited = any(layer.adapter is not None or bool(layer.total.any()) for layer in layers)
-    if edited:
-        for layer in layers:
-            layer.write(torch.zeros_like(layer.total))
+    """Within it the weights are the original ones; afterwards they are as edited, bit for bit.
+
+    It may be entered again inside itself: the edits come back where the outermost one is left.
+    """
+    layers = [layer for layer in layers if not layer.set_aside]
+    if not any(layer.adapter is not None or bool(layer.total.any()) for layer in layers):
+        layers = []
+    for layer in layers:
+        layer.set_aside = True
+        layer.write()
     try:
         yield
     finally:
-        if edited:
-            for layer in layers:
-                layer.write()
+        for layer in layers:
+            layer.set_aside = False
+            layer.write()
