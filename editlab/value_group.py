@@ -19,7 +19,7 @@ from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.keys import Site, locate
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.running import adding, by_row, logits_only_at, reading, starting_at
+from editlab.lm.running import Past, adding, by_row, cache_of, logits_only_at, past_of, reading, starting_at
 from editlab.lm.tokens import encode, join, pad
 
 KL_PROMPT = "{} is a"
@@ -109,7 +109,7 @@ class ValueGroup:
     @torch.no_grad()
     def _read_prefixes(self, ids: Tensor, mask: Tensor, which: Tensor) -> None:
         """Keys and values of all blocks for each different prefix, once; ``which`` says whose row has which."""
-        self.past: list[tuple[Tensor, Tensor]] = []
+        self.past: Past = []
         if ids.shape[1] == 0:
             return
         # A row without any prefix is all padding, which nothing reads; attending to it keeps its content finite.
@@ -118,7 +118,7 @@ class ValueGroup:
         zero = torch.zeros(1, dtype=torch.long, device=self.lm.device)
         with logits_only_at(self.lm.anatomy.head, zero, zero):
             self.lm.run(ids, mask, (mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache, use_cache=True)
-        self.past = [(_rows(layer.keys, which), _rows(layer.values, which)) for layer in cache.layers]  # type: ignore[union-attr,arg-type]
+        self.past = [(_rows(key, which), _rows(value, which)) for key, value in past_of(cache)]
 
     @torch.no_grad()
     def _read_tails(self) -> None:
@@ -129,7 +129,7 @@ class ValueGroup:
         }
         # With the site in the stream both are one module's output, and hooks run in the order of the dict.
         with reading(enters, stop="site") as seen:
-            self.lm.run(self.tail, self.mask, self.positions, past_key_values=self._cache(), use_cache=True)
+            self.lm.run(self.tail, self.mask, self.positions, past_key_values=cache_of(self.past), use_cache=True)
         rows = len(self.tail)
         self.hidden = by_row(seen["hidden"], rows).clone().to(self.lm.device)
         self.origin = by_row(seen["site"], rows).to(self.lm.device)[self.bare_row, 0].float()
@@ -137,13 +137,6 @@ class ValueGroup:
             # Blocks that are stepped over need an entry of the right length and no content.
             key, value = (t[:1, :, :, :1].expand(len(t), -1, -1, -1) for t in self.past[i])
             self.past[i] = (key, value)
-
-    def _cache(self) -> DynamicCache:
-        """The prefixes' keys and values as the model takes them; made anew for each pass, which adds to it."""
-        cache = DynamicCache()
-        for i, (key, value) in enumerate(self.past):
-            cache.update(key, value, i)
-        return cache
 
     def surprise(self, delta: Tensor) -> Surprise:
         """What the targets cost with vectors ``delta`` [facts left, d_v] added; gradients flow.
@@ -164,7 +157,7 @@ class ValueGroup:
 
     def _logits(self, shift: Tensor) -> Tensor:
         """Float32 logits at the wanted positions and then at the KL positions, [n, vocabulary]."""
-        cache = self._cache()
+        cache = cache_of(self.past)
         anatomy, hidden = self.lm.anatomy, self.hidden
         rows, columns = torch.cat([self.at_row, self.kl_row]), torch.cat([self.at_column, self.kl_column])
         if self.site.in_stream:

@@ -15,6 +15,7 @@ from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.placement import DeviceMap, runs_on
+from editlab.lm.probe import remembers_by_attention
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
 from editlab.rng import private_draws
@@ -49,7 +50,8 @@ class LanguageModel(nn.Module):
         placed: the model lies where it shall stay, whatever device the Trainer has.
 
     Raises:
-        UserError: where there is no such module, or what the model says is not finite.
+        UserError: where there is no such module, what the model says is not finite, or a recurrent state is part of
+            what it keeps.
     """
 
     def __init__(
@@ -67,6 +69,11 @@ class LanguageModel(nn.Module):
         self.longest = context_length(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
+        if not remembers_by_attention(model):
+            raise UserError(
+                f"{type(model).__name__} keeps something else of earlier tokens than their keys and values, such as a "
+                "recurrent state: choose a model whose blocks all attend."
+            )
 
     @classmethod
     def from_name(
