@@ -119,7 +119,9 @@ def _parts(file: Path) -> int:
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer of no family's class: such a class would build its own from the saved vocabulary."""
+    """Return the tokenizer as one of no family's class: such a class would build its own from the saved vocabulary."""
+    if type(tokenizer) is transformers.PreTrainedTokenizerFast:
+        return tokenizer
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         chat_template=tokenizer.chat_template,
