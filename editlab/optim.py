@@ -53,11 +53,16 @@ class EditedLayer(nn.Module):
         """The module's parameter."""
         return self._modules_outside[0].weight  # type: ignore[return-value]
 
+    @property
+    def edited(self) -> bool:
+        """Whether the sum or an adapter makes the weight another than the original."""
+        return self.adapter is not None or bool(self.total.any())
+
     @torch.no_grad()
     def write(self) -> None:
         """Sets the parameter to the original plus the running sum and the adapter; to the original if set aside."""
-        if self.set_aside:
-            self.weight.copy_(self.original)
+        if self.set_aside or not self.edited:
+            self.weight.copy_(self.original)  # to the bit: -0.0 plus nothing is 0.0
             return
         total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total
@@ -125,7 +130,7 @@ def unedited(layers: Iterable[EditedLayer]) -> Iterator[None]:
     It may be entered again inside itself: the edits come back where the outermost one is left.
     """
     layers = [layer for layer in layers if not layer.set_aside]
-    if not any(layer.adapter is not None or bool(layer.total.any()) for layer in layers):
+    if not any(layer.edited for layer in layers):
         layers = []
     for layer in layers:
         layer.set_aside = True

@@ -143,7 +143,7 @@ def test_unedited_inside_unedited_leaves_the_edits_aside():
     assert not torch.equal(a.weight, edited[0])
 
 
-def test_unedited_is_the_original_to_the_sign_of_its_zeros():
+def test_the_original_comes_back_to_the_sign_of_its_zeros():
     """-0.0 + 0.0 is 0.0, and a fingerprint tells the two apart."""
     module, layer = make("linear")
     with torch.no_grad():
@@ -151,6 +151,8 @@ def test_unedited_is_the_original_to_the_sign_of_its_zeros():
     layer.add(update(1))
     with unedited([layer]):
         assert bool(torch.signbit(module.weight).all())
+    layer.restore(torch.zeros(D_V, D_K))
+    assert bool(torch.signbit(module.weight).all())
 
 
 def test_unedited_writes_nothing_where_nothing_was_edited():

@@ -169,6 +169,22 @@ class LanguageModel(nn.Module):
         return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
 
     @torch.no_grad()
+    def next_token_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Probabilities of each token after each row of ids, float32 [rows, vocabulary] on the CPU.
+
+        Several ranks share the passes.
+        """
+
+        def read(group: Sequence[int]) -> list[Tensor]:
+            ids, mask = pad([rows[i] for i in group])
+            order = torch.arange(len(group), device=self.device)
+            last = torch.tensor([len(rows[i]) - 1 for i in group], device=self.device)
+            with logits_only_at(self.anatomy.head, order, last):
+                return list(self.run(ids, mask).logits[0].float().softmax(1).cpu())
+
+        return torch.stack(ranks.each(passes(rows), read))
+
+    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, greedy: bool = False
     ) -> list[list[int]]:
