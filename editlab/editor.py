@@ -22,7 +22,7 @@ from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
-from editlab.layers import find_layers
+from editlab.layers import FACTS, choose_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
@@ -123,17 +123,16 @@ class SequentialEditor(lightning.LightningModule):
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
-        """Loads the language model once, in the Trainer's dtype, and finds the layers to edit where none are named."""
-        if not hasattr(self, "lm"):
-            if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
-                raise UserError(
-                    "model.device_map spreads one copy of the model over a machine's devices, and each process has a "
-                    "copy of its own: set --trainer.devices 1, or leave it out."
-                )
-            dtype = torch.get_default_dtype()
-            self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
-        if not self.layer_numbers:
-            self.edit_at(find_layers(self))
+        """Loads the language model once, in the Trainer's dtype."""
+        if hasattr(self, "lm"):
+            return
+        if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
+            raise UserError(
+                "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
+                "of its own: set --trainer.devices 1, or leave it out."
+            )
+        dtype = torch.get_default_dtype()
+        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
 
     def use(self, lm: LanguageModel) -> None:
         """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
@@ -159,7 +158,9 @@ class SequentialEditor(lightning.LightningModule):
             )
 
     def configure_optimizers(self) -> ClosedFormOptimizer:
-        """The optimizer whose step adds the solved updates."""
+        """The optimizer whose step adds the solved updates; layers that nothing has named are found first."""
+        if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
+            self.edit_at(choose_layers(self, self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
         return ClosedFormOptimizer(self.layers)
 
     @property

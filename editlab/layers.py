@@ -24,24 +24,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from editlab import ranks
 from editlab.batch import StepState, solve_batch
-from editlab.checkpoint import read_checkpoint
 from editlab.contexts import sample_contexts
 from editlab.data.fact import Fact
 from editlab.events import EditOutcome, EditPlan
 from editlab.keys import check_lengths
 from editlab.lm.cache import atomic_file, cache_dir
-from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode
 from editlab.moments import accumulate, text_windows
 from editlab.progress import progress
-from editlab.resume import KEY
 from editlab.scoring import score_pairs
 from editlab.values import optimize_values
 
@@ -79,20 +75,6 @@ class Trial:
         """Harmonic mean of the shares that were measured; 0 where one of them is."""
         shares = [share for share in (self.efficacy, self.generality, self.locality) if share is not None]
         return len(shares) / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
-
-
-def find_layers(editor: SequentialEditor) -> list[int]:
-    """The layers of a run that names none: those of the checkpoint that it goes on from, or chosen by trying.
-
-    Raises:
-        UserError: where the checkpoint can not be read, or a fact does not fit into the model.
-    """
-    checkpoint = editor.trainer.ckpt_path
-    if checkpoint:
-        return list(read_checkpoint(Path(checkpoint))[KEY]["layers"])
-    editor.lm.to(editor.trainer.strategy.root_device)  # where the Trainer will take it
-    with default_dtype(torch.float32):  # as in the editor's steps
-        return choose_layers(editor, editor.trainer.datamodule.facts_to_try(2 * FACTS))  # type: ignore[attr-defined]
 
 
 def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:

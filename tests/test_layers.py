@@ -8,6 +8,7 @@ import yaml
 from tqdm import tqdm
 
 from editlab import edit_model, layers
+from editlab import editor as editor_module
 from editlab.cli import main
 from editlab.contexts import ContextSettings
 from editlab.data.fact import Fact
@@ -256,11 +257,12 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
-    monkeypatch.setattr(layers, "choose_layers", lambda *_: pytest.fail("chosen anew"))
+    monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen anew"))
     assert main([*recipe, "--ckpt_path=last"]) == 0
     assert last(tmp_path)["editor"]["layers"] == found
     assert len(last(tmp_path)["editor"]["ledger"]) == 4
     assert main(["validate", *recipe[1:], "--ckpt_path=last"]) == 0
+    assert main(["test", *recipe[1:]]) == 0  # of the unedited model, which needs no layer
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
