@@ -53,7 +53,7 @@ def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
     return [Row(ids, (len(ids) - 1,), (-1,)) for ids in encoded]
 
 
-def text_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[list[int]]:
+def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[list[int]]:
     """So many windows of a text file, or of text sampled from the model with its weights as they are (``self``).
 
     Raises:

@@ -26,8 +26,8 @@ from callbacks.adjustment import (
     edit_rows,
     examine,
     prompt_rows,
+    short_windows,
     text_rows,
-    text_windows,
 )
 from callbacks.probes import quick
 from editlab.batch import StepState
@@ -206,7 +206,7 @@ class LoRAAdjust(EditCallback):
         lm, count = editor.lm, self.text_tokens // WINDOW
         spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
         with editor.unedited():
-            windows = text_windows(lm, self.text, count, self.seed) if count else []
+            windows = short_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)
             self.texts = text_rows(windows[:half])
             self.others = [*prompt_rows(lm, spare), *text_rows(windows[half:])]

@@ -19,13 +19,14 @@ from editlab import ranks
 from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
-from editlab.editor import SequentialEditor
+from editlab.editor import AUTO, SequentialEditor
 from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
 from editlab.failures import describe, surprise
 from editlab.logger import RunLogger
 from editlab.progress import speaks
 from editlab.strategy import NAME, EditStrategy
+from editlab.summary import run_folder
 from editlab.trainer import TRAINER_DEFAULTS
 
 DESCRIPTION = (
@@ -57,9 +58,16 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes it, unless there is one and a checkpoint is gone on from."""
-        there = (Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename).exists()
+        there = (run_folder(trainer) / self.config_filename).exists()
         if not (there and self.config.get("ckpt_path")):
             super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the layers that were found in the place of ``auto``, so that the file runs the same edits again."""
+        path = run_folder(trainer) / self.config_filename
+        if trainer.is_global_zero and self.already_saved and self.config.model.layers == AUTO:
+            self.config.model.layers = pl_module.layer_numbers
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class EditLabCLI(LightningCLI):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
 from editlab.data.formats import checked, read_record
-from editlab.editor import SequentialEditor
+from editlab.editor import AUTO, SequentialEditor
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
@@ -72,7 +72,7 @@ def edit_model(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact | Mapping[str, Any]],
     *,
-    layers: Sequence[int] = (4, 5, 6),
+    layers: Sequence[int] | Literal["auto"] = (4, 5, 6),
     batch_size: int = 16,
     callbacks: Sequence[Callback] = (),
     folder: str | Path | None = None,
@@ -90,7 +90,8 @@ def edit_model(
         tokenizer: its fast tokenizer.
         facts: in the order of their edits: :class:`~editlab.data.Fact`, or dicts with ``subject``, ``prompt`` and
             ``target`` (or in any other schema that fact files may have).
-        layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M.
+        layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` finds them by
+            trying (:mod:`editlab.layers`), on the first facts.
         batch_size: facts a step.
         callbacks: such as ``MemoryReplay()``, ``TrustRollback()``, ``LoRAAdjust()``.
         folder: where curves, tables and event logs go, as of ``editlab fit``; nothing is written where not given.
@@ -112,7 +113,7 @@ def edit_model(
         ])
         print(result)
     """
-    editor = SequentialEditor(layers=list(layers), **{**RECOMMENDED, **settings})
+    editor = SequentialEditor(layers=AUTO if layers == AUTO else list(layers), **{**RECOMMENDED, **settings})
     data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False)
     data.candidates = _facts(facts)
     generators = rng_state()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -22,6 +22,7 @@ from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
+from editlab.layers import FACTS, choose_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
@@ -39,6 +40,9 @@ from editlab.values import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
 
+AUTO = "auto"
+"""Layers that are to be found: see :mod:`editlab.layers`."""
+
 _float32 = default_dtype(torch.float32)
 """With ``trainer.precision bf16-true`` Lightning makes bfloat16 the type of all new tensors in a step. It is meant for
 the model alone: values, scores and solves stay as wide as they are everywhere else."""
@@ -50,7 +54,7 @@ class SequentialEditor(lightning.LightningModule):
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited; the target lives at the highest, and MEMIT's spreading
-            shares it out over all of them, from the lowest up.
+            shares it out over all of them, from the lowest up. ``auto`` finds them by trying (:mod:`editlab.layers`).
         rule: the closed form's metric and slack: ROME, MEMIT, EMMET or AlphaEdit.
         values: how targets v* are found.
         moments: the text of the second moments C0.
@@ -73,7 +77,7 @@ class SequentialEditor(lightning.LightningModule):
     def __init__(
         self,
         language_model: str = "smollm2-135m",
-        layers: list[int] = [4, 5, 6],  # noqa: B006 - jsonargparse shows it as the default; it is copied below
+        layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - jsonargparse shows it as the default; it is copied below
         rule: Rule = EMMET(),  # noqa: B008 - frozen
         values: ValueSettings = ValueSettings(),  # noqa: B008 - read only
         moments: MomentSettings = MomentSettings(),  # noqa: B008
@@ -89,12 +93,12 @@ class SequentialEditor(lightning.LightningModule):
         super().__init__()
         if keys not in KEY_MODES:
             raise UserError(f"model.keys is {keys!r}: it must be one of {', '.join(KEY_MODES)}.")
-        if not layers or sorted(set(layers)) != sorted(layers):
+        if layers != AUTO and (not layers or sorted(set(layers)) != sorted(layers)):
             raise UserError(f"model.layers is {layers}: name at least one layer, and each once.")
         if preserve_prompt_tokens < 0:
             raise UserError(f"model.preserve_prompt_tokens is {preserve_prompt_tokens}: it must not be negative.")
         self.language_model = language_model
-        self.layer_numbers = sorted(layers)
+        self.layer_numbers: list[int] = [] if layers == AUTO else sorted(layers)
         self.rule = rule
         self.values = values
         self.moments = moments
@@ -137,10 +141,16 @@ class SequentialEditor(lightning.LightningModule):
             UserError: where ``layers`` are not its own, or can not share an edit.
         """
         self.lm = lm
-        anatomy = lm.anatomy
+        if self.layer_numbers:
+            self.edit_at(self.layer_numbers)
+
+    def edit_at(self, layers: Sequence[int]) -> None:
+        """Takes these of the model's layers to edit; raises as :meth:`use` does."""
+        self.layer_numbers = sorted(layers)
+        anatomy = self.lm.anatomy
         for layer in self.layer_numbers:
             self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
-        self.site = Site.of(lm, self.layer_numbers[-1])
+        self.site = Site.of(self.lm, self.layer_numbers[-1])
         if not self.site.in_stream and len(self.layer_numbers) > 1:
             raise UserError(
                 f"{self.language_model} has a norm after its MLP, so an edit can not be spread over several layers: "
@@ -148,7 +158,9 @@ class SequentialEditor(lightning.LightningModule):
             )
 
     def configure_optimizers(self) -> ClosedFormOptimizer:
-        """The optimizer whose step adds the solved updates."""
+        """The optimizer whose step adds the solved updates; layers that nothing has named are found first."""
+        if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
+            self.edit_at(choose_layers(self, self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
         return ClosedFormOptimizer(self.layers)
 
     @property

@@ -76,7 +76,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     missing = [layer for layer in layers if layer not in found]
     if missing:
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
-        windows = _windows(lm, settings, name)
+        windows = text_windows(lm, settings, name)
         for layer, moments in accumulate(lm, missing, windows).items():
             found[layer] = moments
             if settings.cache:
@@ -151,7 +151,12 @@ def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
     return ids
 
 
-def _windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list[list[int]]:
+def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list[list[int]]:
+    """Token ids of the text that the settings name, in windows; ``name`` is the model's, for messages.
+
+    Raises:
+        UserError: where the text can not be read or is too short.
+    """
     if settings.text == "self":
         return sample_text(lm, settings.tokens, settings.seed, f"Sampling text from {name}")
     text = _read_hub(settings.text) if settings.text.startswith("hub:") else read_file(settings.text)

@@ -38,6 +38,7 @@ class EditedLayer(nn.Module):
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_buffer("original", weight.clone(), persistent=False)
         self.adapter: Tensor | None = None
+        self.set_aside = False  # while it is True the weight is the original one: see unedited()
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
@@ -52,11 +53,18 @@ class EditedLayer(nn.Module):
         """The module's parameter."""
         return self._modules_outside[0].weight  # type: ignore[return-value]
 
+    @property
+    def edited(self) -> bool:
+        """Whether the sum or an adapter makes the weight another than the original."""
+        return self.adapter is not None or bool(self.total.any())
+
     @torch.no_grad()
-    def write(self, total: Tensor | None = None) -> None:
-        """Sets the parameter to the original plus ``total`` (the running sum and the adapter where not given)."""
-        if total is None:
-            total = self.total if self.adapter is None else self.total + self.adapter
+    def write(self) -> None:
+        """Sets the parameter to the original plus the running sum and the adapter; to the original if set aside."""
+        if self.set_aside or not self.edited:
+            self.weight.copy_(self.original)  # to the bit: -0.0 plus nothing is 0.0
+            return
+        total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total
         # The wider of the two types: a 16-bit original is summed in float32, a float64 one keeps its digits.
         self.weight.copy_((self.original + total).to(self.weight.dtype))
@@ -117,15 +125,19 @@ class ClosedFormOptimizer(torch.optim.Optimizer):
 
 @contextmanager
 def unedited(layers: Iterable[EditedLayer]) -> Iterator[None]:
-    """Within it the weights are the original ones; afterwards they are as edited, bit for bit."""
-    layers = list(layers)
-    edited = any(layer.adapter is not None or bool(layer.total.any()) for layer in layers)
-    if edited:
-        for layer in layers:
-            layer.write(torch.zeros_like(layer.total))
+    """Within it the weights are the original ones; afterwards they are as edited, bit for bit.
+
+    It may be entered again inside itself: the edits come back where the outermost one is left.
+    """
+    layers = [layer for layer in layers if not layer.set_aside]
+    if not any(layer.edited for layer in layers):
+        layers = []
+    for layer in layers:
+        layer.set_aside = True
+        layer.write()
     try:
         yield
     finally:
-        if edited:
-            for layer in layers:
-                layer.write()
+        for layer in layers:
+            layer.set_aside = False
+            layer.write()

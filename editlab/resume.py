@@ -49,6 +49,8 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         UserError: where the checkpoint is of another model or other layers.
     """
     saved = checkpoint[KEY]
+    if not editor.layer_numbers:  # they were found by the run that is gone on from
+        editor.edit_at(saved["layers"])
     if saved["layers"] != editor.layer_numbers:
         raise UserError(
             f"The checkpoint edits layers {saved['layers']} and this run layers {editor.layer_numbers}: set "

@@ -78,13 +78,51 @@ def test_the_same_bits_as_a_run_of_the_command(tiny_folder, tmp_path):
     module = editor(tiny_folder, layers=[1], values=SMALL["values"])
     fit(tmp_path, module, limit=4)
     _, result = edit_model(
-        tiny_model("llama"), tiny_tokenizer(), FACTS[:4], layers=[1], batch_size=2, progress=False,
-        rule=module.rule, values=module.values, moments=module.moments, contexts=module.context_settings,
-        evaluation=module.evaluation.settings, preserve_prompt_tokens=module.preserve_prompt_tokens,
-        keys=module.key_mode,
+        tiny_model("llama"), tiny_tokenizer(), FACTS[:4], layers=[1], batch_size=2, progress=False, **as_in(module)
     )  # fmt: skip
     assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
     assert result.retained == module.evaluation.retained
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_half_model_in_and_out(family, dtype):
+    """Updates are summed in float32 and rounded once; the original is given back in its own type."""
+    model = tiny_model(family).to(dtype)
+    before = weights(model)
+    layers = [2] if family == "gemma2" else [1, 2]
+    _, result = edit_model(model, tiny_tokenizer(bos=True), PLAIN, **{**SMALL, "layers": layers})
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.get_default_dtype() == torch.float32
+    assert len(changed(before, model)) == len(layers)
+    for layer in result.editor.layers:
+        assert layer.total.dtype == torch.float32
+        total = layer.total.T if layer.transposed else layer.total
+        assert torch.equal(layer.weight, (layer.original.float() + total).to(dtype))
+        assert bool(total.any())
+    assert set(result.retained) >= {"ES", "accuracy"}
+    result.revert()
+    assert changed(before, model) == []
+
+
+def test_half_precision_gives_the_bits_of_the_command(tiny_folder, tmp_path):
+    module = editor(tiny_folder, layers=[1], values=SMALL["values"])
+    fit(tmp_path, module, limit=4, precision="bf16-true")
+    _, result = edit_model(
+        tiny_model("llama").bfloat16(), tiny_tokenizer(), FACTS[:4], layers=[1], batch_size=2, progress=False,
+        **as_in(module),
+    )  # fmt: skip
+    assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
+    assert result.retained == module.evaluation.retained
+
+
+def as_in(module):
+    """The settings of an editor, as arguments."""
+    return {
+        "rule": module.rule, "values": module.values, "moments": module.moments, "contexts": module.context_settings,
+        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.preserve_prompt_tokens,
+        "keys": module.key_mode,
+    }  # fmt: skip
 
 
 def test_callbacks_and_a_folder(tmp_path):

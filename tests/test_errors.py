@@ -90,6 +90,7 @@ FILES = {
     "list.yaml": "- model\n- data\n",
     "noise.ckpt": b"\x00\x01nothing of the kind",
     "short.txt": "A few words.",
+    "cut.gguf": b"GGUF\3\0\0\0",
     "latin.txt": "S\u00e3o Tom\u00e9".encode("latin-1"),
 }  # fmt: skip
 
@@ -185,7 +186,8 @@ FIT = {
     # models
     "no model": (setting("model.language_model", "./nowhere"), "nowhere"),
     "a folder without a model": (setting("model.language_model", "models/empty"), "has no config.json"),
-    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, not a folder"),
+    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but no GGUF file"),
+    "a GGUF file cut short": (setting("model.language_model", "cut.gguf"), "cut.gguf is damaged, cut short, or of"),
     "a model without weights": (setting("model.language_model", "models/no_weights"), "models/no_weights"),
     "a model without some weights": (setting("model.language_model", "models/incomplete"), "get the whole model again"),
     "a model without a tokenizer": (setting("model.language_model", "models/no_tokenizer"), "tokenizer"),

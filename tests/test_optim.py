@@ -124,6 +124,37 @@ def test_unedited_covers_all_layers_even_where_only_one_was_edited():
     assert not torch.equal(b.weight, originals[1])
 
 
+def test_unedited_inside_unedited_leaves_the_edits_aside():
+    """The inner one must not bring the edits back early, nor layers that only it was given stay as they were."""
+    (a, layer_a), (b, layer_b) = make("linear"), make("conv1d")
+    originals = [m.weight.detach().clone() for m in (a, b)]
+    for layer in (layer_a, layer_b):
+        layer.add(update(1))
+    edited = [m.weight.detach().clone() for m in (a, b)]
+    with unedited([layer_a]):
+        with unedited([layer_a, layer_b]):
+            assert torch.equal(a.weight, originals[0])
+            assert torch.equal(b.weight, originals[1])
+        assert torch.equal(a.weight, originals[0])
+        assert torch.equal(b.weight, edited[1])
+        layer_a.add(update(2))  # summed, and seen where the original is no longer asked for
+        assert torch.equal(a.weight, originals[0])
+    assert torch.equal(a.weight, originals[0] + layer_a.total)
+    assert not torch.equal(a.weight, edited[0])
+
+
+def test_the_original_comes_back_to_the_sign_of_its_zeros():
+    """-0.0 + 0.0 is 0.0, and a fingerprint tells the two apart."""
+    module, layer = make("linear")
+    with torch.no_grad():
+        layer.original.fill_(-0.0)
+    layer.add(update(1))
+    with unedited([layer]):
+        assert bool(torch.signbit(module.weight).all())
+    layer.restore(torch.zeros(D_V, D_K))
+    assert bool(torch.signbit(module.weight).all())
+
+
 def test_unedited_writes_nothing_where_nothing_was_edited():
     """A weight is as large as a layer: its version tells that it was left alone."""
     module, layer = make("linear")

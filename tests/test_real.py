@@ -1,27 +1,44 @@
-"""One real edit of SmolLM2-135M, from fetching the model to the summary: the whole path on the real thing."""
+"""Real edits of SmolLM2-135M, from fetching the model to the exported folder: the whole path on the real thing."""
 
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editlab.cli import main
+from editlab.data.fact import Fact
 
 pytestmark = pytest.mark.real
 
 
-def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch, precision, dtype):
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "real.yaml"
     recipe.write_text(
         "model:\n  layers: [4, 5, 6]\n  rule: {class_path: EMMET, init_args: {covariance_weight: 300}}\n"
-        "  preserve_prompt_tokens: 1.0\n  moments: {tokens: 2048}\n  evaluation: {heldout_tokens: 512}\n"
+        "  preserve_prompt_tokens: 1.0\n  moments: {tokens: 2048}\n  contexts: {count: 2}\n"
+        "  evaluation: {heldout_tokens: 512, generated_texts: 0}\n"
         "data: {limit: 4, batch_size: 2}\n"
         "trainer:\n  accelerator: cpu\n  enable_progress_bar: false\n  callbacks: [{class_path: MemoryReplay}]\n"
     )
-    assert main(["fit", "--config", str(recipe)]) == 0
-    summary = json.loads((tmp_path / "lightning_logs" / "real" / "version_0" / "summary.json").read_text())
+    assert main(["fit", "--config", str(recipe), "--trainer.precision", precision]) == 0
+    run = tmp_path / "lightning_logs" / "real" / "version_0"
+    summary = json.loads((run / "summary.json").read_text())
     # Four facts are no sequence: all of them must be there, argmax and all, and the language must not have suffered.
     assert summary["before"]["ES"] == 0  # known facts: the truth was likelier
     assert summary["immediate"]["ES"] == summary["retained"]["ES"] == 1
     assert summary["retained"]["accuracy"] == 1
     assert summary["perplexity"]["after"] < 1.03 * summary["perplexity"]["before"]
+    assert main(["export", "--ckpt_path", str(run), "--out", "edited"]) == 0
+    model = AutoModelForCausalLM.from_pretrained("edited")
+    assert model.dtype == dtype
+    tokenizer = AutoTokenizer.from_pretrained("edited")
+    ledger = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["editor"]["ledger"]
+    for entry in ledger:
+        fact = Fact.from_dict(entry["fact"])
+        prompt = tokenizer(fact.question, return_tensors="pt")
+        with torch.no_grad():
+            said = model.generate(**prompt, do_sample=False, max_new_tokens=4)[0, prompt.input_ids.shape[1] :]
+        assert tokenizer.decode(said).strip().startswith(fact.target_new)

@@ -36,6 +36,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                           "num_attention_heads": 4, "max_position_embeddings": 128}),
 }  # fmt: skip
 
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),  # no positions: biases by distance
+    "cohere": ("CohereConfig", _LLAMA_LIKE),  # attention and MLP side by side, scaled logits
+    "falcon": ("FalconConfig", {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}),
+    "gemma": ("GemmaConfig", _LLAMA_LIKE),  # tied and scaled embeddings
+    "granite": ("GraniteConfig", {**_LLAMA_LIKE, "residual_multiplier": 0.2, "embedding_multiplier": 12.0}),
+    "olmo2": ("Olmo2Config", _LLAMA_LIKE),  # norms after, none before
+    "opt_350m": ("OPTConfig", {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_hidden_layers": 4,
+                               "num_attention_heads": 4, "max_position_embeddings": 128,
+                               "do_layer_norm_before": False}),  # embeddings narrower than the stream
+    "phi3": ("Phi3Config", _LLAMA_LIKE),  # fused gate and up
+    "stablelm": ("StableLmConfig", _LLAMA_LIKE),
+    "starcoder2": ("Starcoder2Config", _LLAMA_LIKE),
+}  # fmt: skip
+"""Structures that :data:`FAMILIES` lacks; too many for every test."""
+
 
 def tiny_tokenizer(*, bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer over :data:`TEXT`; with ``bos`` it puts a special token before each text."""
@@ -62,8 +78,8 @@ def tiny_tokenizer(*, bos: bool = False, padding_side: str = "right") -> PreTrai
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
-    """A random 4-layer model of ``family`` (a key of :data:`FAMILIES`), float32, in eval mode."""
-    config_name, settings = FAMILIES[family]
+    """A random 4-layer model of ``family`` (in :data:`FAMILIES` or :data:`OTHERS`), float32, in eval mode."""
+    config_name, settings = {**FAMILIES, **OTHERS}[family]
     config = getattr(transformers, config_name)(
         **{"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, **settings, **changes}
     )

@@ -148,6 +148,16 @@ class EditDataModule(LightningDataModule):
         """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``."""
         return self._others()[self.bystanders :][:count]
 
+    def facts_to_try(self, count: int) -> list[Fact]:
+        """Up to ``count`` facts to try something on before those to edit are fixed.
+
+        They come from beyond the limit, and from before the bystanders of ``test``, as far as there are such facts;
+        otherwise they are the first ones, which are edited too.
+        """
+        beyond = self.candidates[self.limit :] if self.limit else []
+        spare = beyond[: max(0, len(beyond) - self.bystanders)][-count:]
+        return [*spare, *(fact for fact in self.candidates if fact not in spare)][:count]
+
     def _others(self) -> list[Fact]:
         edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
         subjects = {fact.subject for fact in edited}

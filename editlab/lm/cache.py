@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -30,6 +31,15 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("EDITLAB_CACHE")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("editlab")
+
+
+def sha256(file: Path) -> str:
+    """Return the hex digest of a file's content, which a cached artefact made of it is kept under."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
 from editlab.lm.placement import DeviceMap, runs_on
+from editlab.lm.probe import remembers_by_attention
 from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_length, pad
 from editlab.rng import private_draws
@@ -49,7 +50,8 @@ class LanguageModel(nn.Module):
         placed: the model lies where it shall stay, whatever device the Trainer has.
 
     Raises:
-        UserError: where there is no such module, or what the model says is not finite.
+        UserError: where there is no such module, what the model says is not finite, or a recurrent state is part of
+            what it keeps.
     """
 
     def __init__(
@@ -69,6 +71,11 @@ class LanguageModel(nn.Module):
         self.blocks_give_tuples = self._probe_tuples()
         self.packs: bool | None = None
         """whether rows may be packed (:mod:`editlab.lm.layout`); None where that was not tried yet"""
+        if not remembers_by_attention(model):
+            raise UserError(
+                f"{type(model).__name__} keeps something else of earlier tokens than their keys and values, such as a "
+                "recurrent state: choose a model whose blocks all attend."
+            )
 
     @classmethod
     def from_name(
@@ -162,6 +169,22 @@ class LanguageModel(nn.Module):
 
         found = ranks.each(passes(rows, tokens_a_pass), score)
         return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
+
+    @torch.no_grad()
+    def next_token_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Probabilities of each token after each row of ids, float32 [rows, vocabulary] on the CPU.
+
+        Several ranks share the passes.
+        """
+
+        def read(group: Sequence[int]) -> list[Tensor]:
+            ids, mask = pad([rows[i] for i in group])
+            order = torch.arange(len(group), device=self.device)
+            last = torch.tensor([len(rows[i]) - 1 for i in group], device=self.device)
+            with logits_only_at(self.anatomy.head, order, last):
+                return list(self.run(ids, mask).logits[0].float().softmax(1).cpu())
+
+        return torch.stack(ranks.each(passes(rows), read))
 
     @torch.no_grad()
     def sample(

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.past import Past, read_prefixes
+from editlab.lm.running import cache_of
 from editlab.lm.tokens import pad
 
 PACKED = "editlab_packed"
@@ -64,7 +65,9 @@ class Padded:
 
     def run(self) -> Any:
         """See :class:`Layout`."""
-        return self.lm.run(self.ids, self.mask, self.positions, past_key_values=self.past.cache(), use_cache=True)
+        return self.lm.run(
+            self.ids, self.mask, self.positions, past_key_values=cache_of(self.past.layers), use_cache=True
+        )
 
 
 class Packed:

@@ -15,18 +15,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from editlab import ranks
 from editlab.errors import EditLabError, UserError, causes
 from editlab.lm.builtin import smollm2_folder
+from editlab.lm.causal import require_causal
+from editlab.lm.gguf import gguf_folder, is_gguf
 from editlab.lm.placement import DeviceMap
 
 _LEAST_VOCABULARY = 16
@@ -41,19 +38,18 @@ def load(
     """Load a causal language model, for evaluation and without gradients, and its fast tokenizer.
 
     ``name`` is that of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
-    wrote, or an id on the Hugging Face hub. Code that comes with a model is never run. ``device_map`` is transformers'
-    own, for a model that one device can not hold.
+    wrote or of a GGUF file, or an id on the Hugging Face hub. Code that comes with a model is never run.
+    ``device_map`` is transformers' own, for a model that one device can not hold.
 
     Raises:
-        UserError: There is no such model; its folder is incomplete; it is gated, or not a causal language
-        model; or
-            it has no fast tokenizer (edits need the offsets of tokens in the text).
+        UserError: There is no such model; its folder or file is incomplete; it is gated, or not a causal
+            language model; or it has no fast tokenizer (edits need the offsets of tokens in the text).
         EditLabError: The hub cannot be reached, or a built-in model not be fetched.
     """
     source = _source(name)
     with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    _require_causal(name, config)
+    require_causal(name, config)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
@@ -74,25 +70,17 @@ def _source(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"the folder {name} has no config.json: name one that save_pretrained has written")
         return str(folder)
-    known = f"name a built-in model ({', '.join(BUILTIN)}), a folder, or a hub id such as openai-community/gpt2"
-    if folder.is_file():
-        raise UserError(f"{name} is a file, not a folder with a model: {known}")
+    built_in = ", ".join(BUILTIN)
+    known = f"name a built-in model ({built_in}), a folder, a GGUF file, or a hub id such as openai-community/gpt2"
+    if name and folder.is_file():
+        if not is_gguf(folder):
+            raise UserError(f"{name} is a file, but no GGUF file: {known}")
+        return str(ranks.first_ahead(lambda: gguf_folder(folder)))
     try:
         validate_repo_id(name)
     except hub.HFValidationError as error:
         raise UserError(f"there is no folder {name!r}, and it is no hub id: {known}") from error
     return name
-
-
-def _require_causal(name: str, config: PretrainedConfig) -> None:
-    """Refuse models that do not continue a text from left to right."""
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name!r} is an encoder-decoder model ({kind}): choose a causal (decoder-only) one")
-    # Encoders such as BERT can be built as decoders; transformers loads them even where they have not been.
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{name!r} is not a causal language model ({kind}): choose one that continues text")
 
 
 def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:

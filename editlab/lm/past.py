@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.running import logits_only_at
+from editlab.lm.running import KeyValues, cache_of, logits_only_at, past_of
 from editlab.lm.tokens import pad
 
 
@@ -18,7 +17,7 @@ from editlab.lm.tokens import pad
 class Past:
     """What some rows have before them, padded on the left."""
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: KeyValues
     """keys and values of each block, [rows, heads, tokens, features]; empty where no row has anything"""
     mask: Tensor
     """long [rows, tokens]: 0 where a row is padded"""
@@ -39,13 +38,6 @@ class Past:
             key, value = (t[:1, :, :, :1].expand(len(t), -1, -1, -1) for t in (key, value))
             self.layers[i] = (key, value)
 
-    def cache(self) -> DynamicCache:
-        """As the model takes it; made anew for each pass, which adds to it."""
-        cache = DynamicCache()
-        for i, (key, value) in enumerate(self.layers):
-            cache.update(key, value, i)
-        return cache
-
 
 @torch.no_grad()
 def read_past(lm: LanguageModel, rows: Sequence[Sequence[int]], past: Past) -> Past:
@@ -57,11 +49,11 @@ def read_past(lm: LanguageModel, rows: Sequence[Sequence[int]], past: Past) -> P
     # A row without any token is all padding, which nothing reads; attending to it keeps its content finite.
     seen = torch.where(whole.any(1, keepdim=True), whole, 1)
     positions = (seen.cumsum(1) - 1).clamp_min(0)[:, past.mask.shape[1] :]
-    cache = past.cache()
+    cache = cache_of(past.layers)
     zero = torch.zeros(1, dtype=torch.long, device=lm.device)
     with logits_only_at(lm.anatomy.head, zero, zero):
         lm.run(ids, seen, positions, past_key_values=cache, use_cache=True)
-    return Past([(layer.keys, layer.values) for layer in cache.layers], whole)  # type: ignore[union-attr,misc]
+    return Past(past_of(cache), whole)
 
 
 def read_prefixes(lm: LanguageModel, prefixes: Sequence[Sequence[tuple[int, ...]]]) -> Past:

@@ -1,4 +1,4 @@
-"""Running one block of a model on a short dummy text, to see which of its linear maps moves what."""
+"""Running a model on a short dummy text: which linear map of a block moves what, and what is kept of the past."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
 from editlab.lm.placement import runs_on
+from editlab.lm.running import cache_of, past_of
 
 LinearMap = nn.Linear | Conv1D
 Alter = Callable[[str, Tensor, float], Tensor]
 
 TOKENS = 3
 """Length of the dummy text: one token to disturb, and later ones to look at."""
+_SAME_LOGITS = 0.2
+"""Relative error up to which logits are the same: bfloat16 rounds by less, and a state that was lost changes more."""
 
 
 @dataclass
@@ -82,6 +85,25 @@ def run_block(model: PreTrainedModel, block: nn.Module, rows: int, alter: Alter)
         for handle in handles:
             handle.remove()
     raise UserError(f"{type(model).__name__} does not run its blocks on a plain text: this model cannot be edited")
+
+
+def remembers_by_attention(model: PreTrainedModel) -> bool:
+    """Tell whether keys and values are all that a token needs of those before it.
+
+    Then a text may be run in two parts, the second with the keys and values of the first, and the last token's logits
+    are those of the whole. Recurrent states would be lost between the parts.
+    """
+    ids = _dummy_text(model)[None]
+    cache = DynamicCache()
+    with torch.no_grad(), _evaluating(model):
+        whole = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        try:
+            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            past = cache_of(past_of(cache))
+            parts = model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True).logits[0, -1].float()
+        except (TypeError, ValueError, LookupError, AttributeError):  # such a cache does not suit the model
+            return False
+    return bool((parts - whole).norm() < _SAME_LOGITS * (whole - whole.mean()).norm())
 
 
 def _altering(path: str, rows: int, alter: Alter, trace: Trace, stream: list[float]) -> Callable[..., Tensor | None]:

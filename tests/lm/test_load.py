@@ -158,7 +158,7 @@ def test_neither_folder_nor_hub_id(name):
 
 
 def test_a_file_is_no_folder(saved):
-    with pytest.raises(UserError, match="is a file, not a folder"):
+    with pytest.raises(UserError, match="is a file, but no GGUF file: name a built-in"):
         load(str(saved / "config.json"), torch.float32)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.past import Past, common_start, read_past, read_prefixes
+from editlab.lm.running import cache_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -55,7 +56,8 @@ def test_a_past_that_is_forgotten_keeps_its_length():
     past = read_past(lm, [(4, 5, 6), (7,)], Past.none(2))
     kept = past.layers[1][0].clone()
     past.forget(1)
-    assert past.cache().get_seq_length(0) == past.cache().get_seq_length(1) == 3
+    cache = cache_of(past.layers)
+    assert cache.get_seq_length(0) == cache.get_seq_length(1) == 3
     # One row's first feature stands for all.
     assert past.layers[0][0].shape[-1] == 1
     assert past.layers[0][0].stride(0) == 0

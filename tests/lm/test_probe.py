@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from editlab.errors import UserError
-from editlab.lm.probe import TOKENS, linear_maps, random_signs, run_block
-from tests.tiny import FAMILIES, tiny_model
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.probe import TOKENS, linear_maps, random_signs, remembers_by_attention, run_block
+from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
 
 
 def unaltered(path, output, scale):
@@ -78,3 +80,31 @@ def test_random_signs_have_both_signs_and_the_type_asked_for():
     assert signs.shape == (64,)
     assert signs.dtype is torch.bfloat16
     assert set(signs.tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_attention_is_all_that_remembers(family, dtype):
+    model = tiny_model(family).to(dtype).train()
+    assert remembers_by_attention(model)
+    assert model.training
+
+
+TINY = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"] * 2),  # short convolutions
+        transformers.OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4),  # keeps nothing
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_what_else_remembers_is_refused(config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not remembers_by_attention(model)
+    with pytest.raises(UserError, match="keeps something else of earlier tokens than their keys and values"):
+        LanguageModel(model, tiny_tokenizer())

@@ -1,0 +1,26 @@
+"""Telling models that continue a text from left to right from all others."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from editlab.errors import UserError
+
+
+def require_causal(name: str, config: PretrainedConfig) -> None:
+    """Refuse models that do not continue a text from left to right.
+
+    Raises:
+        UserError: The model ``name`` is one of these.
+    """
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name!r} is an encoder-decoder model ({kind}): choose a causal (decoder-only) one")
+    # Encoders such as BERT can be built as decoders; transformers loads them even where they have not been.
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name!r} is not a causal language model ({kind}): choose one that continues text")
