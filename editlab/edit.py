@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
 from editlab.data.formats import checked, read_record
-from editlab.editor import AUTO, SequentialEditor
+from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
@@ -113,7 +113,8 @@ def edit_model(
         ])
         print(result)
     """
-    editor = SequentialEditor(layers=AUTO if layers == AUTO else list(layers), **{**RECOMMENDED, **settings})
+    chosen = layers if isinstance(layers, str) else list(layers)
+    editor = SequentialEditor(layers=chosen, **{**RECOMMENDED, **settings})
     data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False)
     data.candidates = _facts(facts)
     generators = rng_state()

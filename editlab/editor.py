@@ -93,12 +93,13 @@ class SequentialEditor(lightning.LightningModule):
         super().__init__()
         if keys not in KEY_MODES:
             raise UserError(f"model.keys is {keys!r}: it must be one of {', '.join(KEY_MODES)}.")
-        if layers != AUTO and (not layers or sorted(set(layers)) != sorted(layers)):
-            raise UserError(f"model.layers is {layers}: name at least one layer, and each once.")
+        named = [] if isinstance(layers, str) else layers
+        if layers != AUTO and (not named or len(set(named)) != len(named)):
+            raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
         if preserve_prompt_tokens < 0:
             raise UserError(f"model.preserve_prompt_tokens is {preserve_prompt_tokens}: it must not be negative.")
         self.language_model = language_model
-        self.layer_numbers: list[int] = [] if layers == AUTO else sorted(layers)
+        self.layer_numbers = sorted(named)
         self.rule = rule
         self.values = values
         self.moments = moments

@@ -22,6 +22,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -247,9 +248,10 @@ class Exam:
         return float(score_pairs(self.lm, pairs)[0].exp().mean())
 
 
-def _means(measured: Sequence[tuple[float, float, float | None]]) -> list[float | None]:
-    columns = zip(*measured, strict=True)
-    return [None if None in column else sum(column) / len(column) for column in columns]  # type: ignore[arg-type]
+def _means(measured: Sequence[tuple[float, float, float | None]]) -> tuple[float, float, float | None]:
+    efficacy, generality, locality = zip(*measured, strict=True)
+    stays = [share for share in locality if share is not None]
+    return fmean(efficacy), fmean(generality), fmean(stays) if len(stays) == len(measured) else None
 
 
 def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
