@@ -1,5 +1,6 @@
 """The trust experiment's parts: faults as described, forks that leave the run alone, labels and areas by hand."""
 
+import csv
 import json
 import math
 import sys
@@ -168,3 +169,51 @@ def test_the_table_gives_baselines_as_many_rejections():
     assert at["norm only"]["rollback_rate"] == 0.25  # the longest one, which is the wrong one
     assert at["norm only"]["recall"] == 0
     assert math.isclose(next(row for row in rows if row["gate"] == "always accept")["accuracy"], 0.5)
+
+
+def finished(folder, faults):
+    """A made-up run of four batches with the gate: those with faults score low and lose much."""
+    folder.mkdir(parents=True)
+    summary = {"perplexity": {"before": 20.0}, "seconds": 60.0, "versions": {"torch": "2"}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    found = {"faults": faults, "kept": [0, 2, 3], "batches": 4, "good": {"accuracy": 0.5, "ES": 0.75},
+             "curve": {"4": {"accuracy": 0.5, "perplexity/heldout": 22.0}}}  # fmt: skip
+    (folder / "faults.json").write_text(json.dumps(found))
+    gate, forks = [], []
+    for step in range(4):
+        bad = str(step) in faults
+        gate.append({"kind": "batch", "step": step, "score": 0.1 if bad else 0.9, "seconds": 1.5,
+                     "signals": {"update_norm": 0.1 * step, "heldout_ppl_delta": 0.0}})  # fmt: skip
+        reject = {"own": 0, "past": 5, "past_asked": 10, "NS": 0.8, "nll": 3.0, "own_asked": 10}
+        forks.append({"step": step, "later": 0, "edited": 10 * step, "reject": reject,
+                      "accept": {**reject, "NS": 0.2 if bad else 0.8}})  # fmt: skip
+        forks.append({**forks[-1], "later": 3})
+    for name, events in (("trust_events.jsonl", gate), ("fork.jsonl", forks)):
+        (folder / name).write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_tables_and_figures_of_runs_that_are_there(tmp_path, monkeypatch):
+    finished(tmp_path / "runs" / "faulty_gate" / "version_1", {"1": "noise"})
+    finished(tmp_path / "runs" / "clean_gate" / "version_1", {})
+    given = ["--no-run", "--path", "worldfacts", "--seeds", "1", "--work", str(tmp_path / "runs"),
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["run_trust_eval.py", *given])
+    run_trust_eval.main()
+    results = tmp_path / "out" / "results"
+    tables = {}
+    for name in ("trust_eval", "trust_roc", "trust_effect"):
+        with (results / f"{name}.csv").open() as file:
+            tables[name] = list(csv.DictReader(file))
+        assert {(row["recipe"], row["torch"]) for row in tables[name]} == {(run_trust_eval.RECIPE, "2")}
+    faulty = tables["trust_effect"][0]
+    # Of the three batches without a fault none was rejected; 22 over 20 is a rise of a tenth; four batches took 6 s.
+    assert (faulty["good_batches_rejected"], faulty["faulty_batches_kept"]) == ("0.0", "0")
+    assert (faulty["mean_perplexity_rise"], faulty["gate_seconds"]) == ("0.1", "6.0")
+    whole = {(r["labels"], r["gate"]): r["ROC_AUC"] for r in tables["trust_eval"] if r["gate"] != "always accept"}
+    assert whole["injected", "trust"] == whole["fork", "trust"] == "1.0"
+    assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
+        (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.SIGNALS
+    }
+    assert len(trust_labels.read_lines(results / "trust_events.jsonl")) == 4
+    figures = {path.name for path in (tmp_path / "out" / "figs").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in ("trust_roc", "rollback_effect_curve") for kind in ("png", "pdf")}
