@@ -136,3 +136,8 @@ def parameters(model: PeftModel) -> list[nn.Parameter]:
 def _lora_layers(model: PeftModel) -> dict[str, Any]:
     prefix = "base_model.model."
     return {n.removeprefix(prefix): part for n, part in model.named_modules() if isinstance(part, LoraLayer)}
+
+
+def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Factors that lie a share of the way from some to others, which are given back as they are at share 1."""
+    return {name: last if share == 1 else torch.lerp(start[name], last, share) for name, last in end.items()}
