@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -166,6 +166,26 @@ class Training:
         return {name: sum(step[name] for step in last) / len(last) for name in (last[0] if last else {})}
 
 
+def draw_edits(
+    edits: Sequence[Fact], recent: Sequence[bool], replayed: int, probes: int, draw: random.Random
+) -> tuple[list[Fact], list[Fact]]:
+    """Edits to train on, and edits that the guard sets aside: up to ``probes``, at most a quarter, none of only one.
+
+    Args:
+        edits: that stand.
+        recent: for each, whether it was made since the last adjustment; those are all trained on.
+        replayed: of the others, how many are drawn to be trained on.
+        probes: how many are set aside.
+        draw: what they are drawn by.
+    """
+    count = min(probes, -(-len(edits) // 4)) if len(edits) > 1 else 0
+    aside = set(draw.sample(range(len(edits)), count))
+    left = [(fact, new) for i, (fact, new) in enumerate(zip(edits, recent, strict=True)) if i not in aside]
+    earlier = [fact for fact, new in left if not new]
+    drawn = draw.sample(earlier, min(replayed, len(earlier)))
+    return [fact for fact, new in left if new] + drawn, [edits[i] for i in sorted(aside)]
+
+
 class _Deck:
     """Deals numbers below ``count`` in random order, all of them before any comes again."""
 
@@ -221,3 +241,18 @@ def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> H
         text=float(-torch.cat(logps).mean()) if logps else None,
         ES=float(success.mean()) if len(success) else None,
     )
+
+
+@dataclass
+class Adjustment:
+    """What became of one."""
+
+    before: Health
+    after: Health | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    """parts of the loss at the end of the training"""
+    share: float = 1.0
+    """of what was learnt that is kept"""
+    reason: str = ""
+    """why it is dropped"""
+    seconds: float = 0.0

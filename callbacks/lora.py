@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from callbacks.adapter import Adapter, between, find_targets, parameters
 from callbacks.adjustment import (
     LOSSES,
     WINDOW,
-    Health,
+    Adjustment,
     Objective,
     Training,
     distributions,
+    draw_edits,
     edit_rows,
     examine,
     prompt_rows,
@@ -47,18 +48,6 @@ MODES = ("merge", "adapter")
 SHARES = (1.0, 0.5, 0.25)
 """Of what an adjustment has learnt, the largest first: half of the way does about a quarter of the harm elsewhere, and
 more than half of the good (interpolated weights, Wortsman et al. 2022, arXiv:2109.01903)."""
-
-
-@dataclass
-class _Adjustment:
-    before: Health
-    after: Health | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    share: float = 1.0
-    """of what was learnt that is kept"""
-    reason: str = ""
-    """why it is dropped"""
-    seconds: float = 0.0
 
 
 class LoRAAdjust(EditCallback):
@@ -251,26 +240,20 @@ class LoRAAdjust(EditCallback):
 
     def _draw(self, editor: SequentialEditor, draw: random.Random) -> tuple[list[Fact], list[Fact]]:
         """Edits to train on (those since the last adjustment, and some earlier ones), and edits set aside."""
-        standing = editor.edited_facts
         batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
-        count = min(self.probes, -(-len(standing) // 4)) if len(standing) > 1 else 0
-        aside = set(draw.sample(range(len(standing)), count))
-        left = [fact for i, fact in enumerate(standing) if i not in aside]
-        recent = [fact for fact in left if batches[fact.slot] > self.last]
-        earlier = [fact for fact in left if batches[fact.slot] <= self.last]
-        drawn = draw.sample(earlier, min(self.replayed, len(earlier)))
-        return recent + drawn, [standing[i] for i in sorted(aside)]
+        recent = [batches[fact.slot] > self.last for fact in editor.edited_facts]
+        return draw_edits(editor.edited_facts, recent, self.replayed, self.probes, draw)
 
     def _adjust(
         self, editor: SequentialEditor, step: int, draw: random.Random, trained: Sequence[Fact], aside: Sequence[Fact]
-    ) -> _Adjustment:
+    ) -> Adjustment:
         """Trains and tries it, and keeps what it learnt if nothing is worse; the weights are left as tried."""
         lm, started = editor.lm, time.perf_counter()
         rows = edit_rows(lm, trained, [""])
         contexts = [context for context in editor.contexts if context]
         if contexts:
             rows += [row for fact in trained for row in edit_rows(lm, [fact], [draw.choice(contexts)])]
-        done = _Adjustment(examine(lm, aside, self.texts))
+        done = Adjustment(examine(lm, aside, self.texts))
         with self._quick(editor):
             said = distributions(lm, self.others) if self.weights["before"] else []
         objective = Objective(rows, self.others, said, self._said_unedited, self.weights)
@@ -301,7 +284,7 @@ class LoRAAdjust(EditCallback):
         adapter: Adapter,
         learnt: tuple[dict[str, Tensor], dict[str, Tensor]],
         aside: Sequence[Fact],
-        done: _Adjustment,
+        done: Adjustment,
     ) -> None:
         """Leaves the largest share of what was learnt with which nothing is worse; where none is, says what is."""
         state, held = StepState(editor.changed_layers), adapter.factors
@@ -322,7 +305,7 @@ class LoRAAdjust(EditCallback):
             state.restore_weights()
         adapter.factors = held
 
-    def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, done: _Adjustment) -> None:
+    def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, done: Adjustment) -> None:
         decision = "drop" if done.reason else "keep"
         self.decisions[decision] += 1
         outcome.measured["lora/share"] = 0.0 if done.reason else done.share

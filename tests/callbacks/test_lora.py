@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
-from callbacks.adapter import Adapter
+from callbacks.adapter import Adapter, between
+from callbacks.adjustment import Health
 from callbacks.lora import EVENTS
 from editlab.errors import UserError
 from editlab.events import EditCallback
@@ -174,6 +175,27 @@ def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path
     assert same(bits(module), before)
     assert lora.adapter is None
     assert all(layer.adapter is None for layer in module.layers)
+
+
+@pytest.mark.parametrize("mode", ["merge", "adapter"])
+def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypatch, mode):
+    # Factors that are zero at first lie halfway at half of what they became; the others are read off the whole run.
+    settings = {"every_n_batches": None, "mode": mode}
+    learnt = {}
+    monkeypatch.setattr("callbacks.lora.between", lambda a, b, share: learnt.update(a=a, b=b) or between(a, b, share))
+    run(tmp_path, tiny_folder, name="whole", **settings)
+    halves = {name: 0.5 * (learnt["a"][name] + learnt["b"][name]) for name in learnt["b"]}
+    tried = iter([1.0, 1.5, 1.0])  # the text set aside: before, with the whole, with half
+    monkeypatch.setattr("callbacks.lora.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
+    module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
+    assert [(e["decision"], e["share"]) for e in events] == [("keep", 0.5)]
+    plain = editor(tiny_folder)
+    fit(tmp_path, plain, name="plain")
+    for layer, without, path in zip(module.changed_layers, plain.changed_layers, lora.paths, strict=True):
+        a, b = (next(v for k, v in halves.items() if path in k and f"lora_{x}" in k) for x in "AB")
+        torch.testing.assert_close(layer.weight - without.weight, 16.0 / 2 * b @ a, rtol=1e-3, atol=1e-6)
+    if mode == "adapter":
+        assert all(torch.allclose(lora.adapter.factors[name], half) for name, half in halves.items())
 
 
 def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch):
