@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
 from editlab.data.formats import checked, read_record
-from editlab.editor import AUTO, SequentialEditor
+from editlab.editor import SequentialEditor
 from editlab.errors import UserError
+from editlab.layers import AUTO
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
 from editlab.rng import rng_state, set_rng_state

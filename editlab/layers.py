@@ -24,7 +24,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from torch import Tensor
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AUTO: Final = "auto"
+"""In the place of layers: those that :func:`find_layers` finds."""
 FACTS = 10
 """Facts that are edited in a trial."""
 COARSE = 6
@@ -61,6 +64,15 @@ TOKENS_A_FEATURE = 2
 """Tokens of text for each feature of a key, for second moments that are good enough to compare layers."""
 PROMPTS = 20
 """The most prompts after which locality is measured."""
+
+
+class Shares(NamedTuple):
+    """What is measured of some facts."""
+
+    efficacy: float
+    generality: float
+    locality: float | None
+    """None where there is nothing that should stay as it is"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,11 @@ class Trial:
         """Harmonic mean of the shares that were measured; 0 where one of them is."""
         shares = [share for share in (self.efficacy, self.generality, self.locality) if share is not None]
         return len(shares) / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
+
+
+def find_layers(editor: SequentialEditor) -> list[int]:
+    """The layers that suit a run's model best, tried on facts of its data module; see :func:`choose_layers`."""
+    return choose_layers(editor, editor.trainer.datamodule.facts_to_try(2 * FACTS))  # type: ignore[attr-defined]
 
 
 def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
@@ -193,7 +210,13 @@ class Search:
                 measured.append(self.exam.take(some))
             finally:
                 before.restore_weights()
-        self.trials[layers] = Trial(layers, *_means(measured))
+        kept = [shares.locality for shares in measured if shares.locality is not None]
+        self.trials[layers] = Trial(
+            layers,
+            fmean(shares.efficacy for shares in measured),
+            fmean(shares.generality for shares in measured),
+            fmean(kept) if kept else None,
+        )
 
     def _editor_at(self, layers: Sequence[int]) -> SequentialEditor:
         """An editor of some layers of the same model, with the settings that make an edit what it is."""
@@ -240,7 +263,7 @@ class Exam:
             return None
         return self.lm.next_token_probabilities([encode(self.lm.tokenizer, prompt).ids for prompt in self.watched])
 
-    def take(self, some: slice) -> tuple[float, float, float | None]:
+    def take(self, some: slice) -> Shares:
         """Efficacy and generality of some of the facts, and locality, on the weights as they are."""
         facts = self.facts[some]
         paraphrased = [(prompt, fact.target_new) for fact in facts for prompt in fact.paraphrases[:1]]
@@ -249,16 +272,11 @@ class Exam:
         generality = self._probability(paraphrased or prefixed)
         said = self._said()
         if said is None or self.before is None:
-            return efficacy, generality, None
-        return efficacy, generality, 1 - float((said - self.before).abs().sum(1).mean()) / 2
+            return Shares(efficacy, generality, None)
+        return Shares(efficacy, generality, 1 - float((said - self.before).abs().sum(1).mean()) / 2)
 
     def _probability(self, pairs: Sequence[tuple[str, str]]) -> float:
         return float(score_pairs(self.lm, pairs)[0].exp().mean())
-
-
-def _means(measured: Sequence[tuple[float, float, float | None]]) -> list[float | None]:
-    columns = zip(*measured, strict=True)
-    return [None if None in column else sum(column) / len(column) for column in columns]  # type: ignore[arg-type]
 
 
 def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:

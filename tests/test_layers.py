@@ -255,7 +255,7 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
-    monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen anew"))
+    monkeypatch.setattr(editor_module, "find_layers", lambda *_: pytest.fail("chosen anew"))
     assert main([*recipe, "--ckpt_path=last"]) == 0
     assert last(tmp_path)["editor"]["layers"] == found
     assert len(last(tmp_path)["editor"]["ledger"]) == 4
