@@ -128,8 +128,8 @@ class SequentialEditor(lightning.LightningModule):
                 "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
                 "of its own: set --trainer.devices 1, or leave it out."
             )
-        dtype = torch.get_default_dtype()
-        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
+        dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
+        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
 
     def use(self, lm: LanguageModel) -> None:
         """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
