@@ -19,10 +19,11 @@ from editlab import ranks
 from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
-from editlab.editor import AUTO, SequentialEditor
+from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
 from editlab.failures import describe, surprise
+from editlab.layers import AUTO
 from editlab.logger import RunLogger
 from editlab.progress import speaks
 from editlab.strategy import NAME, EditStrategy

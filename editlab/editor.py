@@ -22,7 +22,7 @@ from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
-from editlab.layers import FACTS, choose_layers
+from editlab.layers import AUTO, find_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
@@ -39,9 +39,6 @@ from editlab.value_cache import ValueCache
 from editlab.values import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
-
-AUTO = "auto"
-"""Layers that are to be found: see :mod:`editlab.layers`."""
 
 _float32 = default_dtype(torch.float32)
 """With ``trainer.precision bf16-true`` Lightning makes bfloat16 the type of all new tensors in a step. It is meant for
@@ -77,7 +74,7 @@ class SequentialEditor(lightning.LightningModule):
     def __init__(
         self,
         language_model: str = "smollm2-135m",
-        layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - jsonargparse shows it as the default; it is copied below
+        layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - shown as the default, and copied
         rule: Rule = EMMET(),  # noqa: B008 - frozen
         values: ValueSettings = ValueSettings(),  # noqa: B008 - read only
         moments: MomentSettings = MomentSettings(),  # noqa: B008
@@ -132,8 +129,8 @@ class SequentialEditor(lightning.LightningModule):
                 "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
                 "of its own: set --trainer.devices 1, or leave it out."
             )
-        dtype = torch.get_default_dtype()
-        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map))
+        dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
+        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
 
     def use(self, lm: LanguageModel) -> None:
         """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
@@ -161,7 +158,7 @@ class SequentialEditor(lightning.LightningModule):
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step adds the solved updates; layers that nothing has named are found first."""
         if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
-            self.edit_at(choose_layers(self, self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
+            self.edit_at(find_layers(self))
         return ClosedFormOptimizer(self.layers)
 
     @property

@@ -5,13 +5,15 @@ edit of it works best (Hase et al. 2023, arXiv:2301.04213). So the edits themsel
 values and keys, on the unedited weights. A candidate's score is the harmonic mean of three shares between 0 and 1:
 
 - efficacy: the probability of the new target after the edit's own prompt (the geometric mean over its tokens);
-- generality: the same after paraphrases or, where no fact has any, after the prompt behind a prefix that the values
+- generality: the same after a paraphrase or, where no fact has any, after the prompt behind a prefix that the values
   were not found in;
 - locality: the share of the next token's probabilities that stays where it was (1 - total variation), after the facts'
   neighbors or, where no fact has any, after the prompts of other facts.
 
-They are means over the facts. Candidates lie evenly over the depth, then ever closer around the best one; where a
-target may be spread over several layers (MEMIT), the best one's is at last spread over it and the two below.
+They are means over the facts. Candidates lie evenly over the depth and are tried from below until the score has fallen
+twice; then one to either side of the best, half-way to the next. Closer neighbors differ by less than ten facts can
+tell. Where a target may be spread over several layers (MEMIT), the best one's is at last spread over it and the two
+below.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from torch import Tensor
 
@@ -38,7 +40,6 @@ from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode
 from editlab.moments import accumulate, text_windows
-from editlab.progress import progress
 from editlab.scoring import score_pairs
 from editlab.values import optimize_values
 
@@ -47,18 +48,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AUTO: Final = "auto"
+"""In the place of layers: those that :func:`find_layers` finds."""
 FACTS = 10
 """Facts that are edited in a trial."""
 COARSE = 6
 """Candidates of the first round."""
 SPREAD = 3
 """Layers over which the best candidate's target is spread at last."""
-CONTEXTS = 2
-"""Prefixes in which values are found; a third is kept for the measurement."""
+STEPS = 8
+"""The most evaluations of a value's loss; where it goes shows before it is there."""
+CONTEXTS = 1
+"""Prefixes in which values are found; another is kept for the measurement."""
 TOKENS_A_FEATURE = 2
 """Tokens of text for each feature of a key, for second moments that are good enough to compare layers."""
-PROMPTS = 40
+PROMPTS = 20
 """The most prompts after which locality is measured."""
+
+
+class Shares(NamedTuple):
+    """What is measured of some facts."""
+
+    efficacy: float
+    generality: float
+    locality: float | None
+    """None where there is nothing that should stay as it is"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,11 @@ class Trial:
         """Harmonic mean of the shares that were measured; 0 where one of them is."""
         shares = [share for share in (self.efficacy, self.generality, self.locality) if share is not None]
         return len(shares) / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
+
+
+def find_layers(editor: SequentialEditor) -> list[int]:
+    """The layers that suit a run's model best, tried on facts of its data module; see :func:`choose_layers`."""
+    return choose_layers(editor, editor.trainer.datamodule.facts_to_try(2 * FACTS))  # type: ignore[attr-defined]
 
 
 def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
@@ -143,26 +162,32 @@ class Search:
         self.trials: dict[tuple[int, ...], Trial] = {}
 
     def run(self) -> list[Trial]:
-        """Tries layer after layer."""
+        """Tries layer after layer, until it goes downhill; then beside the best, and spread over those below it."""
         # What is edited in the last block at a subject's last token is read by no later token.
         layers = self.lm.anatomy.editable
         layers = [layer for layer in layers if layer < len(self.lm.anatomy.blocks) - 1] or layers
-        with progress(desc="Trying layers", unit="layer") as bar:
-            for layer in coarse(layers):
-                self.try_at((layer,), bar)
-            step = max(1, len(layers) // COARSE // 2)
-            while step:
-                place = layers.index(best(list(self.trials.values())).layers[-1])
-                for near in (place - step, place + step):
-                    if 0 <= near < len(layers):
-                        self.try_at((layers[near],), bar)
-                step //= 2
-            place = layers.index(best(list(self.trials.values())).layers[-1])
-            if self.lm.anatomy.additive and place:
-                self.try_at(tuple(layers[max(0, place - SPREAD + 1) : place + 1]), bar)
+        for layer in coarse(layers):
+            self.try_at((layer,))
+            if self._goes_downhill():
+                break
+        place, step = self._best_place(layers), max(1, len(layers) // COARSE // 2)
+        for near in (place - step, place + step):
+            if 0 <= near < len(layers):
+                self.try_at((layers[near],))
+        place = self._best_place(layers)
+        if self.lm.anatomy.additive and place:
+            self.try_at(tuple(layers[max(0, place - SPREAD + 1) : place + 1]))
         return list(self.trials.values())
 
-    def try_at(self, layers: tuple[int, ...], bar: Any) -> None:
+    def _goes_downhill(self) -> bool:
+        """Whether the last two trials were each worse than the one before."""
+        scores = [trial.score for trial in self.trials.values()][-3:]
+        return len(scores) == 3 and scores[0] > scores[1] > scores[2]
+
+    def _best_place(self, layers: Sequence[int]) -> int:
+        return layers.index(best(list(self.trials.values())).layers[-1])
+
+    def try_at(self, layers: tuple[int, ...]) -> None:
         """Edits the facts at some layers, measures what came of it, and takes the edits out again."""
         if layers in self.trials:
             return
@@ -171,7 +196,8 @@ class Search:
             trial.preservation[layer] = trial.rule.preservation(c0.to(trial.solver_device))
         facts, top = self.exam.facts, layers[-1]
         if top not in self.values:
-            self.values[top] = optimize_values(self.lm, facts, trial.site, trial.contexts, trial.values).target
+            settings = replace(trial.values, steps=min(STEPS, trial.values.steps))
+            self.values[top] = optimize_values(self.lm, facts, trial.site, trial.contexts, settings).target
         size = trial.rule.largest_batch or len(facts)
         measured = []
         for start in range(0, len(facts), size):
@@ -184,8 +210,13 @@ class Search:
                 measured.append(self.exam.take(some))
             finally:
                 before.restore_weights()
-        self.trials[layers] = Trial(layers, *_means(measured))
-        bar.update()
+        kept = [shares.locality for shares in measured if shares.locality is not None]
+        self.trials[layers] = Trial(
+            layers,
+            fmean(shares.efficacy for shares in measured),
+            fmean(shares.generality for shares in measured),
+            fmean(kept) if kept else None,
+        )
 
     def _editor_at(self, layers: Sequence[int]) -> SequentialEditor:
         """An editor of some layers of the same model, with the settings that make an edit what it is."""
@@ -232,26 +263,20 @@ class Exam:
             return None
         return self.lm.next_token_probabilities([encode(self.lm.tokenizer, prompt).ids for prompt in self.watched])
 
-    def take(self, some: slice) -> tuple[float, float, float | None]:
+    def take(self, some: slice) -> Shares:
         """Efficacy and generality of some of the facts, and locality, on the weights as they are."""
         facts = self.facts[some]
-        paraphrased = [(prompt, fact.target_new) for fact in facts for prompt in fact.paraphrases]
+        paraphrased = [(prompt, fact.target_new) for fact in facts for prompt in fact.paraphrases[:1]]
         prefixed = [(self.unseen + fact.question, fact.target_new) for fact in facts]
         efficacy = self._probability([(fact.question, fact.target_new) for fact in facts])
         generality = self._probability(paraphrased or prefixed)
         said = self._said()
         if said is None or self.before is None:
-            return efficacy, generality, None
-        return efficacy, generality, 1 - float((said - self.before).abs().sum(1).mean()) / 2
+            return Shares(efficacy, generality, None)
+        return Shares(efficacy, generality, 1 - float((said - self.before).abs().sum(1).mean()) / 2)
 
     def _probability(self, pairs: Sequence[tuple[str, str]]) -> float:
         return float(score_pairs(self.lm, pairs)[0].exp().mean())
-
-
-def _means(measured: Sequence[tuple[float, float, float | None]]) -> tuple[float, float, float | None]:
-    efficacy, generality, locality = zip(*measured, strict=True)
-    stays = [share for share in locality if share is not None]
-    return fmean(efficacy), fmean(generality), fmean(stays) if len(stays) == len(measured) else None
 
 
 def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
@@ -260,7 +285,7 @@ def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     what = [
         fingerprint(editor.lm.model), editor.lm.anatomy.edit_path, [f.to_dict() for f in facts], repr(editor.rule),
         asdict(editor.values), moments, contexts, editor.key_mode, editor.preserve_prompt_tokens,
-        [FACTS, COARSE, SPREAD, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
+        [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 

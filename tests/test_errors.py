@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from editlab.cli import main
+from editlab.lm import memory
 from tests.facts import write_counterfact
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -294,3 +295,14 @@ def test_a_model_whose_weights_are_damaged_is_refused(place, capsys, models):
     save_file(weights, spoilt / "model.safetensors", {"format": "pt"})
     assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 2
     assert "What the model says is not finite: its weights are damaged" in said_by(capsys)
+
+
+def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(place, capsys, models, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 50_000)
+    spoilt = place / "spoilt"
+    shutil.copytree(models / "good", spoilt)
+    (spoilt / "model.safetensors").write_bytes(b"not to be read")
+    assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 1
+    said = said_by(capsys)
+    assert "the weights of" in said
+    assert "set trainer.precision to bf16-true (0.0 GiB), or take a smaller model" in said

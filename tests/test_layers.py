@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from tqdm import tqdm
 
 from editlab import edit_model, layers
 from editlab import editor as editor_module
@@ -84,16 +83,15 @@ def test_the_first_candidates_lie_evenly():
 
 def test_a_trial_is_what_a_run_would_do(tiny_folder, tmp_path):
     """A Trainer's run of the same facts in one batch leaves the probabilities that the trial has measured."""
-    module = editor(
-        tiny_folder, layers=[1], contexts=ContextSettings(count=2, length=4), moments=MomentSettings(tokens=96)
-    )
+    contexts, moments = ContextSettings(layers.CONTEXTS, 4), MomentSettings(tokens=96)
+    module = editor(tiny_folder, layers=[1], contexts=contexts, moments=moments)
     fit(tmp_path, module, limit=10, batch_size=10)
     pairs = [(fact.question, fact.target_new) for fact in FACTS[:10]]
     expected = score_pairs(module.lm, pairs)[0].exp().mean()
     other = editor(tiny_folder, layers="auto", contexts=ContextSettings(length=4), moments=MomentSettings(tokens=96))
     other.use(LanguageModel.from_name(str(tiny_folder), torch.float32))
     search = Search(other, FACTS)
-    search.try_at((1,), tqdm(disable=True))
+    search.try_at((1,))
     assert search.trials[1,].efficacy == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -117,15 +115,15 @@ def test_the_best_is_found_by_trying(monkeypatch):
     search.lm = type("", (), {})()
     search.lm.anatomy = type("", (), {"editable": list(range(30)), "blocks": range(30), "additive": True})()
 
-    def try_at(layers, bar):
-        peak = 0.9 - 0.02 * abs(layers[-1] - 14) + (0.05 if layers == (12, 13, 14) else 0)
+    def try_at(layers):
+        peak = 0.9 - 0.02 * abs(layers[-1] - 10) + (0.05 if len(layers) == 3 else 0)
         search.trials.setdefault(layers, Trial(layers, peak, peak, peak))
 
     search.try_at = try_at
     trials = search.run()
-    assert best(trials).layers == (12, 13, 14)
-    assert (14,) in search.trials
-    assert len(trials) <= 11
+    # From the grid up to where it has fallen twice, to both sides of 12, and spread over what ends at the best.
+    assert [t.layers for t in trials] == [(2,), (7,), (12,), (16,), (21,), (10,), (14,), (8, 9, 10)]
+    assert best(trials).layers == (8, 9, 10)
 
 
 def test_one_layer_where_a_norm_follows_the_mlp():
@@ -185,7 +183,7 @@ def said(asked):
 
 def test_generality_is_of_paraphrases_where_there_are_some():
     asked = exam(FACTS)
-    pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases]
+    pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases[:1]]
     assert asked.take(slice(None))[1] == pytest.approx(float(score_pairs(asked.lm, pairs)[0].exp().mean()))
     asked = exam(BARE)
     pairs = [(asked.unseen + fact.question, fact.target_new) for fact in asked.facts]
@@ -257,7 +255,7 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
-    monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen anew"))
+    monkeypatch.setattr(editor_module, "find_layers", lambda *_: pytest.fail("chosen anew"))
     assert main([*recipe, "--ckpt_path=last"]) == 0
     assert last(tmp_path)["editor"]["layers"] == found
     assert len(last(tmp_path)["editor"]["ledger"]) == 4

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 from editlab.errors import EditLabError, UserError
 from editlab.lm.cache import atomic_folder, cache_dir, sha256
 from editlab.lm.causal import require_causal
+from editlab.lm.memory import require_memory
 from editlab.lm.save import save
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def gguf_folder(file: Path) -> Path:
     Raises:
         UserError: The file is damaged, one of several parts, or of a kind that transformers can not read; or the cache
             cannot be written to.
-        EditLabError: The disk is full.
+        EditLabError: The disk is full, or memory does not suffice.
     """
     return kept(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
 
@@ -96,24 +97,25 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _convert_checked(file: Path, folder: Path) -> None:
-    parts = _parts(file)
+    parts, weights = _look_into(file)
     if parts > 1:
-        raise UserError(
-            f"{file} is one of {parts} parts of a model: join them with llama.cpp's llama-gguf-split --merge"
-        )
+        raise UserError(f"{file} is one of {parts} parts of a model: join them by llama.cpp's gguf-split --merge")
+    require_memory(str(file), 4 * weights, torch.float32, torch.device("cpu"))
     log.info("%s: converting (once, to %s)", file.name, folder.parent)
     convert(file, folder)
 
 
-def _parts(file: Path) -> int:
-    """Return the number of files that the model is split into.
+def _look_into(file: Path) -> tuple[int, int]:
+    """Return the number of files that the model is split into, and of weights in this one.
 
     Raises:
         UserError: The file's tables or tensors reach beyond its end, or make no sense.
     """
     try:
-        split = GGUFReader(file).get_field("split.count")
-        return int(split.parts[split.data[0]][0]) if split is not None else 1
+        reader = GGUFReader(file)
+        split = reader.get_field("split.count")
+        parts = int(split.parts[split.data[0]][0]) if split is not None else 1
+        return parts, sum(int(tensor.n_elements) for tensor in reader.tensors)
     except (ValueError, LookupError, OverflowError, TypeError) as error:  # it takes every number at its word
         raise UserError(f"{file} is damaged, cut short, or of another version of GGUF: get the file again") from error
 

@@ -79,10 +79,15 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_name(
-        cls, name: str, dtype: torch.dtype, edit_module: str | None = None, device_map: DeviceMap | None = None
+        cls,
+        name: str,
+        dtype: torch.dtype,
+        edit_module: str | None = None,
+        device_map: DeviceMap | None = None,
+        device: torch.device | None = None,
     ) -> LanguageModel:
-        """Loads ``smollm2-135m``, a hub id or a folder; see :func:`editlab.lm.load.load` for what it raises."""
-        return cls(*load(name, dtype, device_map), edit_module, placed=device_map is not None)
+        """Loads a model by name, folder or file; :func:`editlab.lm.load.load` has the arguments and what is raised."""
+        return cls(*load(name, dtype, device_map, device), edit_module, placed=device_map is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
         # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.

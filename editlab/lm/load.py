@@ -24,6 +24,7 @@ from editlab.errors import EditLabError, UserError, causes
 from editlab.lm.builtin import smollm2_folder
 from editlab.lm.causal import require_causal
 from editlab.lm.gguf import gguf_folder, is_gguf
+from editlab.lm.memory import require_memory, weight_bytes
 from editlab.lm.placement import DeviceMap
 
 _LEAST_VOCABULARY = 16
@@ -33,23 +34,29 @@ BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
 
 
 def load(
-    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None
+    name: str, dtype: torch.dtype, device_map: DeviceMap | None = None, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, for evaluation and without gradients, and its fast tokenizer.
 
     ``name`` is that of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
     wrote or of a GGUF file, or an id on the Hugging Face hub. Code that comes with a model is never run.
-    ``device_map`` is transformers' own, for a model that one device can not hold.
+    ``device_map`` is transformers' own, for a model that one device can not hold. The model is loaded into the CPU's
+    memory; ``device`` is where it will be taken, and has to hold it too.
 
     Raises:
         UserError: There is no such model; its folder or file is incomplete; it is gated, or not a causal
             language model; or it has no fast tokenizer (edits need the offsets of tokens in the text).
-        EditLabError: The hub cannot be reached, or a built-in model not be fetched.
+        EditLabError: The hub cannot be reached, or a built-in model not be fetched; or memory does not suffice.
     """
     source = _source(name)
     with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     require_causal(name, config)
+    if device_map is None:
+        with _explained(name):
+            needed = weight_bytes(config, dtype)
+        for place in dict.fromkeys([torch.device("cpu"), device or torch.device("cpu")]):
+            require_memory(repr(name), needed, dtype, place)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True

@@ -1,0 +1,100 @@
+"""What weights take against their files; what is free against what the system's own files say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from editlab.errors import EditLabError
+from editlab.lm import memory
+from editlab.lm.load import load
+from editlab.lm.memory import free_memory, require_memory, weight_bytes
+from tests.ggufs import write_gguf
+from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_weights_are_counted_as_they_lie_in_the_model(family, dtype):
+    model = tiny_model(family).to(dtype)  # its parameters are each there once, tied ones too
+    rng = torch.get_rng_state()
+    assert weight_bytes(model.config, dtype) == sum(p.untyped_storage().nbytes() for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "mend"),
+    [
+        (torch.float32, "cpu", "set trainer.precision to bf16-true (2.0 GiB), or take a smaller model"),
+        (torch.bfloat16, "cpu", "2.9 GiB of memory are free: take a smaller model"),
+        (torch.bfloat16, "cuda:0", "of the memory of cuda:0 are free: spread it by model.device_map auto, or take a"),
+    ],
+)
+def test_what_is_said_where_it_does_not_suffice(monkeypatch, dtype, device, mend):
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(2.9 * GIB))
+    require_memory("it", int(2.9 * GIB), dtype, torch.device(device))
+    with pytest.raises(EditLabError) as caught:
+        require_memory("it", 4 * GIB, dtype, torch.device(device))
+    assert type(caught.value) is EditLabError
+    assert str(caught.value).startswith("the weights of it take 4.0 GiB in ")
+    assert mend in str(caught.value)
+
+
+def test_nothing_is_said_where_what_is_free_can_not_be_told(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    require_memory("it", 2**60, torch.float32, CPU)
+
+
+def test_a_gguf_file_takes_four_bytes_a_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
+    model = write_gguf(tmp_path / "tiny.gguf", tie_word_embeddings=True)
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed - 1)
+    with pytest.raises(EditLabError, match=r"the weights of .*tiny\.gguf take"):
+        load(str(tmp_path / "tiny.gguf"), torch.bfloat16)
+    assert not (tmp_path / "cache" / "models").exists() or not list((tmp_path / "cache" / "models").iterdir())
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
+    load(str(tmp_path / "tiny.gguf"), torch.bfloat16)
+
+
+def test_the_device_to_which_it_will_be_taken_has_to_hold_it_too(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**40 if device.type == "cpu" else 1000)
+    load(str(tmp_path), torch.float32)
+    load(str(tmp_path), torch.float32, device_map="cpu", device=torch.device("cuda:0"))  # spread: it need not
+    with pytest.raises(EditLabError, match="of the memory of cuda:0 are free"):
+        load(str(tmp_path), torch.float32, device=torch.device("cuda:0"))
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Stand-ins for the files in which Linux tells of memory: 8 GiB, of which 3 can be had, and 1 of swap."""
+    (tmp_path / "meminfo").write_text(
+        f"MemTotal: {8 * GIB // 1024} kB\nMemFree: {GIB // 1024} kB\nMemAvailable: {3 * GIB // 1024} kB\n"
+        f"SwapFree: {GIB // 1024} kB\nHugePages_Total: 0\n"
+    )
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def test_what_is_available_and_swap_are_free(system):
+    assert free_memory(CPU) == 4 * GIB
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 4 * GIB), (str(100 * GIB), 4 * GIB), (str(2 * GIB), GIB)])
+def test_a_container_may_leave_less(system, limit, free):
+    (system / "memory.max").write_text(limit + "\n")
+    (system / "memory.current").write_text(f"{3 * GIB // 2}\n")
+    (system / "memory.stat").write_text(f"anon {GIB}\ninactive_file {GIB // 2}\n")
+    assert free_memory(CPU) == free
+
+
+def test_other_systems_do_not_tell(system):
+    (system / "meminfo").unlink()
+    assert free_memory(CPU) is None
+    assert free_memory(torch.device("mps")) is None
