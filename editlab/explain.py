@@ -66,8 +66,9 @@ def _wrong_value(found: re.Match[str]) -> str:
     kinds = list(dict.fromkeys(re.findall(r"Expected a <class '(?:\w+\.)*(\w+)'>", rest)))
     given = re.search(r"(?:Given|Got) value: (.*)", rest)
     if kinds and given:
-        wanted = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
-        return f"{key} is {given.group(1).strip()!r}: it must be {wanted}."
+        words = [word for listed in re.findall(r"typing\.Literal\[([^\]]+)\]", rest) for word in _listed(listed)]
+        wanted = ["null" if kind == "NoneType" else kind for kind in kinds] + list(dict.fromkeys(words))
+        return f"{key} is {given.group(1).strip()!r}: it must be {' or '.join(wanted)}."
     return f"{key} has a wrong value: {_line(rest)}."
 
 

@@ -118,7 +118,7 @@ def optimize_values(
         progress: called with the number of facts each time some are done.
 
     Raises:
-        UserError: where a target begins within the subject's last token.
+        UserError: where a target begins within the subject's last token, or no target depends on the site.
         EditLabError: where a loss is not finite.
     """
     rows = [rows_of(lm, i, fact, contexts) for i, fact in enumerate(facts)]
@@ -186,6 +186,8 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
         if bool(leaving.all()):
             break
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
+        if step == 0:
+            _require_effect(gradient, group.site)
         if normalized:
             gradient = gradient * (size / gradient.norm(dim=1).clamp_min(1e-20))[:, None]
         delta.grad = gradient
@@ -196,6 +198,15 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
             active, said = active[~leaving], said[~leaving]
             group.keep(~leaving)
     return origin + done, final_loss, steps
+
+
+def _require_effect(gradient: Tensor, site: Site) -> None:
+    """Refuse a site whose gradient is 0 to the bit: above the last block, or below products that pass none on."""
+    if not bool(gradient.any()):
+        raise UserError(
+            f"What layer {site.layer} gives at a subject's last token reaches no target, so nothing can be learnt "
+            "there: name a lower layer in model.layers, or load the model without quantization."
+        )
 
 
 def _loss(group: ValueGroup, delta: Tensor, size: Tensor, settings: ValueSettings) -> tuple[Tensor, Tensor]:

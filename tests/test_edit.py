@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import editlab
 from callbacks import MemoryReplay
@@ -114,6 +115,25 @@ def test_half_precision_gives_the_bits_of_the_command(tiny_folder, tmp_path):
     )  # fmt: skip
     assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
     assert result.retained == module.evaluation.retained
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_an_8_bit_model_whose_edited_layers_are_left_in_full_precision(tmp_path, left):
+    """With bitsandbytes where it is installed, which editlab does not ask for."""
+    pytest.importorskip("bitsandbytes")
+    tiny_model("llama").save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["down_proj", "lm_head"] if left else None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=how)
+    before = weights(model)
+    if not left:
+        with pytest.raises(UserError, match=r"weights of mlp\.down_proj are quantized \(torch\.int8\)"):
+            edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+        return
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.int8, torch.float32}
+    _, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+    assert changed(before, model) == [f"model.layers.{n}.mlp.down_proj.weight" for n in (1, 2)]
+    result.revert()
+    assert changed(before, model) == []
 
 
 def as_in(module):

@@ -23,7 +23,7 @@ def models(tmp_path_factory):
     for name, family in (("good", "llama"), ("gemma", "gemma2")):
         tiny_model(family).save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
-    for name in ("no_weights", "no_tokenizer", "incomplete"):
+    for name in ("no_weights", "no_tokenizer", "incomplete", "quantized"):
         shutil.copytree(root / "good", root / name)
     for file in (root / "no_tokenizer").glob("token*"):
         file.unlink()
@@ -31,6 +31,12 @@ def models(tmp_path_factory):
     weights = load_file(root / "incomplete" / "model.safetensors")
     del weights["model.layers.2.mlp.down_proj.weight"]
     save_file(weights, root / "incomplete" / "model.safetensors", {"format": "pt"})
+    quantized = json.loads((root / "quantized" / "config.json").read_text())
+    quantized["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (root / "quantized" / "config.json").write_text(json.dumps(quantized))
+    state = transformers.OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(state).save_pretrained(root / "state")
+    tiny_tokenizer().save_pretrained(root / "state")
     (root / "empty").mkdir()
     for name, config in (
         ("encoder", transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)),
@@ -142,6 +148,9 @@ FIT = {
     "no batch": (setting("data.batch_size", 0), "data.batch_size is 0: it must be at least 1"),
     "words for a number": (setting("data.limit", "many"), "data.limit is 'many': it must be int or null"),
     "an unknown layer": (setting("model.layers", [7]), "the model's layers are 0 to 3"),
+    "the last layer": (setting("model.layers", [3]), "What layer 3 gives at a subject's last token reaches no target"),
+    "a word for layers": (setting("model.layers", "automatic"), "model.layers is 'automatic': it must be list or auto"),
+    "a fraction of a layer": (setting("model.layers", [1.5]), "model.layers is '1.5': it must be int"),
     "no layer": (setting("model.layers", []), "name at least one layer, and each once"),
     "a layer twice": (setting("model.layers", [1, 1]), "name at least one layer, and each once"),
     "unknown keys": (setting("model.keys", "average"), "model.keys is 'average': it must be one of bare, mean, each"),
@@ -188,6 +197,8 @@ FIT = {
     "no model": (setting("model.language_model", "./nowhere"), "nowhere"),
     "a folder without a model": (setting("model.language_model", "models/empty"), "has no config.json"),
     "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but no GGUF file"),
+    "a quantized model": (setting("model.language_model", "models/quantized"), "name the model in full precision"),
+    "a model that keeps a state": (setting("model.language_model", "models/state"), "such as a recurrent state"),
     "a GGUF file cut short": (setting("model.language_model", "cut.gguf"), "cut.gguf is damaged, cut short, or of"),
     "a model without weights": (setting("model.language_model", "models/no_weights"), "models/no_weights"),
     "a model without some weights": (setting("model.language_model", "models/incomplete"), "get the whole model again"),

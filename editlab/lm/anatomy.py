@@ -117,7 +117,10 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
     block = next(block for block in blocks if path in linear_maps(block))
     dtype = linear_maps(block)[path].weight.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise UserError(f"the weights are quantized ({dtype}) and cannot be edited: load an unquantized model")
+        raise UserError(
+            f"the weights of {path} are quantized ({dtype}), and an update is finer than their steps: load an "
+            "unquantized model, or leave these maps in full precision (llm_int8_skip_modules of BitsAndBytesConfig)"
+        )
     return Anatomy(blocks, block_path, path, head, _is_additive(model, block, path))
 
 

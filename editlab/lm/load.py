@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,6 +53,7 @@ def load(
     with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     require_causal(name, config)
+    _require_unquantized(name, config)
     if device_map is None:
         with _explained(name):
             needed = weight_bytes(config, dtype)
@@ -88,6 +90,17 @@ def _source(name: str) -> str:
     except hub.HFValidationError as error:
         raise UserError(f"there is no folder {name!r}, and it is no hub id: {known}") from error
     return name
+
+
+def _require_unquantized(name: str, config: PretrainedConfig) -> None:
+    """Refuse weights of 4 or 8 bits: which layers an edit has to find in full precision is not known before loading."""
+    how = getattr(config, "quantization_config", None)
+    if how is not None:
+        how = how if isinstance(how, dict) else how.to_dict()
+        raise UserError(
+            f"the weights of {name!r} are quantized ({how.get('quant_method', 'of a kind of its own')}), and an update "
+            "is finer than their steps: name the model in full precision, or a GGUF file of it, which is dequantized"
+        )
 
 
 def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:

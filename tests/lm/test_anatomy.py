@@ -274,7 +274,7 @@ def test_quantized_weights_are_refused():
     for block in model.model.layers:
         block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
         block.mlp.down_proj.forward = lambda x: x[..., :32]
-    with pytest.raises(UserError, match=r"weights are quantized \(torch\.int8\)"):
+    with pytest.raises(UserError, match=r"weights of mlp\.down_proj are quantized \(torch\.int8\)"):
         read_anatomy(model, "mlp.down_proj")
 
 

@@ -150,6 +150,23 @@ def test_other_kinds_are_refused_before_their_weights_are_read(tmp_path, config,
         load(str(tmp_path), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"bits": 3}, "of a kind of its own"),
+    ],
+)
+def test_quantized_weights_are_refused_before_they_are_read(copy, quantization, kind):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    (copy / "model.safetensors").write_bytes(b"not to be read")
+    with pytest.raises(UserError, match=rf"are quantized \({kind}\).*: name the model in full precision") as caught:
+        load(str(copy), torch.float32)
+    one_sentence(caught)
+
+
 @pytest.mark.parametrize("name", ["", "./nowhere", "/no/such/folder", "a/b/c", "two words", "~/nowhere at all"])
 def test_neither_folder_nor_hub_id(name):
     with pytest.raises(UserError, match=r"there is no folder .* built-in model") as caught:
