@@ -12,12 +12,14 @@ REAL_CACHE = cache_dir()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request):
+def _one_thread(request, monkeypatch):
+    """One thread here and in processes that a test starts: on some CPUs the number of threads moves the last bits."""
     if "real" in request.keywords:
         yield
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     torch.set_num_threads(before)
 
