@@ -10,17 +10,20 @@ A figure whose table is absent, or has nothing to draw, is skipped, and a senten
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import ROOT
 from matplotlib.figure import Figure
-from run_forgetting import SHOWN as FORGETTING
+from run_forgetting import WRITTEN as FORGETTING
+from run_lora_ablation import WRITTEN as LORA
+from run_replay_ablation import WRITTEN as REPLAY
+from tables import curves_figure, read_rows
 
 from editlab.experiment_figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
-from editlab.figures import comparison_figure, save_figure
+from editlab.figures import save_figure
 
 Rows = Sequence[dict[str, Any]]
 
@@ -48,22 +51,6 @@ class Drawing(NamedTuple):
     """writes the table"""
     draw: Callable[[Rows], Figure | None]
     """None where the rows have nothing to draw"""
-
-
-def forgetting(rows: Rows) -> Figure | None:
-    """Retained ES, accuracy, NS and perplexity over edits; bands over seeds."""
-    renamed = {"retained_ES": "retained/ES", "retained_accuracy": "retained/accuracy", "retained_NS": "retained/NS",
-               "perplexity_heldout": "perplexity/heldout"}  # fmt: skip
-    curves: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
-    for row in rows:
-        point = {name: float(row[column]) for column, name in renamed.items() if column in row}
-        curves.setdefault(row["case"], {}).setdefault(row["seed"], {})[int(row["edits"])] = point
-    shown = {
-        label: (list(curves[case].values()), color, line)
-        for case, (label, color, line) in FORGETTING.items()
-        if case in curves
-    }
-    return comparison_figure(shown) if shown else None
 
 
 def batch_size(rows: Rows) -> Figure | None:
@@ -121,19 +108,19 @@ def trust_roc(rows: Rows) -> Figure | None:
 
 
 FIGURES = {
-    "large_scale_forgetting": Drawing("large_scale_forgetting.csv", "run_forgetting.py", forgetting),
+    written.figure: Drawing(written.curves, script, partial(curves_figure, shown=written.shown))
+    for written, script in (
+        (FORGETTING, "run_forgetting.py"),
+        (REPLAY, "run_replay_ablation.py"),
+        (LORA, "run_lora_ablation.py"),
+    )
+} | {
     "batch_size": Drawing("ablation_matrix.csv", "run_batch_experiments.py", batch_size),
     "replay_by_batch_size": Drawing("ablation_matrix.csv", "run_batch_experiments.py", heat_map),
     "radar": Drawing("baseline_comparison.csv", "run_all_baselines.py", radar),
     "sequential_batch_replay": Drawing("replay_ablation.csv", "run_replay_ablation.py", side_by_side),
     "trust_roc": Drawing("trust_roc.csv", "run_trust_eval.py", trust_roc),
 }
-
-
-def read(path: Path) -> Rows:
-    """Rows of a CSV file; a column that is empty in a row is absent from it."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def main() -> None:
@@ -148,7 +135,7 @@ def main() -> None:
         if not path.exists():
             print(f"{name}: skipped, there is no results/{table} (python scripts/{script} writes it)")
             continue
-        figure = draw(read(path))
+        figure = draw(read_rows(path))
         if figure is None:
             print(f"{name}: skipped, nothing in results/{table} is to be drawn yet (python scripts/{script})")
             continue

@@ -21,9 +21,8 @@ from sweep import (
     exit_where_failed,
     parser,
     run_all,
-    table_rows,
-    write_rows,
 )
+from tables import table_rows, update_table, write_rows
 
 RECIPE = "configs/emmet.yaml"
 RULE = "model.rule.init_args."
@@ -79,9 +78,9 @@ def main() -> None:
     wanted = [case.over(common) for case in cases()]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        rows = table_rows(runs, measured)
         results = options.out / "results"
-        write_rows(rows, results / "baseline_comparison.csv")
+        names = [case.name for case in wanted]
+        rows = update_table(results / "baseline_comparison.csv", table_rows(runs, measured), names)
         write_rows([row for row in rows if row["way"] == "sequential"], results / "quick_validation.csv")
     exit_where_failed(wanted, RECIPE, options)
 

@@ -6,8 +6,8 @@
     python scripts/run_batch_experiments.py --launcher ray --workers 2     # over the machines of a Ray cluster
 
 Writes ``results/ablation_matrix.csv``: a row for every cell of the matrix and seed, also for those that were not run,
-or failed. Cells in which nothing is ever replayed (a rate that rounds to no fact of a batch, or one batch of all
-facts) share the run of rate 0; ``case`` says which run a row is from.
+or failed; those of runs that are not at hand stay as they are. Cells in which nothing is ever replayed (a rate that
+rounds to no fact of a batch, or one batch of all facts) share the run of rate 0; ``case`` says which run a row is from.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from sweep import (
     parser,
     planned,
     run_all,
-    table_rows,
-    write_rows,
 )
+from tables import read_rows, table_rows, write_rows
 
 RECIPE = "configs/emmet_consolidated.yaml"
 BATCHES = (1, 8, 32, 128, 512, 1024)
 RATES = (0.0, 0.1, 0.3, 0.5)
 RANKS = (0, 4, 8, 16)
 """0 is without LoRA."""
+SEEDS = (1, 2, 3)
+TABLE = "ablation_matrix.csv"
+KEY = ("batch_size", "replay_rate", "lora_rank", "seed")
+"""Columns that name a row."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +86,26 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each cell of the whole matrix and each seed, run or not."""
-    everything = argparse.Namespace(**{**vars(options), "only": None})
+    """One row for each cell of the whole matrix and each seed, run or not; what an earlier table has of it stays."""
+    seeds = sorted({*SEEDS, *options.seeds})
+    everything = argparse.Namespace(**{**vars(options), "only": None, "seeds": seeds})
     runs = {
         (run.case.name, run.seed): run
         for run in planned([cell.case(options.edits) for cell in MATRIX], RECIPE, everything)
     }
+    path = options.out / "results" / TABLE
+    table = read_rows(path) if path.exists() else []
+    earlier = {tuple(row[name] for name in KEY): row for row in table if row["status"] == "done"}
     found = []
     for cell in MATRIX:
-        for seed in options.seeds:
+        for seed in seeds:
             run = runs[cell.case(options.edits).name, seed]
             row: dict[str, Any] = {"case": run.case.name, **cell.labels(options.edits), "seed": seed}
             row["status"] = "not run" if run.status == "to run" else run.status
             if run.summary is not None:
                 row |= table_rows([run])[0] | {"seconds": round(run.summary["seconds"], 1)}
+            elif run.status == "to run":
+                row = earlier.get(tuple(str(row[name]) for name in KEY), row)
             found.append(row)
     return found
 
@@ -112,7 +121,7 @@ def main() -> None:
     wanted = [case.over(common_flags(options)) for case in cases(options)]
     run_all(wanted, RECIPE, options)
     if not options.dry_run:
-        write_rows(rows(options), options.out / "results" / "ablation_matrix.csv")
+        write_rows(rows(options), options.out / "results" / TABLE)
     exit_where_failed(wanted, RECIPE, options)
 
 

@@ -5,30 +5,22 @@
     python scripts/run_forgetting.py --dry-run
 
 Writes ``results/large_scale_forgetting.csv`` (a row a run and snapshot), ``results/large_scale_final.csv`` (a row a
-run), ``results/large_scale_means.csv`` and ``figs/large_scale_forgetting.png`` (and ``.pdf``) from the runs that are
-there.
+run), ``results/large_scale_means.csv`` and, from the first, ``figs/large_scale_forgetting.png`` (and ``.pdf``). Rows of
+runs that are not at hand stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from sweep import (
     ROOT,
     Case,
-    Run,
     add_texts,
     common_flags,
-    draw_curves,
     exit_where_failed,
-    means,
     parser,
-    provenance_of,
     run_all,
-    table_rows,
-    write_rows,
 )
+from tables import Sequences
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
@@ -46,8 +38,10 @@ SHOWN = {
     "both": ("+ consolidated and replay", GREEN, "-"),
 }
 """case -> label, color, line"""
-KEPT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "immediate/accuracy", "perplexity/heldout")
-"""Columns of a snapshot, beside the largest of each layer's norm and condition."""
+WRITTEN = Sequences(
+    "large_scale_final.csv", "large_scale_means.csv", "large_scale_forgetting.csv", "large_scale_forgetting",
+    SHOWN, "emmet",
+)  # fmt: skip
 
 
 def cases(edits: int) -> list[Case]:
@@ -81,26 +75,6 @@ def cases(edits: int) -> list[Case]:
     ]
 
 
-def snapshots(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row a run and snapshot: what was retained, and what norms and conditions were there."""
-    rows = []
-    for run in runs:
-        for edits, point in run.curve().items():
-            if "retained/accuracy" not in point:
-                continue
-            row: dict[str, Any] = {"case": run.case.name, "seed": run.seed, "edits": edits}
-            row |= {name.replace("/", "_"): round(point[name], 4) for name in KEPT if name in point}
-            row |= {"delta_norm": _largest(point, "delta_norm"), "gram_condition": _largest(point, "gram_condition")}
-            rows.append(row | provenance_of(run))
-    return rows
-
-
-def _largest(point: Mapping[str, float], name: str) -> float | str:
-    """The largest over layers of what a step logged; empty where it logged none."""
-    found = [value for key, value in point.items() if key.endswith(f"/{name}")]
-    return float(f"{max(found):.4g}") if found else ""
-
-
 def main() -> None:
     """Runs what is missing; writes the tables and the figure."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "forgetting", edits=2000)
@@ -110,11 +84,7 @@ def main() -> None:
     wanted = [case.over(common) for case in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        results = options.out / "results"
-        write_rows(snapshots(runs), results / "large_scale_forgetting.csv")
-        write_rows(table_rows(runs), results / "large_scale_final.csv")
-        write_rows(means(runs, {}, "emmet"), results / "large_scale_means.csv")
-        draw_curves(runs, SHOWN, options.out / "figs" / "large_scale_forgetting.png")
+        WRITTEN.write(runs, [case.name for case in wanted], options.out)
     exit_where_failed(wanted, RECIPE, options)
 
 

@@ -5,7 +5,8 @@
     python scripts/run_lora_ablation.py --dry-run
 
 Writes ``results/lora_ablation.csv`` (a row a run), ``results/lora_ablation_means.csv`` (a row a case, with the gain
-over the same recipe without LoRA) and ``figs/lora_ablation.png`` (and ``.pdf``) from the runs that are there.
+over the same recipe without LoRA), ``results/lora_ablation_curves.csv`` (a row a snapshot) and, from it,
+``figs/lora_ablation.png`` (and ``.pdf``). Rows of runs that are not at hand stay as they are.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ from sweep import (
     Case,
     add_texts,
     common_flags,
-    draw_curves,
     exit_where_failed,
-    means,
     parser,
     run_all,
-    table_rows,
-    write_rows,
 )
+from tables import Sequences
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
@@ -41,6 +39,9 @@ SHOWN = {
 """case -> label, color, line"""
 BASE = {"lora_8": "emmet", "replay_lora_8": "replay", "layer_6_lora_8": "layer_6", "lora_8_100": "emmet_100"}
 """case -> the same without LoRA; ``emmet`` where not named"""
+WRITTEN = Sequences(
+    "lora_ablation.csv", "lora_ablation_means.csv", "lora_ablation_curves.csv", "lora_ablation", SHOWN, "emmet", BASE
+)
 
 
 def lora(**settings: Any) -> dict[str, Any]:
@@ -81,10 +82,7 @@ def main() -> None:
     wanted = [case.over(common) for case in cases()]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        results = options.out / "results"
-        write_rows(table_rows(runs), results / "lora_ablation.csv")
-        write_rows(means(runs, BASE, "emmet"), results / "lora_ablation_means.csv")
-        draw_curves(runs, SHOWN, options.out / "figs" / "lora_ablation.png")
+        WRITTEN.write(runs, [case.name for case in wanted], options.out)
     exit_where_failed(wanted, RECIPE, options)
 
 

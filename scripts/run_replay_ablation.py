@@ -5,7 +5,8 @@
     python scripts/run_replay_ablation.py --dry-run
 
 Writes ``results/replay_ablation.csv`` (a row a run), ``results/replay_ablation_means.csv`` (a row a case, with the gain
-over no replay) and ``figs/forgetting_replay.png`` (and ``.pdf``) from the runs that are there.
+over no replay), ``results/replay_ablation_curves.csv`` (a row a snapshot) and, from it,
+``figs/forgetting_replay.png`` (and ``.pdf``). Rows of runs that are not at hand stay as they are.
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ from sweep import (
     Case,
     add_texts,
     common_flags,
-    draw_curves,
     exit_where_failed,
-    means,
     parser,
     run_all,
-    table_rows,
-    write_rows,
 )
+from tables import Sequences
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
@@ -41,6 +39,9 @@ SHOWN = {
     "joint": ("one joint batch", VERMILION, "none"),
 }
 """case -> label, color, line"""
+WRITTEN = Sequences(
+    "replay_ablation.csv", "replay_ablation_means.csv", "replay_ablation_curves.csv", "forgetting_replay", SHOWN, "none"
+)
 
 
 def replay(name: str, flags: dict[str, Any] | None = None, curve: bool = True, **settings: Any) -> Case:
@@ -103,10 +104,7 @@ def main() -> None:
     wanted = [case.over(common) for case in cases(options.edits)]
     runs = run_all(wanted, RECIPE, options)
     if runs:
-        results = options.out / "results"
-        write_rows(table_rows(runs), results / "replay_ablation.csv")
-        write_rows(means(runs, {}, "none"), results / "replay_ablation_means.csv")
-        draw_curves(runs, SHOWN, options.out / "figs" / "forgetting_replay.png")
+        WRITTEN.write(runs, [case.name for case in wanted], options.out)
     exit_where_failed(wanted, RECIPE, options)
 
 

@@ -28,11 +28,9 @@ from sweep import (
     common_flags,
     exit_where_failed,
     parser,
-    provenance_of,
-    provenance_of_all,
     run_all,
-    write_rows,
 )
+from tables import provenance_of, provenance_of_all, write_rows
 from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, read_lines, taus
 
 from editlab.evaluation import BUILTIN_TEXT
@@ -197,7 +195,7 @@ def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
     draw_effect(runs, figs / "rollback_effect_curve.png")
     labels = labelled(runs)
     if labels:
-        shared = provenance_of_all([run for run in runs if run.case.name in LABELLED])
+        shared = provenance_of_all([provenance_of(run) for run in runs if run.case.name in LABELLED])
         write_rows([{**row, **shared} for row in table(labels)], results / "trust_eval.csv")
         write_rows([{**row, **shared} for row in points(labels)], results / "trust_roc.csv")
         save_figure(roc_figure(points(labels)), figs / "trust_roc.png")

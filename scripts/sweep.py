@@ -7,36 +7,22 @@ also where it failed, is in its ``run.log`` (see ``launch.py``).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import dry_run
-from launch import FAILED, LAUNCHERS, LOG, PROVENANCE, ROOT, Job, cores
+from launch import FAILED, LAUNCHERS, LOG, ROOT, Job, cores
 from tqdm import tqdm
 
-from editlab.figures import Series, comparison_figure, save_figure
-from editlab.lm.cache import atomic_file
+from editlab.figures import Series
 from editlab.runs import RunFolder
 
 TEXT = ROOT.parent / "shared" / "data" / "text"
-
-VERSIONS = ("editlab", "torch", "transformers", "peft")
-"""Packages whose versions a table gives."""
-
-MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "accuracy": lambda s: s["retained"]["accuracy"],
-    "ES": lambda s: s["retained"]["ES"],
-    "NS": lambda s: s["retained"]["NS"] - s["before"]["NS"],
-    "perplexity_ratio": lambda s: s["perplexity"]["after"] / s["perplexity"]["before"],
-}
-"""name -> number of a run's summary; NS as the change from the unedited model"""
 
 
 @dataclass(frozen=True)
@@ -240,111 +226,3 @@ def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Name
     failed = [f"{run.case.name}, seed {run.seed}" for run in runs if run.status == "failed"]
     if failed:
         sys.exit(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}): see {LOG} in their folders.")
-
-
-def provenance_of(run: Run) -> dict[str, str]:
-    """Recipe, revision and machine that a run was started with, as far as they were noted, and its versions."""
-    path = run.folder / PROVENANCE
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
-    versions = (run.summary or {}).get("versions", {})
-    return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
-
-
-def provenance_of_all(runs: Sequence[Run]) -> dict[str, str]:
-    """The same of a row that several runs went into: what differs among them stands side by side."""
-    each = [provenance_of(run) for run in runs]
-    return {name: " | ".join(dict.fromkeys(one[name] for one in each)) for name in (each[0] if each else ())}
-
-
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5% quantiles of Student's t by degrees of freedom"""
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% t-interval of a few independent values; the interval is NaN for one value.
-
-    Raises:
-        KeyError: for more than ten values.
-    """
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
-
-
-def against(runs: Sequence[Run], base: str, measure: Callable[[dict[str, Any]], float]) -> dict[str, tuple[float, ...]]:
-    """For each case the difference of a measure to the case ``base``, paired by seed: mean and 95% t-interval."""
-    of: dict[str, dict[int, float]] = {}
-    for run in runs:
-        assert run.summary is not None
-        of.setdefault(run.case.name, {})[run.seed] = measure(run.summary)
-    return {
-        case: interval([value - of[base][seed] for seed, value in values.items() if seed in of[base]])
-        for case, values in of.items()
-        if base in of and set(values) & set(of[base])
-    }
-
-
-def means(runs: Sequence[Run], base: Mapping[str, str], otherwise: str) -> list[dict[str, Any]]:
-    """One row a case: means over seeds, and what it gains over its base, paired by seed, with 95% t-intervals.
-
-    Args:
-        runs: those that are there.
-        base: case -> the case that it is held against.
-        otherwise: the base of cases not named.
-    """
-    rows = []
-    for case in dict.fromkeys(run.case.name for run in runs):
-        own = [run for run in runs if run.case.name == case]
-        some = [run.summary or {} for run in own]
-        row: dict[str, Any] = {"case": case, "seeds": len(some)}
-        row |= {name: round(interval([measure(s) for s in some])[0], 4) for name, measure in MEASURES.items()}
-        for name, measure in MEASURES.items():
-            found = against(runs, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
-            row |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), found, strict=True)}
-        rows.append({**row, **provenance_of_all(own)})
-    return rows
-
-
-def draw_curves(runs: Sequence[Run], shown: Mapping[str, tuple[str, str, str]], path: Path) -> None:
-    """Retained ES, accuracy, NS and perplexity over edits; bands are the range over seeds.
-
-    Args:
-        runs: those that are there.
-        shown: case -> label, color, line.
-        path: of the figure, ``.png`` and ``.pdf``.
-    """
-    drawn = {
-        label: ([run.curve() for run in runs if run.case.name == case], color, line)
-        for case, (label, color, line) in shown.items()
-    }
-    save_figure(comparison_figure(drawn), path)
-
-
-def table_rows(runs: Sequence[Run], more: Callable[[Run], dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """One row a run: its labels and seed, the numbers of its summary, ``more``, and what it was started with."""
-    rows = []
-    for run in runs:
-        summary = run.summary
-        assert summary is not None
-        row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-        row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
-        for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
-            row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
-        perplexity = summary["perplexity"]
-        row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
-        if "after" in perplexity:
-            row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
-        rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
-    return rows
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Rows as a CSV file; a column that a row lacks is empty there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -25,9 +25,11 @@ def call(monkeypatch, folder, *arguments):
 
 def test_each_figure_comes_from_its_table(tmp_path, monkeypatch, capsys):
     results, retained = tmp_path / "results", {"retained_ES": 1.0, "retained_accuracy": 0.9, "retained_NS": 0.8}
-    write(results / "large_scale_forgetting.csv",
-          [{"case": "emmet", "seed": s, "edits": n, **retained, "perplexity_heldout": 30 + s}
-           for s in (1, 2) for n in (200, 400)])  # fmt: skip
+    for table, case in (("large_scale_forgetting", "emmet"), ("replay_ablation_curves", "none"),
+                        ("lora_ablation_curves", "emmet")):  # fmt: skip
+        write(results / f"{table}.csv",
+              [{"case": case, "seed": s, "edits": n, **retained, "perplexity_heldout": 30 + s}
+               for s in (1, 2) for n in (200, 400)])  # fmt: skip
     cell = {"lora_rank": "none", "seed": 1, **retained, "retained_PS": 0.7}
     done = [{"batch_size": b, "replay_rate": r, "status": "done", **cell} for b in (1, 8) for r in ("0.0", "0.3")]
     missing = {"batch_size": 512, "replay_rate": "0.0", "status": "not run", "lora_rank": "none", "seed": 1}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import dry_run
 import run_batch_experiments as matrix
 import sweep
+import tables
 
 
 def call(monkeypatch, tmp_path, *arguments):
@@ -74,6 +76,13 @@ def test_the_table_names_every_cell(tmp_path, monkeypatch):
     assert [key for key, row in found.items() if row["status"] == "failed"] == [("8", "0.3", "4", "1")]
     assert {row["status"] for row in found.values()} == {"done", "failed", "not run"}
     assert found["512", "0.5", "16", "3"]["retained_accuracy"] == ""
+
+    # Without the runs' folders, what the table has stays; what failed is no result.
+    path = tmp_path / "out" / "results" / "ablation_matrix.csv"
+    before = tables.read_rows(path)
+    shutil.rmtree(tmp_path / "runs")
+    call(monkeypatch, tmp_path, "--no-run", "--seeds", "1")
+    assert tables.read_rows(path) == [{**row, "status": row["status"].replace("failed", "not run")} for row in before]
 
 
 def test_batches_larger_than_all_facts_are_not_run(tmp_path, monkeypatch, capsys):

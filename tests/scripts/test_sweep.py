@@ -1,4 +1,4 @@
-"""A sweep of two tiny runs: results once, failures kept, a stopped run resumed; its table and its figure."""
+"""A sweep of two tiny runs: results once, failures kept, a stopped run resumed; its table."""
 
 import csv
 import json
@@ -20,6 +20,7 @@ import run_forgetting as forgetting
 import run_lora_ablation as lora_ablation
 import run_replay_ablation as ablation
 import sweep
+import tables
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     assert started == ["none"]
     assert (run.folder / "metrics.csv").read_text() == written
 
-    sweep.write_rows(sweep.table_rows(runs), tmp_path / "results" / "table.csv")
+    tables.write_rows(tables.table_rows(runs), tmp_path / "results" / "table.csv")
     with (tmp_path / "results" / "table.csv").open() as file:
         (row,) = csv.DictReader(file)
     summary = run.summary
@@ -69,8 +70,6 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     assert float(row["retained_ES"]) == pytest.approx(summary["retained"]["ES"], abs=1e-4)
     ratio = summary["perplexity"]["after"] / summary["perplexity"]["before"]
     assert float(row["perplexity_ratio"]) == pytest.approx(ratio, abs=1e-4)
-    sweep.draw_curves(runs, ablation.SHOWN, tmp_path / "figs" / "curves.png")
-    assert {p.name for p in (tmp_path / "figs").iterdir()} == {"curves.png", "curves.pdf"}
 
 
 def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
@@ -101,37 +100,6 @@ def test_files_are_found_from_the_folder_of_the_caller(tmp_path, monkeypatch):
     found = sweep.parser(None).parse_args(["--path", "facts.csv"])
     assert found.path == str(tmp_path.resolve() / "facts.csv")
     assert sweep.parser(None).parse_args(["--path", "worldfacts"]).path == "worldfacts"
-
-
-def test_intervals_by_hand():
-    # 1, 2, 3: standard deviation 1, 4.303 / sqrt(3) = 2.484.
-    assert sweep.interval([1.0, 2.0, 3.0]) == (
-        2.0,
-        pytest.approx(2 - 2.4844, abs=1e-3),
-        pytest.approx(4.4844, abs=1e-3),
-    )
-    mean, low, _ = sweep.interval([5.0])
-    assert mean == 5.0
-    assert low != low
-
-
-def test_differences_are_paired_by_seed(tmp_path):
-    runs = []
-    for case, accuracies in (("none", {1: 0.5, 2: 0.9}), ("more", {1: 0.6, 2: 1.0, 3: 0.1})):
-        for seed, accuracy in accuracies.items():
-            folder = tmp_path / case / f"version_{seed}"
-            folder.mkdir(parents=True)
-            summary = {"retained": {"accuracy": accuracy, "ES": 1.0, "NS": 0.7}, "before": {"NS": 0.8},
-                       "perplexity": {"before": 20.0, "after": 22.0}}  # fmt: skip
-            (folder / "summary.json").write_text(json.dumps(summary))
-            runs.append(sweep.Run(sweep.Case(case, {}), seed, folder))
-    none, more = sweep.means(runs, {}, "none")
-    assert (more["accuracy_gain"], more["accuracy_gain_low"], more["accuracy_gain_high"]) == (0.1, 0.1, 0.1)
-    assert (none["accuracy_gain"], none["accuracy"], more["seeds"]) == (0.0, 0.7, 3)
-    assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
-    assert (more["NS_gain"], more["ES_gain"], more["perplexity_ratio_gain"]) == (0.0, 0.0, 0.0)
-    _, more = sweep.means(runs, {"more": "more"}, "none")
-    assert more["accuracy_gain"] == 0.0
 
 
 def test_dry_run_and_missing_file(options, capsys):
@@ -178,29 +146,18 @@ def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
     assert found["init_args"].get("covariance_weight") == weights.get(name)
 
 
-def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_path):
-    folder = tmp_path / "emmet" / "version_1"
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text(
-        "edits,retained/accuracy,perplexity/heldout,weights/layer_2/delta_norm,weights/layer_3/delta_norm,"
-        "solve/layer_2/gram_condition,solve/layer_3/gram_condition\n"
-        "32,,,0.1,0.2,5,6\n"
-        "200,0.75,40.25,0.3,0.25,70,12345.678\n"
-    )
-    (row,) = forgetting.snapshots([sweep.Run(sweep.Case("emmet", {}), 1, folder)])
-    assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
-    assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
-
-
 def test_a_run_says_what_it_was_started_with(options):
     (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
-    found = sweep.provenance_of(run)
+    found = tables.provenance_of(run)
     versions = {name: version(name) for name in ("editlab", "torch", "transformers", "peft")}
     assert found == {"recipe": "configs/emmet.yaml", **launch.provenance(), **versions}
     assert found["machine"].split(" x ")[0] == str(launch.cores())
-    assert sweep.provenance_of_all([run, run]) == found
+    assert tables.provenance_of_all([found, found]) == found
     other = sweep.Run(run.case, 2, options.work, "configs/memit.yaml")
-    assert sweep.provenance_of_all([run, other])["recipe"] == "configs/emmet.yaml | configs/memit.yaml"
+    assert (
+        tables.provenance_of_all([found, tables.provenance_of(other)])["recipe"]
+        == "configs/emmet.yaml | configs/memit.yaml"
+    )
 
 
 def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
@@ -214,20 +171,6 @@ def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
     assert config["model"]["restore_between_batches"] is True
     assert config["data"]["batch_size"] == 1
     assert config["trainer"]["callbacks"] == []
-
-
-def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
-    folder = tmp_path / "memit" / "version_1"
-    folder.mkdir(parents=True)
-    (folder / "metrics.csv").write_text("edits,solve/layer_6/effective_weight\n32,300.0\n64,300.0\n")
-    summary = {"edits": 64, "retained": {}, "immediate": {"ES": 1.0, "accuracy": 0.5}, "before": {"NS": 0.8},
-               "perplexity": {"before": 20.0}, "delta_norm": {"6": 0.25}, "seconds": 96.0,
-               "peak_memory_mb": 1500.4, "versions": {"torch": "2"}}  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary))
-    (row,) = sweep.table_rows([sweep.Run(sweep.Case("memit", {}), 1, folder)], baselines.measured)
-    assert (row["effective_weight"], row["seconds_an_edit"], row["peak_memory_mb"]) == (300.0, 1.5, 1500)
-    assert (row["immediate_ES"], row["before_NS"], row["perplexity_before"]) == (1.0, 0.8, 20.0)
-    assert "perplexity_ratio" not in row
 
 
 def test_tables_alone_run_nothing(options, monkeypatch):
@@ -252,9 +195,9 @@ def test_tables_go_where_they_are_wanted(script, tmp_path, monkeypatch):
     given = ["--no-run", "--path", "worldfacts", "--work", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["script", *given])
     script.main()
-    tables = list((tmp_path / "out" / "results").iterdir())
-    assert tables
-    for table in tables:
+    written = list((tmp_path / "out" / "results").iterdir())
+    assert written
+    for table in written:
         with table.open() as file:
             for row in csv.DictReader(file):
                 assert row["recipe"] == script.RECIPE

@@ -1,0 +1,249 @@
+"""Tables of an experiment's runs, means over seeds with their intervals, and curves drawn from such tables.
+
+A table outlives its runs: rows of runs that are not at hand (made on another machine, or deleted since) stay in it,
+and those of runs that are take the place of earlier ones. Each row says what it was made with.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import PROVENANCE
+from matplotlib.figure import Figure
+from sweep import Run
+
+from editlab.figures import comparison_figure, save_figure
+from editlab.lm.cache import atomic_file
+
+Row = dict[str, Any]
+
+VERSIONS = ("editlab", "torch", "transformers", "peft")
+"""Packages whose versions a table gives."""
+
+MADE_WITH = ("recipe", "revision", "machine", *VERSIONS)
+"""Columns of every table that say what a row was made with."""
+
+MEASURES: dict[str, Callable[[Row], float]] = {
+    "accuracy": lambda row: float(row["retained_accuracy"]),
+    "ES": lambda row: float(row["retained_ES"]),
+    "NS": lambda row: float(row["retained_NS"]) - float(row["before_NS"]),
+    "perplexity_ratio": lambda row: float(row["perplexity_ratio"]),
+}
+"""name -> number of a run's row; NS as the change from the unedited model"""
+
+CURVE = {
+    "retained_ES": "retained/ES",
+    "retained_accuracy": "retained/accuracy",
+    "retained_PS": "retained/PS",
+    "retained_NS": "retained/NS",
+    "immediate_accuracy": "immediate/accuracy",
+    "perplexity_heldout": "perplexity/heldout",
+}
+"""column of a snapshot -> what the run calls it"""
+
+
+# ---- rows of runs ---------------------------------------------------------------------------------------------------
+
+
+def provenance_of(run: Run) -> dict[str, str]:
+    """Recipe, revision and machine that a run was started with, as far as they were noted, and its versions."""
+    path = run.folder / PROVENANCE
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
+    versions = (run.summary or {}).get("versions", {})
+    return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
+
+
+def provenance_of_all(rows: Sequence[Row]) -> dict[str, str]:
+    """The same of a row that several rows went into: what differs among them stands side by side."""
+    known = [name for name in MADE_WITH if any(row.get(name) for row in rows)]
+    return {name: " | ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in known}
+
+
+def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) -> list[Row]:
+    """One row a run: its labels and seed, the numbers of its summary, ``more``, and what it was started with."""
+    rows = []
+    for run in runs:
+        summary = run.summary
+        assert summary is not None
+        row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
+        row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
+        for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
+            row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
+        perplexity = summary["perplexity"]
+        row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
+        if "after" in perplexity:
+            row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
+        rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
+    return rows
+
+
+def snapshots(runs: Sequence[Run]) -> list[Row]:
+    """One row a run and snapshot: what was retained, and how large norms and conditions had become."""
+    rows = []
+    for run in runs:
+        for edits, point in run.curve().items():
+            if "retained/accuracy" not in point:
+                continue
+            row: Row = {"case": run.case.name, "seed": run.seed, "edits": edits}
+            row |= {column: round(point[name], 4) for column, name in CURVE.items() if name in point}
+            row |= {"delta_norm": _largest(point, "delta_norm"), "gram_condition": _largest(point, "gram_condition")}
+            rows.append(row | provenance_of(run))
+    return rows
+
+
+def _largest(point: Mapping[str, float], name: str) -> float | str:
+    """The largest over layers of what a step logged; empty where it logged none."""
+    found = [value for key, value in point.items() if key.endswith(f"/{name}")]
+    return float(f"{max(found):.4g}") if found else ""
+
+
+# ---- means over seeds -----------------------------------------------------------------------------------------------
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5% quantiles of Student's t by degrees of freedom"""
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% t-interval of a few independent values; the interval is NaN for one value.
+
+    Raises:
+        KeyError: for more than ten values.
+    """
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def against(rows: Sequence[Row], base: str, measure: Callable[[Row], float]) -> dict[str, tuple[float, float, float]]:
+    """For each case the difference of a measure to the case ``base``, paired by seed: mean and 95% t-interval."""
+    of: dict[str, dict[int, float]] = {}
+    for row in rows:
+        of.setdefault(row["case"], {})[int(row["seed"])] = measure(row)
+    return {
+        case: interval([value - of[base][seed] for seed, value in values.items() if seed in of[base]])
+        for case, values in of.items()
+        if base in of and set(values) & set(of[base])
+    }
+
+
+def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str) -> list[Row]:
+    """One row a case: means over seeds, and what it gains over its base, paired by seed, with 95% t-intervals.
+
+    Args:
+        rows: of :func:`table_rows`.
+        base: case -> the case that it is held against.
+        otherwise: the base of cases not named.
+    """
+    found = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        own = [row for row in rows if row["case"] == case]
+        one: Row = {"case": case, "seeds": len(own)}
+        one |= {name: round(statistics.mean(map(measure, own)), 4) for name, measure in MEASURES.items()}
+        for name, measure in MEASURES.items():
+            gain = against(rows, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
+            one |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), gain, strict=True)}
+        found.append({**one, **provenance_of_all(own)})
+    return found
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV file, all values as they are written; a column that is empty in a row is absent from it."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows as a CSV file, what they were made with in the last columns; a column that a row lacks is empty there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = dict.fromkeys(name for row in rows for name in row)
+    columns = [*(n for n in named if n not in MADE_WITH), *(n for n in MADE_WITH if n in named)]
+    with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def update_table(path: Path, rows: Sequence[Row], cases: Collection[str]) -> list[Row]:
+    """Writes rows into a table in which those of other runs stay.
+
+    Args:
+        path: of the table, whether it is there or not.
+        rows: of the runs at hand, each with its ``case`` and ``seed``.
+        cases: names of all cases of the experiment, in their order; rows of others are dropped.
+
+    Returns:
+        All rows of the table, by case and seed.
+    """
+    made = {(row["case"], int(row["seed"])) for row in rows}
+    earlier = read_rows(path) if path.exists() else []
+    stay = [row for row in earlier if row["case"] in cases and (row["case"], int(row["seed"])) not in made]
+    places = {case: place for place, case in enumerate(cases)}
+    found = sorted([*stay, *rows], key=lambda row: (places[row["case"]], int(row["seed"]), int(row.get("edits", 0))))
+    write_rows(found, path)
+    return found
+
+
+def curves_figure(rows: Sequence[Row], shown: Mapping[str, tuple[str, str, str]]) -> Figure | None:
+    """Retained ES, accuracy, NS and perplexity over edits; bands are the range over seeds.
+
+    Args:
+        rows: of :func:`snapshots`.
+        shown: case -> label, color, line.
+
+    Returns:
+        None where no row is of a case that is shown.
+    """
+    curves: dict[str, dict[int, dict[int, dict[str, float]]]] = {}
+    for row in rows:
+        point = {name: float(row[column]) for column, name in CURVE.items() if column in row}
+        curves.setdefault(row["case"], {}).setdefault(int(row["seed"]), {})[int(row["edits"])] = point
+    drawn = {
+        label: (list(curves[case].values()), color, line)
+        for case, (label, color, line) in shown.items()
+        if case in curves
+    }
+    return comparison_figure(drawn) if drawn else None
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What an experiment on sequences of edits writes: a row a run, a row a case, a row a snapshot, and the curves."""
+
+    each: str
+    over_seeds: str
+    curves: str
+    """names of the three tables in ``results/``"""
+    figure: str
+    """name of the figure in ``figs/``, drawn from the third"""
+    shown: Mapping[str, tuple[str, str, str]]
+    """case -> label, color, line, of those that are drawn"""
+    otherwise: str
+    """the case that others are held against"""
+    base: Mapping[str, str] = field(default_factory=dict)
+    """case -> another that it is held against"""
+
+    def write(self, runs: Sequence[Run], cases: Collection[str], out: Path) -> None:
+        """Takes the runs at hand into the tables, and draws the curves anew.
+
+        Args:
+            runs: those that have a result.
+            cases: names of all cases, in their order.
+            out: folder of ``results/`` and ``figs/``.
+        """
+        results = out / "results"
+        each = update_table(results / self.each, table_rows(runs), cases)
+        write_rows(means(each, self.base, self.otherwise), results / self.over_seeds)
+        figure = curves_figure(update_table(results / self.curves, snapshots(runs), cases), self.shown)
+        if figure is not None:
+            save_figure(figure, out / "figs" / f"{self.figure}.png")

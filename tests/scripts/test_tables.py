@@ -1,0 +1,128 @@
+"""Tables by hand: rows of runs, intervals, gains paired by seed, and what becomes of rows whose runs are gone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import run_all_baselines as baselines
+import sweep
+import tables
+
+
+def test_intervals_by_hand():
+    # 1, 2, 3: standard deviation 1, 4.303 / sqrt(3) = 2.484.
+    assert tables.interval([1.0, 2.0, 3.0]) == (
+        2.0,
+        pytest.approx(2 - 2.4844, abs=1e-3),
+        pytest.approx(4.4844, abs=1e-3),
+    )
+    mean, low, _ = tables.interval([5.0])
+    assert mean == 5.0
+    assert low != low
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    runs = []
+    for case, accuracies in (("none", {1: 0.5, 2: 0.9}), ("more", {1: 0.6, 2: 1.0, 3: 0.1})):
+        for seed, accuracy in accuracies.items():
+            folder = tmp_path / case / f"version_{seed}"
+            folder.mkdir(parents=True)
+            summary = {"edits": 8, "retained": {"accuracy": accuracy, "ES": 1.0, "NS": 0.7}, "before": {"NS": 0.8},
+                       "immediate": {}, "perplexity": {"before": 20.0, "after": 22.0}}  # fmt: skip
+            (folder / "summary.json").write_text(json.dumps(summary))
+            runs.append(sweep.Run(sweep.Case(case, {}), seed, folder))
+    rows = tables.table_rows(runs)
+    none, more = tables.means(rows, {}, "none")
+    assert (more["accuracy_gain"], more["accuracy_gain_low"], more["accuracy_gain_high"]) == (0.1, 0.1, 0.1)
+    assert (none["accuracy_gain"], none["accuracy"], more["seeds"]) == (0.0, 0.7, 3)
+    assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
+    assert (more["NS_gain"], more["ES_gain"], more["perplexity_ratio_gain"]) == (0.0, 0.0, 0.0)
+    _, more = tables.means(rows, {"more": "more"}, "none")
+    assert more["accuracy_gain"] == 0.0
+
+
+def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_path):
+    folder = tmp_path / "emmet" / "version_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text(
+        "edits,retained/accuracy,perplexity/heldout,weights/layer_2/delta_norm,weights/layer_3/delta_norm,"
+        "solve/layer_2/gram_condition,solve/layer_3/gram_condition\n"
+        "32,,,0.1,0.2,5,6\n"
+        "200,0.75,40.25,0.3,0.25,70,12345.678\n"
+    )
+    (row,) = tables.snapshots([sweep.Run(sweep.Case("emmet", {}), 1, folder)])
+    assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
+    assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
+
+
+def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
+    folder = tmp_path / "memit" / "version_1"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("edits,solve/layer_6/effective_weight\n32,300.0\n64,300.0\n")
+    summary = {"edits": 64, "retained": {}, "immediate": {"ES": 1.0, "accuracy": 0.5}, "before": {"NS": 0.8},
+               "perplexity": {"before": 20.0}, "delta_norm": {"6": 0.25}, "seconds": 96.0,
+               "peak_memory_mb": 1500.4, "versions": {"torch": "2"}}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (row,) = tables.table_rows([sweep.Run(sweep.Case("memit", {}), 1, folder)], baselines.measured)
+    assert (row["effective_weight"], row["seconds_an_edit"], row["peak_memory_mb"]) == (300.0, 1.5, 1500)
+    assert (row["immediate_ES"], row["before_NS"], row["perplexity_before"]) == (1.0, 0.8, 20.0)
+    assert "perplexity_ratio" not in row
+
+
+def test_rows_whose_runs_are_gone_stay_and_those_made_anew_take_their_place(tmp_path):
+    path = tmp_path / "results" / "table.csv"
+    made = {"recipe": "a.yaml", "torch": "2"}
+    first = [{"case": case, "seed": seed, "retained_ES": 0.5, **made} for case in ("b", "gone") for seed in (1, 2)]
+    tables.update_table(path, first, ["gone", "b"])
+    again = {"case": "b", "seed": 2, "retained_ES": 0.75, "rank": 8, **made}
+    before = {"case": "a", "seed": 1, "retained_ES": 1.0, **made}
+    found = tables.update_table(path, [again, before], ["a", "b"])  # no case is called "gone" any more
+    assert [(row["case"], int(row["seed"]), float(row["retained_ES"])) for row in found] == [
+        ("a", 1, 1.0), ("b", 1, 0.5), ("b", 2, 0.75),
+    ]  # fmt: skip
+    assert [row["case"] for row in tables.read_rows(path)] == ["a", "b", "b"]
+    assert tables.read_rows(path)[2] == {k: str(v) for k, v in again.items()}
+    assert path.read_text().splitlines()[0] == "case,seed,retained_ES,rank,recipe,torch"
+
+
+def test_the_curves_need_no_runs(tmp_path):
+    rows = [
+        {"case": "a", "seed": str(seed), "edits": str(n), "retained_accuracy": str(n / 10 + seed / 100)}
+        for seed in (1, 3)
+        for n in (2, 4)
+    ]
+    figure = tables.curves_figure(rows, {"a": ("A", "#000000", "-"), "b": ("B", "#000000", ":")})
+    lines = [line for ax in figure.axes for line in ax.get_lines()]
+    # Only the accuracy is there; its mean over the seeds is n / 10 + 0.02.
+    (line,) = lines
+    assert list(line.get_xdata()) == [2, 4]
+    assert list(line.get_ydata()) == [pytest.approx(0.22), pytest.approx(0.42)]
+    assert line.get_label() == "A"
+    assert tables.curves_figure(rows, {"b": ("B", "#000000", ":")}) is None
+
+
+def test_an_experiment_s_tables_and_figure_outlive_its_runs(tmp_path):
+    written = tables.Sequences("each.csv", "means.csv", "curves.csv", "drawn", {"a": ("A", "#000000", "-")}, "a")
+
+    def run(case, seed, accuracy):
+        folder = tmp_path / "runs" / case / f"version_{seed}"
+        folder.mkdir(parents=True)
+        summary = {"edits": 8, "retained": {"accuracy": accuracy, "ES": 1.0, "NS": 0.7}, "before": {"NS": 0.8},
+                   "immediate": {}, "perplexity": {"before": 20.0, "after": 22.0}}  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.csv").write_text(f"edits,retained/accuracy\n4,1.0\n8,{accuracy}\n")
+        return sweep.Run(sweep.Case(case, {}), seed, folder)
+
+    written.write([run("a", 1, 0.5)], ["a", "b"], tmp_path)
+    written.write([run("b", 1, 0.75)], ["a", "b"], tmp_path)
+    results = tmp_path / "results"
+    assert [row["retained_accuracy"] for row in tables.read_rows(results / "each.csv")] == ["0.5", "0.75"]
+    assert [row["accuracy_gain"] for row in tables.read_rows(results / "means.csv")] == ["0.0", "0.25"]
+    assert [(row["case"], row["edits"]) for row in tables.read_rows(results / "curves.csv")] == [
+        ("a", "4"), ("a", "8"), ("b", "4"), ("b", "8"),
+    ]  # fmt: skip
+    assert {path.name for path in (tmp_path / "figs").iterdir()} == {"drawn.png", "drawn.pdf"}
