@@ -12,14 +12,16 @@ REAL_CACHE = cache_dir()
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request, monkeypatch):
-    """One thread here and in processes that a test starts: on some CPUs the number of threads moves the last bits."""
-    if "real" in request.keywords:
-        yield
-        return
+def _threads(request, monkeypatch):
+    """One thread for tiny models; for the real one this worker's share of the cores, as more would only wait.
+
+    Processes that a test starts have as many: on some CPUs the number of threads moves the last bits.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    count = max(1, (os.cpu_count() or 1) // workers) if "real" in request.keywords else 1
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(count)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(count))
     yield
     torch.set_num_threads(before)
 

@@ -1,5 +1,8 @@
 """Runs that the tests of all verbs share; none of them changes a run."""
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
+
 import pytest
 
 from tests.commands.runs import MODELS, edited
@@ -13,7 +16,8 @@ def runs(tmp_path_factory):
     def run(name, **changes):
         key = (name, *sorted(changes.items()))
         if key not in made:
-            with pytest.MonkeyPatch.context() as patch:
+            said = io.StringIO()  # nothing of it may be taken for what the test's own verb says
+            with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
                 patch.setenv("EDITLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
                 made[key] = edited(tmp_path_factory.mktemp(name), name, **changes)
         return made[key]
