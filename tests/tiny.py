@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,16 +54,18 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Structures that :data:`FAMILIES` lacks; too many for every test."""
 
 
-def tiny_tokenizer(*, bos: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over :data:`TEXT`; with ``bos`` it puts a special token before each text."""
+def tiny_tokenizer(
+    *, bos: bool = False, padding_side: str = "right", texts: Sequence[str] = TEXT, vocabulary: int = 400
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer over ``texts``; with ``bos`` it puts a special token before each text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        vocab_size=vocabulary, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = (
         processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         if bos
