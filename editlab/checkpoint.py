@@ -149,7 +149,11 @@ def find_checkpoint(path: str) -> Path:
     for found in (given / "checkpoints" / f"{LAST}.ckpt", given / f"{LAST}.ckpt"):
         if found.is_file():
             return found
-    raise UserError(f"The folder {path} holds no checkpoints/{LAST}.ckpt: give a run's folder, such as .../version_0.")
+    others = sorted(given.parent.glob(f"*/checkpoints/{LAST}.ckpt"), key=lambda found: found.stat().st_mtime)
+    such = others[-1].parent.parent if others else ".../version_0"
+    raise UserError(
+        f"The folder {path} holds no checkpoints/{LAST}.ckpt: give a finished run's folder, such as {such}."
+    )
 
 
 def earlier_checkpoint(checkpoint: Path, step: int) -> Path:

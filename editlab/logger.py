@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from editlab.lm.cache import atomic_file
+
+OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")
+"""What lies in a run's folder before anything is measured."""
 
 
 class RunLogger(TensorBoardLogger):
@@ -82,9 +86,20 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes all that is left, also where the run failed."""
+        """Writes all that is left, also where the run failed; one that failed with nothing to show leaves no folder."""
+        if status == "failed" and not self.rows and self._holds_nothing():
+            if self._experiment is not None:
+                self._experiment.close()
+                self._experiment = None
+            shutil.rmtree(self.log_dir, ignore_errors=True)
+            return
         self.save()
         super().finalize(status)
+
+    def _holds_nothing(self) -> bool:
+        """Whether there is a folder with no more in it than what every run opens with."""
+        folder = Path(self.log_dir)
+        return folder.is_dir() and all(any(map(path.match, OPENING)) for path in folder.iterdir())
 
 
 def _read(path: Path) -> dict[int, dict[str, float]]:

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from editlab.figures import Series, forgetting_figure
-from editlab.summary import GROUPS, NAMES
+from editlab.summary import GROUPS, NAMES, counted
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -94,11 +94,9 @@ class Page:
             return "This run has not finished; --ckpt_path last goes on from its last batch."
         s = self.summary
         undone = "".join(f", {s[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if s.get(k))
+        batches = counted(s["batches"], "batch", "batches")
         versions = ", ".join(f"{name} {version}" for name, version in s.get("versions", {}).items())
-        return (
-            f"{s['edits']} facts edited{undone} in {s['batches']} batches; {s['seconds']:.0f} s; seed {s['seed']}. "
-            f"{versions}."
-        )
+        return f"{s['edits']} facts edited{undone} in {batches}; {s['seconds']:.0f} s; seed {s['seed']}. {versions}."
 
     def _metrics(self) -> Iterable[str]:
         if self.summary is None:

@@ -97,11 +97,16 @@ def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
     log.info("%s", render(summary, editor, folder, _checkpoint(trainer)))
 
 
-def _checkpoint(trainer: Trainer) -> str:
+def _checkpoint(trainer: Trainer) -> str | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and (path := callback.best_model_path or callback.last_model_path):
             return os.path.relpath(path)
-    return "none was written (see trainer.enable_checkpointing)"
+    return None
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """A number of things in words: ``1 batch``, ``2 batches``."""
+    return f"{number} {one if number == 1 else several}"
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -119,13 +124,13 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str) -> str:
+def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str | None) -> str:
     """The summary as a table of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
-        f"{summary['edits']} facts edited{undone} in {summary['batches']} batches: {editor.language_model}, layers "
-        f"{', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
+        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: "
+        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
         "",
         table(summary),
     ]
@@ -138,7 +143,8 @@ def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, chec
         "",
         f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
         f"tables       {where}/metrics.csv, {where}/summary.json",
-        f"edited model {checkpoint}",
+        f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
+        *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),
         "",
     ]
     return "\n".join(lines)

@@ -225,6 +225,19 @@ def test_a_run_that_fails_has_written_what_it_measured(logger, tmp_path, monkeyp
     assert [row["edits"] for row in table(logger)] == ["32", "64"]
 
 
+@lightnings_own_warnings
+def test_a_run_that_fails_before_it_has_anything_leaves_no_folder(logger, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(logger, tmp_path, fail_at=0)
+    assert list((tmp_path / "recipe").iterdir()) == []
+    # What anybody else has put there stays, and so does the folder.
+    again = open_run(tmp_path)
+    again.experiment.add_text("a", "b")  # makes the folder and an event file
+    (tmp_path / "recipe" / "version_0" / "notes.txt").touch()
+    again.finalize("failed")
+    assert (tmp_path / "recipe" / "version_0" / "notes.txt").exists()
+
+
 def test_the_table_is_replaced_whole_or_not_at_all(logger, monkeypatch):
     logger.log_metrics({"a": 1.0}, step=1)
     logger.save()

@@ -24,8 +24,15 @@ def test_the_table():
     assert "generation" not in text
     assert "6 facts edited, 2 rolled back, 1 superseded in 4 batches: tiny, layers 5, EMMET" in text
     assert "tensorboard --logdir lightning_logs/r" in text
+    assert (
+        "edited model x.ckpt\nto use it    editlab export --ckpt_path lightning_logs/r/version_0 --out edited" in text
+    )
     assert len(text.splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 100
+    text = render({**summary, "batches": 1}, editor, Path("r"), None)
+    assert "in 1 batch: tiny" in text
+    assert "none was written (see trainer.enable_checkpointing)\n" in text
+    assert "to use it" not in text
 
 
 def test_facts_about_the_process():
