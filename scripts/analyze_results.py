@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from launch import ROOT
 from matplotlib.figure import Figure
-from run_forgetting import WRITTEN as FORGETTING
-from run_lora_ablation import WRITTEN as LORA
-from run_replay_ablation import WRITTEN as REPLAY
+from run_forgetting import EXPERIMENT as FORGETTING
+from run_lora_ablation import EXPERIMENT as LORA
+from run_replay_ablation import EXPERIMENT as REPLAY
 from tables import curves_figure, read_rows
 
 from editlab.experiment_figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure

@@ -1,7 +1,7 @@
 """Thousands of edits in sequence: whether the model forgets gradually or all at once, and what moves that point.
 
     python scripts/run_forgetting.py                               # 2,000 edits, every case, three seeds; resumable
-    python scripts/run_forgetting.py --edits 5000 --only both emmet --seeds 1
+    python scripts/run_forgetting.py --only emmet both emmet_5000 both_5000 --seeds 1
     python scripts/run_forgetting.py --dry-run
 
 Writes ``results/large_scale_forgetting.csv`` (a row a run and snapshot), ``results/large_scale_final.csv`` (a row a
@@ -11,20 +11,11 @@ runs that are not at hand stay as they are.
 
 from __future__ import annotations
 
-from sweep import (
-    ROOT,
-    Case,
-    add_texts,
-    common_flags,
-    exit_where_failed,
-    parser,
-    run_all,
-)
-from tables import Sequences
+from sequences import Sequences
+from sweep import ROOT, Case
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
-RECIPE = "configs/emmet_consolidated.yaml"
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
@@ -38,14 +29,20 @@ SHOWN = {
     "both": ("+ consolidated and replay", GREEN, "-"),
 }
 """case -> label, color, line"""
-WRITTEN = Sequences(
-    "large_scale_final.csv", "large_scale_means.csv", "large_scale_forgetting.csv", "large_scale_forgetting",
-    SHOWN, "emmet",
-)  # fmt: skip
+EXPERIMENT = Sequences(
+    recipe="configs/emmet_consolidated.yaml",
+    work=ROOT / "lightning_logs" / "forgetting",
+    each="large_scale_final.csv",
+    over_seeds="large_scale_means.csv",
+    curves="large_scale_forgetting.csv",
+    figure="large_scale_forgetting",
+    shown=SHOWN,
+    otherwise="emmet",
+)
 
 
 def cases(edits: int) -> list[Case]:
-    """All cases, the ones that matter most first."""
+    """All cases, the ones that matter most first; the last two have a number of edits of their own."""
     curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": EVERY, "sample": SAMPLE}}
     consolidated = {"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}
     sampled = {"sampling": "loss", "refresh_every": 4, "rate": 0.3, "capacity": 500}
@@ -72,20 +69,14 @@ def cases(edits: int) -> list[Case]:
         Case("layer_6_consolidated", one_layer, [consolidated, curve]),
         Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
         Case("both_softer", {RULE + "covariance_weight": 500}, [both, curve]),
+        Case("emmet_5000", {"data.limit": 5000}, [curve]),
+        Case("both_5000", {"data.limit": 5000}, [both, curve]),
     ]
 
 
 def main() -> None:
     """Runs what is missing; writes the tables and the figure."""
-    shared = parser(__doc__, work=ROOT / "lightning_logs" / "forgetting", edits=2000)
-    add_texts(shared)
-    options = shared.parse_args()
-    common = common_flags(options)
-    wanted = [case.over(common) for case in cases(options.edits)]
-    runs = run_all(wanted, RECIPE, options)
-    if runs:
-        WRITTEN.write(runs, [case.name for case in wanted], options.out)
-    exit_where_failed(wanted, RECIPE, options)
+    EXPERIMENT.main(__doc__, cases, edits=2000)
 
 
 if __name__ == "__main__":

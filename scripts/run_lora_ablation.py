@@ -13,20 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import (
-    ROOT,
-    Case,
-    add_texts,
-    common_flags,
-    exit_where_failed,
-    parser,
-    run_all,
-)
-from tables import Sequences
+from sequences import Sequences
+from sweep import ROOT, Case
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
-RECIPE = "configs/emmet_lora.yaml"
 CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
 SHOWN = {
     "emmet": ("EMMET", BLACK, ":"),
@@ -39,8 +30,16 @@ SHOWN = {
 """case -> label, color, line"""
 BASE = {"lora_8": "emmet", "replay_lora_8": "replay", "layer_6_lora_8": "layer_6", "lora_8_100": "emmet_100"}
 """case -> the same without LoRA; ``emmet`` where not named"""
-WRITTEN = Sequences(
-    "lora_ablation.csv", "lora_ablation_means.csv", "lora_ablation_curves.csv", "lora_ablation", SHOWN, "emmet", BASE
+EXPERIMENT = Sequences(
+    recipe="configs/emmet_lora.yaml",
+    work=ROOT / "lightning_logs" / "lora_ablation",
+    each="lora_ablation.csv",
+    over_seeds="lora_ablation_means.csv",
+    curves="lora_ablation_curves.csv",
+    figure="lora_ablation",
+    shown=SHOWN,
+    otherwise="emmet",
+    base=BASE,
 )
 
 
@@ -49,8 +48,8 @@ def lora(**settings: Any) -> dict[str, Any]:
     return {"class_path": "LoRAAdjust", "init_args": settings}
 
 
-def cases() -> list[Case]:
-    """All cases, the ones that matter most first."""
+def cases(edits: int) -> list[Case]:
+    """All cases, the ones that matter most first; a few have a number of edits of their own."""
     replay = {"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}
     one_layer = {"model.layers": [6]}
     few = {"data.limit": 100}
@@ -75,15 +74,7 @@ def cases() -> list[Case]:
 
 def main() -> None:
     """Runs what is missing; writes the tables and the figure."""
-    shared = parser(__doc__, work=ROOT / "lightning_logs" / "lora_ablation")
-    add_texts(shared)
-    options = shared.parse_args()
-    common = common_flags(options)
-    wanted = [case.over(common) for case in cases()]
-    runs = run_all(wanted, RECIPE, options)
-    if runs:
-        WRITTEN.write(runs, [case.name for case in wanted], options.out)
-    exit_where_failed(wanted, RECIPE, options)
+    EXPERIMENT.main(__doc__, cases)
 
 
 if __name__ == "__main__":

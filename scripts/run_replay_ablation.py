@@ -13,20 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweep import (
-    ROOT,
-    Case,
-    add_texts,
-    common_flags,
-    exit_where_failed,
-    parser,
-    run_all,
-)
-from tables import Sequences
+from sequences import Sequences
+from sweep import ROOT, Case
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
-RECIPE = "configs/emmet_consolidated.yaml"
 CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
 
 SHOWN = {
@@ -39,8 +30,15 @@ SHOWN = {
     "joint": ("one joint batch", VERMILION, "none"),
 }
 """case -> label, color, line"""
-WRITTEN = Sequences(
-    "replay_ablation.csv", "replay_ablation_means.csv", "replay_ablation_curves.csv", "forgetting_replay", SHOWN, "none"
+EXPERIMENT = Sequences(
+    recipe="configs/emmet_consolidated.yaml",
+    work=ROOT / "lightning_logs" / "replay_ablation",
+    each="replay_ablation.csv",
+    over_seeds="replay_ablation_means.csv",
+    curves="replay_ablation_curves.csv",
+    figure="forgetting_replay",
+    shown=SHOWN,
+    otherwise="none",
 )
 
 
@@ -97,15 +95,7 @@ def cases(edits: int) -> list[Case]:
 
 def main() -> None:
     """Runs what is missing; writes the tables and the figure."""
-    shared = parser(__doc__, work=ROOT / "lightning_logs" / "replay_ablation")
-    add_texts(shared)
-    options = shared.parse_args()
-    common = common_flags(options)
-    wanted = [case.over(common) for case in cases(options.edits)]
-    runs = run_all(wanted, RECIPE, options)
-    if runs:
-        WRITTEN.write(runs, [case.name for case in wanted], options.out)
-    exit_where_failed(wanted, RECIPE, options)
+    EXPERIMENT.main(__doc__, cases)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import csv
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from launch import PROVENANCE
 from matplotlib.figure import Figure
 from sweep import Run
 
-from editlab.figures import comparison_figure, save_figure
+from editlab.figures import comparison_figure
 from editlab.lm.cache import atomic_file
 
 Row = dict[str, Any]
@@ -214,36 +213,3 @@ def curves_figure(rows: Sequence[Row], shown: Mapping[str, tuple[str, str, str]]
         if case in curves
     }
     return comparison_figure(drawn) if drawn else None
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What an experiment on sequences of edits writes: a row a run, a row a case, a row a snapshot, and the curves."""
-
-    each: str
-    over_seeds: str
-    curves: str
-    """names of the three tables in ``results/``"""
-    figure: str
-    """name of the figure in ``figs/``, drawn from the third"""
-    shown: Mapping[str, tuple[str, str, str]]
-    """case -> label, color, line, of those that are drawn"""
-    otherwise: str
-    """the case that others are held against"""
-    base: Mapping[str, str] = field(default_factory=dict)
-    """case -> another that it is held against"""
-
-    def write(self, runs: Sequence[Run], cases: Collection[str], out: Path) -> None:
-        """Takes the runs at hand into the tables, and draws the curves anew.
-
-        Args:
-            runs: those that have a result.
-            cases: names of all cases, in their order.
-            out: folder of ``results/`` and ``figs/``.
-        """
-        results = out / "results"
-        each = update_table(results / self.each, table_rows(runs), cases)
-        write_rows(means(each, self.base, self.otherwise), results / self.over_seeds)
-        figure = curves_figure(update_table(results / self.curves, snapshots(runs), cases), self.shown)
-        if figure is not None:
-            save_figure(figure, out / "figs" / f"{self.figure}.png")
