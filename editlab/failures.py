@@ -8,6 +8,7 @@ import torch
 
 from editlab.errors import EditLabError, causes
 from editlab.lm.cache import FORBIDDEN, FULL
+from editlab.lm.memory import lacks_memory
 
 
 def describe(error: BaseException) -> str | None:
@@ -48,7 +49,7 @@ def _of_memory(error: BaseException) -> str | None:
     asked = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
     if isinstance(error, torch.OutOfMemoryError):
         place, more = "The GPU's memory", "model.values.batch_tokens, data.batch_size, or trainer.precision bf16-true"
-    elif isinstance(error, MemoryError) or "not enough memory" in text or "DefaultCPUAllocator" in text:
+    elif lacks_memory(error):
         place, more = "Memory", "model.values.batch_tokens or data.batch_size, or take a smaller model"
     else:
         return None

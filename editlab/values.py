@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,14 +25,18 @@ from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
-from editlab.lm.language_model import LanguageModel
+from editlab.lm.language_model import TOKENS_A_PASS, LanguageModel
 from editlab.lm.layout import find_out
+from editlab.lm.memory import by_halves, room_beside
 from editlab.lm.products import MATMULS, products
 from editlab.lm.tokens import by_length
 from editlab.value_group import ValueGroup, rows_of
 
 DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
 """Optimizer -> its step size on SmolLM2-135M."""
+
+FEWEST_TOKENS = 512
+"""Padded tokens optimized together, unless there is room and use for more."""
 
 MOMENTUM = 0.5
 """Share of the last direction in a step along the gradient."""
@@ -63,9 +68,10 @@ class ValueSettings:
     reference: str = "current"
     """``current``: values are found on the weights as they are; ``original``: on the unedited ones, once for all runs
     (they are kept in the cache folder)."""
-    batch_tokens: int = 512
-    """Padded tokens optimized together. It bounds memory and changes results only by rounding; on a CPU larger groups
-    are slower, as they outgrow its caches. Groups are what several ranks share."""
+    batch_tokens: int | None = None
+    """Padded tokens optimized together. It bounds memory and changes results only by rounding. Where not given: 512 on
+    a CPU, which larger groups outgrow the caches of; on GPUs up to 4096, as far as half of what the weights leave
+    holds them. A group that does not fit all the same is halved. Groups are what several ranks share."""
     matmul: str = "auto"
     """``float32``; ``bfloat16``: matrix products above the site, which rounds values (by 2% of their norm
     on SmolLM2-135M, at the same loss); ``auto``: bfloat16 on CPUs with instructions for it. For float32 weights."""
@@ -76,8 +82,8 @@ class ValueSettings:
         if self.lr is None:
             self.lr = DEFAULT_LR[self.optimizer]
         for name in ("steps", "lr", "clamp", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"model.values.{name} is {getattr(self, name)}: it must be above 0.")
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"model.values.{name} is {value}: it must be above 0.")
         for name in ("weight_decay", "kl_factor", "loss_threshold", "early_stop"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.values.{name} is {getattr(self, name)}: it must not be negative.")
@@ -137,7 +143,8 @@ def optimize_values(
 
     find_out(lm)
     with _products_above(lm, site, settings):
-        found = ranks.each(by_length(padded, settings.batch_tokens), optimize)
+        groups = by_length(padded, settings.batch_tokens or tokens_together(lm, site))
+        found = ranks.each(groups, partial(by_halves, optimize))
     for i, (target, loss, steps) in enumerate(found):
         values.target[i], values.loss[i], values.steps[i] = target, loss, steps
     if progress is not None and left:
@@ -148,6 +155,18 @@ def optimize_values(
             f"The value of {bad.question!r} is not finite: lower model.values.lr, or use a wider trainer.precision."
         )
     return values
+
+
+def tokens_together(lm: LanguageModel, site: Site) -> int:
+    """Padded tokens optimized together where nothing is said: see :attr:`ValueSettings.batch_tokens`."""
+    room = room_beside(lm.model)
+    if room is None:
+        return FEWEST_TOKENS
+    # What the backward pass keeps of a token in a block: about ten states of the stream's width, four of the MLP's.
+    states = 10 * lm.anatomy.value_size(site.layer) + 4 * lm.anatomy.key_size(site.layer)
+    above = len(lm.anatomy.blocks) - site.layer
+    each = states * above * next(lm.model.parameters()).element_size()
+    return max(FEWEST_TOKENS, min(TOKENS_A_PASS, room // 2 // each))
 
 
 def _products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> AbstractContextManager[None]:

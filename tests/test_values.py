@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from editlab import values
 from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
@@ -157,3 +158,31 @@ def test_bad_inputs():
         lm.model.get_input_embeddings().weight.fill_(float("nan"))
     with pytest.raises(EditLabError, match="not finite"):
         optimize_values(lm, FACTS[:1], site, [""], ValueSettings(steps=2))
+
+
+def test_a_group_that_memory_does_not_hold_is_halved(monkeypatch):
+    lm, site = make("llama")
+    settings = exact(steps=5, lr=0.1, batch_tokens=10**6)
+    whole = optimize_values(lm, FACTS[:5], site, CONTEXTS, settings)
+    plain, sizes = values._optimize, []
+
+    def scarce(group, settings):
+        sizes.append(len(group.origin))
+        if len(group.origin) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(group, settings)
+
+    monkeypatch.setattr(values, "_optimize", scarce)
+    counts = []
+    halved = optimize_values(lm, FACTS[:5], site, CONTEXTS, settings, progress=counts.append)
+    assert sorted(sizes) == [1, 2, 2, 3, 5]
+    assert sum(counts) == 5
+    torch.testing.assert_close(halved.target, whole.target, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_together_by_hand(monkeypatch):
+    lm, site = make("llama")  # 4 blocks, states of 32, an MLP of 48, float32
+    each = (10 * 32 + 4 * 48) * (4 - site.layer) * 4
+    for room, tokens in ((None, 512), (2 * each * 1000, 1000), (2 * each * 100, 512), (2 * each * 10**6, 4096)):
+        monkeypatch.setattr(values, "room_beside", lambda model, room=room: room)
+        assert values.tokens_together(lm, site) == tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from editlab import ranks
 from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.load import load
+from editlab.lm.memory import by_halves
 from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.probe import remembers_by_attention
 from editlab.lm.running import by_row, logits_only_at, reading
@@ -132,13 +134,18 @@ class LanguageModel(nn.Module):
         Returns:
             For each row, name -> [its tokens, features], in the model's dtype.
         """
-        found: list[dict[Any, Tensor]] = [{} for _ in rows]
-        for group in passes(rows):
+
+        def read(group: Sequence[int]) -> list[dict[Any, Tensor]]:
             ids, mask = pad([rows[i] for i in group])
             with reading(modules, stop) as seen:
                 self.run(ids, mask)
-            for j, i in enumerate(group):
-                found[i] = {name: by_row(tensor, len(group))[j, : len(rows[i])] for name, tensor in seen.items()}
+            whole = {name: by_row(tensor, len(group)) for name, tensor in seen.items()}
+            return [{name: t[j, : len(rows[i])] for name, t in whole.items()} for j, i in enumerate(group)]
+
+        found: list[dict[Any, Tensor]] = [{} for _ in rows]
+        for group in passes(rows):
+            for i, seen in zip(group, by_halves(read, group), strict=True):
+                found[i] = seen
         return found
 
     @torch.no_grad()
@@ -172,7 +179,7 @@ class LanguageModel(nn.Module):
             counts = [len(wanted[i]) for i in group]
             return list(zip(*(scores.cpu().split(counts) for scores in found), strict=True))
 
-        found = ranks.each(passes(rows, tokens_a_pass), score)
+        found = ranks.each(passes(rows, tokens_a_pass), partial(by_halves, score))
         return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
 
     @torch.no_grad()
@@ -189,7 +196,7 @@ class LanguageModel(nn.Module):
             with logits_only_at(self.anatomy.head, order, last):
                 return list(self.run(ids, mask).logits[0].float().softmax(1).cpu())
 
-        return torch.stack(ranks.each(passes(rows), read))
+        return torch.stack(ranks.each(passes(rows), partial(by_halves, read)))
 
     @torch.no_grad()
     def sample(

@@ -1,14 +1,27 @@
-"""Whether a model fits into memory, said before its weights are read: a killed process says nothing."""
+"""Memory: whether a model fits, how much is left beside it, and what to do where a pass does not fit.
+
+That a model does not fit is said before its weights are read: a killed process says nothing.
+"""
 
 from __future__ import annotations
 
+import gc
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from editlab.errors import EditLabError
 from editlab.lm.dtypes import dtype_name
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -53,6 +66,50 @@ def free_memory(device: torch.device) -> int | None:
     of_machine = fields.get("MemAvailable", fields["MemFree"]) + fields.get("SwapFree", 0)
     of_container = _free_in_container()
     return of_machine if of_container is None else min(of_machine, of_container)
+
+
+def room_beside(model: nn.Module) -> int | None:
+    """Bytes of the GPUs on which a model lies that its weights leave; None where it lies on none.
+
+    Of all that they have, not of what is free now, so that one machine always gives the same answer.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    if not devices:
+        return None
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.device in devices)
+    return sum(torch.cuda.get_device_properties(device).total_memory for device in devices) - weights
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, a GPU's or the machine's."""
+    text = str(error)
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "not enough memory" in text
+        or "DefaultCPUAllocator" in text
+    )
+
+
+def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
+    """What ``work`` gives for the items; where memory does not hold them all at once, for one half after the other.
+
+    Halves are halved again where they do not fit either.
+
+    Raises:
+        Exception: what ``work`` raised, where one item alone does not fit, or where memory was not what it lacked.
+    """
+    try:
+        return work(items)
+    except Exception as error:
+        if not lacks_memory(error) or len(items) < 2:
+            raise
+    # Only here: as long as the error was handled, its traceback held on to what had been allocated.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(items) // 2
+    log.warning("Memory does not hold %d rows at once: they go through by halves, which takes longer", len(items))
+    return [*by_halves(work, items[:half]), *by_halves(work, items[half:])]
 
 
 def _free_in_container() -> int | None:

@@ -1,4 +1,4 @@
-"""What weights take against their files; what is free against what the system's own files say."""
+"""What weights take against their files; what is free against what the system's own files say; what does not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from editlab.errors import EditLabError
 from editlab.lm import memory
 from editlab.lm.load import load
-from editlab.lm.memory import free_memory, require_memory, weight_bytes
+from editlab.lm.memory import by_halves, free_memory, lacks_memory, require_memory, room_beside, weight_bytes
 from tests.ggufs import write_gguf
 from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
 
@@ -98,3 +98,40 @@ def test_other_systems_do_not_tell(system):
     (system / "meminfo").unlink()
     assert free_memory(CPU) is None
     assert free_memory(torch.device("mps")) is None
+
+
+def test_what_does_not_fit_goes_through_by_halves(caplog):
+    seen = []
+
+    def work(items):
+        seen.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [10 * item for item in items]
+
+    assert by_halves(work, range(10)) == [10 * item for item in range(10)]
+    assert seen == [10, 5, 2, 3, 5, 2, 3]
+    assert "Memory does not hold 10 rows at once" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "items"), [(torch.OutOfMemoryError("out"), 1), (ValueError("other"), 8)])
+def test_what_halves_do_not_mend_is_raised(error, items):
+    calls = []
+
+    def work(some):
+        calls.append(len(some))
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        by_halves(work, range(items))
+    assert calls == [items]
+
+
+def test_errors_that_tell_of_memory():
+    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    assert all(map(lacks_memory, (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError(said))))
+    assert not lacks_memory(RuntimeError("shapes do not fit"))
+
+
+def test_a_model_on_no_gpu_leaves_no_room_that_counts():
+    assert room_beside(tiny_model("llama")) is None
