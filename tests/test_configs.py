@@ -37,6 +37,19 @@ def test_recipes_load(path, capsys):
     assert second.startswith(first + " --")
 
 
+@pytest.mark.parametrize("name", ["MemoryReplay", "TrustRollback", "LoRAAdjust", "ForgettingCurve"])
+def test_a_line_taken_out_is_a_part_that_is_off(name, tmp_path, capsys):
+    lines = (CONFIGS / "emmet_replay_trust_lora.yaml").read_text().splitlines(keepends=True)
+    left = [line for line in lines if line.startswith("#") or name not in line]
+    assert len(left) == len(lines) - 1
+    (tmp_path / "recipe.yaml").write_text("".join(left))
+    names = [
+        [c["class_path"].rsplit(".", 1)[-1] for c in load(capsys, path)["trainer"]["callbacks"]]
+        for path in (CONFIGS / "emmet_replay_trust_lora.yaml", tmp_path / "recipe.yaml")
+    ]
+    assert names[1] == [n for n in names[0] if n != name]
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
 def test_presets_load_over_a_recipe_and_fit_their_architecture(path, capsys):
     config = load(capsys, CONFIGS / "emmet.yaml", path)

@@ -34,7 +34,9 @@ def shrunk(recipe, folder, tiny, **changes):
     facts = write_counterfact(folder / "facts.json", FACTS[:4] if one else FACTS[:8])
     config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
-    for callback in config["trainer"]["callbacks"]:
+    named = [c if isinstance(c, dict) else {"class_path": c} for c in config["trainer"]["callbacks"]]
+    config["trainer"]["callbacks"] = named
+    for callback in named:
         if callback["class_path"] == "LoRAAdjust":
             callback["init_args"] |= {
                 "every_n_batches": 2,
