@@ -11,6 +11,13 @@ REAL_CACHE = cache_dir()
 """The user's cache, where the built-in model lies; only tests marked ``real`` see it."""
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the real model go to one worker: it is fetched once, and lies in memory once."""
+    for item in items:
+        if "real" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group("real"))
+
+
 @pytest.fixture(autouse=True)
 def _threads(request, monkeypatch):
     """One thread for tiny models; for the real one this worker's share of the cores, as more would only wait.
