@@ -25,7 +25,7 @@ from editlab.explain import explain
 from editlab.failures import describe, surprise
 from editlab.layers import AUTO
 from editlab.logger import RunLogger
-from editlab.progress import speaks
+from editlab.progress import bars, speaks
 from editlab.strategy import NAME, EditStrategy
 from editlab.summary import run_folder
 from editlab.trainer import TRAINER_DEFAULTS
@@ -99,6 +99,10 @@ class EditLabCLI(LightningCLI):
         if logger is not None and verb.get("ckpt_path"):
             _go_on(verb, logger)
         _add_checkpoint(verb.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with bars(self.config[subcommand].trainer.enable_progress_bar is not False):
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **arguments: Any) -> Trainer:
         """The Trainer.

@@ -19,6 +19,7 @@ from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
+from editlab.progress import bars
 from editlab.rng import rng_state, set_rng_state
 from editlab.rules import EMMET
 from editlab.summary import summarize, table
@@ -119,7 +120,7 @@ def edit_model(
     data.candidates = _facts(facts)
     generators = rng_state()
     try:
-        with _as_it_was(model), _run_folder(folder) as root:
+        with _as_it_was(model), _run_folder(folder) as root, bars(progress):
             seed_everything(seed, verbose=False)
             editor.use(LanguageModel(model, tokenizer, editor.edit_module))
             trainer = Trainer(
