@@ -24,6 +24,7 @@ from editlab.lm.cache import atomic_file, cache_dir
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.progress import progress
+from editlab.solver import Preservation
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ WINDOW = 128
 """Tokens a window of text; keys in the middle layers hardly see farther."""
 ROWS = 32
 """Windows a forward pass."""
+KEYS_A_FEATURE = 2
+"""Keys for each feature before which moments are not asked whether they suffice."""
+PROBED = 16
+"""Windows whose keys they are asked by."""
 
 
 @dataclass
@@ -40,7 +45,10 @@ class MomentSettings:
     text: str = "self"
     """``self`` (text that the model samples itself), a text file, or ``hub:dataset[:config[:split]]``."""
     tokens: int = 24576
-    """Tokens of text; the literature's hint is ten times d_k or more."""
+    """Tokens of text, at most; the literature's hint is ten times d_k or more."""
+    tolerance: float = 0.0
+    """Reading stops where new keys are by less than this share longer, measured by the moments, than those that the
+    moments are of (:func:`excess`); ten keys a feature come to 0.11 if keys were normal. 0 reads all tokens."""
     seed: int = 0
     """Seed of the sampling where ``text`` is ``self``."""
     cache: bool = True
@@ -49,6 +57,8 @@ class MomentSettings:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"model.moments.tokens is {self.tokens}: it must be at least 1.")
+        if self.tolerance < 0:
+            raise UserError(f"model.moments.tolerance is {self.tolerance}: it must not be negative.")
 
 
 def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSettings, name: str) -> dict[int, Tensor]:
@@ -64,20 +74,23 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
         UserError: where the text can not be read or is too short.
     """
     text_key = _text_key(settings)
+    amount = f"{settings.tokens}:{settings.tolerance}" if settings.tolerance else str(settings.tokens)
     weights = fingerprint(lm.model)
     paths = {
         layer: cache_dir()
         / "moments"
-        / f"{_digest(weights, str(layer), lm.anatomy.edit_path, text_key, str(settings.tokens))}.safetensors"
+        / f"{_digest(weights, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
         for layer in layers
     }
     here = ranks.on_first(lambda: [layer for layer, path in paths.items() if settings.cache and path.exists()])
     found = {layer: _read_cached(paths[layer], lm.anatomy.key_size(layer)) for layer in here}
     missing = [layer for layer in layers if layer not in found]
     if missing:
+        if settings.tolerance:
+            missing = list(layers)  # where reading stops depends on all of them
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = text_windows(lm, settings, name)
-        for layer, moments in accumulate(lm, missing, windows).items():
+        for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance).items():
             found[layer] = moments
             if settings.cache:
                 ranks.on_first(partial(_keep, paths[layer], moments))
@@ -198,3 +211,56 @@ def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Seque
     totals = ranks.summed(range(0, len(windows), ROWS), add_up)
     count = sum(len(window) for window in windows)
     return {layer: total / count for layer, total in zip(layers, totals, strict=True)}
+
+
+def accumulate_until(
+    lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], tolerance: float
+) -> dict[int, Tensor]:
+    """Second moments as of :func:`accumulate`, over as many of the windows as it takes.
+
+    They are read in parts, each as long as all before it. Before a part is read, its first keys say whether it is
+    needed: reading stops where by the moments of each layer they are by less than ``tolerance`` too long
+    (:func:`excess`).
+
+    Args:
+        lm: the model.
+        layers: whose keys.
+        windows: of text.
+        tolerance: 0 reads all of them.
+    """
+    read = len(windows)
+    if tolerance:
+        read = min(read, -(-KEYS_A_FEATURE * max(map(lm.anatomy.key_size, layers)) // WINDOW))
+    found = accumulate(lm, layers, windows[:read])
+    while read < len(windows):
+        part = windows[read : 2 * read]
+        longer = ranks.on_first(partial(_most_excess, lm, found, part[:PROBED]))
+        tokens = sum(map(len, windows[:read]))
+        log.info("Second moments of %d tokens: new keys are %.0f%% longer than theirs", tokens, 100 * longer)
+        if longer < tolerance:
+            break
+        more, new = accumulate(lm, layers, part), sum(map(len, part))
+        found = {layer: (tokens * found[layer] + new * more[layer]) / (tokens + new) for layer in layers}
+        read += len(part)
+    return found
+
+
+def _most_excess(lm: LanguageModel, moments: dict[int, Tensor], windows: Sequence[Sequence[int]]) -> float:
+    modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in moments}
+    seen = lm.read(windows, modules, stop=max(moments))
+    return max(excess(moments[layer], torch.cat([window[layer] for window in seen]).cpu()) for layer in moments)
+
+
+def excess(moments: Tensor, keys: Tensor) -> float:
+    """By which share keys are longer, measured by second moments, than those that the moments were taken over.
+
+    That is ``mean(k^T C^-1 k) / d_k - 1``: 0 for the very keys of the moments, and for others of the same distribution
+    what the moments lack yet. Were keys normal, it would be ``(d_k + 1) / (n - d_k - 1)`` with n keys in the moments,
+    the mean of an inverse Wishart matrix.
+
+    Args:
+        moments: second moments C, [d_k, d_k].
+        keys: others, [m, d_k].
+    """
+    whitened = Preservation.from_moments(moments).whiten(keys.T)
+    return float(whitened.square().sum(0).mean()) / len(moments) - 1

@@ -14,7 +14,7 @@ import torch
 from editlab import moments
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
-from editlab.moments import MomentSettings, read_ids, sample_text, second_moments
+from editlab.moments import MomentSettings, accumulate, excess, read_ids, sample_text, second_moments
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 TOKENS = 300
@@ -121,6 +121,60 @@ def test_blocks_above_the_highest_layer_never_run(lm, text):
         handle.remove()
     # The reading ends at the map's input, so even block 2 is not run to its end.
     assert set(ran) == {0, 1}
+
+
+# how much text is enough
+
+
+def test_keys_are_as_long_as_themselves():
+    keys = torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert excess(keys.T @ keys / 200, keys) == pytest.approx(0, abs=1e-5)  # but for the ridge
+    assert excess(keys.T @ keys / 200, 2 * keys) == pytest.approx(3, abs=1e-4)
+
+
+def test_new_keys_of_a_normal_distribution_are_longer_by_what_the_wishart_s_mean_says():
+    # n = 10 d keys: (d + 1) / (n - d - 1) = 21 / 179, the mean over draws of the moments.
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(100, 400, 20, dtype=torch.float64, generator=draw)
+    mixed = keys @ torch.randn(20, 20, dtype=torch.float64, generator=draw)  # directions do not matter
+    found = [excess(some[:200].T @ some[:200] / 200, some[200:]) for some in mixed]
+    assert sum(found) / len(found) == pytest.approx(21 / 179, abs=0.01)
+
+
+def read_until(lm, text, monkeypatch, said, tolerance):
+    """The moments of a run in which new keys are as much longer as is ``said``, part by part."""
+    given = iter(said)
+    monkeypatch.setattr(moments, "WINDOW", 16)
+    monkeypatch.setattr(moments, "KEYS_A_FEATURE", 1)  # 48 features: 3 windows at first
+    monkeypatch.setattr(moments, "excess", lambda *_: next(given))
+    settings = MomentSettings(text=text, tokens=16 * 20, tolerance=tolerance, cache=False)
+    return second_moments(lm, [1], settings, "tiny")[1]
+
+
+@pytest.mark.parametrize(("said", "tokens"), [([0.3, 0.05], 96), ([0.1], 48), ([0.3, 0.3, 0.3], 320)])
+def test_text_is_read_until_new_keys_are_no_longer(lm, text, monkeypatch, said, tokens):
+    """Parts of 3, 3, 6 and the last 8 windows of 16 tokens."""
+    got = read_until(lm, text, monkeypatch, said, tolerance=0.2)
+    windows = moments.text_windows(lm, MomentSettings(text=text, tokens=tokens), "tiny")
+    torch.testing.assert_close(got, accumulate(lm, [1], windows)[1], rtol=1e-12, atol=1e-15)
+
+
+def test_without_a_tolerance_nobody_asks(lm, text, monkeypatch):
+    got = read_until(lm, text, monkeypatch, [], tolerance=0)
+    windows = moments.text_windows(lm, MomentSettings(text=text, tokens=320), "tiny")
+    assert torch.equal(got, accumulate(lm, [1], windows)[1])
+
+
+def test_moments_that_stopped_early_are_no_one_else_s(lm, text, computed, monkeypatch):
+    monkeypatch.setattr(moments, "excess", lambda *_: 0.0)
+    for tolerance in (0.0, 0.1, 0.2, 0.1):
+        second_moments(lm, [0, 1], MomentSettings(text=text, tokens=TOKENS, tolerance=tolerance), "tiny")
+    assert computed == [[0, 1]] * 3  # the last came from the cache
+
+
+def test_a_negative_tolerance_can_not_be_asked_for():
+    with pytest.raises(UserError, match=r"model\.moments\.tolerance is -1"):
+        MomentSettings(tolerance=-1)
 
 
 # sampled text
