@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from editlab.data.fact import Fact
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.layout import lay_out
+from editlab.lm.past import Past
 from editlab.lm.running import logits_only_at
-from editlab.lm.tokens import encode, encode_pair, pad
+from editlab.lm.tokens import encode, encode_pair
 from editlab.moments import read_file, read_ids, sample_text
 from editlab.progress import progress
 from editlab.scoring import score_facts
@@ -72,11 +74,14 @@ def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:
 
 
 def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
-    """Float32 logits at the places of the rows, one row after the other, [places, vocabulary]; gradients flow."""
-    ids, mask = pad([row.ids for row in rows])
+    """Float32 logits at the places of the rows, one row after the other, [places, vocabulary]; gradients flow.
+
+    Rows are packed where the model is known to run them so (:func:`editlab.lm.layout.find_out`).
+    """
+    layout = lay_out(lm, [row.ids for row in rows], Past.none(len(rows)))
     index = torch.tensor([(r, place) for r, row in enumerate(rows) for place in row.places], device=lm.device)
-    with logits_only_at(lm.anatomy.head, index[:, 0], index[:, 1]):
-        logits: Tensor = lm.run(ids, mask).logits[0].float()
+    with logits_only_at(lm.anatomy.head, *layout.place(index[:, 0], index[:, 1])):
+        logits: Tensor = layout.run().logits[0].float()
     return logits
 
 

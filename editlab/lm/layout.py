@@ -65,6 +65,8 @@ class Padded:
 
     def run(self) -> Any:
         """See :class:`Layout`."""
+        if not self.past.layers:
+            return self.lm.run(self.ids, self.mask, self.positions)
         return self.lm.run(
             self.ids, self.mask, self.positions, past_key_values=cache_of(self.past.layers), use_cache=True
         )

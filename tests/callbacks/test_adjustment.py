@@ -60,7 +60,9 @@ def test_rows_of_prompts_and_texts(lm):
     assert text_rows([[5, 6, 7], [8]]) == [Row((5, 6), (0, 1), (6, 7))]
 
 
-def test_logits_and_distributions_are_those_of_whole_forwards(lm):
+@pytest.mark.parametrize("packs", [False, True])
+def test_logits_and_distributions_are_those_of_whole_forwards(lm, packs):
+    lm.packs = packs
     rows = [*edit_rows(lm, FACTS[:3], ["", "Oslo lies. "]), *text_rows([list(range(3, 20))])]
     expected = [whole_logits(lm, row) for row in rows]
     torch.testing.assert_close(logits_of(lm, rows), torch.cat(expected), rtol=1e-4, atol=1e-4)
@@ -103,7 +105,9 @@ def test_what_weighs_nothing_is_not_asked(lm):
     assert list(parts) == ["edits"]
 
 
-def test_training_learns_the_edits_and_divergence_holds_it_back(lm):
+@pytest.mark.parametrize("packs", [False, True])
+def test_training_learns_the_edits_and_divergence_holds_it_back(lm, packs):
+    lm.packs = packs
     module = lm.anatomy.edit_module(2)
     original = module.weight.detach().clone()
     learnt = {}
