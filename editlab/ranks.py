@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -218,6 +220,9 @@ def _meet(place: str, work: Callable[[], R]) -> list[R]:
 
 
 def _name(work: Callable[..., Any]) -> str:
+    if isinstance(work, partial):  # by_halves of what?
+        inner = ", ".join(_name(given) for given in work.args if isinstance(given, FunctionType))
+        return f"{_name(work.func)}({inner})"
     return getattr(work, "__qualname__", type(work).__name__)
 
 

@@ -1,5 +1,7 @@
 """Ranks: what each function gives on every rank, against the same work in one process; and failures that reach all."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from editlab import ranks
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.memory import by_halves
 from editlab.scoring import score_pairs
 from editlab.values import ValueSettings, optimize_values
 from tests.facts import FACTS
@@ -159,3 +162,12 @@ def test_shared_work_is_that_of_one_process(count, facts, tmp_path):
         # Float64 sums in another order: 1e-16 a term.
         assert torch.allclose(found[2], moments, rtol=1e-12, atol=1e-14)
         assert torch.equal(found[2], several[0][2])
+
+
+def test_a_meeting_place_names_the_work_inside_a_partial():
+    def other(group):
+        return group
+
+    assert ranks._name(partial(by_halves, other)).startswith("by_halves(test_a_meeting_place")
+    assert ranks._name(partial(by_halves, other)) != ranks._name(partial(by_halves, squares))
+    assert ranks._name(partial(squares, GROUPS)) == "squares()"
