@@ -38,6 +38,7 @@ EXPERIMENT = Sequences(
     figure="large_scale_forgetting",
     shown=SHOWN,
     otherwise="emmet",
+    base={"emmet_5000": "emmet_5000", "both_5000": "emmet_5000"},
 )
 
 

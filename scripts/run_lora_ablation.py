@@ -28,7 +28,8 @@ SHOWN = {
     "layer_6_lora_8": ("layer 6 alone + LoRA", VERMILION, "-"),
 }
 """case -> label, color, line"""
-BASE = {"lora_8": "emmet", "replay_lora_8": "replay", "layer_6_lora_8": "layer_6", "lora_8_100": "emmet_100"}
+BASE = {"lora_8": "emmet", "replay_lora_8": "replay", "layer_6_lora_8": "layer_6",
+        "emmet_100": "emmet_100", "lora_8_100": "emmet_100"}  # fmt: skip
 """case -> the same without LoRA; ``emmet`` where not named"""
 EXPERIMENT = Sequences(
     recipe="configs/emmet_lora.yaml",
