@@ -76,7 +76,7 @@ def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:
 def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
     """Float32 logits at the places of the rows, one row after the other, [places, vocabulary]; gradients flow.
 
-    Rows are packed where the model is known to run them so (:func:`editlab.lm.layout.find_out`).
+    Rows are packed where the model runs them so.
     """
     layout = lay_out(lm, [row.ids for row in rows], Past.none(len(rows)))
     index = torch.tensor([(r, place) for r, row in enumerate(rows) for place in row.places], device=lm.device)

@@ -37,7 +37,6 @@ from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome
-from editlab.lm.layout import find_out
 from editlab.lm.products import MATMULS
 from editlab.rng import private_draws
 from editlab.summary import run_folder
@@ -200,7 +199,6 @@ class LoRAAdjust(EditCallback):
         assert isinstance(editor, SequentialEditor)
         lm, count = editor.lm, self.text_tokens // WINDOW
         spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
-        find_out(lm)  # here, so that a resumed run knows as much as one that was never stopped
         with editor.unedited():
             windows = short_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)

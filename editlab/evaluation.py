@@ -33,7 +33,7 @@ OPENING = 12
 GATHERED: dict[str, Any] = {"sync_on_compute": False}
 """For torchmetrics: every rank has all scores, and they must not be gathered once more."""
 
-CHUNK = 64
+CHUNK = 128
 """Facts scored at a time: the progress bar moves, and prompts that repeat are still run once."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import UserError
-from editlab.lm.language_model import LanguageModel, passes
+from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
 KEY_MODES = ("bare", "mean", "each")
@@ -142,7 +142,7 @@ def read_keys(
         seen = lm.read([rows[i] for i in group], modules, stop="site")
         return [_picked(s, lasts[i], len(rows[i]) if i < n else 0) for s, i in zip(seen, group, strict=True)]
 
-    found = ranks.each(passes(rows), read)
+    found = ranks.each(lm.passes(rows), read)
     at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
     others = [some for _, some, _ in found[:n]]
     order = torch.arange(n, device=at_last.device)

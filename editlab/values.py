@@ -26,7 +26,6 @@ from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
 from editlab.keys import Site
 from editlab.lm.language_model import TOKENS_A_PASS, LanguageModel
-from editlab.lm.layout import find_out
 from editlab.lm.memory import by_halves, room_beside
 from editlab.lm.products import MATMULS, products
 from editlab.lm.tokens import by_length
@@ -141,7 +140,6 @@ def optimize_values(
             progress(len(group))
         return list(zip(target.cpu(), loss.cpu(), steps.cpu(), strict=True))
 
-    find_out(lm)
     with _products_above(lm, site, settings):
         groups = by_length(padded, settings.batch_tokens or tokens_together(lm, site))
         found = ranks.each(groups, partial(by_halves, optimize))

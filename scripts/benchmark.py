@@ -78,7 +78,7 @@ def measure(rounds: list[Round], device: torch.device, count: bool, title: str) 
     plain_s, our_s = (statistics.median(column) for column in zip(*seconds, strict=True))
     row |= {"rounds": len(rounds), "units": rounds[0].units, "plain_s": round(plain_s, 4), "our_s": round(our_s, 4),
             "ratio": round(statistics.median(ratios), 2), "lowest": round(min(ratios), 2),
-            "highest": round(max(ratios), 2), "difference": f"{max(differences):.1e}"}  # fmt: skip
+            "highest": round(max(ratios), 2), "difference": " ".join(f"{d:.1e}" for d in differences)}  # fmt: skip
     return row
 
 

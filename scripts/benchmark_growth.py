@@ -202,11 +202,11 @@ def draw(rows: list[Row]) -> Figure:
                 own = [(int(r["x"]), float(r[name])) for r in rows if (r["axis"], r["series"]) == (axis, series)]
                 color, line = STYLES[series]
                 ax.plot(*zip(*own, strict=True), color=color, linestyle=line, marker="o", markersize=3, label=series)
-            ax.set(
-                xlabel=TITLES[axis], title=title if column == 0 else "", yscale="log" if axis != "edits" else "linear"
-            )
+            ax.set(xlabel=TITLES[axis], title=title if column == 0 else "")
             if axis != "edits":
                 ax.set_xscale("log")
+            if axis != "edits" and name == "seconds":
+                ax.set_yscale("log")
             else:
                 ax.set_ylim(bottom=0)
             if offset == 0 and ax.lines:

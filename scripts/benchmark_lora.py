@@ -24,7 +24,6 @@ from callbacks.adapter import Adapter, find_targets, parameters
 from callbacks.adjustment import Objective, Training, distributions, edit_rows, prompt_rows
 from editlab.data import EditDataModule
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.layout import find_out
 from editlab.summary import peak_memory_mb
 
 KINDS = ("lora", "full")
@@ -43,7 +42,6 @@ def trained(kind: str, lm: LanguageModel, paths: list[str], rank: int) -> Iterat
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Trains one kind in this process."""
     lm = LanguageModel.from_name(options.model, torch.float32)
-    find_out(lm)
     data = EditDataModule(only_known=False, limit=64)
     data.setup()
     rows = edit_rows(lm, data.candidates[:64], [""])

@@ -14,21 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab import ranks
 from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
+from editlab.lm.layout import can_pack, lay_out_whole
 from editlab.lm.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.probe import remembers_by_attention
 from editlab.lm.running import by_row, logits_only_at, reading
-from editlab.lm.tokens import by_length, pad
+from editlab.lm.tokens import by_beginning, by_length
 from editlab.rng import private_draws
 
 TOKENS_A_PASS = 4096
-"""Padded tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
-
-
-def passes(rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
-    """Numbers of the rows that go through the model together, each pass of at most ``tokens`` padded tokens."""
-    return by_length([len(row) for row in rows], TOKENS_A_PASS if tokens is None else tokens)
+"""Tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
 
 
 class NextTokenScores(NamedTuple):
@@ -71,13 +67,13 @@ class LanguageModel(nn.Module):
         self.longest = context_length(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
-        self.packs: bool | None = None
-        """whether rows may be packed (:mod:`editlab.lm.layout`); None where that was not tried yet"""
         if not remembers_by_attention(model):
             raise UserError(
                 f"{type(model).__name__} keeps something else of earlier tokens than their keys and values, such as a "
                 "recurrent state: choose a model whose blocks all attend."
             )
+        self.packs: bool = can_pack(self)
+        """whether rows may be packed (:mod:`editlab.lm.layout`)"""
 
     @classmethod
     def from_name(
@@ -125,6 +121,17 @@ class LanguageModel(nn.Module):
         arguments.setdefault("use_cache", False)
         return self.model(input_ids=ids.to(self.device), **arguments)
 
+    def passes(self, rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
+        """Numbers of the rows that go through the model together.
+
+        Args:
+            rows: token ids.
+            tokens: in a pass at most, where it shall not be :data:`TOKENS_A_PASS`: padded ones, or where rows are
+                packed those that differ or stand behind others.
+        """
+        tokens = TOKENS_A_PASS if tokens is None else tokens
+        return by_beginning(rows, tokens) if self.packs else by_length([len(row) for row in rows], tokens)
+
     @torch.no_grad()
     def read(
         self, rows: Sequence[Sequence[int]], modules: dict[Any, tuple[nn.Module, str]], stop: Any
@@ -136,14 +143,15 @@ class LanguageModel(nn.Module):
         """
 
         def read(group: Sequence[int]) -> list[dict[Any, Tensor]]:
-            ids, mask = pad([rows[i] for i in group])
+            layout = lay_out_whole(self, [rows[i] for i in group])
             with reading(modules, stop) as seen:
-                self.run(ids, mask)
-            whole = {name: by_row(tensor, len(group)) for name, tensor in seen.items()}
-            return [{name: t[j, : len(rows[i])] for name, t in whole.items()} for j, i in enumerate(group)]
+                layout.run()
+            whole = {name: by_row(tensor, layout.rows) for name, tensor in seen.items()}
+            places = [layout.place(*_all_of(j, len(rows[i]), self.device)) for j, i in enumerate(group)]
+            return [{name: t[tuple(p.to(t.device) for p in at)] for name, t in whole.items()} for at in places]
 
         found: list[dict[Any, Tensor]] = [{} for _ in rows]
-        for group in passes(rows):
+        for group in self.passes(rows):
             for i, seen in zip(group, by_halves(read, group), strict=True):
                 found[i] = seen
         return found
@@ -160,26 +168,28 @@ class LanguageModel(nn.Module):
         Args:
             rows: token ids, one list a row.
             wanted: for each row, pairs (position, token): how likely is ``token`` after ``row[: position + 1]``?
-            tokens_a_pass: padded tokens in one pass, where it shall not be :data:`TOKENS_A_PASS`.
+            tokens_a_pass: as in :meth:`passes`.
 
         Returns:
             The scores, one tensor a row, on the CPU.
         """
 
         def score(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
-            ids, mask = pad([rows[i] for i in group])
+            layout = lay_out_whole(self, [rows[i] for i in group])
             places = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
             # Long and [3, n] also where no row of the group wants anything.
             row_index, columns, tokens = torch.tensor(places, dtype=torch.long, device=self.device).view(-1, 3).T
-            with logits_only_at(self.anatomy.head, row_index, columns):
-                logits = self.run(ids, mask).logits[0].float()
+            # Several tokens may be asked for at one place, whose logits serve them all.
+            distinct, which = torch.stack(layout.place(row_index, columns)).unique(dim=1, return_inverse=True)
+            with logits_only_at(self.anatomy.head, *distinct):
+                logits = layout.run().logits[0].float()
             norm = logits.logsumexp(1)
             best, argmax = logits.max(1)
-            found = (logits.gather(1, tokens[:, None]).squeeze(1) - norm, argmax == tokens, best - norm)
+            found = (logits[which, tokens] - norm[which], argmax[which] == tokens, (best - norm)[which])
             counts = [len(wanted[i]) for i in group]
             return list(zip(*(scores.cpu().split(counts) for scores in found), strict=True))
 
-        found = ranks.each(passes(rows, tokens_a_pass), partial(by_halves, score))
+        found = ranks.each(self.passes(rows, tokens_a_pass), partial(by_halves, score))
         return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
 
     @torch.no_grad()
@@ -190,13 +200,13 @@ class LanguageModel(nn.Module):
         """
 
         def read(group: Sequence[int]) -> list[Tensor]:
-            ids, mask = pad([rows[i] for i in group])
+            layout = lay_out_whole(self, [rows[i] for i in group])
             order = torch.arange(len(group), device=self.device)
             last = torch.tensor([len(rows[i]) - 1 for i in group], device=self.device)
-            with logits_only_at(self.anatomy.head, order, last):
-                return list(self.run(ids, mask).logits[0].float().softmax(1).cpu())
+            with logits_only_at(self.anatomy.head, *layout.place(order, last)):
+                return list(layout.run().logits[0].float().softmax(1).cpu())
 
-        return torch.stack(ranks.each(passes(rows), partial(by_halves, read)))
+        return torch.stack(ranks.each(self.passes(rows), partial(by_halves, read)))
 
     @torch.no_grad()
     def sample(
@@ -223,3 +233,9 @@ class LanguageModel(nn.Module):
                 pad_token_id=0,
             )
         return out.tolist()
+
+
+def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each of a row's tokens."""
+    columns = torch.arange(tokens, device=device)
+    return torch.full_like(columns, row), columns

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from editlab.lm.language_model import LanguageModel
 from editlab.lm.running import KeyValues, cache_of, logits_only_at, past_of
-from editlab.lm.tokens import pad
+from editlab.lm.tokens import common_start, pad
+
+if TYPE_CHECKING:
+    from editlab.lm.language_model import LanguageModel
 
 
 @dataclass
@@ -73,10 +76,3 @@ def read_prefixes(lm: LanguageModel, prefixes: Sequence[Sequence[tuple[int, ...]
     before = read_past(lm, starts, Past.none(len(starts))).rows(torch.tensor([start for start, _ in different]))
     whole = read_past(lm, [rest for _, rest in different], before)
     return whole.rows(torch.tensor([different.index(one) for one in cut]))
-
-
-def common_start(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest beginning that all rows have."""
-    first, last = min(rows), max(rows)
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:same]

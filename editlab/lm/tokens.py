@@ -92,6 +92,34 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, T
     return ids, mask
 
 
+def common_start(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest beginning that all rows have."""
+    first, last = min(rows), max(rows)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:same]
+
+
+def by_beginning(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices in groups whose rows begin alike, each of at most ``budget`` tokens (and at least one row).
+
+    What rows have in common with others of their group counts once. Padded, a group has at most four times as many
+    tokens, which is what attention takes its rows apart to.
+    """
+    groups: list[list[int]] = []
+    before: tuple[int, ...] = ()
+    tokens = width = 0
+    for row, index in sorted((tuple(row), i) for i, row in enumerate(rows)):
+        new, wider = len(row) - len(common_start([before, row])), max(width, len(row))
+        if groups and tokens + new <= budget and (len(groups[-1]) + 1) * wider <= 4 * budget:
+            groups[-1].append(index)
+            tokens, width = tokens + new, wider
+        else:
+            groups.append([index])
+            tokens = width = len(row)
+        before = row
+    return groups
+
+
 def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in groups of similar length, each of at most ``budget`` padded tokens (and at least one row)."""
     groups: list[list[int]] = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.layout import PACKED, Packed, Padded, find_out, lay_out
+from editlab.lm.layout import PACKED, Merged, Packed, Padded, lay_out, lay_out_whole
 from editlab.lm.past import Past, read_prefixes
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -28,11 +28,48 @@ def alone(lm, rows):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_gives_what_each_row_gives_alone(family):
     lm = make(family)
-    find_out(lm)
     assert lm.packs is (family in PLAIN)
     layout = lay_out(lm, TAILS, read_prefixes(lm, [[prefix] for prefix in PREFIXES]))
     assert isinstance(layout, Packed if lm.packs else Padded)
     assert torch.allclose(layout.run().logits[layout.place(*PLACES)], alone(lm, range(4)), atol=1e-5)
+
+
+ROWS = [(5, 6, 7), (5, 6, 7, 8), (5, 9), (4,), (5, 6, 7)]
+"""Six different beginnings: 4, 5, 5 6, 5 9, 5 6 7, 5 6 7 8."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_rows_that_begin_alike_give_what_each_gives_alone(family):
+    lm = make(family)
+    layout = lay_out_whole(lm, ROWS)
+    assert isinstance(layout, Merged if lm.packs else Padded)
+    logits = layout.run().logits
+    for r, row in enumerate(ROWS):
+        at = layout.place(torch.full((len(row),), r), torch.arange(len(row)))
+        assert torch.allclose(logits[at], lm.run(torch.tensor([row])).logits[0], atol=1e-5)
+
+
+def test_what_rows_begin_with_in_common_is_run_once():
+    lm = make("llama")
+    layout = Merged(lm, ROWS)
+    assert sorted(zip(layout.positions.tolist(), layout.ids.tolist(), strict=True)) == [
+        (0, 4), (0, 5), (1, 6), (1, 9), (2, 7), (3, 8),
+    ]  # fmt: skip
+    assert torch.equal(
+        layout.place(torch.tensor([0]), torch.tensor([2]))[1], layout.place(torch.tensor([4]), torch.tensor([2]))[1]
+    )
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_kept_where_rows_begin_alike():
+    lm = make("mistral", sliding_window=2)
+    layout = Merged(lm, ROWS)
+    last = layout.place(torch.tensor([1]), torch.tensor([3]))
+    expected = lm.run(torch.tensor([ROWS[1]])).logits[0, 3:]
+    assert torch.allclose(layout.run().logits[last], expected, atol=1e-5)
+    wider = make("mistral", sliding_window=64).run(torch.tensor([ROWS[1]])).logits[0, 3:]
+    assert not torch.allclose(expected, wider, atol=1e-5)
 
 
 @torch.no_grad()
@@ -76,10 +113,8 @@ def test_padding_is_not_run():
 
 @torch.no_grad()
 def test_a_wrong_attention_is_found_out(monkeypatch):
-    lm = make("llama")
     monkeypatch.setattr(Packed, "attend", lambda self, module, query, *others: query.transpose(1, 2))
-    find_out(lm)
-    assert lm.packs is False
+    assert make("llama").packs is False
 
 
 @torch.no_grad()

@@ -4,24 +4,9 @@ import pytest
 import torch
 
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.past import Past, common_start, read_past, read_prefixes
+from editlab.lm.past import Past, read_past, read_prefixes
 from editlab.lm.running import cache_of
 from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([(1, 2, 3), (1, 2, 4)], (1, 2)),
-        ([(1, 2), (1, 2, 4)], (1, 2)),
-        ([(5,), (1, 2)], ()),
-        ([(), (1, 2)], ()),
-        ([(7, 8)], (7, 8)),
-        ([(1, 9, 3), (1, 2, 3), (1, 2, 9)], (1,)),
-    ],
-)
-def test_what_rows_begin_with(rows, expected):
-    assert common_start(rows) == expected
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editlab.errors import UserError
-from editlab.lm.tokens import Encoding, by_length, encode, encode_pair, join, pad
+from editlab.lm.tokens import Encoding, by_beginning, by_length, common_start, encode, encode_pair, join, pad
 from tests.tiny import tiny_tokenizer
 
 KINDS = [(bos, side) for bos in (False, True) for side in ("left", "right")]
@@ -182,6 +182,39 @@ def test_the_mask_gives_the_rows_back(rows, left):
     ids, mask = pad(rows, left=left)
     assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == rows
     assert (ids[mask == 0] == 0).all()
+
+
+# common_start, by_beginning
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(1, 2, 3), (1, 2, 4)], (1, 2)),
+        ([(1, 2), (1, 2, 4)], (1, 2)),
+        ([(5,), (1, 2)], ()),
+        ([(), (1, 2)], ()),
+        ([(7, 8)], (7, 8)),
+        ([(1, 9, 3), (1, 2, 3), (1, 2, 9)], (1,)),
+    ],
+)
+def test_what_rows_begin_with(rows, expected):
+    assert common_start(rows) == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=30), st.integers(1, 20))
+def test_groups_that_begin_alike_are_a_partition_within_the_budget(rows, budget):
+    groups = by_beginning(rows, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    for group in groups:
+        beginnings = {tuple(rows[i][:end]) for i in group for end in range(1, len(rows[i]) + 1)}
+        assert len(group) == 1 or len(beginnings) <= budget
+        assert len(group) == 1 or len(group) * max(len(rows[i]) for i in group) <= 4 * budget
+
+
+def test_groups_that_begin_alike_by_hand():
+    # In order: 1, 1 2 3, 1 2 4 (four tokens that differ), then 5 6; a budget of five holds the first three rows only.
+    assert by_beginning([[5, 6], [1, 2, 4], [1], [1, 2, 3]], 5) == [[2, 3, 1], [0]]
 
 
 # by_length
