@@ -32,7 +32,6 @@ from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.progress import progress
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
-from editlab.scoring import prefers_truth
 from editlab.solver import Preservation
 from editlab.summary import finish_run
 from editlab.value_cache import ValueCache
@@ -202,7 +201,7 @@ class SequentialEditor(lightning.LightningModule):
     @cached_property
     def unedited_scores(self) -> ScoreCache:
         """What the unedited weights score, kept in the cache folder."""
-        return ScoreCache(self.fingerprint)
+        return self.evaluation.cache(self.lm, self.fingerprint)
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within it the model is the original one."""
@@ -222,7 +221,7 @@ class SequentialEditor(lightning.LightningModule):
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
-            data.select(lambda facts: prefers_truth(self.lm, facts, self.unedited_scores))
+            data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         check_lengths(self.lm, data.facts, self.contexts)
         resume.begin(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.products import MATMULS, products, type_of_products
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, Retention, TokenPerplexity
 from editlab.moments import read_file, read_ids
 from editlab.progress import progress
 from editlab.score_cache import ScoreCache
-from editlab.scoring import FactScores, score_facts, token_log_probs
+from editlab.scoring import FactScores, prefers_truth, score_facts, token_log_probs
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ class EvaluationSettings:
     the curve and the end)."""
     neighbors: int | None = None
     """Neighbor prompts scored of each fact, the first ones; all where not given. In CounterFact most prompts are."""
+    matmul: str = "float32"
+    """``float32``; ``bfloat16``: matrix products of all blocks and of the head, for prompts and the held-out text,
+    before and after alike; ``auto``: bfloat16 on CPUs with instructions for it. Faster, and answers that are close to even may
+    come out the other way. For float32 weights."""
     age_bins: int = 4
     """Parts by age in which retained accuracy is given at the end of a run."""
 
@@ -63,6 +69,8 @@ class EvaluationSettings:
                 raise UserError(f"model.evaluation.{name} is {getattr(self, name)}: it must not be negative.")
         if self.immediate not in ("all", "edits"):
             raise UserError(f"model.evaluation.immediate is {self.immediate!r}: it must be 'all' or 'edits'.")
+        if self.matmul not in MATMULS:
+            raise UserError(f"model.evaluation.matmul is {self.matmul!r}: it must be one of {', '.join(MATMULS)}.")
 
 
 class Evaluation:
@@ -122,6 +130,15 @@ class Evaluation:
             found[facts] = _summarize([scores])
         return found
 
+    def known(self, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
+        """:func:`editlab.scoring.prefers_truth`, measured as everything else is."""
+        with self.products(lm):
+            return prefers_truth(lm, facts, cache)
+
+    def cache(self, lm: LanguageModel, fingerprint: str) -> ScoreCache:
+        """Of the scores that are measured so of weights with this fingerprint."""
+        return ScoreCache(fingerprint, type_of_products(self.settings.matmul, lm.device))
+
     def _score(
         self,
         lm: LanguageModel,
@@ -134,12 +151,23 @@ class Evaluation:
         neighbors = self.settings.neighbors if others else 0
         starts = range(0, len(facts), CHUNK)
         bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)
-        return [
-            score_facts(
-                lm, facts[i : i + CHUNK], paraphrases=others, neighbors=neighbors, first_record=first + i, cache=cache
-            )
-            for i in bar
-        ]
+        with self.products(lm):
+            return [
+                score_facts(
+                    lm,
+                    facts[i : i + CHUNK],
+                    paraphrases=others,
+                    neighbors=neighbors,
+                    first_record=first + i,
+                    cache=cache,
+                )
+                for i in bar
+            ]
+
+    def products(self, lm: LanguageModel) -> AbstractContextManager[None]:
+        """Within it, the model's matrix products are those that are measured with."""
+        anatomy = lm.anatomy
+        return products(self.settings.matmul, list(anatomy.blocks), anatomy.edit_path, lm.device, anatomy.head)
 
     # ---- the model as a whole ---------------------------------------------------------------------------------
 
@@ -159,7 +187,8 @@ class Evaluation:
             path = str(BUILTIN_TEXT) if settings.heldout == "builtin" else settings.heldout
             self._heldout = read_ids(lm, read_file(path), settings.heldout_tokens)
         perplexity = TokenPerplexity(**GATHERED)
-        perplexity.update(token_log_probs(lm, self._heldout))
+        with self.products(lm):
+            perplexity.update(token_log_probs(lm, self._heldout))
         found = {"perplexity/heldout": float(perplexity.compute())}
         width = min(OPENING, len(self._heldout) // max(1, settings.generated_texts))
         openings = [self._heldout[i * width : (i + 1) * width] for i in range(settings.generated_texts)]

@@ -30,10 +30,12 @@ class ScoreCache:
 
     Args:
         fingerprint: of the weights that score.
+        products: type of the matrix products that they are found with.
     """
 
-    def __init__(self, fingerprint: str) -> None:
-        self.path = cache_dir() / "scores" / f"{fingerprint[:32]}.sqlite"
+    def __init__(self, fingerprint: str, products: str = "float32") -> None:
+        name = fingerprint[:32] + ("" if products == "float32" else f"-{products}")
+        self.path = cache_dir() / "scores" / f"{name}.sqlite"
 
     def fetch(
         self, requests: Sequence[Request], find: Callable[[Sequence[Request]], Sequence[Score]]

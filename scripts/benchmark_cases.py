@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning
@@ -16,7 +17,7 @@ from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data import EditDataModule
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.evaluation import EvaluationSettings
+from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.load import load
@@ -178,11 +179,13 @@ def solver(s: Setting) -> list[Round]:
     return [Round(batches, plain, ours, relative)] * 2
 
 
-def evaluation(s: Setting) -> list[Round]:
+def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
     """All prompts of facts; they differ by the largest of all log-probabilities."""
+    settings = EvaluationSettings(matmul=matmul)
 
     def ours(facts: list[Fact]) -> list[tuple[float, float]]:
-        found = score_facts(s.lm, facts)
+        with Evaluation(settings).products(s.lm):
+            found = score_facts(s.lm, facts)
         groups = [g for g in (found.edit, found.paraphrases, found.neighbors) if g is not None]
         return [
             (float(a), float(b))
@@ -237,6 +240,7 @@ CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "moments": ("token", moments),
     "solver": ("batch", solver),
     "evaluation": ("fact", evaluation),
+    "evaluation_bfloat16": ("fact", partial(evaluation, matmul="bfloat16")),
     "whole": ("fact", whole),
 }
 """name -> what is counted, and its rounds"""

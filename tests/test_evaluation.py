@@ -10,7 +10,7 @@ from editlab.errors import UserError
 from editlab.evaluation import BUILTIN_TEXT, OPENING, Evaluation, EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics.functional import ngram_entropy
-from editlab.scoring import token_log_probs
+from editlab.scoring import score_facts, token_log_probs
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -52,9 +52,29 @@ def test_groups_add_up(lm):
     evaluation = Evaluation(EvaluationSettings())
     parts = [evaluation.update("immediate", lm, facts) for facts in (FACTS[:2], FACTS[2:3])]
     together = evaluation.compute("immediate")
-    assert together == evaluation.measure(lm, FACTS[:3])
+    assert together == pytest.approx(evaluation.measure(lm, FACTS[:3]), rel=1e-5)
     assert together["accuracy"] == pytest.approx((2 * parts[0]["accuracy"] + parts[1]["accuracy"]) / 3)
     assert evaluation.series("immediate") == {2: parts[0], 3: parts[1]}
+
+
+def test_products_may_be_rounded_for_all_that_is_measured(lm):
+    """Unlike float32's, and as near to them as bfloat16's eight bits; nothing else of the model is changed."""
+    settings = {"generated_texts": 0, "heldout_tokens": 300}
+    exact, rounded = (Evaluation(EvaluationSettings(matmul=m, **settings)) for m in ("float32", "bfloat16"))
+    plain = score_facts(lm, FACTS).edit
+    for evaluation in (rounded, exact):
+        evaluation.update("before", lm, FACTS)
+    apart = [float((e.scores["before"][0].edit.logp_new - plain.logp_new).abs().max()) for e in (exact, rounded)]
+    assert apart[0] == 0
+    assert 0 < apart[1] < 0.05
+    perplexities = [e.language(lm)["perplexity/heldout"] for e in (exact, rounded)]
+    assert perplexities[0] != perplexities[1] == pytest.approx(perplexities[0], rel=0.01)
+    assert exact.known(lm, FACTS) == (plain.logp_true > plain.logp_new).tolist()
+
+
+def test_scores_with_other_products_are_cached_apart(lm):
+    caches = [Evaluation(EvaluationSettings(matmul=m)).cache(lm, "f" * 64).path for m in ("float32", "bfloat16")]
+    assert [path.name for path in caches] == ["f" * 32 + ".sqlite", "f" * 32 + "-bfloat16.sqlite"]
 
 
 @pytest.mark.parametrize("neighbors", [0, 1])
@@ -97,5 +117,7 @@ def test_bad_settings(lm, tmp_path):
         EvaluationSettings(heldout_tokens=-1)
     with pytest.raises(UserError, match="neighbors is -2"):
         EvaluationSettings(neighbors=-2)
+    with pytest.raises(UserError, match="matmul is 'half'"):
+        EvaluationSettings(matmul="half")
     with pytest.raises(UserError, match="does not exist"):
         Evaluation(EvaluationSettings(heldout=str(tmp_path / "none"))).language(lm)

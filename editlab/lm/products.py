@@ -26,6 +26,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(map(capabilities.get, ("amx_bf16", "avx512_bf16")))
 
 
+def type_of_products(matmul: str, device: torch.device) -> str:
+    """What ``matmul`` comes to on a device: ``float32`` or ``bfloat16``."""
+    if matmul == "auto":
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return matmul
+
+
 def products(
     matmul: str, blocks: Sequence[nn.Module], edit_path: str, device: torch.device, head: nn.Module | None = None
 ) -> AbstractContextManager:
@@ -38,7 +45,7 @@ def products(
         device: where the model is.
         head: the map to the logits, where it shall be among them.
     """
-    if matmul == "float32" or (matmul == "auto" and not multiplies_bfloat16(device)):
+    if type_of_products(matmul, device) == "float32":
         return nullcontext()
     return bfloat16_products(blocks, edit_path, head)
 

@@ -19,11 +19,13 @@ def small(tiny_folder, tmp_path, monkeypatch):
 
 def test_both_ways_come_out_alike_in_every_case(small, tmp_path):
     # float32 on both sides: 1e-3 is what rounding may come to over 25 steps of Adam; a missing term is far more.
+    # Products in bfloat16 have eight bits.
     rows = benchmark.main([*small, "--only", *CASES])
     assert [row["case"] for row in rows] == list(CASES)
     # A value that was stopped early is another one; whether the target is said is what it is held to.
     differences = [(row["case"], float(each)) for row in rows for each in row["difference"].split()]
-    assert all(abs(each) <= (1e-3 if case != "early" else 1) for case, each in differences), differences
+    limits = {"early": 1, "evaluation_bfloat16": 0.05}
+    assert all(abs(each) <= limits.get(case, 1e-3) for case, each in differences), differences
     assert all(row["plain_gflop"] > 0 for row in rows if row["case"] in ("values", "evaluation"))
     with (tmp_path / "results" / "performance.csv").open() as file:
         written = list(csv.DictReader(file))
