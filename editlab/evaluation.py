@@ -58,8 +58,8 @@ class EvaluationSettings:
     """Neighbor prompts scored of each fact, the first ones; all where not given. In CounterFact most prompts are."""
     matmul: str = "float32"
     """``float32``; ``bfloat16``: matrix products of all blocks and of the head, for prompts and the held-out text,
-    before and after alike; ``auto``: bfloat16 on CPUs with instructions for it. It is faster, and answers that are close to
-    even may come out the other way. For float32 weights."""
+    before and after alike; ``auto``: bfloat16 on CPUs with instructions for it. It is faster, and answers that are
+    close to even may come out the other way. For float32 weights."""
     age_bins: int = 4
     """Parts by age in which retained accuracy is given at the end of a run."""
 
