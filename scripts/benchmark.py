@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from editlab.lm.products import MATMULS
 from scripts.benchmark_cases import CASES, Round, Setting
+from scripts.launch import provenance
 
 RESULTS = Path(__file__).parents[1] / "results" / "performance.csv"
 
@@ -123,7 +124,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--matmul", default="auto", help="our products above the site: auto, float32 or bfloat16")
+    parser.add_argument("--matmul", default="auto", choices=MATMULS, help="our products above the site, for values")
     parser.add_argument("--profile", action="store_true", help="say where our ways spend their time")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file that rows are appended to")
     return parser.parse_args(arguments)
@@ -136,19 +137,19 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     setting = Setting.of(options)
     rate = matmul_rate(dtype, device)
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = provenance()
+    print(
+        f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}, matmul {rate / 1e9:.0f} GFLOP/s"
     )
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, matmul {rate / 1e9:.0f} GFLOP/s")
     rows = []
     for name in options.only or [case for case in CASES if case != "whole"]:
         unit, make = CASES[name]
         rounds = make(setting)
-        row = {"case": name, "model": options.shape or options.language_model, "unit": unit}
+        row = {"case": name, "model": options.shape or options.language_model, "unit": unit, "matmul": options.matmul}
         row |= {"plain_gflop": "", "our_gflop": ""} | measure(rounds, device, name != "whole", name)
         share = row["our_gflop"] * 1e9 / row["our_s"] / rate if row["our_gflop"] else ""
         row |= {"our_share_of_matmul_rate": share and round(share, 3), "threads": torch.get_num_threads(),
-                "machine": machine, "torch": torch.__version__, "date": date.today().isoformat()}  # fmt: skip
+                **where, "torch": torch.__version__, "date": date.today().isoformat()}  # fmt: skip
         rows.append(row)
         print(
             f"{name:10} {row['ratio']:6.2f}x [{row['lowest']:.2f}, {row['highest']:.2f}]   plain {row['plain_s']:.4f}, "
