@@ -138,9 +138,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     setting = Setting.of(options)
     rate = matmul_rate(dtype, device)
     where = provenance()
-    print(
-        f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}, matmul {rate / 1e9:.0f} GFLOP/s"
-    )
+    print(f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s")
     rows = []
     for name in options.only or [case for case in CASES if case != "whole"]:
         unit, make = CASES[name]
