@@ -29,7 +29,8 @@ PACKED = "editlab_packed"
 """Name of our attention function among transformers'."""
 
 PART = 1024
-"""Padded tokens of the rows whose attention is computed at a time: few enough for rows of similar length."""
+"""Padded tokens of the rows whose attention is computed at a time on a CPU: few enough for rows of similar length.
+Elsewhere, where a call costs more than some padding, sixteen times as many."""
 
 
 class Rows(Protocol):
@@ -197,7 +198,7 @@ class Merged(InOneRow):
         depth = [0] * len(steps)
         spread: list[int] = [0] * len(steps)  # where each token's attention lies among that of all parts
         parts, done = [], 0
-        for group in by_length([len(path) for path in paths], PART):
+        for group in by_length([len(path) for path in paths], PART if lm.device.type == "cpu" else 16 * PART):
             width = len(paths[group[0]])
             # As in packed rows, padding is a copy of a row's first token.
             parts.append([paths[r] + paths[r][:1] * (width - len(paths[r])) for r in group])
