@@ -111,7 +111,7 @@ class Evaluation:
     ) -> dict[str, float]:
         """The same, kept in a group; gives the numbers of these facts alone. ``cache`` is for the unedited model."""
         kept = self.scores.setdefault(group, [])
-        first = sum(len(s.edit.record.unique()) for s in kept)
+        first = int(kept[-1].edit.record[-1]) + 1 if kept else 0
         others = group != "immediate" or self.settings.immediate == "all"
         new = self._score(lm, facts, first, others=others, cache=cache)
         kept += new
