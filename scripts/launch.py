@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
+T = TypeVar("T")
 
 LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
 
@@ -99,14 +101,43 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
-    """Runs jobs on this machine, ``workers`` at a time; gives each with its exit code, in their order."""
+def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> Iterator[tuple[Job, int]]:
+    """Runs jobs on this machine, ``workers`` at a time.
+
+    Args:
+        jobs: what to run, in the order in which they start.
+        workers: jobs at a time.
+        after: job -> another of them that it waits for, however that one ends.
+
+    Yields:
+        Each job with its exit code, as it ends.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda job: (job, start(job)), jobs)
+
+        def next_of(running: Sequence[Future[int]]) -> Future[int]:
+            return wait(running, return_when=FIRST_COMPLETED).done.pop()
+
+        for job, code in _as_they_end(jobs, after, lambda job: pool.submit(start, job), next_of):
+            yield job, code.result()
 
 
-def over_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
-    """Runs jobs on the machines of a Ray cluster, ``workers`` at a time on each; gives each as it ends.
+def _as_they_end(
+    jobs: Sequence[Job], after: Mapping[Job, Job], submit: Callable[[Job], T], next_of: Callable[[Sequence[T]], T]
+) -> Iterator[tuple[Job, T]]:
+    """Submits jobs as soon as what they wait for has ended; gives each as it ends, with what stands for it."""
+    waiting, running, ended = list(jobs), {}, set[Job]()
+    while waiting or running:
+        ready = [job for job in waiting if job not in after or after[job] in ended]
+        running |= {submit(job): job for job in ready}
+        waiting = [job for job in waiting if job not in ready]
+        task = next_of(list(running))
+        job = running.pop(task)
+        ended.add(job)
+        yield job, task
+
+
+def over_ray(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> Iterator[tuple[Job, int]]:
+    """:func:`processes` on the machines of a Ray cluster, ``workers`` at a time on each.
 
     The cluster is that of ``RAY_ADDRESS``, or one that was started on this machine, else one of this machine alone.
     Its machines are alike, and have this checkout, its environment, the facts and the runs' folder at the same paths.
@@ -126,14 +157,13 @@ def over_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
         gpus = ray.cluster_resources().get("GPU", 0) / len(ray.nodes()) / workers
         variables = {name: value for name, value in os.environ.items() if name.startswith(("EDITLAB_", "HF_"))}
         remote = ray.remote(start)
-        waiting = {
-            remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables): job for job in jobs
-        }
-        while waiting:
-            (ended,), _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ended)
+
+        def submit(job: Job) -> Any:
+            return remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables)
+
+        for job, task in _as_they_end(jobs, after, submit, lambda running: ray.wait(running, num_returns=1)[0][0]):
             try:
-                yield job, ray.get(ended)
+                yield job, ray.get(task)
             except ray.exceptions.RayError as error:
                 _write(job.folder / FAILED, {"code": 1, "log": str(job.folder / LOG), "ray": str(error)})
                 yield job, 1
@@ -143,5 +173,6 @@ def over_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, int]]:
             ray.shutdown()
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[Job], int], Iterator[tuple[Job, int]]]] = {"local": processes, "ray": over_ray}
-"""name -> jobs, jobs at a time on one machine -> each job with its exit code"""
+Launcher = Callable[[Sequence[Job], int, Mapping[Job, Job]], Iterator[tuple[Job, int]]]
+LAUNCHERS: dict[str, Launcher] = {"local": processes, "ray": over_ray}
+"""name -> jobs, jobs at a time on one machine, which waits for which -> each job with its exit code"""

@@ -179,8 +179,8 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
 def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
     """Runs every case with every seed.
 
-    Where several run at a time, the first of each seed goes ahead of the others: what it finds and keeps in the cache
-    (values, second moments, scores of the unedited model) they need not find again.
+    The first of each seed goes ahead of the others of that seed: what it finds and keeps in the cache (values, second
+    moments, scores of the unedited model) they need not find again.
 
     Args:
         cases: what to run, the ones that matter most first.
@@ -199,25 +199,23 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         return []
     if not options.no_run:
         known = {run.seed for run in runs if run.summary is not None}
-        first = {run.seed: run for run in reversed(waiting) if run.seed not in known}
-        ahead = list(first.values())[::-1] if options.workers > 1 or options.launcher != "local" else []
-        _carry_out([ahead, [run for run in waiting if run not in ahead]], options)
+        _carry_out(waiting, {run.seed: run for run in reversed(waiting) if run.seed not in known}, options)
     return [run for run in runs if run.summary is not None]
 
 
-def _carry_out(stages: Sequence[Sequence[Run]], options: argparse.Namespace) -> None:
-    runs = [run for stage in stages for run in stage]
+def _carry_out(runs: Sequence[Run], first: Mapping[int, Run], options: argparse.Namespace) -> None:
+    """Runs what is missing; ``first`` is the run of a seed that the others of it wait for."""
     threads = max(1, cores() // options.workers)
     work = options.work.absolute()
-    jobs = [(run.folder.absolute(), run.case.arguments(run.recipe, run.seed, work)) for run in runs]
-    of = {Job(folder, tuple(arguments), threads): run for run, (folder, arguments) in zip(runs, jobs, strict=True)}
+    jobs = [Job(r.folder.absolute(), tuple(r.case.arguments(r.recipe, r.seed, work)), threads) for r in runs]
+    of = dict(zip(jobs, runs, strict=True))
+    ahead = {run.seed: job for job, run in of.items() if first.get(run.seed) == run}
+    after = {job: ahead[run.seed] for job, run in of.items() if ahead.get(run.seed, job) != job}
     with tqdm(total=len(runs), desc="Runs", unit="run") as bar:
-        for stage in filter(None, stages):
-            some = [job for job, run in of.items() if run in stage]
-            for job, code in LAUNCHERS[options.launcher](some, options.workers):
-                bar.update()
-                if code:
-                    bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
+        for job, code in LAUNCHERS[options.launcher](jobs, options.workers, after):
+            bar.update()
+            if code:
+                bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
 
 
 def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> None:

@@ -35,7 +35,29 @@ def check(found, tmp_path):
 
 
 def test_processes_of_this_machine(tmp_path):
-    check(list(launch.processes(jobs(tmp_path), 2)), tmp_path)
+    one, two, bad = jobs(tmp_path)
+    found = list(launch.processes([one, two, bad], 2, {one: bad}))
+    check(found, tmp_path)
+    order = [job for job, _ in found]
+    assert order.index(bad) < order.index(one)  # though it ended badly
+
+
+def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):
+    """Six jobs on two workers, by hand: 0 and 3 run first; 1 and 2 wait for 0, 4 and 5 for 3, which takes longest."""
+    some = [launch.Job(tmp_path / str(i), (), 1) for i in range(6)]
+    after = {some[1]: some[0], some[2]: some[0], some[4]: some[3], some[5]: some[3]}
+    submitted = []
+
+    def submit(job):
+        submitted.append(int(job.folder.name))
+        return submitted[-1]
+
+    def next_of(running):
+        return min(running, key=lambda number: (number == 3, number))  # 3 ends last of all that run
+
+    found = [task for _, task in launch._as_they_end(some, after, submit, next_of)]
+    assert submitted == [0, 3, 1, 2, 4, 5]
+    assert found == [0, 1, 2, 3, 4, 5]
 
 
 # Ray's own warnings and sockets are not ours to mend.
@@ -45,7 +67,7 @@ def test_two_workers_of_ray(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        check(list(launch.over_ray(jobs(tmp_path), 2)), tmp_path)
+        check(list(launch.over_ray(jobs(tmp_path), 2, {})), tmp_path)
         assert ray.is_initialized()  # a cluster that was there stays
     finally:
         ray.shutdown()
@@ -64,7 +86,7 @@ def test_the_machine_has_its_gpus(monkeypatch):
 def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"pip install 'editlab\[ray\]'"):
-        list(launch.over_ray([], 1))
+        list(launch.over_ray([], 1, {}))
 
 
 def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp_path, monkeypatch):
