@@ -17,14 +17,14 @@ START_UP = 10.0
 def formula(case: Case) -> float:
     """Seconds of a case, by what was measured with the built-in model on one core of a server's CPU.
 
-    Fits of 8 and 32 facts took 41 s, 0.33 s a fact and 0.32 s a batch; 60 steps of LoRA about 600 s. Values take 1 to
+    Fits of 8 and 32 facts took 41 s, 0.33 s a fact and 0.32 s a batch; 60 steps of LoRA about 200 s. Values take 1 to
     2 s a fact. They are counted here where every run finds its own; those of the original weights come on top, once for
     all cases of a seed. Replay made no difference that showed; what trust and curves take is left out.
     """
     edits, batch_size = case.flags["data.limit"], case.flags["data.batch_size"]
     values = 1.5 * edits if case.flags.get("model.values.reference") == "current" else 0.0
     adjusted = any(callback["class_path"].endswith("LoRAAdjust") for callback in case.callbacks)
-    return 41 + 0.33 * edits + 0.32 * math.ceil(edits / batch_size) + values + 600 * adjusted
+    return 41 + 0.33 * edits + 0.32 * math.ceil(edits / batch_size) + values + 200 * adjusted
 
 
 def expected(run: Run, done: Sequence[Run]) -> float:

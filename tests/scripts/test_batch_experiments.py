@@ -108,7 +108,7 @@ def test_estimates_by_hand(tmp_path):
     assert formula(small) == pytest.approx(41 + 6.6 + 0.64)
     assert formula(run("e", 1, 20, **{"model.values.reference": "current"})) == pytest.approx(41 + 6.6 + 0.64 + 30)
     adjusted = sweep.Case("f", small.case.flags, [{"class_path": "LoRAAdjust"}])
-    assert dry_run.formula(adjusted) == pytest.approx(41 + 6.6 + 0.64 + 600)
+    assert dry_run.formula(adjusted) == pytest.approx(41 + 6.6 + 0.64 + 200)
 
     # With 10 s of start-up these took 5, 4 and 2 times what the formula gives.
     once = formula(small)
