@@ -63,7 +63,7 @@ class ValueSettings:
     early_stop: int = 0
     """A fact is done as well whose target has been the likeliest continuation in every context for so many evaluations
     in a row (the most-probable early stopping of Gupta et al. 2025, arXiv:2502.01636); 0 goes on to the threshold.
-    Values are found sooner and lie closer to the original, and edits hold less well."""
+    Values are found sooner and lie closer to the original: edits generalize less to paraphrases, and harm less."""
     reference: str = "current"
     """``current``: values are found on the weights as they are; ``original``: on the unedited ones, once for all runs
     (they are kept in the cache folder)."""
