@@ -40,10 +40,11 @@ METHODS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def cases() -> list[Case]:
     """Each method in sequence, and each batch on its own.
 
-    In sequence, values are found on the weights as they are, as published; on the original weights that is the same as
-    finding them there, once for all methods.
+    One layer, keys of the bare prompts, and values that may leave the origin by four times its norm, as in the
+    reference codes. In sequence, values are found on the weights as they are, as published; on the original weights
+    that is the same as finding them there, once for all methods.
     """
-    one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0}
+    one_layer = {"model.layers": [6], "model.keys": "bare", "model.values.clamp": 4, "model.preserve_prompt_tokens": 0}
     found = []
     for name, (rule, batch, settings) in METHODS.items():
         past_keys = [{"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}]
