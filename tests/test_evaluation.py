@@ -49,10 +49,11 @@ def test_what_is_not_asked_for_is_absent(lm):
 
 
 def test_groups_add_up(lm):
+    lm.double()  # rows that go with others are rounded otherwise in float32
     evaluation = Evaluation(EvaluationSettings())
     parts = [evaluation.update("immediate", lm, facts) for facts in (FACTS[:2], FACTS[2:3])]
     together = evaluation.compute("immediate")
-    assert together == pytest.approx(evaluation.measure(lm, FACTS[:3]), rel=1e-5)
+    assert together == evaluation.measure(lm, FACTS[:3])
     assert together["accuracy"] == pytest.approx((2 * parts[0]["accuracy"] + parts[1]["accuracy"]) / 3)
     assert evaluation.series("immediate") == {2: parts[0], 3: parts[1]}
 

@@ -8,6 +8,7 @@ trying, and its rows are padded.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,7 +85,7 @@ class Padded:
         )
 
 
-class InOneRow:
+class InOneRow(ABC):
     """Rows whose tokens lie in one row of the tensor, so that attention has to take them apart."""
 
     rows = 1
@@ -99,6 +100,7 @@ class InOneRow:
         with _attending(self.lm, self):
             return self.lm.run(self.ids[None], None, self.positions[None])
 
+    @abstractmethod
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
@@ -115,7 +117,6 @@ class InOneRow:
         Returns:
             [1, tokens, heads, features].
         """
-        raise NotImplementedError
 
 
 class Packed(InOneRow):
