@@ -73,7 +73,7 @@ def _plain_cells(rows: Rows) -> Rows:
 
 
 def radar(rows: Rows) -> Figure | None:
-    """The methods over all metrics: at the end of a sequence, and each batch on the original weights."""
+    """The methods, by effective weight, over all metrics: at the end of a sequence, and each batch on its own."""
     panels = {}
     for way, when, title in (("sequential", "retained", "in sequence"),
                              ("independent", "immediate", "each batch on its own")):  # fmt: skip
@@ -82,8 +82,11 @@ def radar(rows: Rows) -> Figure | None:
             for row in rows
             if row["way"] == way
         ]
-        methods = dict.fromkeys(row["case"].removesuffix(f"_{way}") for row in own)
-        panels[title] = {name: [row for row in own if row["case"] == f"{name}_{way}"] for name in methods}
+        labels = [f"{row['method']}, weight {float(row['effective_weight']):g}" for row in own]
+        panels[title] = {
+            name: [row for row, label in zip(own, labels, strict=True) if label == name]
+            for name in dict.fromkeys(labels)
+        }
     return radar_figure(panels, SPOKES) if any(panels.values()) else None
 
 

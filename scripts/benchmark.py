@@ -1,7 +1,8 @@
 """editlab's ways against the plain ones on the same work, in turn: ratios of their times, where both come out alike.
 
-    python scripts/benchmark.py                                   # every case on SmolLM2-135M but the whole run
+    python scripts/benchmark.py                                   # SmolLM2-135M, every case but products and whole
     python scripts/benchmark.py --only values --facts 32 --profile
+    python scripts/benchmark.py --only products --facts 96        # the type of our products alone
     python scripts/benchmark.py --only whole --facts 256 --batch_size 32      # the plain run alone takes an hour
     python scripts/benchmark.py --shape gpt2-xl --device cuda     # random weights of that shape: only speed counts
 
@@ -114,7 +115,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases; all but whole where not given")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases; all but products and whole if not given")
     parser.add_argument("--facts", type=int, default=32, help="facts altogether")
     parser.add_argument("--batch_size", type=int, default=16, help="facts in a round")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the moments, in four rounds")
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     where = provenance()
     print(f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s")
     rows = []
-    for name in options.only or [case for case in CASES if case != "whole"]:
+    for name in options.only or [case for case in CASES if case not in ("products", "whole")]:
         unit, make = CASES[name]
         rounds = make(setting)
         row = {"case": name, "model": options.shape or options.language_model, "unit": unit, "matmul": options.matmul}

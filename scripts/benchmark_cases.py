@@ -109,6 +109,19 @@ def values(s: Setting) -> list[Round]:
     return [Round(len(f), lambda f=f: plain(f), lambda f=f: ours(f), lambda a, b: b / a - 1) for f in s.groups]
 
 
+def products(s: Setting) -> list[Round]:
+    """Editlab's own values with products in float32 and as asked for: what their type alone does to time and loss."""
+    float32 = replace(s.values, matmul="float32")
+
+    def found(facts: list[Fact], settings: ValueSettings) -> float:
+        return float(optimize_values(s.lm, facts, s.site, s.contexts, settings).loss.mean())
+
+    return [
+        Round(len(f), lambda f=f: found(f, float32), lambda f=f: found(f, s.values), lambda a, b: b / a - 1)
+        for f in s.groups
+    ]
+
+
 def early(s: Setting) -> list[Round]:
     """Values of a batch, ours stopped once each target was said twice; of ours this share more is said in the end."""
     settings = replace(s.values, early_stop=2)
@@ -228,10 +241,16 @@ def whole(s: Setting) -> list[Round]:
         evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
         editor = SequentialEditor(**names, rule=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)  # type: ignore[arg-type]
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
-        trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        with TemporaryDirectory() as folder:  # each round finds the unedited model's scores itself, as the plain way
+        with TemporaryDirectory() as folder:
+            trainer = lightning.Trainer(
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                default_root_dir=folder,
+            )
             editor.configure_model()
-            editor.unedited_scores.path = Path(folder) / "scores.sqlite"
+            editor.unedited_scores.path = Path(folder) / "scores.sqlite"  # found in each round, as the plain way does
             trainer.fit(editor, datamodule=data)
         return 100 * editor.evaluation.retained["ES"]
 
@@ -240,6 +259,7 @@ def whole(s: Setting) -> list[Round]:
 
 CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "values": ("fact", values),
+    "products": ("fact", products),
     "early": ("fact", early),
     "keys": ("fact", keys),
     "moments": ("token", moments),

@@ -53,7 +53,7 @@ STEPS = (
     Step("trust", "run_trust_eval.py", ("trust_eval.csv", "trust_roc.csv", "trust_effect.csv", "trust_events.jsonl"),
          ("--edits", "20", "--batch_size", "2", "--only", "faulty_gate", "faulty", "clean_gate", "clean")),
     Step("forgetting", "run_forgetting.py",
-         ("large_scale_forgetting.csv", "large_scale_final.csv", "large_scale_means.csv"),
+         ("large_scale_forgetting.csv", "large_scale_final.csv", "large_scale_means.csv", "large_scale_turns.csv"),
          (*FEW, "--only", "emmet", "both")),
     Step("matrix", "run_batch_experiments.py", ("ablation_matrix.csv",),
          ("--edits", "16", "--only", "batch_1_rate_0_lora_none", "batch_8_rate_0_lora_none",

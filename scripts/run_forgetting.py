@@ -5,14 +5,15 @@
     python scripts/run_forgetting.py --dry-run
 
 Writes ``results/large_scale_forgetting.csv`` (a row a run and snapshot), ``results/large_scale_final.csv`` (a row a
-run), ``results/large_scale_means.csv`` and, from the first, ``figs/large_scale_forgetting.png`` (and ``.pdf``). Rows of
-runs that are not at hand stay as they are.
+run), ``results/large_scale_means.csv``, ``results/large_scale_turns.csv`` (where each run's curve gets steep) and, from
+the first, ``figs/large_scale_forgetting.png`` (and ``.pdf``). Rows of runs that are not at hand stay as they are.
 """
 
 from __future__ import annotations
 
 from sequences import Sequences
 from sweep import ROOT, Case
+from turning import turns
 
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
@@ -20,6 +21,7 @@ EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
 SHOWN = {
+    "equality": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "layer_6": ("EMMET, layer 6 alone", VERMILION, ":"),
     "emmet": ("EMMET, layers 2 to 6", BLACK, ":"),
     "replay": ("+ replay at rate 0.3", ORANGE, "--"),
@@ -39,6 +41,7 @@ EXPERIMENT = Sequences(
     shown=SHOWN,
     otherwise="emmet",
     base={"emmet_5000": "emmet_5000", "both_5000": "emmet_5000"},
+    also=("large_scale_turns.csv", turns),
 )
 
 
@@ -51,14 +54,18 @@ def cases(edits: int) -> list[Case]:
     replay = {"class_path": "MemoryReplay", "init_args": {"sampling": "random", "rate": 0.3, "capacity": 500}}
     lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 16}}
     trust = {"class_path": "TrustRollback", "init_args": {}}
-    one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
-                 RULE + "covariance_weight": 1}  # fmt: skip
+    layer_6 = {"model.layers": [6]}
+    published = {**layer_6, "model.keys": "mean", "model.preserve_prompt_tokens": 0, RULE + "covariance_weight": 1}
+    equality = {**published, RULE + "gamma": 0}
+    rome = {**published, "model.rule": "ROME", "data.batch_size": 1}
     memit = {"model.rule": "MEMIT", RULE + "covariance_weight": 15000}
     alphaedit = {"model.rule": "AlphaEdit", "model.preserve_prompt_tokens": 0}
     return [
         Case("emmet", {}, [curve]),
         Case("both", {}, [both, curve]),
-        Case("layer_6", one_layer, [curve]),
+        Case("layer_6", layer_6, [curve]),
+        Case("equality", equality, [curve]),
+        Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
         Case("replay", {}, [replay, curve]),
         Case("lora", {}, [lora, curve]),
@@ -67,7 +74,8 @@ def cases(edits: int) -> list[Case]:
         Case("memit", memit, [curve]),
         Case("alphaedit", alphaedit, [consolidated, curve]),
         Case("joint", {"data.batch_size": edits}, []),
-        Case("layer_6_consolidated", one_layer, [consolidated, curve]),
+        Case("layer_6_consolidated", layer_6, [consolidated, curve]),
+        Case("both_wider", {"model.layers": [1, 2, 3, 4, 5, 6]}, [both, curve]),
         Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
         Case("both_softer", {RULE + "covariance_weight": 500}, [both, curve]),
         Case("emmet_5000", {"data.limit": 5000}, [curve]),

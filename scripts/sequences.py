@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sweep import Case, Run, add_texts, common_flags, exit_where_failed, parser, run_all
-from tables import curves_figure, means, snapshots, table_rows, update_table, write_rows
+from tables import Row, curves_figure, means, snapshots, table_rows, update_table, write_rows
 
 from editlab.figures import save_figure
 
@@ -34,6 +34,8 @@ class Sequences:
     """the case that others are held against"""
     base: Mapping[str, str] = field(default_factory=dict)
     """case -> another that it is held against"""
+    also: tuple[str, Callable[[Sequence[Row], Sequence[Row]], list[Row]]] | None = None
+    """name of one more table in ``results/``, and what makes it of the rows of snapshots and of runs"""
 
     def write(self, runs: Sequence[Run], cases: Collection[str], out: Path) -> None:
         """Takes the runs at hand into the tables, and draws the curves anew.
@@ -46,7 +48,11 @@ class Sequences:
         results = out / "results"
         each = update_table(results / self.each, table_rows(runs), cases)
         write_rows(means(each, self.base, self.otherwise), results / self.over_seeds)
-        figure = curves_figure(update_table(results / self.curves, snapshots(runs), cases), self.shown)
+        curves = update_table(results / self.curves, snapshots(runs), cases)
+        if self.also is not None:
+            name, make = self.also
+            write_rows(make(curves, each), results / name)
+        figure = curves_figure(curves, self.shown)
         if figure is not None:
             save_figure(figure, out / "figs" / f"{self.figure}.png")
 

@@ -7,6 +7,7 @@ and those of runs that are take the place of earlier ones. Each row says what it
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from launch import PROVENANCE
 from matplotlib.figure import Figure
 from sweep import Run
 
+from callbacks import ForgettingCurve
 from editlab.figures import comparison_figure
 from editlab.lm.cache import atomic_file
 
@@ -83,22 +85,51 @@ def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) ->
 
 
 def snapshots(runs: Sequence[Run]) -> list[Row]:
-    """One row a run and snapshot: what was retained, and how large norms and conditions had become."""
+    """One row a run and snapshot: what was retained, and how large norms and conditions had become.
+
+    Shares of edits stand with the number of edits that they were measured on and their 95% interval; ``largest_update``
+    is the norm of the largest single update since the snapshot before.
+    """
     rows = []
     for run in runs:
-        for edits, point in run.curve().items():
-            if "retained/accuracy" not in point:
-                continue
+        steps = run.curve()
+        curve = {edits: point for edits, point in steps.items() if "retained/accuracy" in point}
+        earlier = 0
+        for edits, point in curve.items():
             row: Row = {"case": run.case.name, "seed": run.seed, "edits": edits}
             row |= {column: round(point[name], 4) for column, name in CURVE.items() if name in point}
-            row |= {"delta_norm": _largest(point, "delta_norm"), "gram_condition": _largest(point, "gram_condition")}
+            row["measured"] = edits if edits == max(curve) else min(edits, _sample(run))
+            for name in ("retained_ES", "retained_accuracy"):
+                if name in row:
+                    low, high = wilson(row[name], row["measured"])
+                    row |= {f"{name}_low": round(low, 4), f"{name}_high": round(high, 4)}
+            row |= {
+                "delta_norm": _largest([point], "delta_norm"),
+                "gram_condition": _largest([point], "gram_condition"),
+            }
+            row["largest_update"] = _largest([p for at, p in steps.items() if earlier < at <= edits], "update_norm")
+            earlier = edits
             rows.append(row | provenance_of(run))
     return rows
 
 
-def _largest(point: Mapping[str, float], name: str) -> float | str:
-    """The largest over layers of what a step logged; empty where it logged none."""
-    found = [value for key, value in point.items() if key.endswith(f"/{name}")]
+def _sample(run: Run) -> int:
+    """Past edits that a point of the run's curve is measured on."""
+    given = [c.get("init_args", {}) for c in run.case.callbacks if c["class_path"].endswith("ForgettingCurve")]
+    default = inspect.signature(ForgettingCurve).parameters["sample"].default
+    return int(given[0].get("sample", default) if given else default)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share that was observed on ``count`` cases (Wilson 1927's score interval)."""
+    z = 1.95996
+    middle, half = share + z**2 / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    return (middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)
+
+
+def _largest(points: Sequence[Mapping[str, float]], name: str) -> float | str:
+    """The largest over layers of what steps logged; empty where they logged none."""
+    found = [value for point in points for key, value in point.items() if key.endswith(f"/{name}")]
     return float(f"{max(found):.4g}") if found else ""
 
 

@@ -36,7 +36,16 @@ def test_each_figure_comes_from_its_table(tmp_path, monkeypatch, capsys):
     write(results / "ablation_matrix.csv", [*done, missing])
     write(
         results / "baseline_comparison.csv",
-        [{"case": "rome_sequential", "way": "sequential", **retained, "retained_PS": 0.7, "perplexity_ratio": 1.25}],
+        [
+            {
+                "method": "ROME",
+                "effective_weight": "0.0",
+                "way": "sequential",
+                **retained,
+                "retained_PS": 0.7,
+                "perplexity_ratio": 1.25,
+            }
+        ],
     )
     write(
         results / "replay_ablation.csv",
@@ -66,11 +75,13 @@ def test_what_can_not_be_drawn_is_skipped_with_a_sentence(tmp_path, monkeypatch,
 def test_perplexity_by_hand():
     figure = analysis.side_by_side([{"case": "none", "perplexity_ratio": "1.25"}])
     assert figure.axes[list(analysis.BARS).index("perplexity_rise")].patches[0].get_height() == 25.0
-    rows = [{"case": "rome_sequential", "way": "sequential", "perplexity_ratio": "1.25"}]
+    memit = {"method": "MEMIT", "effective_weight": "15000.0"}
+    rows = [{**memit, "way": "sequential", "perplexity_ratio": "1.25"}]
     (line,) = analysis.radar(rows).axes[0].get_lines()
     assert set(line.get_ydata()) == {0.8}
+    assert line.get_label() == "MEMIT, weight 15000"
     # Independent batches have no perplexity, and what counts is right after each.
-    rows = [{"case": "rome_independent", "way": "independent", "immediate_ES": "0.5", "retained_ES": "0.1"}]
+    rows = [{**memit, "way": "independent", "immediate_ES": "0.5", "retained_ES": "0.1"}]
     (line,) = analysis.radar(rows).axes[1].get_lines()
     assert set(line.get_ydata()) == {0.5}
 

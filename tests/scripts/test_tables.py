@@ -50,13 +50,31 @@ def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text(
         "edits,retained/accuracy,perplexity/heldout,weights/layer_2/delta_norm,weights/layer_3/delta_norm,"
-        "solve/layer_2/gram_condition,solve/layer_3/gram_condition\n"
-        "32,,,0.1,0.2,5,6\n"
-        "200,0.75,40.25,0.3,0.25,70,12345.678\n"
+        "solve/layer_2/gram_condition,solve/layer_3/gram_condition,solve/layer_2/update_norm\n"
+        "32,,,0.1,0.2,5,6,0.2\n"
+        "200,0.75,40.25,0.3,0.25,70,12345.678,0.1\n"
+        "300,0.5,41,0.3,0.25,70,80,0.05\n"
     )
-    (row,) = tables.snapshots([sweep.Run(sweep.Case("emmet", {}), 1, folder)])
+    curve = {"class_path": "callbacks.ForgettingCurve", "init_args": {"sample": 100}}
+    row, last = tables.snapshots([sweep.Run(sweep.Case("emmet", {}, [curve]), 1, folder)])
     assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
     assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
+    assert (row["largest_update"], last["largest_update"]) == (0.2, 0.05)  # since the point before
+    # The last point is of all edits, those before of the sample; 64 is ForgettingCurve's own.
+    assert (row["measured"], last["measured"]) == (100, 300)
+    assert (row["retained_accuracy_low"], row["retained_accuracy_high"]) == tuple(
+        round(x, 4) for x in tables.wilson(0.75, 100)
+    )
+    plain = sweep.Run(sweep.Case("emmet", {}, [{"class_path": "ForgettingCurve"}]), 1, folder)
+    assert [row["measured"] for row in tables.snapshots([plain])] == [64, 300]
+
+
+def test_the_interval_of_a_share_by_hand():
+    # Wilson's interval ends at the shares p that the observed one is 1.96 of their standard errors away from.
+    for share, count in ((0.75, 100), (1.0, 128), (0.0, 8)):
+        for p in tables.wilson(share, count):
+            assert abs(share - p) == pytest.approx(1.95996 * (p * (1 - p) / count) ** 0.5, abs=1e-9)
+    assert tables.wilson(1.0, 128)[0] < 1.0 == pytest.approx(tables.wilson(1.0, 128)[1])
 
 
 def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):

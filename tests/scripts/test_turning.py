@@ -1,0 +1,43 @@
+"""Turning points of made-up curves, by hand."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import turning
+
+
+def curve(*points):
+    return [
+        {"case": "a", "seed": "1", "edits": str(200 * i), "retained_ES": str(es), "retained_accuracy": str(accuracy),
+         "perplexity_heldout": str(perplexity), "delta_norm": str(i), "gram_condition": "10", "largest_update": update,
+         "torch": "2"}
+        for i, (es, accuracy, perplexity, update) in enumerate(points, 1)
+    ]  # fmt: skip
+
+
+def test_a_curve_that_breaks():
+    # The unedited perplexity is 20: 30 is 1.5 times it, 400 twenty times. Falls: 5, 20, 70 points.
+    rows = curve((1.0, 0.95, 22, "0.5"), (0.9, 0.75, 30, "0.6"), (0.3, 0.05, 400, "3.0"))
+    (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
+    assert {name: row[name] for name in turning.MARKS} == {
+        "accuracy_under_80": 400, "accuracy_under_50": 600, "ES_under_50": 600,
+        "perplexity_over_1.4": 400, "perplexity_over_2": 600,
+    }  # fmt: skip
+    assert (row["steepest_fall"], row["median_fall"], row["steepest_at"]) == (70.0, 20.0, 600)
+    assert row["edits_a_key_dimension"] == 0.39  # 600 / 1536
+    assert (row["perplexity_over_stretch"], row["largest_update_over_median"]) == (13.333, 5.0)
+    assert (row["delta_norm"], row["torch"]) == ("3", "2")
+
+
+def test_a_curve_that_holds_passes_no_mark():
+    rows = curve((1.0, 0.97, 20.5, "0.5"), (1.0, 0.93, 21, "0.5"))
+    (row,) = turning.turns(rows, [{"case": "a", "seed": "1", "perplexity_before": 20.0}])
+    assert not any(row[name] for name in turning.MARKS)
+    assert (row["steepest_fall"], row["steepest_at"], row["perplexity_over_stretch"]) == (4.0, 400, 1.024)
+
+
+def test_a_run_without_snapshots_on_the_way_has_no_turn():
+    rows = curve((1.0, 0.9, 22, ""))
+    assert turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}]) == []
