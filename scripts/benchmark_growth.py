@@ -1,7 +1,7 @@
 """How cost grows: time and memory of a step over edits made, batch size, key dimension and replay buffer.
 
     python scripts/benchmark_growth.py                       # minutes; up to d_k 14,336
-    python scripts/benchmark_growth.py --largest 28672       # Llama-3-405B's would be 53,248; 28,672 takes 20 GB
+    python scripts/benchmark_growth.py --largest 28672       # Llama-3-70B's, which takes 20 GB
     python scripts/benchmark_growth.py --only edits
 
 Edits are made in sequence in a small random model, whose own cost is next to nothing, so that what grows shows. Batch
@@ -208,7 +208,7 @@ def draw(rows: list[Row]) -> Figure:
             if axis != "edits" and name == "seconds":
                 ax.set_yscale("log")
             else:
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.08 * ax.dataLim.y1)
             if offset == 0 and ax.lines:
                 ax.legend(frameon=False, fontsize=8)
     return figure
