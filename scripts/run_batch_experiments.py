@@ -5,6 +5,9 @@
     python scripts/run_batch_experiments.py --batches 32 128 --rates 0 0.3 --ranks 0 --seeds 1
     python scripts/run_batch_experiments.py --launcher ray --workers 2     # over the machines of a Ray cluster
 
+So many runs are measured with products in bfloat16, which is less than half the work on CPUs that multiply so and moves
+their numbers by half a point or so, alike in all (``docs/performance.md``).
+
 Writes ``results/ablation_matrix.csv``: a row for every cell of the matrix and seed, also for those that were not run,
 or failed; those of runs that are not at hand stay as they are. Cells in which nothing is ever replayed (a rate that
 rounds to no fact of a batch, or one batch of all facts) share the run of rate 0; ``case`` says which run a row is from.
@@ -118,7 +121,8 @@ def main() -> None:
         kind = type(values[0])
         shared.add_argument(f"--{name}", type=kind, nargs="+", choices=values, default=values, help="of the matrix")
     options = shared.parse_args()
-    wanted = [case.over(common_flags(options)) for case in cases(options)]
+    common = {**common_flags(options), "model.evaluation.matmul": "bfloat16"}
+    wanted = [case.over(common) for case in cases(options)]
     run_all(wanted, RECIPE, options)
     if not options.dry_run:
         write_rows(rows(options), options.out / "results" / TABLE)
