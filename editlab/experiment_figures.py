@@ -131,7 +131,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
         ax.set_yticks([0.25, 0.5, 0.75, 1.0], ["", "0.5", "", "1"], fontsize=7)
         ax.grid(alpha=0.4, linewidth=0.5)
         ax.set_title(title, y=1.12)
-    legend_below(figure)
+    legend_below(figure, columns=3)
     return figure
 
 
