@@ -28,6 +28,7 @@ SHOWN = {
     "lora": ("+ LoRA", SKY, "--"),
     "trust": ("+ trust", PURPLE, "-."),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
+    "consolidated_looser": ("the same, prompts' tokens at 0.1", BLUE, "--"),
     "both": ("+ consolidated and replay", GREEN, "-"),
 }
 """case -> label, color, line"""
@@ -54,6 +55,7 @@ def cases(edits: int) -> list[Case]:
     replay = {"class_path": "MemoryReplay", "init_args": {"sampling": "random", "rate": 0.3, "capacity": 500}}
     lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 16}}
     trust = {"class_path": "TrustRollback", "init_args": {}}
+    looser = {"model.preserve_prompt_tokens": 0.1}
     layer_6 = {"model.layers": [6]}
     published = {**layer_6, "model.keys": "mean", "model.preserve_prompt_tokens": 0, RULE + "covariance_weight": 1}
     equality = {**published, RULE + "gamma": 0}
@@ -67,6 +69,7 @@ def cases(edits: int) -> list[Case]:
         Case("equality", equality, [curve]),
         Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
+        Case("consolidated_looser", looser, [consolidated, curve]),
         Case("replay", {}, [replay, curve]),
         Case("lora", {}, [lora, curve]),
         Case("both_lora", {}, [both, lora, curve]),
@@ -74,6 +77,7 @@ def cases(edits: int) -> list[Case]:
         Case("memit", memit, [curve]),
         Case("alphaedit", alphaedit, [consolidated, curve]),
         Case("joint", {"data.batch_size": edits}, []),
+        Case("joint_looser", {"data.batch_size": edits, **looser}, []),
         Case("layer_6_consolidated", layer_6, [consolidated, curve]),
         Case("both_wider", {"model.layers": [1, 2, 3, 4, 5, 6]}, [both, curve]),
         Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
