@@ -49,13 +49,15 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     """Each layer's update, solved against the weights below it as already edited; add it before the next is asked for.
 
     Residuals are spread over the layers from the lowest up, MEMIT's way (Meng et al. 2023, arXiv:2210.07229, eq. 20).
+    Blocks between the layers bend what lower ones add, and slack leaves a part undone; each of the editor's ``passes``
+    after the first asks for what is left.
 
     Args:
         editor: whose rule, metrics and weights are used.
-        outcome: its plan is solved; keys, updates and diagnostics are put into it.
+        outcome: its plan is solved; keys and diagnostics (of the last pass) and updates (of all) are put into it.
 
     Yields:
-        The layer and its update, float32 [d_v, d_k].
+        The layer and its update in this pass, float32 [d_v, d_k].
     """
     plan, device = outcome.plan, editor.solver_device
     additions = sorted(plan.additions, key=lambda a: a.known is not None)  # those to be read stand first
@@ -64,7 +66,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
     slack = torch.tensor([editor.rule.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64)
     asked = torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64, device=device)
-    for place, layer in enumerate(editor.layer_numbers):
+    for place, layer in editor.passes * list(enumerate(editor.layer_numbers)):
         edited = editor.layers[place]
         keys = editor.read_keys(read, layer).plus(known, edited.total)
         share = len(editor.layer_numbers) - place
@@ -83,10 +85,11 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
             log.info("Batch %d, layer %d: %s", plan.step, layer, note)
         outcome.keys[layer] = keys
         update = solution.delta.to(edited.total)
-        outcome.updates[layer] = update
+        whole = outcome.updates[layer] + update if layer in outcome.updates else update
+        outcome.updates[layer] = whole
         measured = diagnostics(solution)
         measured["effective_weight"] = effective_weight(constraints.slack, editor.rule.weight)
-        measured["update_norm"] = float(update.norm() / edited.original.float().norm())
+        measured["update_norm"] = float(whole.norm() / edited.original.float().norm())
         outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}
         yield edited, update
 

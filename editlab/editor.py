@@ -60,6 +60,7 @@ class SequentialEditor(lightning.LightningModule):
             context).
         preserve_prompt_tokens: weight with which the keys of the edited prompts' other tokens enter the metric of
             their batch; the model reads those tokens too, so an edit should not move them. 0 leaves them out.
+        passes: times that a batch goes through the layers, each time for what is left undone.
         edit_module: path of the edited module inside a block, where it is not found by structure.
         device_map: transformers' own (``auto``, or module path -> device), for a model that one device can not hold;
             the Trainer then does not move the model.
@@ -81,6 +82,7 @@ class SequentialEditor(lightning.LightningModule):
         evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008
         keys: str = "bare",
         preserve_prompt_tokens: float = 0.0,
+        passes: int = 1,
         edit_module: str | None = None,
         device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
@@ -94,6 +96,8 @@ class SequentialEditor(lightning.LightningModule):
             raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
         if preserve_prompt_tokens < 0:
             raise UserError(f"model.preserve_prompt_tokens is {preserve_prompt_tokens}: it must not be negative.")
+        if passes < 1:
+            raise UserError(f"model.passes is {passes}: a batch goes through the layers at least once.")
         self.language_model = language_model
         self.layer_numbers = sorted(named)
         self.rule = rule
@@ -102,6 +106,7 @@ class SequentialEditor(lightning.LightningModule):
         self.context_settings = contexts
         self.key_mode = keys
         self.preserve_prompt_tokens = preserve_prompt_tokens
+        self.passes = passes
         self.edit_module = edit_module
         self.device_map = device_map
         self.restore_between_batches = restore_between_batches

@@ -223,7 +223,8 @@ class Search:
         like = self.editor
         trial = type(like)(
             like.language_model, list(layers), like.rule, like.values, keys=like.key_mode,
-            preserve_prompt_tokens=like.preserve_prompt_tokens, condition_limit=like.condition_limit,
+            preserve_prompt_tokens=like.preserve_prompt_tokens, passes=like.passes,
+            condition_limit=like.condition_limit,
         )  # fmt: skip
         trial.use(self.lm)
         trial.contexts = self.exam.contexts
@@ -284,7 +285,7 @@ def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     moments, contexts = asdict(editor.moments), asdict(editor.context_settings)
     what = [
         fingerprint(editor.lm.model), editor.lm.anatomy.edit_path, [f.to_dict() for f in facts], repr(editor.rule),
-        asdict(editor.values), moments, contexts, editor.key_mode, editor.preserve_prompt_tokens,
+        asdict(editor.values), moments, contexts, editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
         [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

@@ -31,13 +31,13 @@ class Verdict(EditCallback):
             self.outcome = outcome
 
 
-@pytest.mark.parametrize("layers", [[1], [1, 2]])
-def test_without_a_fact_the_batch_is_the_one_never_given_it(tiny_folder, tmp_path, layers):
+@pytest.mark.parametrize(("layers", "passes"), [([1], 1), ([1, 2], 1), ([1, 2], 2)])
+def test_without_a_fact_the_batch_is_the_one_never_given_it(tiny_folder, tmp_path, layers, passes):
     values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
-    whole = editor(tiny_folder, layers=layers, values=values)
+    whole = editor(tiny_folder, layers=layers, values=values, passes=passes)
     cut = Verdict(0, lambda outcome: outcome.leave_out({1}, "no gain"))
     fit(tmp_path, whole, callbacks=[cut, MemoryReplay()], limit=3, batch_size=3)
-    alone = editor(tiny_folder, layers=layers, values=values)
+    alone = editor(tiny_folder, layers=layers, values=values, passes=passes)
     path = write_counterfact(tmp_path / "two.json", [FACTS[0], FACTS[2]])
     fit(tmp_path, alone, limit=2, batch_size=2, path=path, name="alone")
     for layer, other in zip(whole.layers, alone.layers, strict=True):

@@ -115,6 +115,23 @@ def test_spreading_reaches_the_same_value_over_two_layers(tiny_folder, tmp_path)
     assert all(update.abs().max() > 0 for update in spy.outcomes[0].updates.values())
 
 
+def test_each_pass_asks_for_what_the_one_before_left(tiny_folder, tmp_path):
+    # At one layer a pass leaves the share s / (k^T C^-1 k + s) of the residual, so two leave the square of one.
+    values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
+    shares = []
+    for passes in (1, 2):
+        spy, rule = Spy(), MEMIT(covariance_weight=10.0)
+        module = editor(tiny_folder, layers=[1], rule=rule, values=values, passes=passes)
+        fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
+        wanted, now = spy.plans[0].targets[0], site_now(module, FACTS[0])
+        with module.unedited():
+            shares.append(float((wanted - now).norm() / (wanted - site_now(module, FACTS[0])).norm()))
+        (layer,) = module.layers
+        torch.testing.assert_close(spy.outcomes[0].updates[1], layer.total)  # that of the batch, not of its last pass
+    assert 0.05 < shares[0] < 0.95
+    assert shares[1] == pytest.approx(shares[0] ** 2, abs=1e-4)
+
+
 def test_only_the_edited_weights_change_and_steps_are_counted(tiny_folder, tmp_path):
     module = editor(tiny_folder)
     module.configure_model()
@@ -305,6 +322,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
         ({"layers": [1, 1]}, "each once"),
         ({"keys": "median"}, "bare, mean, each"),
         ({"preserve_prompt_tokens": -1.0}, "must not be negative"),
+        ({"passes": 0}, "at least once"),
         ({"rule": ROME()}, "set data.batch_size to 1"),
     ],
 )
