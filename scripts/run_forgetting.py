@@ -22,6 +22,7 @@ EVERY, SAMPLE = 200, 128
 RULE = "model.rule.init_args."
 SHOWN = {
     "equality": ("EMMET as published: equality, layer 6", BLACK, "-"),
+    "equality_current": ("the same, values of the weights as they are", VERMILION, "-"),
     "layer_6": ("EMMET, layer 6 alone", VERMILION, ":"),
     "emmet": ("EMMET, layers 2 to 6", BLACK, ":"),
     "replay": ("+ replay at rate 0.3", ORANGE, "--"),
@@ -59,6 +60,7 @@ def cases(edits: int) -> list[Case]:
     layer_6 = {"model.layers": [6]}
     published = {**layer_6, "model.keys": "mean", "model.preserve_prompt_tokens": 0, RULE + "covariance_weight": 1}
     equality = {**published, RULE + "gamma": 0}
+    current = {"model.values.reference": "current"}
     rome = {**published, "model.rule": "ROME", "data.batch_size": 1}
     memit = {"model.rule": "MEMIT", RULE + "covariance_weight": 15000}
     alphaedit = {"model.rule": "AlphaEdit", "model.preserve_prompt_tokens": 0}
@@ -67,6 +69,7 @@ def cases(edits: int) -> list[Case]:
         Case("both", {}, [both, curve]),
         Case("layer_6", layer_6, [curve]),
         Case("equality", equality, [curve]),
+        Case("equality_current", {**equality, **current}, [curve]),
         Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
         Case("consolidated_looser", looser, [consolidated, curve]),
