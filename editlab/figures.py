@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from editlab.lm.cache import atomic_file
 
@@ -101,8 +103,17 @@ def comparison_figure(shown: Mapping[str, tuple[Sequence[Series], str, str]]) ->
         for label, (curves, color, line) in shown.items():
             draw_band(ax, curves, name, label=label, color=color, linestyle=line)
         ax.set(title=title, xlabel="edits")
+    _wide_as_log(axes[-1])
     legend_below(figure)
     return figure
+
+
+def _wide_as_log(ax: Axes, limit: float = 5.0) -> None:
+    """A logarithmic axis with plain numbers where lines span a factor above ``limit``: one would flatten the others."""
+    values = [float(y) for line in ax.get_lines() for y in np.asarray(line.get_ydata())]
+    if values and min(values) > 0 and max(values) > limit * min(values):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexity_before: float | None) -> Figure:

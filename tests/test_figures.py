@@ -1,6 +1,8 @@
 """Figures show the numbers that they are given, and stand without those that are absent."""
 
-from editlab.figures import BLUE, PANELS, draw_band, forgetting_figure, new_figure
+import pytest
+
+from editlab.figures import BLUE, PANELS, comparison_figure, draw_band, forgetting_figure, new_figure
 
 
 def test_every_series_is_drawn_at_its_edits():
@@ -31,3 +33,12 @@ def test_a_band_is_the_range_and_the_line_the_mean():
     draw_band(ax, [], "a", label="none", color=BLUE, linestyle="-")
     draw_band(ax, curves, "absent", label="none", color=BLUE, linestyle="-")
     assert len(ax.get_lines()) == 1
+
+
+@pytest.mark.parametrize(("highest", "scale"), [(40.0, "linear"), (4000.0, "log")])
+def test_perplexities_far_apart_are_compared_by_their_logarithm(highest, scale):
+    curves = {
+        "a": ([{8: {"perplexity/heldout": 30.0}}], BLUE, "-"),
+        "b": ([{8: {"perplexity/heldout": highest}}], BLUE, ":"),
+    }
+    assert [ax.get_yscale() for ax in comparison_figure(curves).axes] == ["linear", "linear", "linear", scale]
