@@ -21,8 +21,8 @@ EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
 SHOWN = {
-    "equality": ("EMMET as published: equality, layer 6", BLACK, "-"),
-    "equality_current": ("the same, values of the weights as they are", VERMILION, "-"),
+    "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
+    "equality": ("the same, values of the original weights", VERMILION, "-"),
     "layer_6": ("EMMET, layer 6 alone", VERMILION, ":"),
     "emmet": ("EMMET, layers 2 to 6", BLACK, ":"),
     "replay": ("+ replay at rate 0.3", ORANGE, "--"),

@@ -1,8 +1,8 @@
 """Gradual or catastrophic: where a run's curve gets steep, from the tables of ``run_forgetting.py``.
 
 Forgetting is gradual where each stretch of edits takes about as much as the one before, and catastrophic where a single
-stretch takes most of what was there. Points are snapshots, so where something happened is known up to the distance
-between two of them; the table names the later one.
+stretch takes most of what was there, of the edits (accuracy) or of the language (perplexity). Points are snapshots, so
+where something happened is known up to the distance between two of them; the table names the later one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MARKS: dict[str, Callable[[Row, float], bool]] = {
     "ES_under_50": lambda row, before: float(row["retained_ES"]) < 0.5,
     "perplexity_over_1.4": lambda row, before: _ratio(row, before) > 1.4,
     "perplexity_over_2": lambda row, before: _ratio(row, before) > 2.0,
+    "perplexity_over_10": lambda row, before: _ratio(row, before) > 10.0,
 }
 """column -> whether a snapshot is past that mark, given the unedited model's perplexity"""
 
@@ -47,34 +48,38 @@ def turns(snapshots: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
 
 
 def turn(curve: Sequence[Row], before: float) -> Row:
-    """Where one run passes each mark (empty where it never does), and its steepest stretch.
+    """Where one run passes each mark (empty where it never does), and its steepest stretches.
 
     Args:
         curve: its snapshots; at least two.
         before: perplexity of the unedited model.
 
     Returns:
-        Numbers of edits; ``steepest_fall`` and ``median_fall`` are of accuracy over one stretch, in points. Where the
-        steepest ends are also its place in edits per key dimension, the norm and the Gram matrix' condition there, the
-        rise of perplexity over the stretch (a ratio), and the largest single update in it, over the median of those.
+        Numbers of edits for the marks. ``fall``s are what a stretch takes of accuracy, in points; ``rise``s what it
+        multiplies perplexity by. Where the steepest of each ends are also its place in edits per key dimension, the
+        norm and the Gram matrix' condition there, and the largest single update in it, over the median of those.
     """
     row: Row = {name: next((int(p["edits"]) for p in curve if past(p, before)), "") for name, past in MARKS.items()}
     accuracy = [1.0, *(float(point["retained_accuracy"]) for point in curve)]
-    falls = [100 * (earlier - later) for earlier, later in pairwise(accuracy)]
-    place = max(range(len(falls)), key=falls.__getitem__)
-    there = curve[place]
-    perplexity = _ratio(there, float(curve[place - 1]["perplexity_heldout"]) if place else before)
+    perplexity = [before, *(float(point["perplexity_heldout"]) for point in curve)]
+    row |= _steepest("fall", [100 * (earlier - later) for earlier, later in pairwise(accuracy)], curve, 1)
+    row |= _steepest("rise", [later / earlier for earlier, later in pairwise(perplexity)], curve, 3)
+    return row | {name: curve[-1][name] for name in MADE_WITH if name in curve[-1]}
+
+
+def _steepest(what: str, steps: Sequence[float], curve: Sequence[Row], digits: int) -> Row:
+    """The largest of a curve's steps beside the median one, and what the snapshot at its end knows."""
+    there = curve[max(range(len(steps)), key=steps.__getitem__)]
     updates = [float(point["largest_update"]) for point in curve if point.get("largest_update")]
-    row |= {
-        "steepest_fall": round(falls[place], 1),
-        "median_fall": round(statistics.median(falls), 1),
-        "steepest_at": int(there["edits"]),
-        "edits_a_key_dimension": round(int(there["edits"]) / D_K, 2),
-        "delta_norm": there.get("delta_norm", ""),
-        "gram_condition": there.get("gram_condition", ""),
-        "perplexity_over_stretch": round(perplexity, 3),
-        "largest_update_over_median": round(float(there["largest_update"]) / statistics.median(updates), 2)
-        if updates and there.get("largest_update")
+    known = updates and there.get("largest_update")
+    return {
+        f"steepest_{what}": round(max(steps), digits),
+        f"median_{what}": round(statistics.median(steps), digits),
+        f"{what}_at": int(there["edits"]),
+        f"{what}_edits_a_key_dimension": round(int(there["edits"]) / D_K, 2),
+        f"{what}_delta_norm": there.get("delta_norm", ""),
+        f"{what}_gram_condition": there.get("gram_condition", ""),
+        f"{what}_update_over_median": round(float(there["largest_update"]) / statistics.median(updates), 2)
+        if known
         else "",
     }
-    return row | {name: there[name] for name in MADE_WITH if name in there}

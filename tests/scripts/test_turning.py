@@ -23,19 +23,31 @@ def test_a_curve_that_breaks():
     (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
     assert {name: row[name] for name in turning.MARKS} == {
         "accuracy_under_80": 400, "accuracy_under_50": 600, "ES_under_50": 600,
-        "perplexity_over_1.4": 400, "perplexity_over_2": 600,
+        "perplexity_over_1.4": 400, "perplexity_over_2": 600, "perplexity_over_10": 600,
     }  # fmt: skip
-    assert (row["steepest_fall"], row["median_fall"], row["steepest_at"]) == (70.0, 20.0, 600)
-    assert row["edits_a_key_dimension"] == 0.39  # 600 / 1536
-    assert (row["perplexity_over_stretch"], row["largest_update_over_median"]) == (13.333, 5.0)
-    assert (row["delta_norm"], row["torch"]) == ("3", "2")
+    assert (row["steepest_fall"], row["median_fall"], row["fall_at"]) == (70.0, 20.0, 600)
+    # Rises: 22/20, 30/22, 400/30.
+    assert (row["steepest_rise"], row["median_rise"], row["rise_at"]) == (13.333, 1.364, 600)
+    for what in ("fall", "rise"):
+        assert row[f"{what}_edits_a_key_dimension"] == 0.39  # 600 / 1536
+        assert row[f"{what}_update_over_median"] == 5.0  # 3.0 / 0.6
+        assert (row[f"{what}_delta_norm"], row[f"{what}_gram_condition"]) == ("3", "10")
+    assert row["torch"] == "2"
+
+
+def test_edits_and_language_may_break_at_different_places():
+    rows = curve((1.0, 0.4, 21, "0.9"), (1.0, 0.38, 80, "0.3"), (0.9, 0.36, 90, "0.3"))
+    (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
+    assert (row["fall_at"], row["fall_update_over_median"]) == (200, 3.0)
+    assert (row["rise_at"], row["rise_update_over_median"]) == (400, 1.0)
 
 
 def test_a_curve_that_holds_passes_no_mark():
     rows = curve((1.0, 0.97, 20.5, "0.5"), (1.0, 0.93, 21, "0.5"))
     (row,) = turning.turns(rows, [{"case": "a", "seed": "1", "perplexity_before": 20.0}])
     assert not any(row[name] for name in turning.MARKS)
-    assert (row["steepest_fall"], row["steepest_at"], row["perplexity_over_stretch"]) == (4.0, 400, 1.024)
+    assert (row["steepest_fall"], row["fall_at"]) == (4.0, 400)
+    assert (row["steepest_rise"], row["rise_at"]) == (1.025, 200)  # 20.5 / 20, above 21 / 20.5
 
 
 def test_a_run_without_snapshots_on_the_way_has_no_turn():
