@@ -20,6 +20,12 @@ from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
+THOROUGH = {
+    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 600, "lr": 3e-3, "weights": {"before": 0, "unedited": 8},
+    "prompts": 2000, "text_tokens": 4096,
+}  # fmt: skip
+"""An adjustment after the last batch that sees each edit about five times, bare and in a context, and is held to what
+the unedited model says to as many other questions."""
 SHOWN = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),
@@ -29,6 +35,7 @@ SHOWN = {
     "lora": ("+ LoRA", SKY, "--"),
     "trust": ("+ trust", PURPLE, "-."),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
+    "consolidated_lora": ("+ consolidated memory, thorough LoRA at the end", PURPLE, "-"),
     "consolidated_looser": ("the same, prompts' tokens at 0.1", BLUE, "--"),
     "both": ("+ consolidated and replay", GREEN, "-"),
 }
@@ -55,6 +62,7 @@ def cases(edits: int) -> list[Case]:
     both = {"class_path": "MemoryReplay", "init_args": {"memory": "both", **sampled}}
     replay = {"class_path": "MemoryReplay", "init_args": {"sampling": "random", "rate": 0.3, "capacity": 500}}
     lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 16}}
+    thorough = {"class_path": "LoRAAdjust", "init_args": {**THOROUGH, "replayed": edits}}
     trust = {"class_path": "TrustRollback", "init_args": {}}
     looser = {"model.preserve_prompt_tokens": 0.1}
     layer_6 = {"model.layers": [6]}
@@ -73,6 +81,7 @@ def cases(edits: int) -> list[Case]:
         Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
         Case("consolidated_looser", looser, [consolidated, curve]),
+        Case("consolidated_lora", {}, [consolidated, thorough, curve]),
         Case("replay", {}, [replay, curve]),
         Case("lora", {}, [lora, curve]),
         Case("both_lora", {}, [both, lora, curve]),
