@@ -71,6 +71,7 @@ def cases(edits: int) -> list[Case]:
     current = {"model.values.reference": "current"}
     rome = {**published, "model.rule": "ROME", "data.batch_size": 1}
     memit = {"model.rule": "MEMIT", RULE + "covariance_weight": 15000}
+    nothing = {RULE + "covariance_weight": 1e12}  # the closed form moves no weight that one would notice
     alphaedit = {"model.rule": "AlphaEdit", "model.preserve_prompt_tokens": 0}
     return [
         Case("emmet", {}, [curve]),
@@ -88,6 +89,7 @@ def cases(edits: int) -> list[Case]:
         Case("trust", {}, [trust, curve]),
         Case("memit", memit, [curve]),
         Case("alphaedit", alphaedit, [consolidated, curve]),
+        Case("lora_alone", {"data.batch_size": edits, **nothing}, [thorough]),
         Case("joint", {"data.batch_size": edits}, []),
         Case("joint_looser", {"data.batch_size": edits, **looser}, []),
         Case("layer_6_consolidated", layer_6, [consolidated, curve]),
