@@ -224,9 +224,9 @@ class Health:
         """What was measured, by name; what is no number (a model that is beyond saying anything) is left out."""
         return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
 
-    def worse_than(self, before: Health, tolerance: float) -> str:
-        """What has become worse by more than ``tolerance`` nats per token, as a sentence; "" where nothing has."""
-        if not self.edits >= before.edits - tolerance:
+    def worse_than(self, before: Health, tolerance: float, edits_tolerance: float) -> str:
+        """What has become worse by more nats per token than text and edits may, as a sentence; "" where nothing has."""
+        if not self.edits >= before.edits - edits_tolerance:
             return f"edits set aside went from {before.edits:.3f} to {self.edits:.3f} nats per token"
         if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:
             return f"the text set aside went from {before.text:.3f} to {self.text:.3f} nats per token"

@@ -77,6 +77,8 @@ class LoRAAdjust(EditCallback):
         prompts: questions of facts that are not edited, to be answered as before.
         probes: edits that the guard sets aside; at most a quarter of all.
         tolerance: nats per token by which edits and text set aside may get worse.
+        edits_tolerance: of the edits alone, where they may get worse by more: an adjustment that sees almost all edits
+            many times, held to the unedited model, takes back those few that it does not see.
         matmul: how the blocks above and the head multiply in training: ``float32``, ``bfloat16``, or ``auto``: bfloat16
             on CPUs with instructions for it.
         mode: ``merge`` adds each adjustment to the weights; ``adapter`` trains one adapter on and keeps it beside them,
@@ -106,6 +108,7 @@ class LoRAAdjust(EditCallback):
         prompts: int = 96,
         probes: int = 32,
         tolerance: float = 0.01,
+        edits_tolerance: float | None = None,
         matmul: str = "auto",
         mode: str = "merge",
         seed: int = 0,
@@ -118,8 +121,8 @@ class LoRAAdjust(EditCallback):
             if not number > 0:
                 raise UserError(f"LoRAAdjust.{name} is {number}: it must be above 0.")
         for name, number in (("replayed", replayed), ("text_tokens", text_tokens), ("prompts", prompts),
-                             ("tolerance", tolerance)):  # fmt: skip
-            if number < 0:
+                             ("tolerance", tolerance), ("edits_tolerance", edits_tolerance)):  # fmt: skip
+            if number is not None and number < 0:
                 raise UserError(f"LoRAAdjust.{name} is {number}: it must not be negative.")
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
@@ -133,7 +136,9 @@ class LoRAAdjust(EditCallback):
         self.targets, self.layers = targets, layers
         self.every_n_batches, self.at_end = every_n_batches, at_end
         self.training = Training(steps, lr, batch_size)
-        self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
+        self.replayed, self.probes = replayed, probes
+        self.tolerance = tolerance
+        self.edits_tolerance = tolerance if edits_tolerance is None else edits_tolerance
         self.weights = {"edits": 1.0, "before": 2.0, "unedited": 0.0, **(weights or {})}
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul = matmul
@@ -299,7 +304,7 @@ class LoRAAdjust(EditCallback):
                 else:
                     layer.set_adapter(update)
             done.after = examine(editor.lm, aside, self.texts)
-            done.reason = done.after.worse_than(done.before, self.tolerance)
+            done.reason = done.after.worse_than(done.before, self.tolerance, self.edits_tolerance)
             if not done.reason:
                 return
             state.restore_weights()

@@ -21,8 +21,8 @@ EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
 THOROUGH = {
-    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 600, "lr": 3e-3, "weights": {"before": 0, "unedited": 8},
-    "prompts": 2000, "text_tokens": 4096,
+    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 600, "lr": 3e-3, "weights": {"before": 0, "unedited": 16},
+    "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 1.0,
 }  # fmt: skip
 """An adjustment after the last batch that sees each edit about five times, bare and in a context, and is held to what
 the unedited model says to as many other questions."""
@@ -35,8 +35,8 @@ SHOWN = {
     "lora": ("+ LoRA", SKY, "--"),
     "trust": ("+ trust", PURPLE, "-."),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
-    "consolidated_lora": ("+ consolidated memory, thorough LoRA at the end", PURPLE, "-"),
     "consolidated_looser": ("the same, prompts' tokens at 0.1", BLUE, "--"),
+    "consolidated_looser_lora": ("that, and a thorough LoRA adjustment at the end", SKY, "-"),
     "both": ("+ consolidated and replay", GREEN, "-"),
 }
 """case -> label, color, line"""
@@ -82,7 +82,7 @@ def cases(edits: int) -> list[Case]:
         Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
         Case("consolidated_looser", looser, [consolidated, curve]),
-        Case("consolidated_lora", {}, [consolidated, thorough, curve]),
+        Case("consolidated_looser_lora", looser, [consolidated, thorough, curve]),
         Case("replay", {}, [replay, curve]),
         Case("lora", {}, [lora, curve]),
         Case("both_lora", {}, [both, lora, curve]),
