@@ -49,6 +49,7 @@ def same(a, b):
         ({"lr": -1.0}, "lr is -1.0"),
         ({"dropout": 1.0}, "dropout is 1.0: it must lie between 0 and 1"),
         ({"text_tokens": -1}, "text_tokens is -1: it must not be negative"),
+        ({"edits_tolerance": -0.1}, "edits_tolerance is -0.1: it must not be negative"),
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
         ({"weights": {"edits": -1.0}}, "none of them negative"),
@@ -196,6 +197,14 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
         torch.testing.assert_close(layer.weight - without.weight, 16.0 / 2 * b @ a, rtol=1e-3, atol=1e-6)
     if mode == "adapter":
         assert all(torch.allclose(lora.adapter.factors[name], half) for name, half in halves.items())
+
+
+@pytest.mark.parametrize(("settings", "share"), [({}, 0.5), ({"edits_tolerance": 1.0}, 1.0)])
+def test_edits_set_aside_may_give_way_where_that_is_said(tiny_folder, tmp_path, monkeypatch, settings, share):
+    tried = iter([-1.0, -1.5, -1.0])  # the edits set aside: before, with the whole, with half
+    monkeypatch.setattr("callbacks.lora.examine", lambda *arguments: Health(next(tried), 0.5, 1.0))
+    _, _, events = run(tmp_path, tiny_folder, every_n_batches=None, tolerance=0.1, **settings)
+    assert [(e["decision"], e["share"]) for e in events] == [("keep", share)]
 
 
 def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch):
