@@ -23,8 +23,14 @@ def formula(case: Case) -> float:
     """
     edits, batch_size = case.flags["data.limit"], case.flags["data.batch_size"]
     values = 1.5 * edits if case.flags.get("model.values.reference") == "current" else 0.0
-    adjusted = any(callback["class_path"].endswith("LoRAAdjust") for callback in case.callbacks)
-    return 41 + 0.33 * edits + 0.32 * math.ceil(edits / batch_size) + values + 200 * adjusted
+    batches = math.ceil(edits / batch_size)
+    trained = 0
+    for callback in case.callbacks:
+        if callback["class_path"].endswith("LoRAAdjust"):
+            settings = callback.get("init_args", {})
+            every = settings.get("every_n_batches")
+            trained += settings.get("steps", 60) * (math.ceil(batches / every) if every else 1)
+    return 41 + 0.33 * edits + 0.32 * batches + values + 200 / 60 * trained
 
 
 def expected(run: Run, done: Sequence[Run]) -> float:

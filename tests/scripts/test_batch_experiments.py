@@ -109,6 +109,9 @@ def test_estimates_by_hand(tmp_path):
     assert formula(run("e", 1, 20, **{"model.values.reference": "current"})) == pytest.approx(41 + 6.6 + 0.64 + 30)
     adjusted = sweep.Case("f", small.case.flags, [{"class_path": "LoRAAdjust"}])
     assert dry_run.formula(adjusted) == pytest.approx(41 + 6.6 + 0.64 + 200)
+    often = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 1, "steps": 600}}
+    twice = sweep.Case("g", small.case.flags, [often])  # as 20 facts are two batches of 10
+    assert dry_run.formula(twice) == pytest.approx(41 + 6.6 + 0.64 + 2 * 2000)
 
     # With 10 s of start-up these took 5, 4 and 2 times what the formula gives.
     once = formula(small)
