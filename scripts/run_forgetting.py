@@ -24,7 +24,7 @@ THOROUGH = {
     "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 600, "lr": 3e-3, "weights": {"before": 0, "unedited": 16},
     "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 1.0,
 }  # fmt: skip
-"""An adjustment after the last batch that sees each edit about five times, bare and in a context, and is held to what
+"""An adjustment after the last batch that sees each edit about ten times, half of them in a context, and is held to what
 the unedited model says to as many other questions."""
 SHOWN = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
@@ -38,6 +38,7 @@ SHOWN = {
     "consolidated_looser": ("the same, prompts' tokens at 0.1", BLUE, "--"),
     "consolidated_looser_lora": ("that, and a thorough LoRA adjustment at the end", SKY, "-"),
     "both": ("+ consolidated and replay", GREEN, "-"),
+    "memit": ("MEMIT, weight 15,000", PURPLE, ":"),
 }
 """case -> label, color, line"""
 EXPERIMENT = Sequences(
