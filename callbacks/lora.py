@@ -120,10 +120,10 @@ class LoRAAdjust(EditCallback):
         for name, number in (("alpha", alpha), ("lr", lr)):
             if not number > 0:
                 raise UserError(f"LoRAAdjust.{name} is {number}: it must be above 0.")
-        for name, number in (("replayed", replayed), ("text_tokens", text_tokens), ("prompts", prompts),
+        for name, amount in (("replayed", replayed), ("text_tokens", text_tokens), ("prompts", prompts),
                              ("tolerance", tolerance), ("edits_tolerance", edits_tolerance)):  # fmt: skip
-            if number is not None and number < 0:
-                raise UserError(f"LoRAAdjust.{name} is {number}: it must not be negative.")
+            if amount is not None and amount < 0:
+                raise UserError(f"LoRAAdjust.{name} is {amount}: it must not be negative.")
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
         for name, given, known in (("mode", mode, MODES), ("matmul", matmul, MATMULS)):
