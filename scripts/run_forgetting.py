@@ -21,10 +21,10 @@ EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
 THOROUGH = {
-    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 900, "lr": 3e-3, "weights": {"before": 0, "unedited": 24},
+    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 1000, "lr": 3e-3, "weights": {"before": 0, "unedited": 40},
     "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 1.0,
 }  # fmt: skip
-"""An adjustment after the last batch that sees each edit about fourteen times, half of them in a context, and is held to
+"""An adjustment after the last batch that sees each edit about sixteen times, half of them in a context, and is held to
 what the unedited model says to as many other questions."""
 SHOWN = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
