@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import warnings
 from importlib.metadata import entry_points
-from pathlib import Path
+from io import TextIOWrapper
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
 from editlab import ranks
-from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
 from editlab.commands import COMMANDS
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
 from editlab.failures import describe, surprise
-from editlab.layers import AUTO
-from editlab.logger import RunLogger
 from editlab.progress import bars, speaks
+from editlab.recipe import SaveConfig, settle
 from editlab.strategy import NAME, EditStrategy
-from editlab.summary import run_folder
 from editlab.trainer import TRAINER_DEFAULTS
 
 DESCRIPTION = (
@@ -54,23 +52,6 @@ def load_plugins() -> None:
             ) from error
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder; a run that goes on keeps the one that it was started with."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes it, unless there is one and a checkpoint is gone on from."""
-        there = (run_folder(trainer) / self.config_filename).exists()
-        if not (there and self.config.get("ckpt_path")):
-            super().setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the layers that were found in the place of ``auto``, so that the file runs the same edits again."""
-        path = run_folder(trainer) / self.config_filename
-        if trainer.is_global_zero and self.already_saved and self.config.model.layers == AUTO:
-            self.config.model.layers = pl_module.layer_numbers
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
-
-
 class EditLabCLI(LightningCLI):
     """``editlab fit | validate | test``, with editlab's model, data, logger and defaults."""
 
@@ -92,13 +73,7 @@ class EditLabCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, finds the run to go on from, and sees to checkpoints."""
-        verb = self.config[self.config.subcommand]
-        logger = getattr(verb.trainer.logger, "init_args", None)
-        if logger is not None and logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
-            logger["name"] = Path(str(verb.config[0])).stem
-        if logger is not None and verb.get("ckpt_path"):
-            _go_on(verb, logger)
-        _add_checkpoint(verb.trainer)
+        settle(self.config[self.config.subcommand])
 
     def _run_subcommand(self, subcommand: str) -> None:
         with bars(self.config[subcommand].trainer.enable_progress_bar is not False):
@@ -117,24 +92,6 @@ class EditLabCLI(LightningCLI):
                 "--trainer.devices 1."
             )
         return trainer
-
-
-def _go_on(verb: Namespace, logger: Namespace) -> None:
-    """Resolves ``--ckpt_path last``; a checkpoint from this recipe's runs goes on in its own run's folder."""
-    runs = Path(logger.get("save_dir", "lightning_logs")) / (logger.get("name") or "")
-    if verb.ckpt_path == LAST:
-        verb.ckpt_path = str(newest_checkpoint(runs))
-    if logger.get("version") is None:
-        logger["version"] = run_version(Path(verb.ckpt_path), runs)
-
-
-def _add_checkpoint(trainer: Namespace) -> None:
-    """Adds editlab's checkpoints, unless the recipe has some of its own or wants none."""
-    callbacks = trainer.callbacks or []
-    own = any("Checkpoint" in str(callback.get("class_path", "")) for callback in callbacks)
-    if trainer.enable_checkpointing is not False and not own:
-        path = f"{EditCheckpoint.__module__}.{EditCheckpoint.__name__}"
-        trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(every_n_batches=1))]
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -172,25 +129,33 @@ def main(arguments: list[str] | None = None) -> int:
     With ``--debug`` among the arguments, errors come with their traceback.
 
     Returns:
-        0; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted.
+        0; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted; 141 where what
+        it writes is no longer read.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    editing = not COMMANDS.keys() & set(arguments[:1])
     configure_messages()
     try:
         run([argument for argument in arguments if argument != "--debug"])
-    except KeyboardInterrupt:
-        return _say("Interrupted; a run goes on from its last finished batch with --ckpt_path last.", 130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise  # --help; where it was interrupted, the Trainer stops with it what it was in the middle of
+        after = "; a run goes on from its last finished batch with --ckpt_path last" if editing else ""
+        return _say(f"Interrupted{after}.", 130)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: no more is to be written, at the exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         if debug:
             traceback.print_exc()
         if ranks.heard(error) and not speaks():
             return 0  # all ranks have got it: the first one says it, and its exit code counts
-        return _say(*_told(error))
+        return _say(*_told(error, editing))
     return 0
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _told(error: Exception, editing: bool) -> tuple[str, int]:
     """What is said of an error, and the exit code."""
     for link in causes(error):  # the parser wraps what a class says of its arguments
         if isinstance(link, EditLabError):
@@ -198,7 +163,7 @@ def _told(error: Exception) -> tuple[str, int]:
     mistake = explain(error)
     if mistake is not None:
         return mistake, UserError.exit_code
-    return describe(error) or str(surprise(error)), EditLabError.exit_code
+    return describe(error, editing) or str(surprise(error, editing)), EditLabError.exit_code
 
 
 def _say(sentence: str, code: int) -> int:
@@ -217,9 +182,21 @@ class _Screen(logging.StreamHandler):
     def stream(self, value: Any) -> None:
         """Takes no other stream."""
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """A reader that has gone is an end, and no fault in the message.
+
+        Raises:
+            BrokenPipeError: for :func:`main` to end with.
+        """
+        if isinstance(error := sys.exc_info()[1], BrokenPipeError):
+            raise error
+        super().handleError(record)
+
 
 def configure_messages() -> None:
     """Editlab's messages to the screen as plain lines; other libraries' chatter about our defaults held back."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character of a fact
     handler = _Screen()
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(lambda record: speaks())

@@ -122,11 +122,12 @@ class Delta:
             modules, layers = json.loads(metadata["modules"]), json.loads(metadata["layers"])
             named = (metadata["base_model"], metadata["fingerprint"], dtype_named(metadata["dtype"]), layers)
             ordered = {module: totals.pop(module) for module in modules}
+            history = metadata["history"]
         except (KeyError, ValueError) as error:
             raise UserError(f"The delta {path} lacks some of its metadata or tensors: export it again.") from error
         if totals:
             raise UserError(f"The delta {path} has tensors that its metadata does not name: export it again.")
-        return cls(*named, ordered, History.from_json(metadata["history"]))
+        return cls(*named, ordered, History.from_json(history))
 
     def base(self, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Loads the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.

@@ -27,6 +27,7 @@ from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
+from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.progress import progress
@@ -117,7 +118,7 @@ class SequentialEditor(lightning.LightningModule):
         self.adjusted: nn.ModuleDict = nn.ModuleDict()
         self.preservation: dict[int, Preservation] = {}
         self.contexts: list[str] = []
-        self.ledger = Ledger()
+        self.ledger = Ledger(restore_between_batches)
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
@@ -327,8 +328,17 @@ class SequentialEditor(lightning.LightningModule):
 
     def on_fit_end(self) -> None:
         """The summary, on the screen and in the run's folder."""
+        resume.end(self)
         self.measure_retained()  # of a finished run that was resumed
         finish_run(self.trainer, self)
+
+    def on_validation_start(self) -> None:
+        """A checkpoint is looked at: what is measured of it goes to its number of edits."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.read_at(self.edits)
+
+    on_test_start = on_validation_start
 
     @_float32
     def validation_step(self, batch: FactBatch, batch_idx: int) -> None:

@@ -11,32 +11,43 @@ from editlab.lm.cache import FORBIDDEN, FULL
 from editlab.lm.memory import lacks_memory
 
 
-def describe(error: BaseException) -> str | None:
+def describe(error: BaseException, editing: bool = True) -> str | None:
     """One sentence, with the mend; None where the error tells of nothing but a fault in a program.
 
     Looks through what led to the error as well.
+
+    Args:
+        error: what was raised.
+        editing: by one of the Trainer's verbs, which has settings and goes on from a checkpoint.
     """
-    return next((found for link in causes(error) if (found := _of_system(link) or _of_memory(link))), None)
+    for link in causes(error):
+        found = _of_system(link, editing) or _of_memory(link, editing)
+        if found:
+            return found
+    return None
 
 
-def surprise(error: Exception) -> EditLabError:
-    """What to say of an error that editlab can not name."""
+def surprise(error: Exception, editing: bool = True) -> EditLabError:
+    """What to say of an error that editlab can not name; arguments as of :func:`describe`."""
     first = (str(error).strip() or "no message").splitlines()[0]
+    written = " What is written so far is whole, and --ckpt_path last goes on from it." if editing else ""
     return EditLabError(
         f"{type(error).__name__}: {first.rstrip('.')}. This should not happen: run it again with --debug and report "
-        "what it shows. What is written so far is whole, and --ckpt_path last goes on from it."
+        f"what it shows.{written}"
     )
 
 
-def _of_system(error: BaseException) -> str | None:
+def _of_system(error: BaseException, editing: bool) -> str | None:
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # what pathlib makes of ~nobody
+        return "A path begins with ~ and the name of a user that this machine does not have: write it in full."
     if not isinstance(error, OSError):
         return None
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in FULL:
-        return (
-            f"The disk is full{where}: free some space, or write elsewhere (trainer.logger.init_args.save_dir, "
-            "EDITLAB_CACHE, HF_HOME); what was written is whole, and --ckpt_path last goes on from it."
-        )
+        places, after = ("trainer.logger.init_args.save_dir, EDITLAB_CACHE, HF_HOME",
+                         "what was written is whole, and --ckpt_path last goes on from it") if editing else (
+                         "--out, EDITLAB_CACHE, HF_HOME", "nothing is left half-written")  # fmt: skip
+        return f"The disk is full{where}: free some space, or write elsewhere ({places}); {after}."
     if error.errno in FORBIDDEN:
         return (
             f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another place."
@@ -44,7 +55,7 @@ def _of_system(error: BaseException) -> str | None:
     return None
 
 
-def _of_memory(error: BaseException) -> str | None:
+def _of_memory(error: BaseException, editing: bool) -> str | None:
     text = str(error)
     asked = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
     if isinstance(error, torch.OutOfMemoryError):
@@ -54,6 +65,8 @@ def _of_memory(error: BaseException) -> str | None:
     else:
         return None
     wanted = f" ({_readable(asked.group(1))} more were asked for)" if asked else ""
+    if not editing:
+        return f"{place} does not suffice{wanted}: close other programs, or take a machine with more."
     return f"{place} does not suffice{wanted}: lower {more}; --ckpt_path last goes on from the last finished batch."
 
 

@@ -60,7 +60,7 @@ class History:
         return cls(
             batches,
             checkpoint[KEY].get("adapted", 0),
-            tuple(_edits(checkpoint[KEY], batches)),
+            tuple(_edits(checkpoint[KEY])),
             {name: measured[name] for name in (*GROUPS, *_LANGUAGE) if measured.get(name)},
             summary.get("recipe"),
             summary.get("seed", config.get("seed_everything")),
@@ -86,16 +86,12 @@ class History:
             raise UserError("The delta's history is not one that editlab wrote: export the delta again.") from error
 
 
-def _edits(state: dict[str, Any], batches: int) -> list[Edit]:
-    ledger = Ledger()
-    ledger.load_state_dict(state["ledger"])
-    edits = []
-    for entry, fate in zip(ledger, ledger.fates, strict=True):
-        if state.get("independent") and entry.batch + 1 < batches:
-            fate = "taken out before the next batch"
-        fact = entry.fact
-        edits.append(Edit(fact.subject, fact.prompt, fact.target_new, fact.target_true, entry.batch + 1, fate))
-    return edits
+def _edits(state: dict[str, Any]) -> list[Edit]:
+    ledger = Ledger.of(state)
+    return [
+        Edit(e.fact.subject, e.fact.prompt, e.fact.target_new, e.fact.target_true, e.batch + 1, fate)
+        for e, fate in zip(ledger, ledger.fates, strict=True)
+    ]
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

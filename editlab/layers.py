@@ -38,8 +38,8 @@ from editlab.keys import check_lengths
 from editlab.lm.cache import atomic_file, cache_dir
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.tokens import encode
-from editlab.moments import accumulate, text_windows
+from editlab.lm.tokens import encode, tokenizer_fingerprint
+from editlab.moments import accumulate, text_fingerprint, text_windows
 from editlab.scoring import score_pairs
 from editlab.values import optimize_values
 
@@ -282,10 +282,12 @@ class Exam:
 
 def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     """What a choice depends on."""
-    moments, contexts = asdict(editor.moments), asdict(editor.context_settings)
+    moments = {**asdict(editor.moments), "text": text_fingerprint(editor.moments)}
     what = [
-        fingerprint(editor.lm.model), editor.lm.anatomy.edit_path, [f.to_dict() for f in facts], repr(editor.rule),
-        asdict(editor.values), moments, contexts, editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
+        fingerprint(editor.lm.model), tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
+        [f.to_dict() for f in facts], repr(editor.rule), asdict(editor.values), moments,
+        asdict(editor.context_settings), editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
+        editor.condition_limit,
         [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]

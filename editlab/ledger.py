@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,21 @@ class Ledger:
 
     A later kept edit of the same subject and prompt *supersedes* an earlier one: the user changed their mind, and the
     earlier fact is no longer one that should be retained.
+
+    Args:
+        independent: each batch is edited on the original weights, so that only the last one's edits are in them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, independent: bool = False) -> None:
+        self.independent = independent
         self._entries: list[LedgerEntry] = []
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Ledger:
+        """That of an editor's entry in a checkpoint (:mod:`editlab.resume`)."""
+        ledger = cls(saved.get("independent", False))
+        ledger.load_state_dict(saved["ledger"])
+        return ledger
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,7 +58,7 @@ class Ledger:
 
     @property
     def standing(self) -> list[Fact]:
-        """Facts that the weights should hold: kept, and not superseded; in the order in which they were edited."""
+        """Facts that the weights should hold: kept, not superseded and not taken out; in the order of their edits."""
         return [self._entries[i].fact for i in sorted(self._latest.values())]
 
     @property
@@ -58,7 +69,9 @@ class Ledger:
     @property
     def superseded(self) -> int:
         """Kept edits whose place a later one took."""
-        return self.kept - len(self.standing)
+        latest = self._latest
+        there = [i for i, entry in enumerate(self._entries) if entry.kept and not self._taken_out(entry)]
+        return sum(latest[self._entries[i].fact.slot] > i for i in there)
 
     @property
     def fates(self) -> list[str]:
@@ -68,12 +81,17 @@ class Ledger:
 
     @property
     def _latest(self) -> dict[tuple[str, str], int]:
-        return {entry.fact.slot: i for i, entry in enumerate(self._entries) if entry.kept}
+        return {e.fact.slot: i for i, e in enumerate(self._entries) if e.kept and not self._taken_out(e)}
+
+    def _taken_out(self, entry: LedgerEntry) -> bool:
+        return self.independent and entry.batch < self._entries[-1].batch
 
     def _fate(self, index: int, latest: int) -> str:
         entry = self._entries[index]
         if not entry.kept:
             return "rolled back"
+        if self._taken_out(entry):
+            return "taken out before the next batch"
         if latest > index:
             return f"superseded by edit {latest + 1}"
         return "kept" if entry.factor == 1 else f"scaled to {entry.factor:.2g}"

@@ -39,6 +39,7 @@ class RunLogger(TensorBoardLogger):
     ) -> None:
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
         self._rows: dict[int, dict[str, float]] | None = None
+        self._read_at: int | None = None
         self._written = True
 
     @property
@@ -49,11 +50,18 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Adds scalars at a number of edits to TensorBoard and to the table."""
-        super().log_metrics(dict(metrics), step)
         numbers = {k: float(v) for k, v in metrics.items() if k != "epoch"}
+        if self._read_at is not None:
+            step = self._read_at
+            numbers = {k: v for k, v in numbers.items() if k not in self.rows.get(step, {})}
+        super().log_metrics(numbers, step)
         if step is not None and numbers:
             self.rows.setdefault(step, {}).update(numbers)
             self._written = False
+
+    def read_at(self, edits: int) -> None:
+        """From here on a run that has been is looked at, after so many edits: what it has measured there stays."""
+        self._read_at = edits
 
     @property
     def rows(self) -> dict[int, dict[str, float]]:

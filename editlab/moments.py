@@ -23,6 +23,7 @@ from editlab.errors import UserError
 from editlab.lm.cache import atomic_file, cache_dir
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.progress import progress
 from editlab.solver import Preservation
 
@@ -73,13 +74,13 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     Raises:
         UserError: where the text can not be read or is too short.
     """
-    text_key = _text_key(settings)
+    text_key, tokenizer = text_fingerprint(settings), tokenizer_fingerprint(lm.tokenizer)
     amount = f"{settings.tokens}:{settings.tolerance}" if settings.tolerance else str(settings.tokens)
     weights = fingerprint(lm.model)
     paths = {
         layer: cache_dir()
         / "moments"
-        / f"{_digest(weights, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
+        / f"{_digest(weights, tokenizer, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
         for layer in layers
     }
     here = ranks.on_first(lambda: [layer for layer, path in paths.items() if settings.cache and path.exists()])
@@ -112,7 +113,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _text_key(settings: MomentSettings) -> str:
+def text_fingerprint(settings: MomentSettings) -> str:
     """What identifies the text: the bytes of a file, the seed of sampled text, a data set's name."""
     if settings.text == "self":
         return f"self:{settings.seed}:{WINDOW}"

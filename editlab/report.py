@@ -72,6 +72,8 @@ class Page:
     """None where the model was not asked"""
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """name of an event log -> its events"""
+    adapted: int = 0
+    """modules with an adapter beside their weights, without which the model was asked"""
 
     def to_html(self) -> str:
         """The page."""
@@ -139,6 +141,11 @@ class Page:
             f"<p>{forgotten} forgotten, {len(self.missed) - forgotten} never learnt, by accuracy: every token of the "
             "target is the likeliest.</p>"
         )
+        if self.adapted:
+            yield (
+                f"<p>The model was asked without the adapter that the run keeps beside the weights of {self.adapted} "
+                "modules; the metrics were measured with it.</p>"
+            )
         if self.missed:
             rows = [
                 [str(m.number), str(m.batch), m.prompt, m.target, m.answer, "forgotten" if m.learnt else "never learnt"]

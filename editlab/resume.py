@@ -105,6 +105,22 @@ def _check_facts(editor: SequentialEditor, saved: dict[str, Any]) -> None:
         )
 
 
+def end(editor: SequentialEditor) -> None:
+    """A run that came to its end is not gone on with: the Trainer passes over what it is given beyond.
+
+    Raises:
+        UserError: where further facts were given to one.
+    """
+    trainer, given = editor.trainer, len(editor.trainer.datamodule.facts)  # type: ignore[attr-defined]
+    if editor.resumed is None or len(editor.resumed["ledger"]) < editor.edits:
+        return
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and editor.edits < given:
+        raise UserError(
+            f"The run that is gone on from was finished with its {editor.edits} facts, and {given} are given: start a "
+            "new run with all of them, without --ckpt_path."
+        )
+
+
 def restore_rng(editor: SequentialEditor) -> None:
     """Sets the random generators as they were; to be called when all set-up is done."""
     if editor.resumed is not None:

@@ -64,7 +64,7 @@ class RunFolder:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{file} is not valid YAML: leave the run out, or mend the file.") from error
-        return {k: v for k, v in _flat("", loaded or {}) if not k.startswith(_ASIDE)}
+        return flat_settings(loaded or {})
 
     def measures(self) -> dict[str, float]:
         """What a comparison shows of it: of a run that has not finished, its last measured point."""
@@ -125,7 +125,7 @@ def find_runs(places: Iterable[str]) -> list[RunFolder]:
             raise UserError(
                 f"There is no folder {place!r}: name a run's folder, such as lightning_logs/emmet/version_0."
             )
-        files = [file for name in (SUMMARY, TABLE) for file in root.rglob(name)]
+        files = [file for name in (SUMMARY, TABLE) for file in root.rglob(name) if _is_ours(file)]
         if not files:
             raise UserError(f"{place} has no run in it (no {SUMMARY} or {TABLE}): name a run's folder, or one of runs.")
         for folder in sorted({file.parent for file in files}):
@@ -133,17 +133,23 @@ def find_runs(places: Iterable[str]) -> list[RunFolder]:
     return list(found.values())
 
 
-def differing(runs: Sequence[RunFolder]) -> list[str]:
-    """Settings, but for seeds, that have several values in these runs.
+def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as dotted names and values, without what changes nothing of what is compared."""
+    return {name: value for name, value in _flat("", recipe) if not name.startswith(_ASIDE)}
 
-    A setting that a run does not name makes no difference: it is of a callback that it does without, which is one
+
+def differing(several: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Settings, but for seeds, that have several values in these flat recipes.
+
+    A setting that a recipe does not name makes no difference: it is of a callback that it does without, which is one
     itself, or has come with a later version.
     """
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in SEEDS)
-    classes = {name for run in runs for name, value in run.settings.items() if name == value}
+    known = [settings for settings in several if settings]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in SEEDS)
+    classes = {name for settings in known for name, value in settings.items() if name == value}
     found = []
     for name in names:
-        named = [run.settings.get(name) for run in runs if run.settings and (name in classes or name in run.settings)]
+        named = [settings.get(name) for settings in known if name in classes or name in settings]
         if len({json.dumps(value, default=str) for value in named}) > 1:
             found.append(name)
     return found
@@ -151,14 +157,25 @@ def differing(runs: Sequence[RunFolder]) -> list[str]:
 
 def group_runs(runs: Sequence[RunFolder]) -> list[Group]:
     """Runs of the same settings but for the seeds, in the order in which they come."""
-    names = differing(runs)
+    names = differing(run.settings for run in runs)
     by_settings: dict[str, list[RunFolder]] = {}
     for run in runs:
         # Without settings there is no telling what a run shares with another.
         key = json.dumps([run.settings.get(n) for n in names], default=str) if run.settings else str(run.path)
         by_settings.setdefault(key, []).append(run)
-    labels = _short([_common(some) for some in by_settings.values()])
-    return [Group(label, tuple(some)) for label, some in zip(labels, by_settings.values(), strict=True)]
+    grouped = list(by_settings.values())
+    labels = _told_apart(_short([_common(some) for some in grouped]), [some[0].settings for some in grouped])
+    return [Group(label, tuple(some)) for label, some in zip(labels, grouped, strict=True)]
+
+
+def _told_apart(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels, those that occur more than once with the settings in which their groups differ."""
+    found = []
+    for label, own in zip(labels, settings, strict=True):
+        alike = [other for name, other in zip(labels, settings, strict=True) if name == label]
+        apart = [f"{name.rpartition('.')[2]}={own.get(name)}" for name in differing(alike)]
+        found.append(f"{label} ({', '.join(apart)})" if apart else label)
+    return found
 
 
 def _common(runs: Sequence[RunFolder]) -> Path:
@@ -178,14 +195,14 @@ def _short(paths: Sequence[Path]) -> list[str]:
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
     """Dotted names and values; a class stands under its place, and its arguments too."""
-    if isinstance(value, dict) and "class_path" in value:
+    if isinstance(value, Mapping) and "class_path" in value:
         name = str(value["class_path"]).rpartition(".")[2]
         place = prefix.removesuffix(".")
         if place == "trainer.callbacks":
             place = name
         yield place, name
         yield from _flat(f"{place}.", value.get("init_args") or {})
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(f"{prefix}{key}.", inner)
     elif prefix == "trainer.callbacks." and isinstance(value, list):
@@ -193,6 +210,18 @@ def _flat(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
             yield from _flat(prefix, inner)
     else:
         yield prefix.removesuffix("."), value
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a summary or a table is one of editlab's: others write files of those names, too."""
+    if file.name == TABLE:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            return "edits" in lines.readline().strip().split(",")
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # damaged: to be said where it is read
+    return isinstance(loaded, dict) and {"edits", "immediate", "retained"} <= loaded.keys()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

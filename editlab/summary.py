@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import editlab
 from editlab.lm.cache import atomic_file
+from editlab.logger import RunLogger
 
 if TYPE_CHECKING:
     from editlab.editor import SequentialEditor
@@ -136,13 +137,15 @@ def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, chec
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
+    logged = any(isinstance(logger, RunLogger) for logger in editor.trainer.loggers)
+    tables = ["metrics.csv", "summary.json"] if logged else ["summary.json"]
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
         f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
         "",
         f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
-        f"tables       {where}/metrics.csv, {where}/summary.json",
+        f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
         *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),
         "",

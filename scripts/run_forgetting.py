@@ -24,8 +24,8 @@ THOROUGH = {
     "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 1000, "lr": 3e-3, "weights": {"before": 0, "unedited": 40},
     "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 1.0,
 }  # fmt: skip
-"""An adjustment after the last batch that sees each edit about sixteen times, half of them in a context, and is held to
-what the unedited model says to as many other questions."""
+"""An adjustment after the last batch that sees each edit about sixteen times, half of them in a context, and is held
+to what the unedited model says to as many other questions."""
 SHOWN = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),

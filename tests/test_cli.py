@@ -1,5 +1,6 @@
 """The command line: a whole run from YAML, and errors that are one sentence with a non-zero exit."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -44,8 +45,23 @@ def test_fit_validate_and_test(recipe, tmp_path, capsys):
     assert "4 facts edited in 2 batches" in shown
     assert "retained" in shown
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    before = read_table(run / "metrics.csv")
     for verb in ("validate", "test"):
         assert main([verb, "--config", "tiny.yaml", "--ckpt_path", str(checkpoint)]) == 0
+        assert f"{'retained' if verb == 'validate' else 'bystanders'}/ES" in capsys.readouterr().out
+    # The run's own numbers stay; what it had not measured after its four edits, the bystanders, is added there.
+    after = read_table(run / "metrics.csv")
+    assert [row["edits"] for row in after] == [row["edits"] for row in before]
+    kept = [{name: row[name] for name in before[0]} for row in after]
+    assert kept == before
+    added = set(after[0]) - set(before[0])
+    assert {name.partition("/")[0] for name in added} == {"bystanders"}
+    assert all(after[-1][name] and not after[0][name] for name in added)
+
+
+def read_table(path):
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 def test_print_config_and_help(recipe, capsys):

@@ -1,6 +1,10 @@
 """What is said of failures that are no mistake of the user's."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +51,19 @@ def test_a_surprise_names_the_error_and_asks_for_a_report():
     assert "KeyError: no message" in str(surprise(KeyError())), surprise(KeyError())
 
 
+def test_a_verb_that_edits_nothing_is_not_told_to_go_on():
+    for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
+        assert "--ckpt_path" not in describe(error, editing=False)
+        assert "model." not in describe(error, editing=False)
+    assert "--ckpt_path" not in str(surprise(ValueError("x"), editing=False))
+
+
+def test_a_home_that_is_not_there(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        Path("~nobody-of-this-name/x.csv").expanduser()
+    assert "write it in full" in describe(caught.value)
+
+
 def test_torch_really_says_that(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
@@ -77,3 +94,41 @@ def test_one_sentence_and_a_traceback_only_where_it_is_asked_for(monkeypatch, ca
     assert seen == [["fit", "--config", "x"]] * 2
     if code == 1:
         assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_trainer_passes_an_interrupt_on_as_its_own_exit(monkeypatch, capsys):
+    def stopped(arguments):  # what Lightning's Trainer makes of Ctrl-C
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("editlab.cli.run", stopped)
+    assert main(["fit"]) == 130
+    assert capsys.readouterr().err.startswith("editlab: Interrupted")
+
+
+EDITLAB = "import sys; from editlab.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe without a reader fails otherwise on Windows")
+def test_a_reader_that_has_gone_is_an_end_without_a_word(tmp_path):
+    (tmp_path / "bad.csv").write_text("subject,prompt,target\n" + "a,b,c\n" * 5000)
+    with subprocess.Popen(
+        [sys.executable, "-c", EDITLAB, "facts", "check", str(tmp_path / "bad.csv")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as checking:  # fmt: skip
+        checking.stdout.readline()
+        checking.stdout.close()
+        assert checking.stderr.read() == ""
+    assert checking.returncode == 141
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_number(tmp_path):
+    (tmp_path / "bad.csv").write_text("subject,prompt,target\n東京,The capital is,Rome\n", encoding="utf-8")
+    checked = subprocess.run(
+        [sys.executable, "-c", EDITLAB, "facts", "check", str(tmp_path / "bad.csv")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, check=False,
+    )  # fmt: skip
+    assert "\\u6771\\u4eac" in checked.stdout + checked.stderr
+    assert "Logging error" not in checked.stderr

@@ -206,10 +206,11 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
         (automatic(keys="mean"), FACTS),
         (automatic(values=ValueSettings(steps=2)), FACTS),
         (automatic("qwen2"), FACTS),
+        (automatic(condition_limit=1e3), FACTS),
         (automatic(), FACTS[1:]),
     ]:
         choose_layers(changed, facts)
-    assert len(list((cache / "layers").iterdir())) == 6
+    assert len(list((cache / "layers").iterdir())) == 7
 
 
 # ---- whole runs

@@ -33,6 +33,20 @@ def test_fates_in_words():
     assert Ledger().fates == []
 
 
+def test_of_independent_batches_only_the_last_is_in_the_weights():
+    ledger = Ledger(independent=True)
+    assert (ledger.standing, ledger.fates) == ([], [])
+    ledger.add([A, B], 0, [1.0, 0.0])
+    assert ledger.standing == [A]
+    ledger.add([AGAIN, AGAIN], 1, [1.0, 0.5])
+    assert ledger.standing == [AGAIN]
+    out = "taken out before the next batch"
+    assert ledger.fates == [out, "rolled back", "superseded by edit 4", "scaled to 0.5"]
+    assert (ledger.kept, ledger.superseded) == (3, 1)
+    saved = {"ledger": ledger.state_dict(), "independent": True}
+    assert Ledger.of(saved).fates == ledger.fates
+
+
 def test_its_state_goes_round():
     ledger, other = Ledger(), Ledger()
     ledger.add([A, B], 0, [0.25, 0.0])

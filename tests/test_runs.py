@@ -48,14 +48,14 @@ def test_only_what_differs_and_is_no_seed(tmp_path):
         RunFolder(write_run(tmp_path / "high" / "version_2", rate=0.3, capacity=50, seed=2)),
     ]
     # capacity is the same in the two runs that have it; the first has no such callback, which is said once.
-    assert differing(runs) == ["MemoryReplay", "MemoryReplay.rate"]
-    assert differing(runs[1:]) == ["MemoryReplay.rate"]
-    assert differing(runs[:1]) == []
+    assert differing(one.settings for one in runs) == ["MemoryReplay", "MemoryReplay.rate"]
+    assert differing(one.settings for one in runs[1:]) == ["MemoryReplay.rate"]
+    assert differing(one.settings for one in runs[:1]) == []
 
 
 def test_a_setting_of_a_later_version_makes_no_difference(tmp_path):
     runs = [RunFolder(write_run(tmp_path / "a", rate=0.1)), RunFolder(write_run(tmp_path / "b", rate=0.1, repair=0.0))]
-    assert differing(runs) == []
+    assert differing(one.settings for one in runs) == []
     assert [len(group.runs) for group in group_runs(runs)] == [2]
 
 
@@ -71,6 +71,27 @@ def test_runs_that_differ_by_seed_are_one_group(tmp_path):
     assert measured["ratio"] == (1.25, 1.25, 1.25)
     assert measured["seconds"] == (20.0, 10.0, 30.0)
     assert "NS" not in measured
+
+
+def test_groups_of_one_name_are_told_apart_by_what_differs(tmp_path):
+    for number, (rate, seed) in enumerate([(0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2)]):
+        write_run(tmp_path / "logs" / "replay" / f"version_{number}", rate=rate, seed=seed)
+    write_run(tmp_path / "logs" / "none" / "version_0", layers=(5,))
+    groups = group_runs(find_runs([str(tmp_path / "logs")]))
+    assert [(g.name, len(g.runs)) for g in groups] == [
+        ("none/version_0", 1), ("replay (rate=0.1)", 2), ("replay (rate=0.3)", 2)
+    ]  # fmt: skip
+
+
+def test_files_of_other_programs_are_passed_over(tmp_path):
+    folder = write_run(tmp_path / "logs" / "a" / "version_0")
+    other = tmp_path / "logs" / "other" / "version_0"
+    other.mkdir(parents=True)
+    (other / "metrics.csv").write_text("epoch,step,loss\n0,1,0.5\n")  # as Lightning's CSVLogger has it
+    (other / "summary.json").write_text('{"loss": 0.5}')
+    assert [run.path for run in find_runs([str(tmp_path / "logs")])] == [folder]
+    with pytest.raises(UserError, match="has no run in it"):
+        find_runs([str(other)])
 
 
 def test_a_run_that_has_not_finished_shows_its_last_point(tmp_path):

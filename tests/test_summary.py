@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+from editlab.logger import RunLogger
 from editlab.rules import EMMET
 from editlab.summary import peak_memory_mb, render, versions
 
@@ -14,7 +15,8 @@ def test_the_table():
         "perplexity": {"before": 27.6, "after": 28.25}, "generation_entropy": {},
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
-    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], rule=EMMET())
+    trainer = SimpleNamespace(loggers=[RunLogger()])
+    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], rule=EMMET(), trainer=trainer)
     text = render(summary, editor, Path("lightning_logs/r/version_0"), "x.ckpt")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["ES"] == ["0.000", "1.000", "0.875"]
@@ -29,7 +31,10 @@ def test_the_table():
     )
     assert len(text.splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 100
+    assert "tables       lightning_logs/r/version_0/metrics.csv, lightning_logs/r/version_0/summary.json" in text
+    trainer.loggers = []
     text = render({**summary, "batches": 1}, editor, Path("r"), None)
+    assert "tables       r/summary.json\n" in text
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text
     assert "to use it" not in text

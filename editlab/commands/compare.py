@@ -33,7 +33,7 @@ def _compare(given: Namespace) -> None:
         if given[name] is not None and Path(given[name]).suffix.lower() != suffix:
             raise UserError(f"--{name} is {given[name]}: its name must end in {suffix}.")
     runs = find_runs(given.runs)
-    groups, names = group_runs(runs), differing(runs)
+    groups, names = group_runs(runs), differing(run.settings for run in runs)
     log.info("%s", render(groups, names))
     if given.csv is not None:
         write(groups, names, Path(given.csv))

@@ -43,12 +43,13 @@ def write_delta(delta: Delta, out: Path) -> None:
     Raises:
         EditLabError: The folder can not be written.
     """
+    shown = os.path.relpath(out)  # while there is a working directory: it may be the folder to be written
     with atomic_folder(out) as folder:
         card = folder / "README.md"
         card.write_text(delta_card(delta), encoding="utf-8")
         delta.save(folder / FILE)
         share(folder / FILE, card)
-    log.info("%s: delta of %s, %s", os.path.relpath(out), delta.language_model, size_of(out))
+    log.info("%s: delta of %s, %s", shown, delta.language_model, size_of(out))
 
 
 COMMAND = Command(

@@ -47,8 +47,7 @@ def _report(given: Namespace) -> None:
     path = find_checkpoint(given.run)
     saved = read_checkpoint(path)[KEY]
     delta = Delta.from_checkpoint(path)
-    ledger = Ledger()
-    ledger.load_state_dict(saved["ledger"])
+    ledger = Ledger.of(saved)
     run = RunFolder(folder)
     page = Page(
         title=f"{folder.resolve().parent.name}, {folder.resolve().name}: {delta.language_model}, layers "
@@ -58,6 +57,7 @@ def _report(given: Namespace) -> None:
         curve=run.curve,
         fates=ledger.fates,
         missed=None if given.no_answers else find_missed(delta, ledger, _learnt(saved), given.model),
+        adapted=delta.history.adapted,
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
     with atomic_file(out) as temporary:

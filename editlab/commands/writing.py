@@ -83,6 +83,7 @@ class Writing:
     def _write(
         self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
     ) -> None:
+        shown = os.path.relpath(self.out)  # while there is a working directory: it may be the folder to be written
         model, tokenizer = delta.base(base)
         dtype = self.dtype or delta.dtype
         # The sum is taken in the wider of the two types, and rounded once.
@@ -92,7 +93,7 @@ class Writing:
         with atomic_folder(self.out) as folder:
             save(model, tokenizer, folder, self.max_shard_size)
             (folder / "README.md").write_text(card(delta, dtype_name(dtype)), encoding="utf-8")
-        log.info("%s: %s model, %s", os.path.relpath(self.out), dtype_name(dtype), size_of(self.out))
+        log.info("%s: %s model, %s", shown, dtype_name(dtype), size_of(self.out))
 
 
 def new_folder(out: str) -> Path:

@@ -139,7 +139,10 @@ def _table(text: str, name: str) -> Iterator[_Raw]:
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=_OVER, strict=True)
-    columns = [str(column).strip() for column in rows.fieldnames or ()]
+    try:
+        columns = [str(column).strip() for column in rows.fieldnames or ()]
+    except csv.Error as error:
+        raise UserError(f"The first line of {name} is no CSV ({error}): write subject,prompt,target there.") from error
     if "subject" not in columns:
         raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
     rows.fieldnames = columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -85,8 +86,10 @@ def _easyedit_neighbors(record: dict[str, Any]) -> Iterable[Neighbor]:
         if len(prompts) != len(truths):
             raise UserError(f"has {len(prompts)} locality_prompt but {len(truths)} locality_ground_truth: give as many")
         yield from map(Neighbor, prompts, truths)
-    for group in (record.get("locality") or {}).values():
+    for group in (_get(record, "locality", dict) if record.get("locality") else {}).values():
         for one in group if isinstance(group, list) else [group]:
+            if not isinstance(one, dict):
+                raise UserError("has a 'locality' with a part that is no object: give it prompt and ground_truth")
             yield from map(Neighbor, _texts(one, "prompt"), _texts(one, "ground_truth"))
 
 
@@ -200,15 +203,18 @@ def checked(fact: Fact) -> Fact:
 def as_template(prompt: str, subject: str) -> str:
     """The prompt with ``{}`` for the subject's last occurrence: the one that has seen most of the prompt.
 
+    One inside another word, as Niger's in Nigeria, is taken only where there is no other.
+
     Raises:
         UserError: where the subject does not occur.
     """
     if "{}" in prompt:
         return prompt
-    before, found, after = prompt.rpartition(subject)
-    if not found:
+    whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
+    start = whole[-1].start() if whole else prompt.rfind(subject)
+    if start < 0:
         raise UserError(f"has a prompt in which its subject {subject!r} does not occur: write {{}} where it belongs")
-    return before + "{}" + after
+    return prompt[:start] + "{}" + prompt[start + len(subject) :]
 
 
 def _get(record: Any, name: str, kind: type) -> Any:

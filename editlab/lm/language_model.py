@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab import ranks
 from editlab.errors import UserError
@@ -214,13 +215,14 @@ class LanguageModel(nn.Module):
     ) -> list[list[int]]:
         """Continues prompts of one length by exactly ``new_tokens`` tokens (temperature 1, no cut-offs).
 
-        The global random state is left as it was.
+        Settings that come with a model for its chats, such as a repetition penalty or beams, play no part; tokens that
+        end its texts are left out. The global random state is left as it was.
 
         Returns:
             For each prompt, its ids followed by the new ones.
         """
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
-        with private_draws(seed, self.device):
+        with private_draws(seed, self.device), _generating_plainly(self.model):
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -233,6 +235,17 @@ class LanguageModel(nn.Module):
                 pad_token_id=0,
             )
         return out.tolist()
+
+
+@contextmanager
+def _generating_plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model has no settings of its own for :meth:`generate`, which would fill in what is not given."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ tokens is built in. Padding is done here and not by the tokenizer, so its ``padd
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,11 @@ class Encoding:
             if stop > position:
                 return index
         return len(self.ids)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest (SHA-256, 64 characters) of all that a fast tokenizer's ids depend on."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:

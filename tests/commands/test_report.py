@@ -59,6 +59,19 @@ def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
     assert "rolled back" in page
 
 
+def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_path):
+    independent = runs("llama", restore_between_batches=True)
+    assert report(independent.folder, "--out", tmp_path / "page.html") == 0
+    texts = Seen((tmp_path / "page.html").read_text(encoding="utf-8")).texts
+    asked = {fact.question for fact in EDITS} & set(texts)
+    assert asked <= {fact.question for fact in EDITS[6:]}  # only the last batch of two is in the weights
+    assert "taken out" in texts
+    adapted = runs("llama", lora="adapter")
+    assert report(adapted.folder, "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "without the adapter that the run keeps beside the weights" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["nowhere"], "There is no folder 'nowhere'"), (["."], "checkpoint"), ([], "run is missing")],

@@ -117,6 +117,7 @@ def test_a_broken_list_in_a_cell(tmp_path):
     [
         ("f.csv", "", "The first line of .* must name its columns: write subject,prompt,target there"),
         ("f.csv", "Berlin,Berlin lies in,Peru\n", "The first line of .* must name its columns"),
+        ("f.csv", '"subject"x,prompt,target\n', "The first line of .* is no CSV"),
         ("f.csv", "subject,prompt,target\n", "holds no record"),
         ("f.json", '{\n"facts": []\n}', "one JSON object over many lines: write its records as a list"),
     ],

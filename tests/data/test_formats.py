@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from editlab.data import CounterFact, EasyEdit, Fact, Neighbor, ZsRE, read_facts
+from editlab.data.formats import as_template
 from editlab.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -78,6 +79,19 @@ def test_jsonl_and_a_named_format(tmp_path):
         read_facts(path, EasyEdit())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "template"),
+    [
+        ("Niger borders Nigeria and", "Niger", "{} borders Nigeria and"),  # not the one in Nigeria
+        ("Nigeria's people", "Niger", "{}ia's people"),  # there is no other
+        ("東京は日本の首都。東京の", "東京", "東京は日本の首都。{}の"),  # a language without spaces
+        ("In C++ and C, C++ is", "C++", "In C++ and C, {} is"),
+    ],
+)
+def test_a_subject_is_a_word_of_its_own_where_it_can_be(prompt, subject, template):
+    assert as_template(prompt, subject) == template
+
+
 def test_the_template_is_cut_at_the_subjects_last_occurrence(tmp_path):
     record = {**EASYEDIT, "prompt": "Java runs on Java and {x}", "subject": "Java"}
     (fact,) = read_facts(write(tmp_path, [record]))
@@ -140,6 +154,8 @@ BAD = {
     "easyedit subject elsewhere": (changed(EASYEDIT, "CNN", "subject"), "'CNN' does not occur"),
     "easyedit uneven": (changed(EASYEDIT, ["a", "b"], "locality_prompt"), "2 locality_prompt but 1"),
     "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is no text"),
+    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is no object"),
+    "easyedit locality a text": ({**EASYEDIT, "locality": {"near": "a"}}, "a part that is no object"),
     "zsre no subject": (without(ZSRE, "subject"), "lacks 'subject'"),
     "zsre empty target": (changed(ZSRE, "", "alt"), "empty 'alt'"),
     "zsre no answer to loc": (without(ZSRE, "loc_ans"), "lacks 'loc_ans'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from editlab.lm import language_model
 from editlab.lm.language_model import LanguageModel
@@ -145,6 +146,16 @@ def test_a_seed_decides_the_sample_and_the_global_state_is_untouched():
     torch.rand(7)  # whatever else drew random numbers plays no part
     assert lm.sample([[5, 6]], 20, seed=0) == first
     assert lm.sample([[5, 6]], 20, seed=1) != first
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_models_own_settings_for_generation_play_no_part(greedy):
+    lm = lm_of("gpt2")
+    plain = lm.sample([[5, 6]], 12, seed=0, greedy=greedy)
+    own = GenerationConfig(eos_token_id=2, repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=1 + 2 * greedy)
+    lm.model.generation_config = own
+    assert lm.sample([[5, 6]], 12, seed=0, greedy=greedy) == plain
+    assert lm.model.generation_config is own
 
 
 @torch.no_grad()

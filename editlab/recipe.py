@@ -1,0 +1,145 @@
+"""What the command line settles in a recipe before it is carried out, and ``config.yaml``: the recipe as it was.
+
+That is the run's folder, the checkpoint that it goes on from, and the checkpoints that it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
+from editlab.errors import UserError
+from editlab.events import EditCallback
+from editlab.layers import AUTO
+from editlab.logger import RunLogger
+from editlab.runs import RunFolder, differing, flat_settings
+from editlab.summary import run_folder
+
+FREE = (
+    "model.language_model", "model.layers", "model.device_map", "model.values.batch_tokens",
+    "model.evaluation.age_bins",
+)  # fmt: skip
+"""Settings of the model in which a run that goes on may differ: a checkpoint tells other weights and layers by
+themselves, and the rest changes no edit."""
+
+
+def settle(verb: Namespace) -> None:
+    """Names the run's folder after the recipe, finds the run to go on from, and sees to checkpoints.
+
+    Args:
+        verb: the settings of ``fit``, ``validate`` or ``test``; changed in place.
+
+    Raises:
+        UserError: where ``--ckpt_path last`` finds no run.
+    """
+    loggers = list(_loggers(verb.trainer.logger))
+    for logger in loggers:
+        if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
+            logger["name"] = Path(str(verb.config[0])).stem
+    if verb.get("ckpt_path"):
+        _go_on(verb, loggers)
+    _add_checkpoint(verb.trainer)
+
+
+def _loggers(given: Any) -> Iterator[Namespace]:
+    """The settings of the recipe's loggers that have a folder, the one of the run's files first."""
+    for logger in given if isinstance(given, list) else [given]:
+        settings = getattr(logger, "init_args", None)
+        if settings is not None and "save_dir" in settings:
+            yield settings
+
+
+def _runs(logger: Namespace) -> Path:
+    """The folder in which a logger makes one for each run."""
+    return Path(logger.get("save_dir") or "lightning_logs") / (logger.get("name") or "")
+
+
+def _go_on(verb: Namespace, loggers: list[Namespace]) -> None:
+    """Resolves ``--ckpt_path last``; a checkpoint from this recipe's runs goes on in its own run's folder."""
+    if not loggers:
+        if verb.ckpt_path == LAST:
+            raise UserError(
+                f"--ckpt_path {LAST} looks for the newest run in a logger's folder, and trainer.logger has none: name "
+                "the checkpoint itself."
+            )
+        return
+    runs = _runs(loggers[0])
+    if verb.ckpt_path == LAST:
+        verb.ckpt_path = str(newest_checkpoint(runs))
+    for logger in loggers:  # elsewhere a run of that number may be another one
+        if logger.get("version") is None and _runs(logger) == runs:
+            logger["version"] = run_version(Path(verb.ckpt_path), runs)
+
+
+def _add_checkpoint(trainer: Namespace) -> None:
+    """Adds editlab's checkpoints, unless the recipe has some of its own or wants none."""
+    given = trainer.callbacks or []
+    callbacks = given if isinstance(given, list) else [given]
+    own = any(_is_a(str(callback.get("class_path", "")), ModelCheckpoint) for callback in callbacks)
+    if trainer.enable_checkpointing is not False and not own:
+        path = f"{EditCheckpoint.__module__}.{EditCheckpoint.__name__}"
+        trainer.callbacks = [*callbacks, Namespace(class_path=path, init_args=Namespace(every_n_batches=1))]
+
+
+def _is_a(path: str, kind: type) -> bool:
+    found = locate(path)
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+def _names(kind: type[Any]) -> Iterator[str]:
+    """The names of a class' subclasses, and of theirs."""
+    for one in kind.__subclasses__():
+        yield one.__name__
+        yield from _names(one)
+
+
+def _said(name: str, settings: Mapping[str, Any]) -> str:
+    """A setting's value in words; that of a callback is whether it is there."""
+    value = settings.get(name)
+    return "absent" if value is None else "present" if value == name else str(value)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder; a run that goes on keeps the one that it was started with."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes it, unless there is one and a checkpoint is gone on from.
+
+        Raises:
+            UserError: where a run would go on with other edits than it was started with.
+        """
+        folder = RunFolder(run_folder(trainer))
+        if not (folder.settings and self.config.get("ckpt_path")):
+            super().setup(trainer, pl_module, stage)
+        elif stage == "fit":
+            self._compare(folder)
+
+    def _compare(self, folder: RunFolder) -> None:
+        then, now = folder.settings, flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        callbacks = set(_names(EditCallback))
+        changed = [
+            f"{name}, {_said(name, then)} then and {_said(name, now)} now"
+            for name in differing([then, now])
+            if name not in FREE and (name.startswith("model.") or name.partition(".")[0] in callbacks)
+        ]
+        if changed:
+            raise UserError(
+                f"The run in {folder.path} would go on with other edits than it was started with "
+                f"({'; '.join(changed[:3])}): set what differs as it was, or start a new run without --ckpt_path."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the layers that were found in the place of ``auto``, so that the file runs the same edits again."""
+        path = run_folder(trainer) / self.config_filename
+        if trainer.is_global_zero and self.already_saved and self.config.model.layers == AUTO:
+            self.config.model.layers = pl_module.layer_numbers
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)

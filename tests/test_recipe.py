@@ -1,0 +1,107 @@
+"""What the command line settles in a recipe: the run's folder, the run to go on from, checkpoints, config.yaml."""
+
+import json
+
+import pytest
+import yaml
+
+from editlab.cli import main
+from tests.facts import write_counterfact
+
+
+@pytest.fixture
+def fit(tiny_folder, tmp_path, monkeypatch):
+    """Runs the tiny recipe with flags, in a working directory of its own; gives the exit code."""
+    monkeypatch.chdir(tmp_path)
+    write_counterfact(tmp_path / "facts.json")
+    config = {
+        "model": {
+            "language_model": str(tiny_folder), "layers": [1], "values": {"steps": 2}, "moments": {"tokens": 256},
+            "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0},
+        },
+        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return lambda *flags: main(["fit", "--config", "tiny.yaml", *flags])
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def edits_of(run):
+    return json.loads((run / "summary.json").read_text())["edits"]
+
+
+TWO_LOGGERS = '--trainer.logger=[{"class_path":"RunLogger"},{"class_path":"CSVLogger","init_args":{"save_dir":"csv"}}]'
+
+
+def test_a_run_with_several_loggers_goes_on_in_its_own_folder(fit, tmp_path):
+    assert fit(TWO_LOGGERS, "--trainer.max_steps", "1") == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    assert edits_of(run) == 2
+    assert fit(TWO_LOGGERS, "--ckpt_path", "last") == 0
+    assert edits_of(run) == 4
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+
+
+def test_the_newest_run_is_not_to_be_found_without_a_logger(fit, capsys):
+    assert fit("--trainer.logger", "false", "--ckpt_path", "last") == 2
+    assert "trainer.logger has none" in last_line(capsys)
+
+
+SHOWS = {"class_path": "ModelSummary"}
+"""A callback that changes nothing."""
+
+
+def callbacks(*given):
+    return f"--trainer.callbacks={json.dumps(given[0] if len(given) == 1 else given)}"
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (callbacks({"class_path": "MemoryReplay"}), "last.ckpt"),  # one, and no list
+        # Writes where something fails, and not on the way.
+        (callbacks({"class_path": "OnExceptionCheckpoint", "init_args": {"dirpath": "x"}}, SHOWS), "last.ckpt"),
+        (callbacks({"class_path": "ModelCheckpoint", "init_args": {"filename": "mine"}}, SHOWS), "mine.ckpt"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*No checkpoint will be loaded")
+def test_checkpoints_are_editlabs_unless_the_recipe_has_its_own(fit, tmp_path, given, written):
+    assert fit(given) == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [written]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.rule", "MEMIT"], "(model.rule, EMMET then and MEMIT now"),
+        (["--model.values.steps", "3"], "(model.values.steps, 2 then and 3 now)"),
+        (["--model.passes", "2"], "(model.passes, 1 then and 2 now)"),
+        ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback, absent then and present now"),
+    ],
+)
+def test_a_run_goes_on_with_the_edits_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
+    assert fit("--trainer.max_steps", "1") == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert fit("--ckpt_path", "last", *flags) == 2
+    assert said in last_line(capsys)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "tfevents" not in path.name}
+    assert after == {path: content for path, content in before.items() if path in after}
+
+
+def test_what_changes_no_edit_may_differ(fit, tmp_path):
+    assert fit("--trainer.max_steps", "1") == 0
+    assert fit("--ckpt_path", "last", "--model.values.batch_tokens", "64", callbacks(SHOWS)) == 0
+    assert edits_of(tmp_path / "lightning_logs" / "tiny" / "version_0") == 4
+
+
+def test_a_finished_run_takes_no_further_facts(fit, capsys):
+    assert fit() == 0
+    assert fit("--ckpt_path", "last", "--data.limit", "6") == 2
+    assert "was finished with its 4 facts, and 6 are given" in last_line(capsys)
+    assert fit("--ckpt_path", "last") == 0
