@@ -6,10 +6,12 @@ added to the weight or kept beside it (:class:`~editlab.optim.EditedLayer`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -119,13 +121,17 @@ class Adapter:
 
     def state(self, model: PeftModel) -> dict[str, Tensor]:
         """The factors as they are trained now; as :attr:`factors` they are taken up again."""
-        state = get_peft_model_state_dict(model)
+        # With embeddings to be looked for, PEFT would ask a hub whether the vocabulary has grown.
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
         """Writes it in PEFT's format (``adapter_config.json``, safetensors), for the model without it."""
-        with self.in_place() as model:
-            model.save_pretrained(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as temporary, self.in_place() as model:
+            model.save_pretrained(temporary, save_embedding_layers=False)
+            for file in sorted(Path(temporary).iterdir()):
+                os.replace(file, folder / file.name)  # whole, or not there
 
 
 def parameters(model: PeftModel) -> list[nn.Parameter]:

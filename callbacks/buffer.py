@@ -35,6 +35,8 @@ class Memory:
     """batch in which it was last replayed; that of the edit where it never was"""
     importance: float = 0.0
     """how much it needs replaying: its drift or its loss, as the sampling policy has it"""
+    weighed: bool = False
+    """whether its importance has been measured"""
     others: Tensor | None = None
     """keys of its prompt's other tokens, [m, d_k]; only where keys are cached and such tokens are preserved"""
 
@@ -89,6 +91,12 @@ SAMPLING: dict[str, Sampling] = {
 """``loss`` is what importance stands for there: minus the target's log-probability, the worst first."""
 
 
+def _least_important(memories: Sequence[Memory], seen: int, generator: torch.Generator) -> int:
+    """Of those whose importance is known; the oldest where it is of none."""
+    known = [i for i, memory in enumerate(memories) if memory.weighed]
+    return min(known, key=lambda i: memories[i].importance, default=0)
+
+
 def _reservoir(memories: Sequence[Memory], seen: int, generator: torch.Generator) -> int:
     """Every edit ever made is equally likely to be in the buffer (Vitter 1985, algorithm R)."""
     draw = int(torch.randint(seen, (1,), generator=generator))
@@ -99,11 +107,8 @@ EVICTION: dict[str, Eviction] = {
     "fifo": lambda memories, seen, generator: 0,
     "lru": lambda memories, seen, generator: min(range(len(memories)), key=lambda i: memories[i].replayed),
     "reservoir": _reservoir,
-    "least_important": lambda memories, seen, generator: min(
-        range(len(memories) - 1), key=lambda i: memories[i].importance, default=0
-    ),
+    "least_important": _least_important,
 }
-"""``least_important`` never drops the newcomer, whose importance is not known yet."""
 
 
 class ReplayBuffer:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from editlab.errors import UserError
+
+TINY = 1e-9
+"""Share of the largest eigenvalue under which one is taken for 0."""
 
 
 class PastKeys:
@@ -36,9 +40,10 @@ class PastKeys:
 
     def add(self, layer: int, keys: Tensor, others: Tensor, others_weight: float) -> None:
         """One batch's keys [d_k, n], and keys of its prompts' other tokens [d_k, m] with the weight they have."""
-        new = _symmetric(self.weight * keys @ keys.T + others_weight * others @ others.T)
+        # On the CPU, where a resumed run has them too: elsewhere the next removal might round otherwise.
+        new = _symmetric(self.weight * keys @ keys.T + others_weight * others @ others.T).cpu()
         past = self.moments.get(layer)
-        self.moments[layer] = new if past is None else self.forget * past + new.to(past)
+        self.moments[layer] = new if past is None else self.forget * past + new
 
     def remove(self, layer: int, keys: Tensor, ages: Tensor) -> None:
         """Takes keys [d_k, n] out again that were added ``ages`` [n] batches before the last one.
@@ -47,11 +52,10 @@ class PastKeys:
         leaves ``P`` positive semidefinite, and no more than was put in.
         """
         past = self.moments.get(layer)
-        if past is None:
+        if past is None or not keys.numel():
             return
-        for key, age in zip(keys.to(past).T, ages.tolist(), strict=True):
-            past = past - _symmetric(_removable(past, key, self.weight * self.forget**age))
-        self.moments[layer] = past
+        weights = [self.weight * self.forget**age for age in ages.tolist()]
+        self.moments[layer] = past - _symmetric(_removable(past, keys.to(past), weights))
 
     def state_dict(self) -> dict[int, Tensor]:
         """Layer -> the lower triangle, row by row, float64 [d_k (d_k + 1) / 2]: half of the symmetric matrix."""
@@ -78,14 +82,32 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return matrix.tril() + matrix.tril(-1).T
 
 
-def _removable(past: Tensor, key: Tensor, weight: float) -> Tensor:
-    """``c u u^T`` [d_k, d_k] with ``u`` what of ``key`` lies in the range of ``past``, and ``c`` at most ``weight``.
+def _removable(past: Tensor, keys: Tensor, weights: Sequence[float]) -> Tensor:
+    """What [d_k, d_k] of ``P`` goes with keys [d_k, n], one after the other, each at most at its weight.
 
-    ``P - c u u^T`` is positive semidefinite as long as ``c <= 1 / (u^T P^+ u)``; a key that ``past`` holds with
-    ``weight`` meets that, so it goes whole. The part in the range is ``k - eps (P + eps)^-1 k``.
+    With ``P = B B^T`` and ``w = B^+ k``, what of a key lies in the range of ``P`` is ``B w``, and ``P - c B w w^T B^T =
+    B (I - c w w^T) B^T`` is positive semidefinite as long as the small matrix is. Keys go one by one from it, in a
+    basis of all ``w``, so no rounding of ``P`` comes between them; its eigenvalues are found once for all.
     """
-    ridge = 1e-9 * float(past.diagonal().mean() + weight * key.square().mean())
-    factor = torch.linalg.cholesky(past + ridge * torch.eye(len(past)).to(past))
-    inside = key[:, None] - ridge * torch.cholesky_solve(key[:, None], factor)
-    reach = float((inside * torch.cholesky_solve(inside, factor)).sum())
-    return min(weight, 1 / max(reach, 1e-300)) * inside @ inside.T
+    values, vectors = torch.linalg.eigh(past)
+    held = values > TINY * values[-1].clamp_min(0)
+    scale = values[held].sqrt()
+    basis, coordinates = torch.linalg.qr((vectors[:, held] / scale).T @ keys)
+    left = torch.eye(len(coordinates)).to(past)
+    for w, weight in zip(coordinates.T, weights, strict=True):
+        left = left - _rank_one(left, w, weight)
+    spread = (vectors[:, held] * scale) @ basis
+    return spread @ (torch.eye(len(left)).to(past) - left) @ spread.T
+
+
+def _rank_one(matrix: Tensor, vector: Tensor, weight: float) -> Tensor:
+    """``c u u^T`` with ``u`` what of the vector lies in the range of the matrix ``M``, and ``c`` at most the weight.
+
+    ``M - c u u^T`` is positive semidefinite as long as ``c <= 1 / (u^T M^+ u)``.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    held = vectors[:, values > TINY]
+    along = held.T @ vector
+    reach = float((along.square() / values[values > TINY]).sum())
+    inside = held @ along
+    return min(weight, 1 / max(reach, 1e-300)) * torch.outer(inside, inside)

@@ -84,7 +84,7 @@ class ForgettingCurve(EditCallback):
         """Measures all edits, and draws the curves."""
         assert isinstance(pl_module, SequentialEditor)
         retained = {f"retained/{k}": v for k, v in pl_module.measure_retained().items()}
-        self.curve[pl_module.edits] = retained | pl_module.evaluation.language_after
+        self.curve.setdefault(pl_module.edits, {}).update(retained | pl_module.evaluation.language_after)
         figure = forgetting_figure(
             self.curve,
             pl_module.evaluation.series("before"),

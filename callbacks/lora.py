@@ -163,6 +163,7 @@ class LoRAAdjust(EditCallback):
         assert isinstance(editor, SequentialEditor)
         if editor.restore_between_batches:
             raise UserError("LoRAAdjust has nothing to adjust where model.restore_between_batches is set: drop one.")
+        self._events = EventLog(run_folder(trainer) / EVENTS)  # a finished run comes to its end without a start
         self._take_up(editor)
         weights = [editor.changed_layer(path).weight for path in self.paths]
         whole = sum(p.numel() for p in editor.lm.model.parameters())
@@ -211,7 +212,6 @@ class LoRAAdjust(EditCallback):
             self.others = [*prompt_rows(lm, spare), *text_rows(windows[half:])]
             with self._quick(editor):
                 self._said_unedited = distributions(lm, self.others) if self.weights["unedited"] else []
-        self._events = EventLog(run_folder(trainer) / EVENTS)
         if trainer.is_global_zero:
             self._events.go_on(trainer.global_step)
 
@@ -219,7 +219,10 @@ class LoRAAdjust(EditCallback):
         return quick(editor, self.matmul, self.layers or (), head=True)
 
     def _new_adapter(self, editor: SequentialEditor, step: int) -> Adapter:
-        return Adapter(editor.lm, self.paths, self.rank, self.alpha, self.dropout, 1000 * self.seed + step)
+        return Adapter(editor.lm, self.paths, self.rank, self.alpha, self.dropout, self._seed(step))
+
+    def _seed(self, step: int) -> int:
+        return 1000 * self.seed + step
 
     # ---- an adjustment ----------------------------------------------------------------------------------------
 
@@ -265,7 +268,7 @@ class LoRAAdjust(EditCallback):
         adapter = self.adapter or self._new_adapter(editor, step)
         for path in self.paths:
             editor.changed_layer(path).set_adapter(None)  # PEFT's own takes its place
-        with adapter.in_place() as model, private_draws(adapter.seed, lm.device):
+        with adapter.in_place() as model, private_draws(self._seed(step), lm.device):
             optimizer = torch.optim.AdamW(parameters(model), lr=self.training.lr, weight_decay=0.0)
             if self._optimizer is not None:
                 optimizer.load_state_dict(self._optimizer)

@@ -25,6 +25,8 @@ from editlab.scoring import score_pairs
 
 LARGEST = 1e300
 """Stands for an infinite condition number, which JSON has no word for."""
+LARGEST_RISE = 700.0
+"""Nats of a rise whose exponential a float still holds."""
 TEXT_WINDOW = 32
 """Tokens of a held-out sentence that is cut from a text file."""
 
@@ -164,6 +166,10 @@ def quick(
     return products(matmul, above, anatomy.edit_path, editor.lm.device, anatomy.head if head else None)
 
 
+class NotFiniteError(ArithmeticError):
+    """The model answered before a batch, and does not after it: that is harm, and no probe that failed."""
+
+
 class Probes:
     """Asks the model before and after each batch, and makes the signals of what it answers.
 
@@ -203,19 +209,23 @@ class Probes:
         """The signals of the batch, with the weights as it left them.
 
         Raises:
-            ValueError: where one is not finite.
+            NotFiniteError: where the model's answers are not finite any more.
+            ValueError: where a signal is not.
         """
         assert self._heldout is not None
         with quick(editor, self.matmul):
             self._after = ask_batch(editor.lm, self._facts, self.neighbors)
             self._heldout_after = ask_heldout(editor.lm, self.sentences)
         self._weights_after = [layer.weight.clone() for layer in editor.changed_layers]
+        there = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
+        if there and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
+            raise NotFiniteError("what the model says is not finite after it")
         stay = outcome.stays
         singular = zip(self._singular, self._singular_values(editor), strict=True)
         metrics = TrustMetrics(
             edit_success_gain=float((self._after.target - self._before.target)[stay].mean()),
             certainty=float(self._after.target[stay].exp().mean()),
-            heldout_ppl_delta=math.expm1(self._heldout_after.nll - self._heldout.nll),
+            heldout_ppl_delta=math.expm1(min(LARGEST_RISE, self._heldout_after.nll - self._heldout.nll)),
             neighbor_flip_rate=flip_rate(self._before, self._after),
             confidence_shift=self._heldout_after.confidence - self._heldout.confidence,
             update_norm=_largest(outcome, "update_norm"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +27,17 @@ log = logging.getLogger(__name__)
 
 KINDS = ("sampled", "consolidated", "both")
 REFRESH = ("none", "values")
+
+
+class _Released(NamedTuple):
+    """Keys at one layer of facts that are edited anew."""
+
+    keys: Tensor
+    """[d_k, n]"""
+    ages: Tensor
+    """long [n]: batches that were kept since theirs"""
+    places: Tensor
+    """long [n]: of their facts in the batch"""
 
 
 class MemoryReplay(EditCallback):
@@ -76,8 +88,8 @@ class MemoryReplay(EditCallback):
         forget: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if not rate >= 0:
-            raise UserError(f"MemoryReplay.rate is {rate}: it must not be negative.")
+        if not 0 <= rate < math.inf:
+            raise UserError(f"MemoryReplay.rate is {rate}: it must be a finite number and not negative.")
         for name, value in (("weight", weight), ("refresh_every", refresh_every)):
             if not value > 0:
                 raise UserError(f"MemoryReplay.{name} is {value}: it must be above 0.")
@@ -102,6 +114,7 @@ class MemoryReplay(EditCallback):
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
+        self._again: dict[int, _Released] = {}
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -156,26 +169,44 @@ class MemoryReplay(EditCallback):
             return
         self._weigh(editor, plan.step)
         count = math.floor(self.rate * len(plan.facts) + 0.5)
-        memories = self.buffer.sample(count, but=plan.facts, step=plan.step)
+        memories = [m for m in self.buffer.sample(count, but=plan.facts, step=plan.step) if self._weight(m, plan.step)]
         if self.refresh == "values" and memories:
             for memory, value in zip(memories, editor.optimize_values([m.fact for m in memories]), strict=True):
                 memory.value = value.clone()
         plan.add([self._addition(memory, plan.step) for memory in memories])
 
     def _addition(self, memory: Memory, step: int) -> Addition:
-        weight = self.weight * self.age_decay ** (step - memory.step)
         known = CachedKey(memory.key, memory.origin, memory.others) if self.cache_keys else None
-        return Addition(memory.fact, memory.value, weight, self.repair, known)
+        return Addition(memory.fact, memory.value, self._weight(memory, step), self.repair, known)
+
+    def _weight(self, memory: Memory, step: int) -> float:
+        """Of its constraint; 0 where it has faded beyond what a float holds."""
+        weight = self.weight * self.age_decay ** (step - memory.step)
+        return weight if weight > sys.float_info.min else 0.0
 
     def _release(self, editor: SequentialEditor, plan: EditPlan) -> None:
         """The user changed their mind about these facts: the metric must not hold them where they were."""
         batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
-        again = [fact for fact in plan.facts if fact.slot in batches]
-        if again:
-            ages = torch.tensor([plan.step - 1 - batches[fact.slot] for fact in again])
-            for layer in editor.layer_numbers:
-                self.past.remove(layer, editor.read_keys(again, layer).keys[:, : len(again)], ages)
-            self._set_metric(editor)
+        places = [place for place, fact in enumerate(plan.facts) if fact.slot in batches]
+        self._again = {}
+        if not places:
+            return
+        again = [plan.facts[place] for place in places]
+        kept = {entry.batch for entry in editor.ledger if entry.kept}  # the past fades with these, and with no others
+        ages = torch.tensor([sum(later > batches[fact.slot] for later in kept) for fact in again])
+        for layer in editor.layer_numbers:
+            keys = editor.read_keys(again, layer)
+            which = keys.fact.cpu()
+            self._again[layer] = _Released(keys.keys, ages[which], torch.tensor(places)[which])
+        self._take_out(())
+        self._set_metric(editor)
+
+    def _take_out(self, left_out: Collection[int]) -> None:
+        """Takes the released keys out of the past as it was before the batch, but for facts that are left out of it."""
+        self.past.moments = dict(self._before[1])
+        for layer, released in self._again.items():
+            going = torch.tensor([int(place) not in left_out for place in released.places])
+            self.past.remove(layer, released.keys[:, going.to(released.keys.device)], released.ages[going])
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Remembers the batch if it was kept; else all is as it was before the batch was planned."""
@@ -187,6 +218,8 @@ class MemoryReplay(EditCallback):
         if outcome.kept and self.samples:
             self._remember(editor, outcome)
         if outcome.kept and self.consolidates:
+            if outcome.left_out and self._again:
+                self._take_out(outcome.left_out)  # what was not edited anew is held as before
             count = len(outcome.plan.facts)
             for layer, keys in outcome.keys.items():
                 own = keys.keys[:, keys.fact < count], keys.others[:, keys.others_fact < count]
@@ -200,7 +233,9 @@ class MemoryReplay(EditCallback):
         plan, top = outcome.plan, editor.layer_numbers[-1]
         keys = outcome.keys[top]
         count = len(plan.facts)
-        before = editor.layers[-1].total.double() - outcome.factor * outcome.updates[top].double()
+        whole, last = outcome.updates[top].double(), outcome.last_updates[top].double()
+        # What was there when the keys were read: passes before the last one were, and none of them was scaled yet.
+        before = editor.layers[-1].total.double() + (1 - outcome.factor) * whole - last
         bare = keys.keys[:, :count]
         origins = keys.current[:, :count] - before @ bare
         for i, fact in enumerate(plan.facts):
@@ -284,4 +319,4 @@ def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:
 
 def _set_importance(memories: Sequence[Memory], importance: Tensor) -> None:
     for memory, number in zip(memories, importance.tolist(), strict=True):
-        memory.importance = number
+        memory.importance, memory.weighed = number, True

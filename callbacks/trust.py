@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.probes import Probes, sentences_of_facts, sentences_of_text
+from callbacks.probes import NotFiniteError, Probes, sentences_of_facts, sentences_of_text
 from callbacks.trust_score import FACT_SCALES, GAIN, HarmBudget, Threshold, TrustMetrics, TrustScorer
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
@@ -43,6 +43,7 @@ class _Verdict:
     threshold: float
     factor: float = 1.0
     harm: float = 0.0
+    """nats by which what stays of the batch makes held-out sentences less likely"""
 
 
 class TrustRollback(EditCallback):
@@ -121,6 +122,10 @@ class TrustRollback(EditCallback):
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the run's events; a finished run that is gone on from comes to its end without a start."""
+        self._events = EventLog(run_folder(trainer) / EVENTS)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the held-out sentences, and drops events that a resumed run makes anew.
 
@@ -130,6 +135,8 @@ class TrustRollback(EditCallback):
         if not self.enable:
             return
         assert isinstance(pl_module, SequentialEditor)
+        if trainer.is_global_zero:
+            self._events.go_on(trainer.global_step)
         lm, count = pl_module.lm, self.heldout_samples
         sentences = (
             sentences_of_text(lm, read_file(self.heldout_path), count)
@@ -143,9 +150,6 @@ class TrustRollback(EditCallback):
             )
         self.probes = Probes(sentences, self.neighbor_samples, self.attribution, self.matmul)
         self.probes.singular_vectors = dict(self._singular)
-        self._events = EventLog(run_folder(trainer) / EVENTS)
-        if trainer.is_global_zero:
-            self._events.go_on(trainer.global_step)
 
     # ---- the events of an edit --------------------------------------------------------------------------------
 
@@ -174,7 +178,7 @@ class TrustRollback(EditCallback):
         if verdict.metrics is not None:
             self.scorer.observe(verdict.metrics)
         if self.budget:
-            self.budget.spend(verdict.harm * outcome.factor)
+            self.budget.spend(verdict.harm * outcome.factor / verdict.factor if verdict.factor else 0.0)
         if verdict.score is not None and outcome.factor == 1:  # else they are asked anew, or those of before
             self.probes.weights_stay()
         self._record(trainer, editor, outcome, verdict)
@@ -192,12 +196,14 @@ class TrustRollback(EditCallback):
     # ---- deciding ---------------------------------------------------------------------------------------------
 
     def _decide(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
-            reason = "the update is not finite"
-            self._verdict = _Verdict("rollback", reason, 0.0, None, self.threshold.value, 0.0)
-            outcome.roll_back(reason)
+        try:
+            if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
+                raise NotFiniteError("the update is not finite")
+            metrics = asked.ask_after(editor, outcome)
+        except NotFiniteError as broken:
+            self._verdict = _Verdict("rollback", str(broken), 0.0, None, self.threshold.value, 0.0)
+            outcome.roll_back(str(broken))
             return
-        metrics = asked.ask_after(editor, outcome)
         if self.granularity == "edit" and not outcome.left_out:
             self._cut(outcome, asked.of_facts(editor, outcome))
             if outcome.left_out:
@@ -227,28 +233,35 @@ class TrustRollback(EditCallback):
         harm = math.log1p(metrics.heldout_ppl_delta)
         if self.budget and self.budget.refuses(harm):
             reason = f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
-            return _Verdict("rollback", reason, score, metrics, threshold, 0.0, harm)
+            return _Verdict("rollback", reason, score, metrics, threshold, 0.0)
         if score >= threshold:
             return _Verdict("keep", "", score, metrics, threshold, 1.0, harm)
         reason = f"score {score:.2f} is under {threshold:.2f} ({_culprit(self.scorer, metrics)})"
         factor = 0.0
         if self.action == "scale":
             factor = max(0.0, 2 * score / max(threshold, 1e-12) - 1)
+            harm *= factor  # as if it grew evenly: measuring it would cost as much as the search does
         elif self.action == "search":
-            factor = self._search(asked, editor, outcome, threshold)
+            factor, harm = self._search(asked, editor, outcome, threshold)
         return _Verdict("scale" if factor else "rollback", reason, score, metrics, threshold, factor, harm)
 
-    def _search(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float) -> float:
+    def _search(
+        self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float
+    ) -> tuple[float, float]:
+        """The largest share that scores high enough, and its harm; (0, 0) where none does."""
         totals = [layer.total.clone() for layer in editor.layers]
         try:
             for factor in SEARCHED:
                 for number, layer, total in zip(editor.layer_numbers, editor.layers, totals, strict=True):
                     layer.restore(total - (1 - factor) * outcome.updates[number])
-                metrics = asked.ask_after(editor, outcome)
+                try:
+                    metrics = asked.ask_after(editor, outcome)
+                except NotFiniteError:
+                    continue  # a smaller share may be
                 metrics = replace(metrics, update_norm=factor * metrics.update_norm)
                 if self.scorer.score(metrics) >= threshold:
-                    return factor
-            return 0.0
+                    return factor, math.log1p(metrics.heldout_ppl_delta)
+            return 0.0, 0.0
         finally:
             for layer, total in zip(editor.layers, totals, strict=True):
                 layer.restore(total)

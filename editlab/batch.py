@@ -54,7 +54,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
 
     Args:
         editor: whose rule, metrics and weights are used.
-        outcome: its plan is solved; keys and diagnostics (of the last pass) and updates (of all) are put into it.
+        outcome: its plan is solved; keys and diagnostics of the last pass and updates of all are put into it.
 
     Yields:
         The layer and its update in this pass, float32 [d_v, d_k].
@@ -86,7 +86,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         outcome.keys[layer] = keys
         update = solution.delta.to(edited.total)
         whole = outcome.updates[layer] + update if layer in outcome.updates else update
-        outcome.updates[layer] = whole
+        outcome.updates[layer], outcome.last_updates[layer] = whole, update
         measured = diagnostics(solution)
         measured["effective_weight"] = effective_weight(constraints.slack, editor.rule.weight)
         measured["update_norm"] = float(whole.norm() / edited.original.float().norm())

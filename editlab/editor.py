@@ -333,12 +333,19 @@ class SequentialEditor(lightning.LightningModule):
         finish_run(self.trainer, self)
 
     def on_validation_start(self) -> None:
-        """A checkpoint is looked at: what is measured of it goes to its number of edits."""
+        """Past edits are asked for anew."""
+        self._look_at("retained")
+
+    def on_test_start(self) -> None:
+        """Bystanders are asked for anew."""
+        self._look_at("bystanders")
+
+    def _look_at(self, group: str) -> None:
+        """What is measured of a checkpoint goes to its number of edits."""
+        self.evaluation.begin(group)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.read_at(self.edits)
-
-    on_test_start = on_validation_start
 
     @_float32
     def validation_step(self, batch: FactBatch, batch_idx: int) -> None:

@@ -83,6 +83,7 @@ class Evaluation:
     def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
         self.scores: dict[str, list[FactScores]] = {}
+        self._ends: dict[str, list[int]] = {}
         self.retained: dict[str, float] = {}
         self.language_before: dict[str, float] = {}
         self.language_after: dict[str, float] = {}
@@ -115,7 +116,13 @@ class Evaluation:
         others = group != "immediate" or self.settings.immediate == "all"
         new = self._score(lm, facts, first, others=others, cache=cache)
         kept += new
+        self._ends.setdefault(group, []).append(len(kept))
         return _summarize(new)
+
+    def begin(self, group: str) -> None:
+        """Forgets what a group has, for it to be measured anew."""
+        self.scores.pop(group, None)
+        self._ends.pop(group, None)
 
     def compute(self, group: str) -> dict[str, float]:
         """A group's numbers over all its facts; {} where it has none."""
@@ -124,10 +131,11 @@ class Evaluation:
     def series(self, group: str) -> dict[int, dict[str, float]]:
         """A group's numbers for each of its updates, by the number of facts up to and with it."""
         found: dict[int, dict[str, float]] = {}
-        facts = 0
-        for scores in self.scores.get(group, []):
-            facts += len(scores.edit.record.unique())
-            found[facts] = _summarize([scores])
+        facts = start = 0
+        for end in self._ends.get(group, []):
+            scores, start = self.scores[group][start:end], end
+            facts += sum(len(some.edit.record.unique()) for some in scores)
+            found[facts] = _summarize(scores)
         return found
 
     def known(self, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
@@ -235,6 +243,7 @@ class Evaluation:
         """Scores and counters as tensors and numbers."""
         return {
             "scores": {group: [_to_tensors(s) for s in some] for group, some in self.scores.items()},
+            "ends": {group: list(ends) for group, ends in self._ends.items()},
             "language_before": self.language_before,
             "seconds": self.stop_clock(),
         }
@@ -242,6 +251,7 @@ class Evaluation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what :meth:`state_dict` gave."""
         self.scores = {group: [_from_tensors(s) for s in some] for group, some in state["scores"].items()}
+        self._ends = {group: list(ends) for group, ends in state["ends"].items()}
         self.language_before = dict(state["language_before"])
         self.seconds = state["seconds"]
 

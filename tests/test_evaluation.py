@@ -87,6 +87,19 @@ def test_neighbors_of_a_fact_may_be_limited(lm, neighbors):
     assert ("NS" in limited) == bool(neighbors)
 
 
+def test_a_point_of_a_series_is_a_whole_update(lm, monkeypatch):
+    monkeypatch.setattr("editlab.evaluation.CHUNK", 2)
+    evaluation = Evaluation(EvaluationSettings())
+    numbers = [evaluation.update("immediate", lm, FACTS[:5]), evaluation.update("immediate", lm, FACTS[5:6])]
+    assert evaluation.series("immediate") == {5: numbers[0], 6: numbers[1]}
+    state = evaluation.state_dict()
+    other = Evaluation(EvaluationSettings())
+    other.load_state_dict(state)
+    assert other.series("immediate") == evaluation.series("immediate")
+    evaluation.begin("immediate")
+    assert (evaluation.series("immediate"), evaluation.compute("immediate")) == ({}, {})
+
+
 def test_state_goes_round(lm, tmp_path):
     evaluation = Evaluation(EvaluationSettings(heldout_tokens=64))
     evaluation.measure_unedited(lm)

@@ -171,6 +171,21 @@ def test_a_finished_run_resumed_changes_nothing(tiny_folder, tmp_path):
     assert summary.exists()
 
 
+def test_a_finished_run_whose_last_batch_came_between_two_checkpoints(tiny_folder, tmp_path, monkeypatch):
+    # The Trainer then passes over its start, and comes to its end all the same.
+    monkeypatch.chdir(tmp_path)
+    recipe = ROOT / "configs" / "emmet_replay_trust_lora.yaml"
+    arguments = shrunk(recipe, tmp_path, tiny_folder)
+    settings = yaml.safe_load((tmp_path / recipe.name).read_text())
+    settings["trainer"]["callbacks"].append({"class_path": "EditCheckpoint", "init_args": {"every_n_batches": 3}})
+    (tmp_path / recipe.name).write_text(yaml.safe_dump(settings))
+    assert main(arguments) == 0
+    summary = last(tmp_path).parents[1] / "summary.json"
+    summary.unlink()
+    assert main([*arguments, "--ckpt_path", "last"]) == 0
+    assert summary.exists()
+
+
 @pytest.fixture
 def run_once(tiny_folder, tmp_path, monkeypatch):
     """A finished run in the working directory; gives what runs it again with changes."""

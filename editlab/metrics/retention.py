@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from editlab.metrics.editing import EfficacyScore
-from editlab.metrics.functional import per_record
+from editlab.metrics.functional import judge, per_record
 from editlab.metrics.scores import PromptScores
 
 
@@ -49,7 +49,8 @@ class Retention(EfficacyScore):
         """Each age bin's mean, newest first; fewer bins where there are fewer edits."""
         if len(self.record) == 0 or not self.age_bins:
             return []
-        scores, age = self.scores, dim_zero_cat(self.age)
-        ages = per_record(age.double(), scores.record)
+        scores, age = self.scores, dim_zero_cat(self.age).double()
+        judged = ~judge(scores, self.kind).isnan()  # as of the records' own values: a fact may have no truth
+        ages = per_record(age[judged], scores.record[judged])
         order = ages.argsort(stable=True)
         return [self.records()[part].mean() for part in order.tensor_split(self.age_bins) if len(part)]

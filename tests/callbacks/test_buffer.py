@@ -94,15 +94,20 @@ def test_the_longest_not_replayed_leaves_first():
     assert steps(buffer.memories) == [0, 1, 4]
 
 
-def test_the_least_important_leaves_first_but_never_the_newcomer():
-    buffer = ReplayBuffer(2, eviction="least_important")
-    for number, importance in enumerate((3.0, 1.0, 0.0)):
+def test_the_least_important_leaves_first_but_no_newcomer():
+    """A batch of newcomers, whose importance is not measured yet, takes the places of old ones that drifted least."""
+    buffer = ReplayBuffer(4, eviction="least_important")
+    for number, importance in enumerate((3.0, 1.0, 2.0, 4.0)):
         buffer.add(memory(number, number, importance))
-    assert steps(buffer.memories) == [0, 2]
+    for known in buffer.memories:
+        known.weighed = True
+    for number in (4, 5, 6):
+        buffer.add(memory(number, number))
+    assert steps(buffer.memories) == [3, 4, 5, 6]
     alone = ReplayBuffer(1, eviction="least_important")
     alone.add(memory(0, 0))
     alone.add(memory(1, 1))
-    assert len(alone) == 1
+    assert steps(alone.memories) == [1]
 
 
 def test_fixed_orders():

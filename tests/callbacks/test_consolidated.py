@@ -41,6 +41,29 @@ def test_what_is_taken_out_leaves_no_negative_direction(moved):
         assert torch.allclose(left, 2 * keys[:, 1:] @ keys[:, 1:].T, rtol=1e-6, atol=1e-6 * largest)
 
 
+@pytest.mark.parametrize("others", [0, 100])
+def test_several_keys_that_have_moved_may_go_at_once(others):
+    # Each takes the direction that it can, and what is left has none that is negative, time and again.
+    past, keys = PastKeys(1.0), draw(64, 16, seed=4)
+    past.add(6, keys, draw(64, others, seed=5), 0.1)
+    largest = float(torch.linalg.eigvalsh(past.moments[6])[-1])
+    for time in range(3):
+        some = keys[:, 4 * time : 4 * time + 4] + 0.05 * draw(64, 4, seed=6 + time)
+        before = past.moments[6]
+        past.remove(6, some, torch.zeros(4))
+        assert float(torch.linalg.eigvalsh(past.moments[6])[0]) > -1e-12 * largest
+        assert float(torch.linalg.eigvalsh(before - past.moments[6])[0]) > -1e-12 * largest
+
+
+def test_keys_that_have_not_moved_go_whole_also_several_at_once():
+    past, keys = PastKeys(2.0, forget=0.5), draw(33, 5, seed=1)
+    past.add(6, keys[:, :2], keys[:, :0], 0.0)
+    past.add(6, keys[:, 2:], keys[:, :0], 0.0)
+    past.remove(6, keys[:, [0, 2, 3]], torch.tensor([1, 0, 0]))
+    expected = 0.5 * 2 * keys[:, 1:2] @ keys[:, 1:2].T + 2 * keys[:, 4:] @ keys[:, 4:].T
+    assert torch.allclose(past.moments[6], expected, atol=1e-11 * float(expected.abs().max()))
+
+
 def test_the_only_key_may_be_taken_out_twice():
     past, key = PastKeys(1.0), draw(9, 1, seed=3)
     past.add(6, key, key[:, :0], 0.0)

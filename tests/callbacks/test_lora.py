@@ -314,6 +314,19 @@ def test_the_order_of_callbacks_does_not_matter(tiny_folder, tmp_path):
         assert same(values, found[0][2])
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("mode", ["merge", "adapter"])
+def test_dropout_is_drawn_alike_after_a_resume(tiny_folder, tmp_path, mode):
+    settings = {**LENIENT, "mode": mode, "dropout": 0.3}
+    whole = editor(tiny_folder)
+    fit(tmp_path, whole, callbacks=[LoRAAdjust(**settings)], name="whole", limit=8)
+    fit(tmp_path, editor(tiny_folder), callbacks=[LoRAAdjust(**settings)], name="half", limit=8, max_steps=3, save=True)
+    checkpoint = tmp_path / "logs" / "half" / "version_0" / "checkpoints" / "last.ckpt"
+    resumed = editor(tiny_folder)
+    fit(tmp_path, resumed, callbacks=[LoRAAdjust(**settings)], name="half", limit=8, ckpt_path=checkpoint, save=True)
+    assert same(bits(resumed), bits(whole))
+
+
 def test_validate_measures_with_the_adapter(tiny_folder, tmp_path):
     lora = LoRAAdjust(**LENIENT, mode="adapter")
     module = editor(tiny_folder)

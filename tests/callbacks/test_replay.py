@@ -7,9 +7,11 @@ import torch
 
 from callbacks.replay import MemoryReplay
 from editlab.errors import UserError
+from editlab.events import EditCallback
 from editlab.keys import read_keys
 from editlab.rules import MEMIT
 from editlab.solver import Constraints, Preservation, solve
+from editlab.values import ValueSettings
 from tests.facts import CITIES, FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
 
@@ -97,11 +99,13 @@ def test_what_was_rolled_back_is_not_remembered(tiny_folder, tmp_path):
     assert [m.step for m in replay.buffer.memories] == [0, 0, 2, 2]
 
 
-@pytest.mark.parametrize("preserve", [0.0, 0.5])
-def test_cached_keys_change_only_rounding(tiny_folder, tmp_path, preserve):
+@pytest.mark.parametrize(("preserve", "passes"), [(0.0, 1), (0.5, 1), (0.0, 2)])
+def test_cached_keys_change_only_rounding(tiny_folder, tmp_path, preserve, passes):
     totals = []
+    # On the weights as they are, the search for values would make more of rounding.
+    values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
     for cache in (False, True):
-        module = editor(tiny_folder, layers=[1], preserve_prompt_tokens=preserve)
+        module = editor(tiny_folder, layers=[1], preserve_prompt_tokens=preserve, passes=passes, values=values)
         fit(tmp_path, module, callbacks=[MemoryReplay(rate=10.0, cache_keys=cache)], name=str(cache))
         totals.append(module.layers[0].total)
     # float32 forward passes of different batches agree to about 1e-6.
@@ -109,10 +113,11 @@ def test_cached_keys_change_only_rounding(tiny_folder, tmp_path, preserve):
     assert totals[0].norm() > 0.01
 
 
-def test_drift_without_a_forward_pass_is_the_measured_drift(tiny_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("passes", [1, 2])
+def test_drift_without_a_forward_pass_is_the_measured_drift(tiny_folder, tmp_path, monkeypatch, passes):
     replay = MemoryReplay(rate=1.0, sampling="priority")
-    module = editor(tiny_folder, layers=[1])
-    fit(tmp_path, module, callbacks=[replay])
+    module = editor(tiny_folder, layers=[1], passes=passes)
+    fit(tmp_path, module, callbacks=[replay, Spy({1: 0.5})])  # also where a half of the update stays
     monkeypatch.setattr(type(module), "read_keys", lambda *a: pytest.fail("a forward pass was run"))
     replay._weigh(module, 99)
     for memory in replay.buffer.memories:
@@ -200,6 +205,62 @@ def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_pa
     keys = read_keys(module.lm, module.edited_facts, 1, module.site, module.contexts, "bare").keys
     expected = replay.past.weight * keys @ keys.T
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def twice(tmp_path, *others):
+    """Four facts, and the first two edited anew with other targets."""
+    again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]
+    return write_counterfact(tmp_path / "again.json", [*FACTS[:4], *others, *again])
+
+
+def past_of(module, facts, weights, replay):
+    """The metric's part by hand: keys of facts in the contexts that the run reads them in."""
+    read = read_keys(module.lm, facts, 1, module.site, module.contexts, module.key_mode)
+    each = torch.tensor(weights, dtype=torch.float64)[read.fact]
+    return replay.past.weight * (read.keys * each) @ read.keys.T
+
+
+def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder, tmp_path):
+    class LeaveOut(EditCallback):
+        def on_edit_applied(self, trainer, editor, outcome):
+            if outcome.plan.step == 2 and not outcome.left_out:
+                outcome.leave_out([0], "so says the test")
+
+    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], rule=MEMIT(5.0))
+    fit(tmp_path, module, callbacks=[replay, LeaveOut()], path=twice(tmp_path), keep_repeats=True)
+    expected = past_of(module, FACTS[:4], [1.0] * 4, replay)  # the second's new edit has the key of its old one
+    assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_with_a_key_a_context_all_of_them_go(tiny_folder, tmp_path):
+    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], rule=MEMIT(5.0), keys="each")
+    fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
+    expected = past_of(module, FACTS[:4], [1.0] * 4, replay)
+    assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
+    # Batches 1 and 2 are rolled back; the first batch's keys have faded once when the fourth edits it anew: not at all.
+    replay, module = MemoryReplay(memory="consolidated", forget=0.5), editor(tiny_folder, layers=[1], rule=MEMIT(5.0))
+    path = twice(tmp_path, *FACTS[4:6])
+    fit(tmp_path, module, callbacks=[replay, Spy({1: 0.0, 2: 0.0})], path=path, keep_repeats=True, limit=8)
+    expected = past_of(module, FACTS[:2], [1.0, 1.0], replay)
+    assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_several_layers_edited_anew(tiny_folder, tmp_path):
+    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, rule=MEMIT(5.0))
+    fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
+    assert module.ledger.superseded == 2  # keys of the upper layer have moved since, and go as far as they can
+    for past in replay.past.moments.values():
+        values = torch.linalg.eigvalsh(past)
+        assert float(values[0]) > -1e-9 * float(values[-1])
+
+
+def test_what_has_faded_to_nothing_is_not_replayed(tiny_folder, tmp_path):
+    spy = Spy()
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=9.0, age_decay=1e-200), spy])
+    assert [[a.fact for a in plan.additions] for plan in spy.plans] == [[], FACTS[:2], FACTS[2:4]]
 
 
 def test_what_the_memory_holds_is_logged(tiny_folder, tmp_path, caplog):

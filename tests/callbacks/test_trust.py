@@ -122,6 +122,41 @@ def test_a_search_takes_the_largest_share_that_scores(tiny_folder, tmp_path, hel
     assert {event["decision"] for event in events} == {"scale" if expected else "rollback"}
 
 
+def test_a_search_spends_the_harm_that_stays(tiny_folder, tmp_path, heldout, monkeypatch):
+    # Harm falls as the square of the share: a half of the update does a quarter of it.
+    before = []
+
+    class Watch(EditCallback):
+        state_key = "A"
+
+        def on_edit_planned(self, trainer, editor, plan):
+            before[:] = [editor.layers[0].total.clone()]
+
+    def ask_after(self, editor, outcome):
+        share = (editor.layers[0].total - before[0]).norm() / outcome.updates[editor.layer_numbers[0]].norm()
+        return TrustMetrics(certainty=1.0, heldout_ppl_delta=float((0.4 * share.square()).expm1()))
+
+    monkeypatch.setattr(Probes, "ask_after", ask_after)
+    scales = {"heldout_ppl_delta": [0.2, 1e-3]}
+    _, _, events = run(tmp_path, tiny_folder, heldout, Watch(), action="search", scales=scales, budget=[1e-9, 9.0])
+    assert [event["factor"] for event in events] == [0.5] * 3
+    assert [event["budget_queue"] for event in events] == pytest.approx([0.1, 0.2, 0.3], rel=1e-3)
+
+
+def test_a_model_that_a_batch_leaves_without_an_answer_is_rolled_back(tiny_folder, tmp_path, heldout):
+    class Break(EditCallback):
+        state_key = "A"
+
+        def on_edit_applied(self, trainer, editor, outcome):
+            if outcome.plan.step == 1:
+                editor.layers[0].add(torch.full_like(editor.layers[0].total, float("inf")))
+
+    module, _, events = run(tmp_path, tiny_folder, heldout, Break(), layers=[1], threshold=0.0)
+    assert [event["decision"] for event in events] == ["keep", "rollback", "keep"]
+    assert events[1]["reason"] == "what the model says is not finite after it"
+    assert bool(torch.isfinite(module.layers[0].weight).all())
+
+
 def test_a_spoilt_fact_is_left_out_and_its_batch_solved_again(tiny_folder, tmp_path, heldout):
     spy, replay = Spy(), MemoryReplay(rate=1.0)
     module, _, events = run(tmp_path, tiny_folder, heldout, Spoil(1, 0), spy, replay, granularity="edit")

@@ -150,6 +150,14 @@ def test_retention_by_age():
         Retention(age_bins=-1)
 
 
+def test_retention_by_age_passes_over_facts_without_a_truth():
+    nan = float("nan")
+    rows = scores([(0, 0.1, 0.9, False, True), (1, 0.2, nan, False, False), (2, 0.7, 0.3, True, False)])
+    metric = Retention(age_bins=2)
+    metric.update(rows, torch.tensor([9, 5, 1]))
+    assert [float(v) for v in metric.by_age()] == [1.0, 0.0]
+
+
 def test_entropy_by_hand():
     # "a b a b": 2-grams ab, ba, ab -> H = log2 3 - 2/3; 3-grams aba, bab -> H = 1. GE = (2/3 H2 + 4/3 H3) / 2.
     expected = (2 / 3 * (math.log2(3) - 2 / 3) + 4 / 3) / 2
