@@ -10,10 +10,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +28,10 @@ LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
 
 STOPPED = {130, 143, -2, -15}
 """Exit codes of what was told to stop, which is no failure."""
+
+
+_RUNNING: set[subprocess.Popen[bytes]] = set()
+"""Of this process's jobs."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +56,29 @@ def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
     """
     (job.folder / FAILED).unlink(missing_ok=True)
     arguments = list(job.arguments)
-    checkpoint = job.folder / "checkpoints" / "last.ckpt"
+    checkpoint, noted = job.folder / "checkpoints" / "last.ckpt", provenance()
     if checkpoint.exists():
         arguments += ["--ckpt_path", str(checkpoint)]
-    else:
-        _write(job.folder / PROVENANCE, provenance())
+        noted = _with_earlier(job.folder / PROVENANCE, noted)
+    _write(job.folder / PROVENANCE, noted)
     environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": str(job.threads)}
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "editlab.cli", *arguments]
-        code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
+        with subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT) as process:
+            _RUNNING.add(process)
+            code = process.wait()
+            _RUNNING.discard(process)
     if code and code not in STOPPED:
         _write(job.folder / FAILED, {"code": code, "log": str(job.folder / LOG)})
     return code
+
+
+def _with_earlier(path: Path, noted: Mapping[str, str]) -> dict[str, str]:
+    """What a run that goes on is made with: all that it was ever started with, where that differs."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = {name: earlier.get(name, "unknown").split(" | ") for name in noted}
+    return {name: " | ".join(dict.fromkeys([*before[name], value])) for name, value in noted.items()}
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:
@@ -112,13 +129,32 @@ def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> It
     Yields:
         Each job with its exit code, as it ends.
     """
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, _told_to_stop():
 
         def next_of(running: Sequence[Future[int]]) -> Future[int]:
             return wait(running, return_when=FIRST_COMPLETED).done.pop()
 
-        for job, code in _as_they_end(jobs, after, lambda job: pool.submit(start, job), next_of):
-            yield job, code.result()
+        try:
+            for job, code in _as_they_end(jobs, after, lambda job: pool.submit(start, job), next_of):
+                yield job, code.result()
+        except BaseException:  # whatever ends this ends what it started: nothing runs on unseen, and no more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_RUNNING):
+                process.terminate()
+            raise
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Within it SIGTERM ends this process as Ctrl-C does: by an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _as_they_end(

@@ -1,7 +1,7 @@
 """ROME, MEMIT, EMMET and AlphaEdit on the same 200 facts: in sequence, and each batch on the original weights.
 
     python scripts/run_all_baselines.py                    # every method both ways; goes on where it stopped
-    python scripts/run_all_baselines.py --only rome emmet
+    python scripts/run_all_baselines.py --only rome_sequential emmet_sequential
     python scripts/run_all_baselines.py --dry-run
 
 Writes ``results/baseline_comparison.csv`` (a row a run) and ``results/quick_validation.csv`` (the runs in sequence).

@@ -90,15 +90,15 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each cell of the whole matrix and each seed, run or not; what an earlier table has of it stays."""
-    seeds = sorted({*SEEDS, *options.seeds})
+    path = options.out / "results" / TABLE
+    table = read_rows(path) if path.exists() else []
+    earlier = {tuple(row[name] for name in KEY): row for row in table if row["status"] == "done"}
+    seeds = sorted({*SEEDS, *options.seeds, *(int(row["seed"]) for row in earlier.values())})
     everything = argparse.Namespace(**{**vars(options), "only": None, "seeds": seeds})
     runs = {
         (run.case.name, run.seed): run
         for run in planned([cell.case(options.edits) for cell in MATRIX], RECIPE, everything)
     }
-    path = options.out / "results" / TABLE
-    table = read_rows(path) if path.exists() else []
-    earlier = {tuple(row[name] for name in KEY): row for row in table if row["status"] == "done"}
     found = []
     for cell in MATRIX:
         for seed in seeds:
@@ -107,7 +107,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             row["status"] = "not run" if run.status == "to run" else run.status
             if run.summary is not None:
                 row |= table_rows([run])[0] | {"seconds": round(run.summary["seconds"], 1)}
-            elif run.status == "to run":
+            else:
                 row = earlier.get(tuple(str(row[name]) for name in KEY), row)
             found.append(row)
     return found

@@ -28,9 +28,10 @@ from sweep import (
     common_flags,
     exit_where_failed,
     parser,
+    planned,
     run_all,
 )
-from tables import provenance_of, provenance_of_all, write_rows
+from tables import provenance_of, provenance_of_all, update_table, write_rows
 from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, read_lines, taus
 
 from editlab.evaluation import BUILTIN_TEXT
@@ -179,19 +180,26 @@ def main() -> None:
         "model.evaluation.heldout_tokens": 2048,
     }  # fmt: skip
     text = str(BUILTIN_TEXT) if options.heldout == "builtin" else options.heldout
-    runs: list[Run] = []
     for seed in options.seeds:
         one = argparse.Namespace(**{**vars(options), "seeds": [seed]})
-        runs += run_all([case.over(common) for case in cases(seed, text)], RECIPE, one)
+        run_all([case.over(common) for case in cases(seed, text)], RECIPE, one)
+    runs = [] if options.dry_run else finished(options)
     if runs:
         write(runs, options)
     exit_where_failed(cases(options.seeds[0], text), RECIPE, options)
 
 
+def finished(options: argparse.Namespace) -> list[Run]:
+    """Every run at hand, whichever were asked for: labels are made of all of them."""
+    known = {int(path.name.removeprefix("version_")) for path in options.work.glob("*/version_*")}
+    every = argparse.Namespace(**{**vars(options), "only": None, "seeds": sorted(known)})
+    return [run for run in planned(cases(options.seeds[0], ""), RECIPE, every) if run.summary is not None]
+
+
 def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Tables, figures, and the events of one run."""
     results, figs = options.out / "results", options.out / "figs"
-    write_rows(effect(runs), results / "trust_effect.csv")
+    update_table(results / "trust_effect.csv", effect(runs), [case.name for case in cases(options.seeds[0], "")])
     draw_effect(runs, figs / "rollback_effect_curve.png")
     labels = labelled(runs)
     if labels:

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from editlab.figures import Series
 from editlab.runs import RunFolder
 
+MOST_SEEDS = 10
+"""That the tables have an interval for."""
 TEXT = ROOT.parent / "shared" / "data" / "text"
 
 
@@ -92,6 +94,13 @@ class Run:
         return RunFolder(self.folder).curve
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is under 1")
+    return number
+
+
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -125,7 +134,9 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument("--only", nargs="+", help="names of the cases to run; all where not given")
     found.add_argument("--work", type=Path, help="folder of the runs")
     found.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
-    found.add_argument("--workers", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    found.add_argument(
+        "--workers", type=_at_least_one, default=1, help="runs at a time; the cores are shared out among them"
+    )
     found.add_argument(
         "--launcher", choices=list(LAUNCHERS), default="local", help="ray: over the machines of a cluster"
     )
@@ -192,6 +203,8 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
     """
     if options.path != "worldfacts" and not Path(options.path).exists():
         sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
+    if len(set(options.seeds)) > MOST_SEEDS:
+        sys.exit(f"--seeds names {len(set(options.seeds))}: tables have intervals over at most {MOST_SEEDS}.")
     runs = planned(cases, recipe, options)
     waiting = [run for run in runs if run.summary is None]
     if options.dry_run:
@@ -219,8 +232,9 @@ def _carry_out(runs: Sequence[Run], first: Mapping[int, Run], options: argparse.
 
 
 def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> None:
-    """Ends the program with exit code 1 and a sentence where runs that were asked for have failed."""
+    """Ends the program with exit code 1 and a sentence where runs that were asked for have failed, or were stopped."""
     runs = [] if options.dry_run else planned(cases, recipe, options)
-    failed = [f"{run.case.name}, seed {run.seed}" for run in runs if run.status == "failed"]
-    if failed:
-        sys.exit(f"{len(failed)} of {len(runs)} runs failed ({'; '.join(failed)}): see {LOG} in their folders.")
+    for status, what in (("failed", "failed"), ("to run", "did not come to their end")):
+        found = [f"{run.case.name}, seed {run.seed}" for run in runs if run.status == status]
+        if found and not (status == "to run" and options.no_run):
+            sys.exit(f"{len(found)} of {len(runs)} runs {what} ({'; '.join(found)}): see {LOG} in their folders.")

@@ -11,6 +11,7 @@ import inspect
 import json
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and 95% t-interval of a few independent values; the interval is NaN for one value.
 
     Raises:
-        KeyError: for more than ten values.
+        KeyError: for more than ten values, of which an experiment has no more (``sweep.MOST_SEEDS``).
     """
     mean = statistics.mean(values)
     if len(values) < 2:
@@ -176,12 +177,22 @@ def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str) -> list[
     for case in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == case]
         one: Row = {"case": case, "seeds": len(own)}
-        one |= {name: round(statistics.mean(map(measure, own)), 4) for name, measure in MEASURES.items()}
-        for name, measure in MEASURES.items():
+        measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), rows))}
+        one |= {name: round(statistics.mean(map(measure, own)), 4) for name, measure in measured.items()}
+        for name, measure in measured.items():
             gain = against(rows, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
             one |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), gain, strict=True)}
         found.append({**one, **provenance_of_all(own)})
     return found
+
+
+def _has(measure: Callable[[Row], float], row: Row) -> bool:
+    """Whether a run was measured so: facts may have no neighbors, and a run no held-out text."""
+    try:
+        measure(row)
+    except KeyError:
+        return False
+    return True
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

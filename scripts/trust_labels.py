@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 LOSSES = ("facts", "NS", "nll")
+ENOUGH = 5
+"""Bad batches that an interval needs at least."""
 SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
 
 
@@ -76,7 +79,10 @@ def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
     Most of what is lost is a few flips of a finite sample. Robust deviations of such counts are often 0, and three of
     them would call one ordinary batch of ten bad.
     """
-    return {name: max(batch.losses[later][name] for batch in ordinary if later in batch.losses) for name in LOSSES}
+    return {
+        name: max((batch.losses[later][name] for batch in ordinary if later in batch.losses), default=math.inf)
+        for name in LOSSES
+    }
 
 
 def is_bad(batch: Batch, tau: Mapping[str, float], later: int) -> bool:
@@ -96,22 +102,27 @@ def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict
         "rollback_rate": (true_positive + false_positive) / len(bad),
         "false_positive_rate": fpr,
         "false_negative_rate": fnr,
-        "accuracy": 1 - (fpr + fnr) / 2,
+        "balanced_accuracy": 1 - (fpr + fnr) / 2,
         "precision": true_positive / max(1, true_positive + false_positive),
         "recall": 1 - fnr,
     }
 
 
 def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
-    """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate."""
+    """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate.
+
+    Of fewer than :data:`ENOUGH` bad batches there is no interval: drawing them again hardly varies them.
+    """
     scores, labels = ranks(suspicion), torch.tensor(list(bad)).long()
     found = {"base_rate": float(labels.float().mean())}
     draw = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(labels), (resamples, len(labels)), generator=draw)
     for name, area in (("ROC_AUC", binary_auroc), ("PR_AUC", binary_average_precision)):
         found[name] = float(area(scores, labels))
+        if labels.sum() < ENOUGH:
+            continue
         drawn = [float(area(scores[p], labels[p])) for p in picks if 0 < labels[p].sum() < len(p)]
-        ends = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])) if drawn else torch.full((2,), float("nan"))
+        ends = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975]))
         found[f"{name}_low"], found[f"{name}_high"] = ends.tolist()
     return found
 

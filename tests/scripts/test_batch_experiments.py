@@ -85,6 +85,22 @@ def test_the_table_names_every_cell(tmp_path, monkeypatch):
     assert tables.read_rows(path) == [{**row, "status": row["status"].replace("failed", "not run")} for row in before]
 
 
+def test_a_row_outlives_a_retry_that_failed_and_a_seed_that_is_not_asked_for(tmp_path, monkeypatch):
+    finish(tmp_path, "batch_1_rate_0_lora_none", 4, 30.0, accuracy=0.75)
+    call(monkeypatch, tmp_path, "--no-run", "--seeds", "4")
+    call(monkeypatch, tmp_path, "--no-run", "--seeds", "1")
+    path = tmp_path / "out" / "results" / "ablation_matrix.csv"
+    done = [row for row in tables.read_rows(path) if row["status"] == "done"]
+    assert {(row["seed"], row["retained_accuracy"]) for row in done} == {("4", "0.75")}
+    folder = tmp_path / "runs" / "batch_1_rate_0_lora_none" / "version_4"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "failed.json").write_text("{}")
+    with pytest.raises(SystemExit, match="failed"):
+        call(monkeypatch, tmp_path, "--no-run", "--seeds", "4")
+    assert [row for row in tables.read_rows(path) if row["status"] == "done"] == done
+
+
 def test_batches_larger_than_all_facts_are_not_run(tmp_path, monkeypatch, capsys):
     call(monkeypatch, tmp_path, "--dry-run", "--edits", "16", "--ranks", "0", "--rates", "0", "--seeds", "1")
     printed = capsys.readouterr().out

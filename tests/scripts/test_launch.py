@@ -1,7 +1,9 @@
 """Runs as processes here and over Ray: the same files, exit codes, failures kept, what was stopped no failure."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,41 @@ def test_processes_of_this_machine(tmp_path):
     check(found, tmp_path)
     order = [job for job, _ in found]
     assert order.index(bad) < order.index(one)  # though it ended badly
+
+
+def test_an_interrupt_begins_nothing_more_and_leaves_nothing_running(tmp_path, monkeypatch):
+    started, children = [], []
+
+    def start(job):
+        started.append(job)
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+            launch._RUNNING.add(process)
+            children.append(process)
+            return process.wait()
+
+    monkeypatch.setattr(launch, "start", start)
+    jobs = [launch.Job(tmp_path / str(i), (), 1) for i in range(4)]
+    ends = launch.processes(jobs, 2, {})
+
+    def interrupted(running, **rest):
+        while len(children) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(ends)
+    assert len(started) == 2
+    assert all(process.returncode is not None for process in children)
+
+
+def test_a_run_that_goes_on_says_all_that_it_was_made_with(tmp_path):
+    path = tmp_path / launch.PROVENANCE
+    path.write_text('{"revision": "abc", "machine": "a CPU"}')
+    assert launch._with_earlier(path, {"revision": "def", "machine": "a CPU"}) == {
+        "revision": "abc | def", "machine": "a CPU",
+    }  # fmt: skip
+    assert launch._with_earlier(tmp_path / "none", {"revision": "def"}) == {"revision": "unknown | def"}
 
 
 def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):
@@ -91,9 +128,11 @@ def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
 
 def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp_path, monkeypatch):
     (job, *_) = jobs(tmp_path)
+    plain = subprocess.Popen
+    monkeypatch.setattr(launch, "provenance", dict)
     for code, failed in ((3, True), (0, False), (-9, True), (130, False)):
-        monkeypatch.setattr(
-            launch.subprocess, "run", lambda *a, code=code, **k: launch.subprocess.CompletedProcess(a, code, "")
-        )
+        ends = f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"
+        command = [sys.executable, "-c", ends]
+        monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, command=command, **k: plain(command))
         assert launch.start(job) == code
         assert (job.folder / "failed.json").exists() == failed

@@ -50,6 +50,12 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match=r"1 of 2 runs failed \(bad, seed 1\): see run\.log"):
         sweep.exit_where_failed([good, bad], "", options)
     sweep.exit_where_failed([good], "", options)
+    stopped = sweep.Case("stopped", {})
+    with pytest.raises(SystemExit, match=r"1 of 2 runs did not come to their end \(stopped, seed 1\)"):
+        sweep.exit_where_failed([good, stopped], "", options)
+    options.no_run = True  # then nobody wanted it to
+    sweep.exit_where_failed([good, stopped], "", options)
+    options.no_run = False
     # What has a result is not started again; what was stopped goes on from its checkpoint.
     written = (run.folder / "metrics.csv").read_text()
     started = []
@@ -171,6 +177,19 @@ def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
     assert config["model"]["restore_between_batches"] is True
     assert config["data"]["batch_size"] == 1
     assert config["trainer"]["callbacks"] == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [(["--workers", "0"], "0 is under 1"), (["--workers", "x"], "invalid")])
+def test_bad_arguments(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        sweep.parser(None).parse_args(flags)
+    assert said in capsys.readouterr().err
+
+
+def test_more_seeds_than_there_are_intervals_for(options):
+    options.seeds = list(range(11))
+    with pytest.raises(SystemExit, match="names 11: tables have intervals over at most 10"):
+        sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options)
 
 
 def test_tables_alone_run_nothing(options, monkeypatch):

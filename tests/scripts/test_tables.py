@@ -107,6 +107,14 @@ def test_rows_whose_runs_are_gone_stay_and_those_made_anew_take_their_place(tmp_
     assert path.read_text().splitlines()[0] == "case,seed,retained_ES,rank,recipe,torch"
 
 
+def test_what_no_run_has_measured_is_left_out_of_the_means():
+    rows = [{"case": "a", "seed": seed, "retained_accuracy": 0.5, "retained_ES": 1.0} for seed in (1, 2)]
+    (found,) = tables.means(rows, {}, "a")
+    assert {name for name in found if not name.endswith(("_gain", "_low", "_high"))} == {
+        "case", "seeds", "accuracy", "ES",
+    }  # fmt: skip
+
+
 def test_the_curves_need_no_runs(tmp_path):
     rows = [
         {"case": "a", "seed": str(seed), "edits": str(n), "retained_accuracy": str(n / 10 + seed / 100)}

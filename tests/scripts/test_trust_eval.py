@@ -131,9 +131,9 @@ def test_rates_and_areas_by_hand():
     # Rejected: the first two, of which one is bad; one bad is missed, one of three good ones is lost.
     assert found["false_positive_rate"] == pytest.approx(1 / 3)
     assert found["false_negative_rate"] == 0.5
-    assert found["accuracy"] == pytest.approx(1 - (1 / 3 + 0.5) / 2)
+    assert found["balanced_accuracy"] == pytest.approx(1 - (1 / 3 + 0.5) / 2)
     assert (found["rollback_rate"], found["precision"], found["recall"]) == (0.4, 0.5, 0.5)
-    areas = trust_labels.areas(suspicion, bad, resamples=50)
+    areas = trust_labels.areas(3 * suspicion, 3 * bad, resamples=50)  # equal ones change no area
     # Of the six pairs of a bad and a good one, five are the right way round; precision is 1 at the first, 2/3 at the
     # second bad one.
     assert areas["ROC_AUC"] == pytest.approx(5 / 6)
@@ -141,7 +141,15 @@ def test_rates_and_areas_by_hand():
     assert areas["base_rate"] == pytest.approx(0.4)
     assert areas["ROC_AUC_low"] <= areas["ROC_AUC"] <= areas["ROC_AUC_high"]
     never = trust_labels.rates([0.0] * 5, bad, 1.0)
-    assert (never["rollback_rate"], never["accuracy"]) == (0, 0.5)
+    assert (never["rollback_rate"], never["balanced_accuracy"]) == (0, 0.5)
+
+
+def test_few_bad_batches_have_no_interval_and_no_fork_later_no_label():
+    found = trust_labels.areas([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [True, False, False, False, False, False])
+    assert found["ROC_AUC"] == 1.0
+    assert "ROC_AUC_low" not in found
+    ordinary = [trust_labels.Batch("a", 0, {}, None, {0: dict.fromkeys(trust_labels.LOSSES, 0.5)})]
+    assert set(trust_labels.taus(ordinary, 1).values()) == {math.inf}
 
 
 def test_the_points_of_a_curve_have_its_area():
@@ -165,10 +173,10 @@ def test_the_table_gives_baselines_as_many_rejections():
     ]
     rows = run_trust_eval.table({"injected": (batches, [True, False, False, False])})
     at = {row["gate"]: row for row in rows if row.get("threshold") == 0.4}
-    assert at["trust"]["accuracy"] == 1  # only the first is under .4
+    assert at["trust"]["balanced_accuracy"] == 1  # only the first is under .4
     assert at["norm only"]["rollback_rate"] == 0.25  # the longest one, which is the wrong one
     assert at["norm only"]["recall"] == 0
-    assert math.isclose(next(row for row in rows if row["gate"] == "always accept")["accuracy"], 0.5)
+    assert math.isclose(next(row for row in rows if row["gate"] == "always accept")["balanced_accuracy"], 0.5)
 
 
 def finished(folder, faults):
@@ -209,6 +217,11 @@ def test_tables_and_figures_of_runs_that_are_there(tmp_path, monkeypatch):
     # Of the three batches without a fault none was rejected; 22 over 20 is a rise of a tenth; four batches took 6 s.
     assert (faulty["good_batches_rejected"], faulty["faulty_batches_kept"]) == ("0.0", "0")
     assert (faulty["mean_perplexity_rise"], faulty["gate_seconds"]) == ("0.1", "6.0")
+    # A call for one run alone leaves what there is of the others, in the folder of the runs and in the table.
+    monkeypatch.setattr(sys, "argv", ["run_trust_eval.py", *given, "--only", "faulty_gate"])
+    run_trust_eval.main()
+    with (results / "trust_effect.csv").open() as file:
+        assert list(csv.DictReader(file)) == tables["trust_effect"]
     whole = {(r["labels"], r["gate"]): r["ROC_AUC"] for r in tables["trust_eval"] if r["gate"] != "always accept"}
     assert whole["injected", "trust"] == whole["fork", "trust"] == "1.0"
     assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
