@@ -88,7 +88,8 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         whole = outcome.updates[layer] + update if layer in outcome.updates else update
         outcome.updates[layer], outcome.last_updates[layer] = whole, update
         measured = diagnostics(solution)
-        measured["effective_weight"] = effective_weight(constraints.slack, editor.rule.weight)
+        own = slack[keys.fact.cpu()][keys.fact.cpu() < len(plan.facts)]
+        measured["effective_weight"] = effective_weight(own, editor.rule.weight)
         measured["update_norm"] = float(whole.norm() / edited.original.float().norm())
         outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}
         yield edited, update

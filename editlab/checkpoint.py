@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,6 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: The file is damaged, or not one of editlab's.
         """
         with _explained(path):
+            if Path(path).is_file() and not zipfile.is_zipfile(path):  # else torch takes it for an old pickle
+                raise EOFError
             return _ours(super().load_checkpoint(path, *args, **kwargs), path)
 
 

@@ -19,6 +19,7 @@ from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
+from editlab.optim import EditedLayer
 from editlab.progress import bars
 from editlab.rng import rng_state, set_rng_state
 from editlab.rules import EMMET
@@ -59,13 +60,18 @@ class EditResult:
 
     def revert(self) -> None:
         """Takes all edits out of the model again, bit for bit."""
-        for layer in self.editor.changed_layers:
-            layer.adapter = None
-            layer.restore(torch.zeros_like(layer.total))
+        _revert(self.editor)
 
     def __str__(self) -> str:
         """The metrics before, right after, and at the end, as a table."""
         return table(self.summary)
+
+
+def _revert(editor: SequentialEditor) -> None:
+    for layer in [*editor.edited.values(), *editor.adjusted.values()]:  # as far as they were found
+        assert isinstance(layer, EditedLayer)
+        layer.adapter = None
+        layer.restore(torch.zeros_like(layer.total))
 
 
 def edit_model(
@@ -115,7 +121,8 @@ def edit_model(
         print(result)
     """
     chosen = layers if isinstance(layers, str) else list(layers)
-    editor = SequentialEditor(layers=chosen, **{**RECOMMENDED, **settings})
+    name = {"language_model": model.config.name_or_path or type(model).__name__}
+    editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
     data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False)
     data.candidates = _facts(facts)
     generators = rng_state()
@@ -135,6 +142,9 @@ def edit_model(
             )
             trainer.fit(editor, datamodule=data)
             summary = summarize(trainer, editor)
+    except BaseException:
+        _revert(editor)  # whoever gets no result can not take the edits out
+        raise
     finally:
         set_rng_state(generators)
     kept = editor.edited_facts

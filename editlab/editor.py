@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.products import type_of_products
+from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
@@ -97,6 +100,8 @@ class SequentialEditor(lightning.LightningModule):
             raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
         if preserve_prompt_tokens < 0:
             raise UserError(f"model.preserve_prompt_tokens is {preserve_prompt_tokens}: it must not be negative.")
+        if not condition_limit > 1:
+            raise UserError(f"model.condition_limit is {condition_limit}: a condition number is above 1.")
         if passes < 1:
             raise UserError(f"model.passes is {passes}: a batch goes through the layers at least once.")
         self.language_model = language_model
@@ -133,6 +138,10 @@ class SequentialEditor(lightning.LightningModule):
             raise UserError(
                 "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
                 "of its own: set --trainer.devices 1, or leave it out."
+            )
+        if getattr(self._trainer.precision_plugin if self._trainer else None, "scaler", None) is not None:
+            raise UserError(
+                "trainer.precision 16-mixed scales gradients, of which an edit has none: set bf16-mixed or 16-true."
             )
         dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
         self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
@@ -275,7 +284,10 @@ class SequentialEditor(lightning.LightningModule):
             return self.optimize_values(facts)
         with self.unedited():
             if self._value_cache is None:
-                self._value_cache = ValueCache(self.fingerprint, self.site, self.contexts, self.values)
+                edited = "" if self.site.in_stream else self.lm.anatomy.edit_path  # a value in the stream has no map
+                model = [self.fingerprint, tokenizer_fingerprint(self.lm.tokenizer), edited]
+                settings = replace(self.values, matmul=type_of_products(self.values.matmul, self.lm.device))
+                self._value_cache = ValueCache(model, self.site, self.contexts, settings)
             return self._value_cache.fetch(facts, self.optimize_values)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:

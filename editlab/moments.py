@@ -75,7 +75,9 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
         UserError: where the text can not be read or is too short.
     """
     text_key, tokenizer = text_fingerprint(settings), tokenizer_fingerprint(lm.tokenizer)
-    amount = f"{settings.tokens}:{settings.tolerance}" if settings.tolerance else str(settings.tokens)
+    amount = str(settings.tokens)
+    if settings.tolerance:  # where reading stops depends on all layers
+        amount += f":{settings.tolerance}:{sorted(layers)}"
     weights = fingerprint(lm.model)
     paths = {
         layer: cache_dir()

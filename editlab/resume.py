@@ -56,6 +56,11 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint edits layers {saved['layers']} and this run layers {editor.layer_numbers}: set "
             "model.layers as they were, or start a new run without --ckpt_path."
         )
+    dtype = dtype_name(editor.lm.model.dtype)
+    if saved["dtype"] != dtype:
+        raise UserError(
+            f"The checkpoint's model is in {saved['dtype']} and this run's in {dtype}: set trainer.precision as it was."
+        )
     if saved["weights"] != editor.fingerprint:
         raise UserError(
             f"The checkpoint is of {saved['language_model']}, whose weights differ from those of "

@@ -7,6 +7,7 @@ scores is entered whole or not at all, so a run that is killed and resumed finds
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -77,7 +78,8 @@ class ScoreCache:
 
     def _keep(self, found: dict[bytes, Score]) -> None:
         with self._open() as database:
-            rows = [(key, logp, int(hit)) for key, (logp, hit) in found.items()]
+            # SQLite has no word for what is no number; it is found anew.
+            rows = [(key, logp, int(hit)) for key, (logp, hit) in found.items() if math.isfinite(logp)]
             database.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
 
 

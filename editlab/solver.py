@@ -187,17 +187,21 @@ class Constraints:
         Two edits of one subject share their key (a causal model can not tell them apart there). Soft constraints on
         the same key are equal to one with the precision-weighted mean of the residuals and the summed precision
         1/s; hard ones can not all hold, so their plain mean is asked for, and soft ones beside a hard one are void.
+        An optional hard one, which would void the edits beside it, is left out where there are some that are not.
         """
         group = _groups(self.keys)
         count = int(group.max()) + 1
         if count == len(self):
             return self
         assert self.optional is not None
-        hard = self.slack == 0
+        needed = torch.zeros(count, dtype=torch.bool, device=group.device)
+        needed[group[~self.optional]] = True
+        left_out = self.optional & (self.slack == 0) & needed[group]
+        hard = (self.slack == 0) & ~left_out
         any_hard = torch.zeros(count, dtype=torch.bool, device=hard.device)
         any_hard[group[hard]] = True
         precision = torch.where(hard, 1.0, 1.0 / self.slack.double().clamp_min(1e-300))
-        precision = torch.where(any_hard[group] & ~hard, 0.0, precision)
+        precision = torch.where((any_hard[group] & ~hard) | left_out, 0.0, precision)
         total = torch.zeros(count, dtype=torch.float64, device=hard.device).index_add_(0, group, precision)
         weight = precision / total[group]
         residuals = torch.zeros(
@@ -206,8 +210,6 @@ class Constraints:
         first = torch.full((count,), len(self), device=group.device).scatter_reduce_(
             0, group, torch.arange(len(self), device=group.device), "amin"
         )
-        needed = torch.zeros(count, dtype=torch.bool, device=group.device)
-        needed[group[~self.optional]] = True
         slack = torch.where(any_hard, torch.zeros_like(total), 1.0 / total)
         return Constraints(self.keys[:, first], residuals, slack, ~needed)
 
@@ -257,7 +259,9 @@ def solve(constraints: Constraints, metric: Preservation, condition_limit: float
     solution = _solve_merged(system, metric, condition_limit)
     solution.merged = len(constraints) - len(system)
     if solution.merged:
-        solution.notes.append(f"{solution.merged} constraints shared their key with another and were averaged")
+        solution.notes.append(
+            f"{solution.merged} constraints shared their key with another and were averaged, hard replayed ones not"
+        )
     wanted = constraints.residuals.double()
     left = solution.delta @ constraints.keys.double() - wanted
     solution.residual = float(left.norm() / wanted.norm().clamp_min(1e-300))
@@ -295,7 +299,7 @@ def _solve_merged(system: Constraints, metric: Preservation, limit: float) -> So
 
 
 def effective_weight(slack: Tensor, covariance_weight: float) -> float:
-    """``mean(slack) * lambda``: the weight of C0 that MEMIT would need for the same update.
+    """``mean(slack) * lambda``: the weight of C0 that MEMIT would need for the same update; of the edits' own slack.
 
     ``(lambda C0, slack s)`` and ``(s lambda C0, slack 1)`` give the same delta, so two runs are comparable only at
     equal effective weight. It is 0 for hard constraints: there lambda cancels.

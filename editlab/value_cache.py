@@ -1,8 +1,10 @@
 """Values of the unedited model, kept across runs: a sweep of configurations pays for them once.
 
-Values on the original weights do not depend on the run, only on what is in the key: a fingerprint of the weights,
-the site, the contexts, and the hyper-parameters of the optimization. What is found together is written as one file:
-values found together round together, so a run that is killed and resumed finds the same ones again, or none of them.
+Values on the original weights do not depend on the run, only on what is in the key: fingerprints of the weights and
+the tokenizer, the site, the contexts, and the hyper-parameters of the optimization. What is found together is written
+as one file: values found together round together, so a run that is killed and resumed finds the same ones again, or
+none of them. Found in other company, by a run with another batch size, a value differs by rounding (about 1e-7), and of
+two the one that is known stays: to the bit, a run is repeated with the cache that it had.
 """
 
 from __future__ import annotations
@@ -28,17 +30,18 @@ class ValueCache:
     """Targets v* by fact, in the cache folder.
 
     Args:
-        fingerprint: of the weights that values are found on.
+        model: what tells it from others: fingerprints of weights and tokenizer, the path of the edited map.
         site: where they live.
         contexts: the prefixes.
-        settings: the hyper-parameters.
+        settings: the hyper-parameters; ``matmul`` as it comes to on the device.
     """
 
-    def __init__(self, fingerprint: str, site: Site, contexts: Sequence[str], settings: ValueSettings) -> None:
+    def __init__(self, model: Sequence[str], site: Site, contexts: Sequence[str], settings: ValueSettings) -> None:
         relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
         if not settings.early_stop:
             del relevant["early_stop"]  # as before there was such a setting: values found then are still right
-        what = [fingerprint, site.layer, site.in_stream, list(contexts), relevant]
+        relevant["lr"] = settings.step_size
+        what = [*model, site.layer, site.in_stream, list(contexts), relevant]
         self.folder = cache_dir() / "values" / _digest(json.dumps(what, sort_keys=True))
         self._known: dict[str, Tensor] = {}
         self._read: set[Path] = set()

@@ -78,8 +78,6 @@ class ValueSettings:
     def __post_init__(self) -> None:
         if self.optimizer not in DEFAULT_LR:
             raise UserError(f"model.values.optimizer is {self.optimizer!r}: it must be 'adam' or 'gradient'.")
-        if self.lr is None:
-            self.lr = DEFAULT_LR[self.optimizer]
         for name in ("steps", "lr", "clamp", "batch_tokens"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"model.values.{name} is {value}: it must be above 0.")
@@ -90,6 +88,11 @@ class ValueSettings:
             raise UserError(f"model.values.reference is {self.reference!r}: it must be 'current' or 'original'.")
         if self.matmul not in MATMULS:
             raise UserError(f"model.values.matmul is {self.matmul!r}: it must be one of {', '.join(MATMULS)}.")
+
+    @property
+    def step_size(self) -> float:
+        """``lr``, or the optimizer's own where none is given."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
 
 
 @dataclass
@@ -180,11 +183,10 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
     size = origin.norm(dim=1)
     radius = settings.clamp * size
     normalized = settings.optimizer == "gradient"
-    assert settings.lr is not None  # set with the other settings
     optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD([delta], settings.lr, momentum=MOMENTUM, dampening=MOMENTUM)
+        torch.optim.SGD([delta], settings.step_size, momentum=MOMENTUM, dampening=MOMENTUM)
         if normalized
-        else torch.optim.Adam([delta], settings.lr)
+        else torch.optim.Adam([delta], settings.step_size)
     )
     done, final_loss = torch.zeros_like(origin), torch.zeros_like(size)
     steps = torch.zeros(len(origin), dtype=torch.long, device=origin.device)

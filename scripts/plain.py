@@ -72,7 +72,7 @@ def plain_value(
             hidden[row, last] = hidden[row, last] + delta
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    optimizer = torch.optim.Adam([delta], lr=settings.lr)
+    optimizer = torch.optim.Adam([delta], lr=settings.step_size)
     direction: Tensor | None = None
     initial = None
     said = 0
@@ -101,7 +101,7 @@ def plain_value(
             # Half of the last direction, half of the new gradient's; a step of lr ||v0|| where both agree.
             unit = delta.grad / delta.grad.norm()
             direction = unit if direction is None else 0.5 * direction + 0.5 * unit
-            delta.data -= settings.lr * origin.norm() * direction
+            delta.data -= settings.step_size * origin.norm() * direction
         with torch.no_grad():
             radius = settings.clamp * origin.norm()
             if delta.norm() > radius:

@@ -75,6 +75,14 @@ def test_print_config_and_help(recipe, capsys):
     assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts}" in last
 
 
+def test_another_optimizer_has_its_own_step_size(recipe, capsys):
+    # What is not given stays so: the default settings' optimizer must not leave its own step size behind.
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "tiny.yaml", "--model.values.optimizer", "gradient", "--print_config"])
+    values = yaml.safe_load(capsys.readouterr().out)["model"]["values"]
+    assert (values["optimizer"], values["lr"]) == ("gradient", None)
+
+
 @pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check"])
 def test_each_verb_has_its_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:

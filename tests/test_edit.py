@@ -13,6 +13,7 @@ from editlab.contexts import ContextSettings
 from editlab.data import Fact
 from editlab.errors import UserError
 from editlab.evaluation import EvaluationSettings
+from editlab.events import EditCallback
 from editlab.moments import MomentSettings
 from editlab.values import ValueSettings
 from tests.facts import FACTS
@@ -188,6 +189,24 @@ def test_a_failure_leaves_the_model_as_it_was():
         edit_model(model, tiny_tokenizer(), PLAIN, **{**SMALL, "layers": [9]})
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_failure_on_the_way_takes_out_what_was_edited():
+    class Fail(EditCallback):
+        def on_edit_settled(self, trainer, editor, outcome):
+            if outcome.plan.step == 1:
+                raise ZeroDivisionError
+
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        edit_model(model, tiny_tokenizer(), PLAIN, **{**SMALL, "batch_size": 1}, callbacks=[Fail()])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_goes_by_its_own_name():
+    with pytest.raises(UserError, match="Gemma2ForCausalLM has a norm after its MLP"):
+        edit_model(tiny_model("gemma2"), tiny_tokenizer(), PLAIN, **{**SMALL, "layers": [1, 2]})
 
 
 def test_an_unknown_name_is_an_attribute_error():

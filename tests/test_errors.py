@@ -157,6 +157,7 @@ FIT = {
     "a negative preservation": (setting("model.preserve_prompt_tokens", -1), "it must not be negative"),
     "a module that is none": (setting("model.edit_module", "mlp.nothing"), "mlp.nothing"),
     "no step": (setting("model.values.steps", 0), "model.values.steps is 0: it must be above 0"),
+    "no condition": (setting("model.condition_limit", 0.5), "a condition number is above 1"),
     "no step size": (setting("model.values.lr", 0), "model.values.lr is 0.0: it must be above 0"),
     "a negative weight": (setting("model.values.kl_factor", -1), "model.values.kl_factor is -1.0: it must not be"),
     "an unknown optimizer": (setting("model.values.optimizer", "sgd"), "it must be 'adam' or 'gradient'"),

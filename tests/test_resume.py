@@ -215,6 +215,7 @@ def test_what_does_not_fit_is_named(run_once, tmp_path, capsys):
         ({"data": {"batch_size": 4}}, "batches are of 2 facts and this run's of 4"),
         ({"data": {"seed": 1}}, "Fact "),
         ({"data": {"limit": 4}}, "has edited 8 facts"),
+        ({"trainer": {"precision": "bf16-true"}}, "in float32 and this run's in bfloat16: set trainer.precision"),
     ):
         assert run_once(**changes) == 2, changes
         last_line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -228,7 +229,10 @@ def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
     assert main([*arguments, "--ckpt_path", "last"]) == 2
     assert "no run with a checkpoint" in capsys.readouterr().err.splitlines()[-1]
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello world")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:100])
-    for name, said in (("foreign", "is not editlab's"), ("half", "can not be read")):
+    for name, said in (
+        ("foreign", "is not editlab's"), ("half", "can not be read"), ("text", "can not be read"),
+    ):  # fmt: skip
         assert main([*arguments, "--ckpt_path", f"{name}.ckpt"]) == 2
         assert said in capsys.readouterr().err.strip().splitlines()[-1]

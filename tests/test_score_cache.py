@@ -1,5 +1,6 @@
 """Cached scores: measured once, keyed by tokens and weights, entered whole or not at all."""
 
+import math
 import sqlite3
 
 import pytest
@@ -50,6 +51,12 @@ def test_a_failure_enters_nothing():
     with pytest.raises(ZeroDivisionError):
         ScoreCache("failed").fetch([A], lambda missing: 1 / 0)
     assert ScoreCache("failed").fetch([A], lambda missing: [(3.0, False)]) == {A: (3.0, False)}
+
+
+def test_what_is_no_number_is_not_kept():
+    scores = ScoreCache("nan").fetch([A], lambda missing: [(float("nan"), False)])
+    assert math.isnan(scores[A][0])
+    assert ScoreCache("nan").fetch([A], lambda missing: [(-1.0, True)]) == {A: (-1.0, True)}
 
 
 def test_a_damaged_file_is_named():

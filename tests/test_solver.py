@@ -143,6 +143,25 @@ def test_emmet_with_gamma_is_memit_with_gamma_times_lambda():
 
 
 @pytest.mark.parametrize("slack", [0.0, 2.0])
+def test_a_hard_replayed_constraint_gives_way_to_an_edit_of_its_key(slack):
+    c0, batch = problem(3, slack=slack)
+    optional = torch.tensor([False] * len(batch) + [True])
+    beside = Constraints(
+        torch.cat([batch.keys, batch.keys[:, :1]], 1),
+        torch.cat([batch.residuals, -3 * batch.residuals[:, :1]], 1),
+        torch.cat([batch.slack, torch.zeros(1, dtype=torch.float64)]),
+        optional,
+    )
+    metric = Preservation.from_moments(c0)
+    close(solve(beside, metric).delta, solve(batch, metric).delta)  # as if it were not there
+    # Where all on a key are replayed, hard ones hold.
+    alone = Constraints(beside.keys, beside.residuals, beside.slack, torch.ones(len(optional), dtype=torch.bool))
+    assert float((solve(alone, metric).delta @ batch.keys[:, 0] - beside.residuals[:, -1]).norm()) < (
+        1e-6 if slack else float("inf")
+    )
+
+
+@pytest.mark.parametrize("slack", [0.0, 2.0])
 def test_duplicate_keys_are_averaged(slack):
     # Two wishes for one key: least squares with both rows is solved naively (soft), or asks for the mean (hard).
     c0, batch = problem(3, slack=slack)

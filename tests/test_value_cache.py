@@ -11,8 +11,8 @@ from tests.facts import FACTS
 SITE = Site(3, True, torch.nn.Identity())
 
 
-def cache(fingerprint="f", site=SITE, contexts=("", "a. "), **settings):
-    return ValueCache(fingerprint, site, contexts, ValueSettings(**settings))
+def cache(fingerprint="f", site=SITE, contexts=("", "a. "), tokenizer="t", edited="", **settings):
+    return ValueCache([fingerprint, tokenizer, edited], site, contexts, ValueSettings(**settings))
 
 
 def test_only_what_is_missing_is_found():
@@ -33,6 +33,10 @@ def test_only_what_is_missing_is_found():
 def test_the_key_holds_all_that_a_value_depends_on():
     others = [
         cache("g"),
+        cache(tokenizer="u"),
+        cache(edited="mlp.down_proj"),
+        cache(matmul="bfloat16"),
+        cache(lr=0.1),
         cache(site=Site(4, True, SITE.module)),
         cache(site=Site(3, False, SITE.module)),
         cache(contexts=("",)),
@@ -41,7 +45,7 @@ def test_the_key_holds_all_that_a_value_depends_on():
         cache(kl_factor=0.5),
         cache(early_stop=2),
     ]
-    assert len({c.folder for c in [cache(), *others]}) == 9
+    assert len({c.folder for c in [cache(), *others]}) == 13
     assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
     assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
 

@@ -57,8 +57,9 @@ def test_equal_along_the_normalized_gradient(family):
 
 
 def test_step_sizes_where_none_is_given():
-    assert ValueSettings().lr == 0.5
-    assert ValueSettings(optimizer="gradient").lr == 0.06
+    assert ValueSettings().step_size == 0.5
+    assert ValueSettings(optimizer="gradient").step_size == 0.06
+    assert ValueSettings(optimizer="gradient", lr=0.1).step_size == 0.1
 
 
 def test_equal_with_a_tokenizer_that_puts_a_token_first():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from editlab.lm.placement import weights_of
 
 _WORD = 8
+_HALF = (1 << 32) - 1
 _CHUNK = 1 << 20
 """Words (of 8 bytes) that are summed at once; few enough that their factors stay in the processor's cache."""
 
@@ -18,9 +19,9 @@ def fingerprint(model: nn.Module) -> str:
     """Hex digest (SHA-256, 64 characters) of all parameters and persistent buffers of ``model``.
 
     It covers each tensor's name, shape, data type and bytes: a changed bit always shows, and so do swapped
-    elements and a renamed, cast or reshaped tensor. Tensors are read as integers and summed with fixed odd
-    factors modulo 2^64, which is exact in any order: neither the device (or whether a tensor is
-    offloaded) nor the number of threads matters.
+    elements and a renamed, cast or reshaped tensor. Tensors are read as integers of four bytes and summed with
+    fixed odd factors modulo 2^64, which is exact in any order: neither the device (or whether a tensor is
+    offloaded) nor the number of threads matters. (Of eight bytes, two changed signs could cancel.)
     It is made to notice changes, not to withstand someone who forges weights.
     """
     digest = hashlib.sha256()
@@ -40,7 +41,7 @@ def _factors(count: int) -> Tensor:
 
 
 def _sums(tensor: Tensor, factors: Tensor) -> bytes:
-    """Compute one 8-byte sum for each chunk of the tensor's bytes in row-major order.
+    """Compute two 8-byte sums for each chunk of the tensor's bytes in row-major order: of its words' halves.
 
     An odd factor has an inverse modulo 2^64, so no sum can stay the same when a single word changes.
     """
@@ -50,8 +51,8 @@ def _sums(tensor: Tensor, factors: Tensor) -> bytes:
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     sums = []
     for chunk in content.split(_CHUNK * _WORD):
-        words = _words(chunk)
-        sums.append((words * factors[: words.numel()]).sum())
+        words, fixed = _words(chunk), factors[: chunk.numel() // _WORD + 1]
+        sums += [(half * fixed[: words.numel()]).sum() for half in (words & _HALF, (words >> 32) & _HALF)]
     return torch.stack(sums).cpu().numpy().tobytes()
 
 

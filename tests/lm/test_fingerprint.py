@@ -54,8 +54,10 @@ def test_the_digest_is_a_fixed_function():
         return (m ^ (m >> 32)) | 1
 
     words = [3, -5, 2**62]
-    total = signed(sum(w * factor(i) for i, w in enumerate(words)))
-    expected = hashlib.sha256(b"x|(3,)|torch.int64|" + total.to_bytes(8, "little", signed=True)).hexdigest()
+    halves = [[w % 2**32 for w in words], [w // 2**32 % 2**32 for w in words]]
+    totals = [signed(sum(h * factor(i) for i, h in enumerate(half))) for half in halves]
+    content = b"".join(total.to_bytes(8, "little", signed=True) for total in totals)
+    expected = hashlib.sha256(b"x|(3,)|torch.int64|" + content).hexdigest()
     assert fingerprint(Bag(x=torch.tensor(words))) == expected
 
 
@@ -70,6 +72,19 @@ def test_any_one_changed_element_shows(dtype, size):
         changed.view(torch.uint8)[place * weights.element_size()] ^= 1  # the lowest bit of that element
         seen.add(fingerprint(Bag(w=changed)))
     assert len(seen) == 1 + len(places)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_changed_signs_show(dtype):
+    """Also at the tops of words, where each moves a sum by half of what it is taken modulo of."""
+    weights = noise(16, dtype=dtype)
+    seen = {fingerprint(Bag(w=weights))}
+    for one, other in ((0, 1), (1, 3), (3, 7), (7, 15), (0, 15)):
+        changed = weights.clone()
+        for place in (one, other):
+            changed.view(torch.uint8)[(place + 1) * weights.element_size() - 1] ^= 0x80
+        seen.add(fingerprint(Bag(w=changed)))
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
