@@ -71,6 +71,12 @@ class EditLabCLI(LightningCLI):
         """Sets the default logger; YAML or a flag may replace it."""
         parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning looks for settings in a checkpoint, and editlab's hold none.
+
+        What is no checkpoint is named where it is read.
+        """
+
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, finds the run to go on from, and sees to checkpoints."""
         settle(self.config[self.config.subcommand])
