@@ -49,7 +49,7 @@ class PastKeys:
         """Takes keys [d_k, n] out again that were added ``ages`` [n] batches before the last one.
 
         A key may have moved since, where layers below it are edited: then as much is taken out in its direction as
-        leaves ``P`` positive semidefinite, and no more than was put in.
+        leaves ``P`` positive semidefinite, and no more than was put in. It costs one eigendecomposition of ``P``.
         """
         past = self.moments.get(layer)
         if past is None or not keys.numel():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -28,8 +27,6 @@ from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.products import type_of_products
-from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
 from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
@@ -284,10 +281,7 @@ class SequentialEditor(lightning.LightningModule):
             return self.optimize_values(facts)
         with self.unedited():
             if self._value_cache is None:
-                edited = "" if self.site.in_stream else self.lm.anatomy.edit_path  # a value in the stream has no map
-                model = [self.fingerprint, tokenizer_fingerprint(self.lm.tokenizer), edited]
-                settings = replace(self.values, matmul=type_of_products(self.values.matmul, self.lm.device))
-                self._value_cache = ValueCache(model, self.site, self.contexts, settings)
+                self._value_cache = ValueCache.of(self.lm, self.fingerprint, self.site, self.contexts, self.values)
             return self._value_cache.fetch(facts, self.optimize_values)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:

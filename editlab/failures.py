@@ -44,10 +44,11 @@ def _of_system(error: BaseException, editing: bool) -> str | None:
         return None
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in FULL:
-        places, after = ("trainer.logger.init_args.save_dir, EDITLAB_CACHE, HF_HOME",
-                         "what was written is whole, and --ckpt_path last goes on from it") if editing else (
-                         "--out, EDITLAB_CACHE, HF_HOME", "nothing is left half-written")  # fmt: skip
-        return f"The disk is full{where}: free some space, or write elsewhere ({places}); {after}."
+        place = "trainer.logger.init_args.save_dir" if editing else "--out"
+        after = "what was written is whole" + (", and --ckpt_path last goes on from it" if editing else "")
+        return (
+            f"The disk is full{where}: free some space, or write elsewhere ({place}, EDITLAB_CACHE, HF_HOME); {after}."
+        )
     if error.errno in FORBIDDEN:
         return (
             f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another place."

@@ -67,7 +67,7 @@ class RunLogger(TensorBoardLogger):
     def rows(self) -> dict[int, dict[str, float]]:
         """The table: number of edits -> name -> value."""
         if self._rows is None:
-            self._rows = _read(self.table_path)
+            self._rows = read_table(self.table_path)
         return self._rows
 
     @rank_zero_only
@@ -110,7 +110,8 @@ class RunLogger(TensorBoardLogger):
         return folder.is_dir() and all(any(map(path.match, OPENING)) for path in folder.iterdir())
 
 
-def _read(path: Path) -> dict[int, dict[str, float]]:
+def read_table(path: Path) -> dict[int, dict[str, float]]:
+    """A run's ``metrics.csv``: number of edits -> name -> value, what was measured alone; {} where there is none."""
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import yaml
 
 from editlab.errors import UserError
 from editlab.figures import Series
+from editlab.logger import read_table
 
 SUMMARY, TABLE, CONFIG = "summary.json", "metrics.csv", "config.yaml"
 
@@ -48,11 +48,7 @@ class RunFolder:
     @cached_property
     def curve(self) -> Series:
         """The run's table: number of edits -> name -> value; {} where it has none."""
-        file = self.path / TABLE
-        if not file.exists():
-            return {}
-        with file.open(newline="", encoding="utf-8") as lines:
-            return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)}
+        return read_table(self.path / TABLE)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +23,9 @@ from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.keys import Site
 from editlab.lm.cache import atomic_file, cache_dir
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.products import type_of_products
+from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.values import ValueSettings
 
 
@@ -45,6 +48,15 @@ class ValueCache:
         self.folder = cache_dir() / "values" / _digest(json.dumps(what, sort_keys=True))
         self._known: dict[str, Tensor] = {}
         self._read: set[Path] = set()
+
+    @classmethod
+    def of(
+        cls, lm: LanguageModel, fingerprint: str, site: Site, contexts: Sequence[str], settings: ValueSettings
+    ) -> ValueCache:
+        """That of a model, with the fingerprint of the weights that values are found on."""
+        edited = "" if site.in_stream else lm.anatomy.edit_path  # a value in the stream is of no map
+        found_by = replace(settings, matmul=type_of_products(settings.matmul, lm.device))
+        return cls([fingerprint, tokenizer_fingerprint(lm.tokenizer), edited], site, contexts, found_by)
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Targets of facts, float32 [n, d_v]: read where they are known, found and kept where they are not.

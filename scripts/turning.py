@@ -55,21 +55,26 @@ def turn(curve: Sequence[Row], before: float) -> Row:
         before: perplexity of the unedited model.
 
     Returns:
-        Numbers of edits for the marks. ``fall``s are what a stretch takes of accuracy, in points; ``rise``s what it
-        multiplies perplexity by. Where the steepest of each ends are also its place in edits per key dimension, the
-        norm and the Gram matrix' condition there, and the largest single update in it, over the median of those.
+        Numbers of edits for the marks. ``fall``s are what a stretch takes of accuracy, in points: from one snapshot to
+        the next, so that edits that never took are no loss, and only where both asked for as many, so that a sample is
+        not held against all. ``rise``s are what a stretch multiplies perplexity by. Where the steepest of each ends are
+        also its place in edits per key dimension, the norm and the Gram matrix' condition there, and the largest single
+        update in it, over the median of those.
     """
     row: Row = {name: next((int(p["edits"]) for p in curve if past(p, before)), "") for name, past in MARKS.items()}
-    accuracy = [1.0, *(float(point["retained_accuracy"]) for point in curve)]
+    alike = [(earlier, later) for earlier, later in pairwise(curve) if earlier["measured"] == later["measured"]]
+    falls = [100 * (float(a["retained_accuracy"]) - float(b["retained_accuracy"])) for a, b in alike]
     perplexity = [before, *(float(point["perplexity_heldout"]) for point in curve)]
-    row |= _steepest("fall", [100 * (earlier - later) for earlier, later in pairwise(accuracy)], curve, 1)
-    row |= _steepest("rise", [later / earlier for earlier, later in pairwise(perplexity)], curve, 3)
+    row |= _steepest("fall", falls, [later for _, later in alike], curve, 1)
+    row |= _steepest("rise", [later / earlier for earlier, later in pairwise(perplexity)], curve, curve, 3)
     return row | {name: curve[-1][name] for name in MADE_WITH if name in curve[-1]}
 
 
-def _steepest(what: str, steps: Sequence[float], curve: Sequence[Row], digits: int) -> Row:
-    """The largest of a curve's steps beside the median one, and what the snapshot at its end knows."""
-    there = curve[max(range(len(steps)), key=steps.__getitem__)]
+def _steepest(what: str, steps: Sequence[float], ends: Sequence[Row], curve: Sequence[Row], digits: int) -> Row:
+    """The largest of some steps beside the median one, and what the snapshot at its end knows; {} without steps."""
+    if not steps:
+        return {}
+    there = ends[max(range(len(steps)), key=steps.__getitem__)]
     updates = [float(point["largest_update"]) for point in curve if point.get("largest_update")]
     known = updates and there.get("largest_update")
     return {

@@ -7,6 +7,7 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from callbacks import ForgettingCurve, MemoryReplay
 from editlab.checkpoint import EditCheckpoint
@@ -143,6 +144,16 @@ def test_only_the_edited_weights_change_and_steps_are_counted(tiny_folder, tmp_p
     for number, layer in zip(module.layer_numbers, module.layers, strict=True):
         start = before[f"model.model.layers.{number}.mlp.down_proj.weight"]
         assert torch.equal(layer.weight, start + layer.total)
+
+
+def test_a_precision_that_scales_gradients_is_refused(tiny_folder, tmp_path):
+    # Lightning gives a scaler to 16-mixed on a GPU; on a CPU it takes bf16-mixed in its place.
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    trainer = L.Trainer(plugins=[scaled], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
+    data = EditDataModule(str(write_counterfact(tmp_path / "facts.json")), limit=2, only_known=False)
+    with pytest.raises(UserError, match="set bf16-mixed or 16-true"):
+        trainer.fit(editor(tiny_folder), data)
 
 
 def test_independent_batches_start_from_the_original_weights(tiny_folder, tmp_path):

@@ -12,20 +12,20 @@ def curve(*points):
     return [
         {"case": "a", "seed": "1", "edits": str(200 * i), "retained_ES": str(es), "retained_accuracy": str(accuracy),
          "perplexity_heldout": str(perplexity), "delta_norm": str(i), "gram_condition": "10", "largest_update": update,
-         "torch": "2"}
+         "measured": "128", "torch": "2"}
         for i, (es, accuracy, perplexity, update) in enumerate(points, 1)
     ]  # fmt: skip
 
 
 def test_a_curve_that_breaks():
-    # The unedited perplexity is 20: 30 is 1.5 times it, 400 twenty times. Falls: 5, 20, 70 points.
+    # The unedited perplexity is 20: 30 is 1.5 times it, 400 twenty times. Falls between snapshots: 20, 70 points.
     rows = curve((1.0, 0.95, 22, "0.5"), (0.9, 0.75, 30, "0.6"), (0.3, 0.05, 400, "3.0"))
     (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
     assert {name: row[name] for name in turning.MARKS} == {
         "accuracy_under_80": 400, "accuracy_under_50": 600, "ES_under_50": 600,
         "perplexity_over_1.4": 400, "perplexity_over_2": 600, "perplexity_over_10": 600,
     }  # fmt: skip
-    assert (row["steepest_fall"], row["median_fall"], row["fall_at"]) == (70.0, 20.0, 600)
+    assert (row["steepest_fall"], row["median_fall"], row["fall_at"]) == (70.0, 45.0, 600)
     # Rises: 22/20, 30/22, 400/30.
     assert (row["steepest_rise"], row["median_rise"], row["rise_at"]) == (13.333, 1.364, 600)
     for what in ("fall", "rise"):
@@ -36,10 +36,21 @@ def test_a_curve_that_breaks():
 
 
 def test_edits_and_language_may_break_at_different_places():
-    rows = curve((1.0, 0.4, 21, "0.9"), (1.0, 0.38, 80, "0.3"), (0.9, 0.36, 90, "0.3"))
+    rows = curve((1.0, 0.9, 21, "0.3"), (1.0, 0.4, 22, "0.9"), (1.0, 0.38, 80, "0.3"), (0.9, 0.36, 90, "0.3"))
     (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
-    assert (row["fall_at"], row["fall_update_over_median"]) == (200, 3.0)
-    assert (row["rise_at"], row["rise_update_over_median"]) == (400, 1.0)
+    assert (row["fall_at"], row["fall_update_over_median"]) == (400, 3.0)
+    assert (row["rise_at"], row["rise_update_over_median"]) == (600, 1.0)
+
+
+def test_edits_that_never_took_and_another_sample_are_no_fall():
+    # 40 of 100 do not take; 5 points are lost on the way; the last snapshot asks for all edits, and not for a sample.
+    rows = curve((1.0, 0.6, 20, "0.3"), (1.0, 0.55, 20, "0.3"), (1.0, 0.3, 20, "0.3"))
+    rows[-1]["measured"] = "600"
+    (row,) = turning.turns(rows, [{"case": "a", "seed": 1, "perplexity_before": "20"}])
+    assert (row["steepest_fall"], row["median_fall"], row["fall_at"]) == (5.0, 5.0, 400)
+    (row,) = turning.turns(rows[1:], [{"case": "a", "seed": 1, "perplexity_before": "20"}])
+    assert "steepest_fall" not in row
+    assert row["rise_at"] == 400
 
 
 def test_a_curve_that_holds_passes_no_mark():
