@@ -71,7 +71,9 @@ def _explained(path: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"The checkpoint {path} can not be read; give another, or start anew.") from error
+        raise UserError(
+            f"The checkpoint {path} can not be read, for it is damaged or of another kind: give another, or start anew."
+        ) from error
 
 
 def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:

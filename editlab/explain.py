@@ -6,7 +6,6 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from pickle import UnpicklingError
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,8 +25,6 @@ def explain(error: Exception) -> str | None:
     """One sentence for a mistake in the configuration; None where the error is of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
-    if isinstance(error, UnpicklingError) or (isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)):
-        return "The checkpoint can not be read, for it is damaged or of another kind: give another, or start anew."
     if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
         return _line(str(error)) + "."
     if not isinstance(error, ArgumentError):
