@@ -22,7 +22,7 @@ EVERY, SAMPLE = 200, 128
 RULE = "model.rule.init_args."
 THOROUGH = {
     "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 1000, "lr": 3e-3, "weights": {"before": 0, "unedited": 40},
-    "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 1.0,
+    "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 2.0,
 }  # fmt: skip
 """An adjustment after the last batch that sees each edit about sixteen times, half of them in a context, and is held
 to what the unedited model says to as many other questions."""
