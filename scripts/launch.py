@@ -6,6 +6,7 @@ started with) and, where it ended badly, ``failed.json``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
 
 LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
+WHERE = "--trainer.logger.init_args."
+"""Arguments that say where a run lies, and not what it does, begin so."""
 
 STOPPED = {130, 143, -2, -15}
 """Exit codes of what was told to stop, which is no failure."""
@@ -43,6 +46,15 @@ class Job:
     """of ``editlab``"""
     threads: int
 
+    @property
+    def settings(self) -> str:
+        """A digest (8 hex digits) of what is run, wherever it lies: runs that have the same one are told the same.
+
+        Files in the repository or beside it count from there, so that another checkout gives the same one.
+        """
+        told = "\n".join(argument for argument in self.arguments if not argument.startswith(WHERE))
+        return hashlib.sha256(told.replace(f"{ROOT.parent}/", "../").encode()).hexdigest()[:8]
+
 
 def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
     """Runs a job, or resumes it from its checkpoint.
@@ -56,7 +68,7 @@ def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
     """
     (job.folder / FAILED).unlink(missing_ok=True)
     arguments = list(job.arguments)
-    checkpoint, noted = job.folder / "checkpoints" / "last.ckpt", provenance()
+    checkpoint, noted = job.folder / "checkpoints" / "last.ckpt", {"settings": job.settings, **provenance()}
     if checkpoint.exists():
         arguments += ["--ckpt_path", str(checkpoint)]
         noted = _with_earlier(job.folder / PROVENANCE, noted)
@@ -67,8 +79,10 @@ def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
         command = [sys.executable, "-m", "editlab.cli", *arguments]
         with subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT) as process:
             _RUNNING.add(process)
-            code = process.wait()
-            _RUNNING.discard(process)
+            try:
+                code = process.wait()
+            finally:
+                _RUNNING.discard(process)
     if code and code not in STOPPED:
         _write(job.folder / FAILED, {"code": code, "log": str(job.folder / LOG)})
     return code

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dry_run
-from launch import FAILED, LAUNCHERS, LOG, ROOT, Job, cores
+from launch import FAILED, LAUNCHERS, LOG, PROVENANCE, ROOT, WHERE, Job, cores
 from tqdm import tqdm
 
 from editlab.figures import Series
@@ -57,15 +57,14 @@ class Case:
         flags = {
             "data.seed": seed,
             "seed_everything": seed,
-            "trainer.logger.init_args.save_dir": str(work),
-            "trainer.logger.init_args.name": self.name,
-            "trainer.logger.init_args.version": f"version_{seed}",
             "trainer.enable_progress_bar": False,
             **self.flags,
         }
+        place = {"save_dir": str(work), "name": self.name, "version": f"version_{seed}"}
         # None first: jsonargparse would let what the recipe's callback of the same class is given stand.
         callbacks = ["--trainer.callbacks=null", f"--trainer.callbacks={json.dumps(list(self.callbacks))}"]
-        return ["fit", "--config", recipe, *(f"--{name}={_plain(value)}" for name, value in flags.items()), *callbacks]
+        settings = [*(f"--{name}={_plain(value)}" for name, value in flags.items()), *callbacks]
+        return ["fit", "--config", recipe, *settings, *(f"{WHERE}{name}={value}" for name, value in place.items())]
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,18 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """The run's ``summary.json``; None where it has not finished."""
         return RunFolder(self.folder).summary
+
+    @property
+    def other_settings(self) -> bool:
+        """Whether it was started with other settings than it would be now; of an older run that is not known."""
+        path = self.folder / PROVENANCE
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return noted.get("settings", now := self.job(1).settings) != now
+
+    def job(self, threads: int) -> Job:
+        """What starts it, or lets it go on, on so many cores."""
+        folder = self.folder.absolute()
+        return Job(folder, tuple(self.case.arguments(self.recipe, self.seed, folder.parents[1])), threads)
 
     def curve(self) -> Series:
         """The run's ``metrics.csv``: number of edits -> name -> value."""
@@ -199,7 +210,8 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         options: of :func:`parser`.
 
     Returns:
-        Those that have a result. Exits with a sentence where the fact file is absent.
+        Those that have a result. Exits with a sentence where the fact file is absent, or a finished run was started
+        with other settings, for which it would be taken.
     """
     if options.path != "worldfacts" and not Path(options.path).exists():
         sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
@@ -211,6 +223,9 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         dry_run.show(runs, options.workers)
         return []
     if not options.no_run:
+        other = next((run for run in runs if run.summary is not None and run.other_settings), None)
+        if other is not None:
+            sys.exit(f"{other.folder} was made with other settings: give another --work, or remove that folder.")
         known = {run.seed for run in runs if run.summary is not None}
         _carry_out(waiting, {run.seed: run for run in reversed(waiting) if run.seed not in known}, options)
     return [run for run in runs if run.summary is not None]
@@ -219,8 +234,7 @@ def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
 def _carry_out(runs: Sequence[Run], first: Mapping[int, Run], options: argparse.Namespace) -> None:
     """Runs what is missing; ``first`` is the run of a seed that the others of it wait for."""
     threads = max(1, cores() // options.workers)
-    work = options.work.absolute()
-    jobs = [Job(r.folder.absolute(), tuple(r.case.arguments(r.recipe, r.seed, work)), threads) for r in runs]
+    jobs = [run.job(threads) for run in runs]
     of = dict(zip(jobs, runs, strict=True))
     ahead = {run.seed: job for job, run in of.items() if first.get(run.seed) == run}
     after = {job: ahead[run.seed] for job, run in of.items() if ahead.get(run.seed, job) != job}

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 VERSIONS = ("editlab", "torch", "transformers", "peft")
 """Packages whose versions a table gives."""
 
-MADE_WITH = ("recipe", "revision", "machine", *VERSIONS)
+MADE_WITH = ("recipe", "settings", "revision", "machine", *VERSIONS)
 """Columns of every table that say what a row was made with."""
 
 MEASURES: dict[str, Callable[[Row], float]] = {
@@ -54,7 +54,7 @@ CURVE = {
 
 
 def provenance_of(run: Run) -> dict[str, str]:
-    """Recipe, revision and machine that a run was started with, as far as they were noted, and its versions."""
+    """Recipe, settings, revision and machine that a run was started with, as far as noted, and its versions."""
     path = run.folder / PROVENANCE
     noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
     versions = (run.summary or {}).get("versions", {})

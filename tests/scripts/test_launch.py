@@ -29,7 +29,9 @@ def check(found, tmp_path):
     assert codes["bad"] != 0
     for name in codes:
         folder = tmp_path / name / "version_1"
-        assert json.loads((folder / "provenance.json").read_text()) == launch.provenance()
+        noted = json.loads((folder / "provenance.json").read_text())
+        assert noted.pop("settings") == next(job.settings for job, _ in found if job.folder == folder)
+        assert noted == launch.provenance()
         assert (folder / "failed.json").exists() == (name == "bad")
     assert "covariance_weight" in (tmp_path / "one" / "version_1" / "run.log").read_text()
     assert "nowhere.yaml" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
@@ -54,6 +56,7 @@ def test_an_interrupt_begins_nothing_more_and_leaves_nothing_running(tmp_path, m
             children.append(process)
             return process.wait()
 
+    monkeypatch.setattr(launch, "_RUNNING", set())
     monkeypatch.setattr(launch, "start", start)
     jobs = [launch.Job(tmp_path / str(i), (), 1) for i in range(4)]
     ends = launch.processes(jobs, 2, {})
@@ -77,6 +80,19 @@ def test_a_run_that_goes_on_says_all_that_it_was_made_with(tmp_path):
         "revision": "abc | def", "machine": "a CPU",
     }  # fmt: skip
     assert launch._with_earlier(tmp_path / "none", {"revision": "def"}) == {"revision": "unknown | def"}
+
+
+def test_settings_are_told_apart_wherever_the_run_and_the_files_lie(tmp_path, monkeypatch):
+    def settings(work, path, rate):
+        arguments = ("fit", f"--data.path={path}", f'--trainer.callbacks=[{{"text": "{path}", "rate": {rate}}}]')
+        return launch.Job(tmp_path, (*arguments, f"--trainer.logger.init_args.save_dir={work}"), 1).settings
+
+    first = settings("one", launch.ROOT.parent / "shared" / "facts.json", 0.5)
+    assert settings("two", launch.ROOT.parent / "shared" / "facts.json", 0.5) == first
+    assert settings("one", launch.ROOT.parent / "shared" / "facts.json", 0.3) != first
+    assert settings("one", "/elsewhere/facts.json", 0.5) != first
+    monkeypatch.setattr(launch, "ROOT", tmp_path / "checkout")
+    assert settings("one", tmp_path / "shared" / "facts.json", 0.5) == first
 
 
 def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):

@@ -63,6 +63,9 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "start", lambda job: (started.append(job.folder.parent.name), plain(job))[1])
     sweep.run_all([good], "configs/emmet.yaml", options)
     assert started == []
+    with pytest.raises(SystemExit, match=r"version_1 was made with other settings: give another --work, or remove"):
+        sweep.run_all([good.given([("ForgettingCurve", "sample", 9)])], "configs/emmet.yaml", options)
+    assert started == []
     (run.folder / "summary.json").unlink()
     assert len(sweep.run_all([good], "configs/emmet.yaml", options)) == 1
     assert started == ["none"]
@@ -156,7 +159,8 @@ def test_a_run_says_what_it_was_started_with(options):
     (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
     found = tables.provenance_of(run)
     versions = {name: version(name) for name in ("editlab", "torch", "transformers", "peft")}
-    assert found == {"recipe": "configs/emmet.yaml", **launch.provenance(), **versions}
+    settings = run.job(1).settings
+    assert found == {"recipe": "configs/emmet.yaml", "settings": settings, **launch.provenance(), **versions}
     assert found["machine"].split(" x ")[0] == str(launch.cores())
     assert tables.provenance_of_all([found, found]) == found
     other = sweep.Run(run.case, 2, options.work, "configs/memit.yaml")
