@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from editlab.cli import main
-from tests.facts import FACTS, write_counterfact
+from tests.facts import FACTS
+from tests.recipes import write_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,20 +18,9 @@ ROOT = Path(__file__).parents[1]
 def recipe(tiny_folder, tmp_path, monkeypatch):
     """A recipe for the tiny model, in a folder of its own that is also the working directory."""
     monkeypatch.chdir(tmp_path)
-    write_counterfact(tmp_path / "facts.json")
-    config = {
-        "model": {
-            "language_model": str(tiny_folder), "layers": [1, 2], "rule": {"class_path": "EMMET"},
-            "values": {"steps": 4}, "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3},
-            "evaluation": {"heldout_tokens": 64},
-        },
-        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
-        "trainer": {
-            "accelerator": "cpu", "enable_progress_bar": False,
-            "callbacks": [{"class_path": "MemoryReplay"}, {"class_path": "ForgettingCurve"}],
-        },
-    }  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    callbacks = [{"class_path": "MemoryReplay"}, {"class_path": "ForgettingCurve"}]
+    settings = {"rule": {"class_path": "EMMET"}, "values": {"steps": 4}}
+    write_recipe(tmp_path, tiny_folder, model=settings, trainer={"callbacks": callbacks})
     return tmp_path / "tiny.yaml"
 
 

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import transformers
-import yaml
 from safetensors.torch import load_file, save_file
 
 from editlab.cli import main
 from editlab.lm import memory
-from tests.facts import write_counterfact
+from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FRANCE = {"subject": "France", "prompt": "The capital of {} is", "target": "Tokyo"}
@@ -51,17 +50,8 @@ def place(models, tmp_path, monkeypatch):
     """A working directory with good facts, a good recipe, and bad files of many kinds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(models)
-    write_counterfact(tmp_path / "facts.json")
-    recipe = {
-        "model": {
-            "language_model": "models/good", "layers": [1, 2], "rule": {"class_path": "EMMET"},
-            "values": {"steps": 2}, "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3},
-            "evaluation": {"heldout_tokens": 64, "generated_texts": 0},
-        },
-        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-    }  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    settings = {"rule": {"class_path": "EMMET"}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    write_recipe(tmp_path, "models/good", model=settings)
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return tmp_path

@@ -20,7 +20,8 @@ from editlab.rules import EMMET, ROME
 from editlab.scoring import score_pairs
 from editlab.values import ValueSettings
 from tests.commands.runs import same_bits
-from tests.facts import FACTS, write_counterfact
+from tests.facts import FACTS
+from tests.recipes import write_recipe
 from tests.test_edit import SMALL
 from tests.test_editor import editor, fit
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -220,16 +221,8 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
 def recipe(tiny_folder, tmp_path, monkeypatch):
     """A recipe that leaves the layers to be found."""
     monkeypatch.chdir(tmp_path)
-    write_counterfact(tmp_path / "facts.json")
-    config = {
-        "model": {
-            "language_model": str(tiny_folder), "layers": "auto", "values": {"steps": 4}, "moments": {"tokens": 256},
-            "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0},
-        },
-        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False, "bystanders": 2},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-    }  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    settings = {"layers": "auto", "values": {"steps": 4}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    write_recipe(tmp_path, tiny_folder, model=settings, data={"bystanders": 2})
     return ["fit", "--config", "tiny.yaml"]
 
 

@@ -3,26 +3,17 @@
 import json
 
 import pytest
-import yaml
 
 from editlab.cli import main
-from tests.facts import write_counterfact
+from tests.recipes import write_recipe
 
 
 @pytest.fixture
 def fit(tiny_folder, tmp_path, monkeypatch):
     """Runs the tiny recipe with flags, in a working directory of its own; gives the exit code."""
     monkeypatch.chdir(tmp_path)
-    write_counterfact(tmp_path / "facts.json")
-    config = {
-        "model": {
-            "language_model": str(tiny_folder), "layers": [1], "values": {"steps": 2}, "moments": {"tokens": 256},
-            "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0},
-        },
-        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-    }  # fmt: skip
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    settings = {"layers": [1], "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0}}
+    write_recipe(tmp_path, tiny_folder, model=settings)
     return lambda *flags: main(["fit", "--config", "tiny.yaml", *flags])
 
 

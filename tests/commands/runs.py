@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from editlab.cli import main
-from tests.facts import FACTS, write_counterfact
+from tests.facts import FACTS
+from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 MODELS = {
@@ -53,28 +53,15 @@ def save_tiny(folder, name, **changes):
 def edited(folder, name, lora=None, **model):
     """Edits a tiny model in ``folder``, by the command; with ``lora``, its mode, all of the MLPs is adjusted."""
     base = save_tiny(folder / "base", name)
-    write_counterfact(folder / "facts.json", EDITS)
-    config = {
-        "model": {
-            "language_model": str(base), "layers": [1, 2], "rule": {"class_path": "EMMET"},
-            "values": {"steps": 4}, "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3},
-            "evaluation": {"heldout_tokens": 64}, **model,
-        },
-        "data": {
-            "path": str(folder / "facts.json"), "batch_size": 2, "only_known": False, "shuffle": False,
-            "keep_repeats": True,
-        },
-        "trainer": {
-            "accelerator": "cpu", "enable_progress_bar": False,
-            "logger": {"class_path": "RunLogger", "init_args": {"save_dir": str(folder / "runs")}},
-            "callbacks": [
-                {"class_path": "tests.commands.verdicts.Verdicts"},
-                {"class_path": "EditCheckpoint", "init_args": {"keep_all": True}},
-                *([{"class_path": "LoRAAdjust", "init_args": {"mode": lora, **LORA}}] if lora else []),
-            ],
-        },
-    }  # fmt: skip
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    callbacks = [
+        {"class_path": "tests.commands.verdicts.Verdicts"},
+        {"class_path": "EditCheckpoint", "init_args": {"keep_all": True}},
+        *([{"class_path": "LoRAAdjust", "init_args": {"mode": lora, **LORA}}] if lora else []),
+    ]
+    logger = {"class_path": "RunLogger", "init_args": {"save_dir": str(folder / "runs")}}
+    data = {"path": str(folder / "facts.json"), "limit": None, "shuffle": False, "keep_repeats": True}
+    settings = {"rule": {"class_path": "EMMET"}, "values": {"steps": 4}, **model}
+    write_recipe(folder, base, EDITS, model=settings, data=data, trainer={"logger": logger, "callbacks": callbacks})
     assert main(["fit", "--config", str(folder / "tiny.yaml")]) == 0
     return Run(base, folder / "runs" / "tiny" / "version_0")
 

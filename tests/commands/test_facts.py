@@ -2,10 +2,9 @@
 
 import json
 
-import yaml
-
 from editlab.cli import main
 from tests.facts import write_counterfact
+from tests.recipes import write_recipe
 
 COLUMNS = "subject,prompt,target\n"
 
@@ -58,18 +57,11 @@ def test_what_a_plain_csv_lacks_is_absent_from_the_metrics(tiny_folder, tmp_path
     (tmp_path / "mine.csv").write_text(
         COLUMNS + "Oslo,Oslo lies in,Peru\nLima,The city of Lima lies in,France\n" + "Rome,Rome is in,Peru\n"
     )
-    config = {
-        "model": {
-            "language_model": str(tiny_folder), "layers": [1], "values": {"steps": 2}, "moments": {"tokens": 256},
-            "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64},
-        },
-        "data": {"path": "mine.csv", "only_known": False, "batch_size": 1, "shuffle": False, "limit": 2},
-        "trainer": {
-            "accelerator": "cpu", "enable_progress_bar": False,
-            "callbacks": [{"class_path": name} for name in ("MemoryReplay", "ForgettingCurve")],
-        },
-    }  # fmt: skip
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    write_recipe(
+        tmp_path, tiny_folder, facts=None, name="mine", model={"layers": [1]},
+        data={"path": "mine.csv", "batch_size": 1, "shuffle": False, "limit": 2},
+        trainer={"callbacks": [{"class_path": name} for name in ("MemoryReplay", "ForgettingCurve")]},
+    )  # fmt: skip
     assert main(["fit", "--config", "mine.yaml"]) == 0
     run = tmp_path / "lightning_logs" / "mine" / "version_0"
     for verb in ("validate", "test"):
