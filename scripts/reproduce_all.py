@@ -23,7 +23,7 @@ from launch import LAUNCHERS, ROOT, cores
 
 QUICK_OUT = ROOT / "lightning_logs" / "quick"
 QUICK = ("--path", "worldfacts", "--heldout", "builtin", "--moments", "self", "--tokens", "4096", "--seeds", "1",
-         "--callback", "LoRAAdjust.steps=4")  # fmt: skip
+         "--callback", "LoRAAdjust.steps=4", "--set", "model.evaluation.heldout_tokens=512")  # fmt: skip
 """Of each experiment in the quick pass, beside its own."""
 
 

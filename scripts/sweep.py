@@ -41,8 +41,8 @@ class Case:
         """The same case with flags that its experiment gives to all, below its own."""
         return replace(self, flags={**common, **self.flags})
 
-    def given(self, settings: Iterable[tuple[str, str, Any]]) -> Case:
-        """The same case with settings (class, name, value) of its callbacks, where it has such."""
+    def given(self, settings: Iterable[tuple[str, str, Any]], flags: Iterable[tuple[str, str]] = ()) -> Case:
+        """The same case with settings (class, name, value) of its callbacks, where it has such, and with flags."""
         own: dict[str, dict[str, Any]] = {}
         for owner, name, value in settings:
             own.setdefault(owner, {})[name] = value
@@ -50,7 +50,7 @@ class Case:
             {**one, "init_args": {**one.get("init_args", {}), **own.get(one["class_path"].rpartition(".")[2], {})}}
             for one in self.callbacks
         ]
-        return replace(self, callbacks=callbacks)
+        return replace(self, callbacks=callbacks, flags={**self.flags, **dict(flags)})
 
     def arguments(self, recipe: str, seed: int, work: Path) -> list[str]:
         """What ``editlab`` is called with."""
@@ -133,6 +133,14 @@ def _setting(text: str) -> tuple[str, str, Any]:
         return owner, name, value
 
 
+def _flag(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, given, value = text.partition("=")
+    if not (name and given):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    return name, value
+
+
 def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The arguments that all experiments share."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,6 +161,8 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     )
     found.add_argument("--callback", type=_setting, nargs="+", default=[], metavar="CLASS.NAME=VALUE",
                        help="settings of callbacks in all cases that have them: LoRAAdjust.steps=4")  # fmt: skip
+    found.add_argument("--set", type=_flag, nargs="+", default=[], metavar="NAME=VALUE",
+                       help="settings of all cases, over their own: model.evaluation.neighbors=1")  # fmt: skip
     found.add_argument("--dry-run", action="store_true", help="say what would be run")
     found.add_argument("--no-run", action="store_true", help="only write tables and figures of the runs that are there")
     found.set_defaults(**defaults)
@@ -194,7 +204,8 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
     unknown = set(options.only or ()) - {case.name for case in cases}
     if unknown:
         sys.exit(f"There is no case {', '.join(sorted(unknown))}: there are {', '.join(c.name for c in cases)}.")
-    chosen = [case.given(options.callback) for case in cases if not options.only or case.name in options.only]
+    asked = [case for case in cases if not options.only or case.name in options.only]
+    chosen = [case.given(options.callback, options.set) for case in asked]
     return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
 
 

@@ -166,7 +166,7 @@ def against(rows: Sequence[Row], base: str, measure: Callable[[Row], float]) -> 
 
 
 def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str) -> list[Row]:
-    """One row a case: means over seeds, and what it gains over its base, paired by seed, with 95% t-intervals.
+    """One row a case: means over seeds, and what it gains over its base, paired by seed, all with 95% t-intervals.
 
     Args:
         rows: of :func:`table_rows`.
@@ -178,12 +178,18 @@ def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str) -> list[
         own = [row for row in rows if row["case"] == case]
         one: Row = {"case": case, "seeds": len(own)}
         measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), rows))}
-        one |= {name: round(statistics.mean(map(measure, own)), 4) for name, measure in measured.items()}
+        for name, measure in measured.items():
+            one |= _named(name, interval([measure(row) for row in own]))
         for name, measure in measured.items():
             gain = against(rows, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
-            one |= {f"{name}_gain{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), gain, strict=True)}
+            one |= _named(f"{name}_gain", gain)
         found.append({**one, **provenance_of_all(own)})
     return found
+
+
+def _named(name: str, found: tuple[float, float, float]) -> Row:
+    """A mean and the ends of its interval, in columns of their own."""
+    return {f"{name}{end}": round(x, 4) for end, x in zip(("", "_low", "_high"), found, strict=True)}
 
 
 def _has(measure: Callable[[Row], float], row: Row) -> bool:

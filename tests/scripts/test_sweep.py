@@ -98,9 +98,18 @@ def test_settings_of_callbacks_reach_the_cases_that_have_them(options, capsys):
     found = [run.case.callbacks for run in sweep.planned([with_it, without], "", options) if run.seed == 1]
     assert found == [[{"class_path": "callbacks.MemoryReplay", "init_args": {"rate": 0.5}}], []]
     assert options.callback[1] == ("Other", "a", "b")
-    with pytest.raises(SystemExit):
-        sweep.parser(None).parse_args(["--callback", "rate=0.5"])
-    assert "is no CLASS.NAME=VALUE" in capsys.readouterr().err
+    for given, said in ((["--callback", "rate=0.5"], "is no CLASS.NAME=VALUE"), (["--set", "a"], "is no NAME=VALUE")):
+        with pytest.raises(SystemExit):
+            sweep.parser(None).parse_args(given)
+        assert said in capsys.readouterr().err
+
+
+def test_settings_of_all_cases_stand_over_their_own(options, tmp_path):
+    given = ["--set", "model.layers=[2]", "model.moments.text=a=b"]
+    options = sweep.parser(None, work=tmp_path, seeds=[1]).parse_args(given)
+    (run,) = sweep.planned([sweep.Case("a", {"model.layers": [1], "data.limit": 4})], "a.yaml", options)
+    assert run.case.flags == {"model.layers": "[2]", "data.limit": 4, "model.moments.text": "a=b"}
+    assert {"--model.layers=[2]", "--data.limit=4"} <= set(run.job(1).arguments)
 
 
 def test_files_are_found_from_the_folder_of_the_caller(tmp_path, monkeypatch):

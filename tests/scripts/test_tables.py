@@ -39,6 +39,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     none, more = tables.means(rows, {}, "none")
     assert (more["accuracy_gain"], more["accuracy_gain_low"], more["accuracy_gain_high"]) == (0.1, 0.1, 0.1)
     assert (none["accuracy_gain"], none["accuracy"], more["seeds"]) == (0.0, 0.7, 3)
+    # 12.706 (t at one degree of freedom) times the standard error, 0.2828 / 2 ** 0.5 = 0.2, either way
+    assert (none["accuracy_low"], none["accuracy_high"]) == (pytest.approx(-1.8412), pytest.approx(3.2412))
     assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
     assert (more["NS_gain"], more["ES_gain"], more["perplexity_ratio_gain"]) == (0.0, 0.0, 0.0)
     _, more = tables.means(rows, {"more": "more"}, "none")
