@@ -143,7 +143,7 @@ def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> It
     Yields:
         Each job with its exit code, as it ends.
     """
-    with ThreadPoolExecutor(workers) as pool, _told_to_stop():
+    with ThreadPoolExecutor(workers) as pool, told_to_stop():
 
         def next_of(running: Sequence[Future[int]]) -> Future[int]:
             return wait(running, return_when=FIRST_COMPLETED).done.pop()
@@ -159,7 +159,7 @@ def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> It
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[None]:
+def told_to_stop() -> Iterator[None]:
     """Within it SIGTERM ends this process as Ctrl-C does: by an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import LAUNCHERS, ROOT, cores
+from launch import LAUNCHERS, ROOT, cores, told_to_stop
 
 QUICK_OUT = ROOT / "lightning_logs" / "quick"
 QUICK = ("--path", "worldfacts", "--heldout", "builtin", "--moments", "self", "--tokens", "4096", "--seeds", "1",
@@ -79,8 +79,13 @@ def command(step: Step, options: argparse.Namespace) -> list[str]:
 
 
 def carry_out(step: Step, options: argparse.Namespace) -> str:
-    """Runs a step; returns ``passed``, or why it did not."""
-    code = subprocess.run(command(step, options), check=False).returncode
+    """Runs a step; returns ``passed``, or why it did not. What stops this stops the step, and with it its runs."""
+    with told_to_stop(), subprocess.Popen(command(step, options)) as process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
     if code:
         return f"failed with exit code {code}"
     absent = [] if options.dry_run else [t for t in step.tables if not (options.out / "results" / t).exists()]

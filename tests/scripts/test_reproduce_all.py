@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,32 @@ def test_a_step_that_fails_fails_all_and_the_others_run(body, result, tmp_path, 
     assert table[0].split(maxsplit=2)[::2] == ["one", result]
     assert table[1].split(maxsplit=2)[::2] == ["two", "passed"]
     assert str(tmp_path / "out") in table[2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_what_is_told_to_stop_stops_its_step(tmp_path):
+    """Three processes: this one, one that carries the step out, and the step, which says so when it is stopped."""
+    step = (
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "signal.signal(signal.SIGTERM, lambda *_: ((here / 'stopped').touch(), sys.exit(143)))\n"
+        "(here / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    (tmp_path / "step.py").write_text(step)
+    caller = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
+        "import reproduce_all as r\n"
+        f"r.STEPS = (r.Step('one', {str(tmp_path / 'step.py')!r}, (), (), sweep=False),)\n"
+        f"r.main(['--out', {str(tmp_path)!r}])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert (tmp_path / "stopped").exists()
 
 
 def test_the_quick_pass_lies_beside_the_results_that_are_kept():
