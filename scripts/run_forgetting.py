@@ -11,6 +11,9 @@ the first, ``figs/large_scale_forgetting.png`` (and ``.pdf``). Rows of runs that
 
 from __future__ import annotations
 
+from typing import Any
+
+import yaml
 from sequences import Sequences
 from sweep import ROOT, Case
 from turning import turns
@@ -20,12 +23,6 @@ from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
-THOROUGH = {
-    "rank": 32, "alpha": 32.0, "targets": "mlp", "steps": 1000, "lr": 3e-3, "weights": {"before": 0, "unedited": 40},
-    "prompts": 2000, "text_tokens": 4096, "edits_tolerance": 2.0,
-}  # fmt: skip
-"""An adjustment after the last batch that sees each edit about sixteen times, half of them in a context, and is held
-to what the unedited model says to as many other questions."""
 SHOWN = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),
@@ -55,6 +52,13 @@ EXPERIMENT = Sequences(
 )
 
 
+def thorough(edits: int) -> dict[str, Any]:
+    """The adjustment after the last batch of ``configs/emmet_thousands.yaml``, that draws from so many edits."""
+    recipe = yaml.safe_load((ROOT / "configs" / "emmet_thousands.yaml").read_text(encoding="utf-8"))
+    (found,) = (one for one in recipe["trainer"]["callbacks"] if one["class_path"] == "LoRAAdjust")
+    return {**found, "init_args": {**found["init_args"], "replayed": edits}}
+
+
 def cases(edits: int) -> list[Case]:
     """All cases, the ones that matter most first; the last two have a number of edits of their own."""
     curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": EVERY, "sample": SAMPLE}}
@@ -63,7 +67,6 @@ def cases(edits: int) -> list[Case]:
     both = {"class_path": "MemoryReplay", "init_args": {"memory": "both", **sampled}}
     replay = {"class_path": "MemoryReplay", "init_args": {"sampling": "random", "rate": 0.3, "capacity": 500}}
     lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 16}}
-    thorough = {"class_path": "LoRAAdjust", "init_args": {**THOROUGH, "replayed": edits}}
     trust = {"class_path": "TrustRollback", "init_args": {}}
     looser = {"model.preserve_prompt_tokens": 0.1}
     layer_6 = {"model.layers": [6]}
@@ -83,14 +86,14 @@ def cases(edits: int) -> list[Case]:
         Case("rome", rome, [curve]),
         Case("consolidated", {}, [consolidated, curve]),
         Case("consolidated_looser", looser, [consolidated, curve]),
-        Case("consolidated_looser_lora", looser, [consolidated, thorough, curve]),
+        Case("consolidated_looser_lora", looser, [consolidated, thorough(edits), curve]),
         Case("replay", {}, [replay, curve]),
         Case("lora", {}, [lora, curve]),
         Case("both_lora", {}, [both, lora, curve]),
         Case("trust", {}, [trust, curve]),
         Case("memit", memit, [curve]),
         Case("alphaedit", alphaedit, [consolidated, curve]),
-        Case("lora_alone", {"data.batch_size": edits, **nothing}, [thorough]),
+        Case("lora_alone", {"data.batch_size": edits, **nothing}, [thorough(edits)]),
         Case("joint", {"data.batch_size": edits}, []),
         Case("joint_looser", {"data.batch_size": edits, **looser}, []),
         Case("layer_6_consolidated", layer_6, [consolidated, curve]),

@@ -164,6 +164,21 @@ def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
     assert found["init_args"].get("covariance_weight") == weights.get(name)
 
 
+def test_the_recipe_for_thousands_is_the_case_that_was_measured(tmp_path):
+    case = next(case for case in forgetting.cases(2000) if case.name == "consolidated_looser_lora")
+
+    def settings(*arguments):
+        command = [sys.executable, "-m", "editlab.cli", *arguments, "--print_config"]
+        found = yaml.safe_load(subprocess.run(command, capture_output=True, check=True, cwd=sweep.ROOT).stdout)
+        return [found["model"][name] for name in ("layers", "rule", "preserve_prompt_tokens", "values")], [
+            one for one in found["trainer"]["callbacks"] if not one["class_path"].endswith("EditCheckpoint")
+        ]
+
+    recipe = settings("fit", "--config", "configs/emmet_thousands.yaml")
+    assert settings(*case.arguments(forgetting.EXPERIMENT.recipe, 1, tmp_path)) == recipe
+    assert forgetting.thorough(500)["init_args"]["replayed"] == 500
+
+
 def test_a_run_says_what_it_was_started_with(options):
     (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
     found = tables.provenance_of(run)
