@@ -47,7 +47,7 @@ class Sequences:
         """
         results = out / "results"
         each = update_table(results / self.each, table_rows(runs), cases)
-        write_rows(means(each, self.base, self.otherwise), results / self.over_seeds)
+        write_rows(means(each, self.base, self.otherwise, cases), results / self.over_seeds)
         curves = update_table(results / self.curves, snapshots(runs), cases)
         if self.also is not None:
             name, make = self.also

@@ -165,18 +165,22 @@ def against(rows: Sequence[Row], base: str, measure: Callable[[Row], float]) -> 
     }
 
 
-def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str) -> list[Row]:
+def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str, cases: Collection[str] = ()) -> list[Row]:
     """One row a case: means over seeds, and what it gains over its base, paired by seed, all with 95% t-intervals.
 
     Args:
         rows: of :func:`table_rows`.
         base: case -> the case that it is held against.
         otherwise: the base of cases not named.
+        cases: names of all cases of the experiment, in their order; those without a row stand there with 0 seeds.
     """
     found = []
-    for case in dict.fromkeys(row["case"] for row in rows):
+    for case in dict.fromkeys([*cases, *(row["case"] for row in rows)]):
         own = [row for row in rows if row["case"] == case]
         one: Row = {"case": case, "seeds": len(own)}
+        if not own:
+            found.append(one)
+            continue
         measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), rows))}
         for name, measure in measured.items():
             one |= _named(name, interval([measure(row) for row in own]))

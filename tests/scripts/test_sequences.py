@@ -26,11 +26,13 @@ def test_an_experiment_s_tables_and_figure_outlive_its_runs(tmp_path):
         (folder / "metrics.csv").write_text(f"edits,retained/accuracy\n4,1.0\n8,{accuracy}\n")
         return sweep.Run(sweep.Case(case, {}), seed, folder)
 
-    written.write([run("a", 1, 0.5)], ["a", "b"], tmp_path)
-    written.write([run("b", 1, 0.75)], ["a", "b"], tmp_path)
+    written.write([run("a", 1, 0.5)], ["a", "b", "c"], tmp_path)
+    written.write([run("b", 1, 0.75)], ["a", "b", "c"], tmp_path)
     results = tmp_path / "results"
     assert [row["retained_accuracy"] for row in tables.read_rows(results / "each.csv")] == ["0.5", "0.75"]
-    assert [row["accuracy_gain"] for row in tables.read_rows(results / "means.csv")] == ["0.0", "0.25"]
+    means = {row["case"]: row for row in tables.read_rows(results / "means.csv")}
+    assert [means[case]["accuracy_gain"] for case in ("a", "b")] == ["0.0", "0.25"]
+    assert means["c"] == {"case": "c", "seeds": "0"}  # not run, and named
     assert [(row["case"], row["edits"]) for row in tables.read_rows(results / "curves.csv")] == [
         ("a", "4"), ("a", "8"), ("b", "4"), ("b", "8"),
     ]  # fmt: skip
