@@ -101,8 +101,12 @@ def _write(path: Path, content: Mapping[str, object]) -> None:
 
 
 def provenance() -> dict[str, str]:
-    """What the code and the machine are: git's revision ("+" where files were changed since), the CPU and GPUs."""
-    changed = "+" if _says("git", "status", "--porcelain", "--untracked-files=no") else ""
+    """What the code and the machine are: git's revision ("+" where files were changed since), the CPU and GPUs.
+
+    Tables and figures do not count as changed: experiments write them.
+    """
+    written = (":!results", ":!figs")
+    changed = "+" if _says("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written) else ""
     gpus = _says("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     return {
         "revision": _says("git", "rev-parse", "--short", "HEAD") + changed,

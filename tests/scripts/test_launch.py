@@ -152,3 +152,24 @@ def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp
         monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, command=command, **k: plain(command))
         assert launch.start(job) == code
         assert (job.folder / "failed.json").exists() == failed
+
+
+def test_tables_and_figures_are_no_change_of_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("results", "figs", "editlab"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    plain = launch.provenance()["revision"]
+    assert len(plain) >= 7
+    for name in ("results", "figs"):
+        (tmp_path / name / "file").write_text("after")
+    assert launch.provenance()["revision"] == plain
+    (tmp_path / "editlab" / "file").write_text("after")
+    assert launch.provenance()["revision"] == plain + "+"
