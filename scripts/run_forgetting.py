@@ -47,7 +47,13 @@ EXPERIMENT = Sequences(
     figure="large_scale_forgetting",
     shown=SHOWN,
     otherwise="emmet",
-    base={"emmet_5000": "emmet_5000", "both_5000": "emmet_5000"},
+    base={
+        "both": "consolidated",
+        "consolidated_looser": "consolidated",
+        "consolidated_looser_lora": "consolidated_looser",
+        "emmet_5000": "emmet_5000",
+        "both_5000": "emmet_5000",
+    },
     also=("large_scale_turns.csv", turns),
 )
 

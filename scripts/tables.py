@@ -184,8 +184,9 @@ def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str, cases: C
         measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), rows))}
         for name, measure in measured.items():
             one |= _named(name, interval([measure(row) for row in own]))
+        one["against"] = base.get(case, otherwise)
         for name, measure in measured.items():
-            gain = against(rows, base.get(case, otherwise), measure).get(case, (float("nan"),) * 3)
+            gain = against(rows, one["against"], measure).get(case, (float("nan"),) * 3)
             one |= _named(f"{name}_gain", gain)
         found.append({**one, **provenance_of_all(own)})
     return found

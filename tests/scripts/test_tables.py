@@ -44,7 +44,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (more["NS"], more["perplexity_ratio"]) == (-0.1, 1.1)
     assert (more["NS_gain"], more["ES_gain"], more["perplexity_ratio_gain"]) == (0.0, 0.0, 0.0)
     _, more = tables.means(rows, {"more": "more"}, "none")
-    assert more["accuracy_gain"] == 0.0
+    assert (more["against"], more["accuracy_gain"]) == ("more", 0.0)
 
 
 def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_path):
@@ -113,7 +113,7 @@ def test_what_no_run_has_measured_is_left_out_of_the_means():
     rows = [{"case": "a", "seed": seed, "retained_accuracy": 0.5, "retained_ES": 1.0} for seed in (1, 2)]
     (found,) = tables.means(rows, {}, "a")
     assert {name for name in found if not name.endswith(("_gain", "_low", "_high"))} == {
-        "case", "seeds", "accuracy", "ES",
+        "case", "seeds", "accuracy", "ES", "against",
     }  # fmt: skip
 
 
