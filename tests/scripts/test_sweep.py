@@ -247,5 +247,7 @@ def test_tables_go_where_they_are_wanted(script, tmp_path, monkeypatch):
     for table in written:
         with table.open() as file:
             for row in csv.DictReader(file):
+                if row.get("seeds") == "0":
+                    continue  # a case that was not run
                 assert row["recipe"] == (script.RECIPE if script is baselines else script.EXPERIMENT.recipe)
                 assert row["torch"] == "2"
