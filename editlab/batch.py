@@ -71,10 +71,11 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         keys = editor.read_keys(read, layer).plus(known, edited.total)
         share = len(editor.layer_numbers) - place
         residuals = (targets.double().T.to(keys.current) - keys.current) * asked.to(keys.current) / share
+        each = slack[keys.fact.cpu()]
         constraints = Constraints(
             keys.keys.to(device),
             residuals[:, keys.fact].to(device),
-            slack[keys.fact.cpu()].to(device),
+            each.to(device),
             (keys.fact >= len(plan.facts)).to(device),
         )
         preservation = editor.preservation[layer]
@@ -88,7 +89,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         whole = outcome.updates[layer] + update if layer in outcome.updates else update
         outcome.updates[layer], outcome.last_updates[layer] = whole, update
         measured = diagnostics(solution)
-        own = slack[keys.fact.cpu()][keys.fact.cpu() < len(plan.facts)]
+        own = each[keys.fact.cpu() < len(plan.facts)]
         measured["effective_weight"] = effective_weight(own, editor.rule.weight)
         measured["update_norm"] = float(whole.norm() / edited.original.float().norm())
         outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}

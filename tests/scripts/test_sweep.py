@@ -141,6 +141,12 @@ def test_lora_cases_have_the_bases_that_they_are_held_against():
     assert set(lora_ablation.SHOWN) <= set(names)
 
 
+def test_forgetting_cases_have_the_bases_that_they_are_held_against():
+    names = {case.name for case in forgetting.cases(2000)}
+    base = forgetting.EXPERIMENT.base
+    assert {forgetting.EXPERIMENT.otherwise, *base, *base.values(), *forgetting.SHOWN} <= names
+
+
 def test_the_cases_cover_what_was_asked():
     names = [case.name for case in ablation.cases(500)]
     assert len(names) == len(set(names))
