@@ -1,4 +1,4 @@
-"""The objective of an adjustment and its training: edits are learnt while the rest stays as it was.
+"""The objective of an adjustment: edits are learnt while the rest stays as it was; and what the guard looks at.
 
 No callback and no PEFT here: a model, rows of tokens, and the parameters to train.
 """
@@ -21,7 +21,6 @@ from editlab.lm.past import Past
 from editlab.lm.running import logits_only_at
 from editlab.lm.tokens import encode, encode_pair
 from editlab.moments import read_file, read_ids, sample_text
-from editlab.progress import progress
 from editlab.scoring import score_facts
 
 LOSSES = ("edits", "before", "unedited")
@@ -133,44 +132,6 @@ class Objective:
         return sum((self.weights[name] * part for name, part in parts.items()), torch.zeros(()))
 
 
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast: the learning rate falls from ``lr`` to 0, which costs the rest of the model less."""
-
-    steps: int
-    lr: float
-    batch_size: int
-
-    def run(
-        self,
-        lm: LanguageModel,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        draw: random.Random,
-    ) -> dict[str, float]:
-        """Takes the steps; gives each part of the loss, the mean over the last quarter of them.
-
-        Raises:
-            FloatingPointError: where a loss is not finite.
-        """
-        pools = {"edits": _Deck(len(objective.edits), draw), "others": _Deck(len(objective.others), draw)}
-        seen: list[dict[str, float]] = []
-        for number in progress(range(self.steps), desc="LoRA", unit="step"):
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * (1 - number / self.steps)
-            with torch.enable_grad():
-                parts = objective.loss(lm, pools["edits"].deal(self.batch_size), pools["others"].deal(self.batch_size))
-                loss = objective.total(parts)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {float(loss.detach())} after {len(seen)} steps")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seen.append({name: float(part.detach()) for name, part in parts.items()})
-        last = seen[-max(1, len(seen) // 4) :]
-        return {name: sum(step[name] for step in last) / len(last) for name in (last[0] if last else {})}
-
-
 def draw_edits(
     edits: Sequence[Fact], recent: Sequence[bool], replayed: int, probes: int, draw: random.Random
 ) -> tuple[list[Fact], list[Fact]]:
@@ -189,22 +150,6 @@ def draw_edits(
     earlier = [fact for fact, new in left if not new]
     drawn = draw.sample(earlier, min(replayed, len(earlier)))
     return [fact for fact, new in left if new] + drawn, [edits[i] for i in sorted(aside)]
-
-
-class _Deck:
-    """Deals numbers below ``count`` in random order, all of them before any comes again."""
-
-    def __init__(self, count: int, draw: random.Random) -> None:
-        self.count, self.draw, self.left = count, draw, list[int]()
-
-    def deal(self, size: int) -> list[int]:
-        dealt: list[int] = []
-        while len(dealt) < min(size, self.count):
-            if not self.left:
-                # Those of this hand go to the bottom, so that it has none twice.
-                self.left = sorted(self.draw.sample(range(self.count), self.count), key=lambda i: i not in dealt)
-            dealt.append(self.left.pop())
-        return dealt
 
 
 @dataclass(frozen=True)

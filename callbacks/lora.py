@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks.adapter import Adapter, between, find_targets, parameters
 from callbacks.adjustment import (
@@ -21,7 +22,6 @@ from callbacks.adjustment import (
     WINDOW,
     Adjustment,
     Objective,
-    Training,
     distributions,
     draw_edits,
     edit_rows,
@@ -31,12 +31,14 @@ from callbacks.adjustment import (
     text_rows,
 )
 from callbacks.probes import quick
+from callbacks.training import Training, Unfinished
 from editlab.batch import StepState
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome
+from editlab.lm.fingerprint import fingerprint
 from editlab.lm.products import MATMULS
 from editlab.rng import private_draws
 from editlab.summary import run_folder
@@ -44,6 +46,8 @@ from editlab.summary import run_folder
 log = logging.getLogger(__name__)
 
 EVENTS = "lora_events.jsonl"
+UNFINISHED = "lora_unfinished.pt"
+"""In the run's folder while it goes on: an adjustment on its way, for a killed run to go on from."""
 MODES = ("merge", "adapter")
 SHARES = (1.0, 0.5, 0.25)
 """Of what an adjustment has learnt, the largest first: half of the way does about a quarter of the harm elsewhere, and
@@ -164,6 +168,7 @@ class LoRAAdjust(EditCallback):
         if editor.restore_between_batches:
             raise UserError("LoRAAdjust has nothing to adjust where model.restore_between_batches is set: drop one.")
         self._events = EventLog(run_folder(trainer) / EVENTS)  # a finished run comes to its end without a start
+        self._unfinished = run_folder(trainer) / UNFINISHED
         self._take_up(editor)
         weights = [editor.changed_layer(path).weight for path in self.paths]
         whole = sum(p.numel() for p in editor.lm.model.parameters())
@@ -268,6 +273,7 @@ class LoRAAdjust(EditCallback):
         adapter = self.adapter or self._new_adapter(editor, step)
         for path in self.paths:
             editor.changed_layer(path).set_adapter(None)  # PEFT's own takes its place
+        unfinished = self._kept(editor, objective)
         with adapter.in_place() as model, private_draws(self._seed(step), lm.device):
             optimizer = torch.optim.AdamW(parameters(model), lr=self.training.lr, weight_decay=0.0)
             if self._optimizer is not None:
@@ -275,7 +281,7 @@ class LoRAAdjust(EditCallback):
             start = adapter.state(model)
             try:
                 with self._quick(editor):
-                    done.losses = self.training.run(lm, objective, optimizer, draw)
+                    done.losses = self.training.run(lm, objective, optimizer, draw, unfinished)
             except FloatingPointError as error:
                 done.reason = str(error)
             end = adapter.state(model)
@@ -285,6 +291,14 @@ class LoRAAdjust(EditCallback):
             self.adapter, self._optimizer = adapter, optimizer.state_dict()
         done.seconds = time.perf_counter() - started
         return done
+
+    def _kept(self, editor: SequentialEditor, objective: Objective) -> Unfinished:
+        """Where this adjustment is kept on its way, under all that it depends on."""
+        rows = (list(objective.edits), list(objective.others), objective.weights)
+        what = (self.training, rows, self.paths, self.rank, self.alpha, self.dropout, self.seed, self.mode)
+        weights = nn.ParameterList(nn.Parameter(layer.weight, False) for layer in editor.changed_layers)
+        key = hashlib.sha256(f"{editor.fingerprint} {fingerprint(weights)} {what}".encode()).hexdigest()
+        return Unfinished(self._unfinished, key)
 
     def _try(
         self,
@@ -339,6 +353,8 @@ class LoRAAdjust(EditCallback):
         if self.adapter is not None and self.adapter.factors is not None and trainer.is_global_zero:
             self.adapter.save(folder)
             log.info("LoRA adapter: %s, for the edited model", folder)
+        if trainer.is_global_zero:
+            self._unfinished.unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The adapter and its optimizer, and when it was trained."""

@@ -79,6 +79,7 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     clock.around(editlab.logger.RunLogger, "log_metrics")
     clock.around(editlab.logger, "_write")
     clock.around(editlab.event_log.EventLog, "append")
+    callbacks.training.SECONDS = 0.0  # an adjustment is kept after each step
     clock.around(callbacks.adjustment.Objective, "loss")  # in the middle of an adjustment
     clock.around(os, "replace")
     clock.within_torch_save()

@@ -40,6 +40,7 @@ def shrunk(recipe, folder, tiny, **changes):
         if callback["class_path"] == "LoRAAdjust":
             callback["init_args"] |= {
                 "every_n_batches": 2,
+                "layers": None,
                 "steps": 3,
                 "text_tokens": 64,
                 "tolerance": 0.05,

@@ -10,8 +10,8 @@ import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.adapter import Adapter, between
-from callbacks.adjustment import Health
-from callbacks.lora import EVENTS
+from callbacks.adjustment import Health, Objective
+from callbacks.lora import EVENTS, UNFINISHED
 from editlab.errors import UserError
 from editlab.events import EditCallback
 from editlab.scoring import score_facts
@@ -211,7 +211,7 @@ def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch)
     def fails(self, *arguments):
         raise FloatingPointError("the loss is nan after 3 steps")
 
-    monkeypatch.setattr("callbacks.adjustment.Training.run", fails)
+    monkeypatch.setattr("callbacks.training.Training.run", fails)
     _, _, events = run(tmp_path, tiny_folder)
     assert [(e["decision"], e["reason"], e["after"]) for e in events] == 2 * [
         ("drop", "the loss is nan after 3 steps", {})
@@ -325,6 +325,37 @@ def test_dropout_is_drawn_alike_after_a_resume(tiny_folder, tmp_path, mode):
     resumed = editor(tiny_folder)
     fit(tmp_path, resumed, callbacks=[LoRAAdjust(**settings)], name="half", limit=8, ckpt_path=checkpoint, save=True)
     assert same(bits(resumed), bits(whole))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("mode", ["merge", "adapter"])
+def test_one_that_was_killed_midway_goes_on_from_there(tiny_folder, tmp_path, monkeypatch, mode):
+    # Dropout makes every step's gradients another draw of torch's generator.
+    settings = {**LENIENT, "steps": 6, "mode": mode, "dropout": 0.3}
+    whole = editor(tiny_folder)
+    fit(tmp_path, whole, callbacks=[LoRAAdjust(**settings)], name="whole", limit=8)
+    monkeypatch.setattr("callbacks.training.SECONDS", 0.0)
+    taken, plain = [], Objective.loss
+
+    def dies_at_the_tenth(self, *arguments):
+        if len(taken) == 6 + 4:  # in the second adjustment, after four of its steps
+            raise KeyError("killed")
+        taken.append(arguments)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Objective, "loss", dies_at_the_tenth)
+    callbacks = [LoRAAdjust(**settings)]
+    with pytest.raises(KeyError, match="killed"):
+        fit(tmp_path, editor(tiny_folder), callbacks=callbacks, name="killed", limit=8, save=True)
+    folder = tmp_path / "logs" / "killed" / "version_0"
+    assert (folder / UNFINISHED).exists()
+    taken.clear()
+    resumed, checkpoint = editor(tiny_folder), folder / "checkpoints" / "last.ckpt"
+    callbacks = [LoRAAdjust(**settings)]
+    fit(tmp_path, resumed, callbacks=callbacks, name="killed", limit=8, ckpt_path=checkpoint, save=True)
+    assert len(taken) == 2
+    assert same(bits(resumed), bits(whole))
+    assert not (folder / UNFINISHED).exists()
 
 
 def test_validate_measures_with_the_adapter(tiny_folder, tmp_path):
