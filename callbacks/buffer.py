@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from editlab.data.fact import Fact
-from editlab.errors import UserError
+from editlab.settings import at_least_one, one_of
 
 
 @dataclass
@@ -127,11 +127,9 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity: int, sampling: str = "random", eviction: str = "fifo", seed: int = 0) -> None:
-        if capacity < 1:
-            raise UserError(f"MemoryReplay.capacity is {capacity}: it must be at least 1.")
-        for name, policy, known in (("sampling", sampling, SAMPLING), ("eviction", eviction, EVICTION)):
-            if policy not in known:
-                raise UserError(f"MemoryReplay.{name} is {policy!r}: it must be one of {', '.join(known)}.")
+        at_least_one("MemoryReplay", capacity=capacity)
+        one_of("MemoryReplay", SAMPLING, sampling=sampling)
+        one_of("MemoryReplay", EVICTION, eviction=eviction)
         self.capacity = capacity
         self.sampling = sampling
         self.eviction = eviction

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editlab.errors import UserError
+from editlab.settings import above_zero, decays
 
 TINY = 1e-9
 """Share of the largest eigenvalue under which one is taken for 0."""
@@ -30,10 +30,8 @@ class PastKeys:
     """
 
     def __init__(self, weight: float, forget: float = 1.0) -> None:
-        if not weight > 0:
-            raise UserError(f"MemoryReplay.past_weight is {weight}: it must be above 0.")
-        if not 0 < forget <= 1:
-            raise UserError(f"MemoryReplay.forget is {forget}: it must be above 0 and at most 1.")
+        above_zero("MemoryReplay", past_weight=weight)
+        decays("MemoryReplay", forget=forget)
         self.weight = weight
         self.forget = forget
         self.moments: dict[int, Tensor] = {}

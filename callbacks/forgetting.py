@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.errors import UserError
 from editlab.events import EditCallback, EditOutcome
 from editlab.figures import forgetting_figure
 from editlab.lm.cache import atomic_file
+from editlab.settings import at_least_one
 from editlab.summary import run_folder
 
 CURVES = ("ES", "accuracy", "PS", "NS")
@@ -38,10 +38,7 @@ class ForgettingCurve(EditCallback):
     """
 
     def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0) -> None:
-        if every_n_edits < 1 or sample < 1:
-            raise UserError(
-                f"ForgettingCurve has every_n_edits {every_n_edits} and sample {sample}: both must be at least 1."
-            )
+        at_least_one("ForgettingCurve", every_n_edits=every_n_edits, sample=sample)
         self.every_n_edits = every_n_edits
         self.sample = sample
         self.seed = seed

@@ -41,6 +41,7 @@ from editlab.events import EditCallback, EditOutcome
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.products import MATMULS
 from editlab.rng import private_draws
+from editlab.settings import above_zero, at_least_one, not_negative, one_of
 from editlab.summary import run_folder
 
 log = logging.getLogger(__name__)
@@ -117,22 +118,16 @@ class LoRAAdjust(EditCallback):
         mode: str = "merge",
         seed: int = 0,
     ) -> None:
-        for name, value in (("rank", rank), ("steps", steps), ("batch_size", batch_size), ("probes", probes),
-                            ("every_n_batches", every_n_batches)):  # fmt: skip
-            if value is not None and value < 1:
-                raise UserError(f"LoRAAdjust.{name} is {value}: it must be at least 1.")
-        for name, number in (("alpha", alpha), ("lr", lr)):
-            if not number > 0:
-                raise UserError(f"LoRAAdjust.{name} is {number}: it must be above 0.")
-        for name, amount in (("replayed", replayed), ("text_tokens", text_tokens), ("prompts", prompts),
-                             ("tolerance", tolerance), ("edits_tolerance", edits_tolerance)):  # fmt: skip
-            if amount is not None and amount < 0:
-                raise UserError(f"LoRAAdjust.{name} is {amount}: it must not be negative.")
+        where = "LoRAAdjust"
+        counts = {"rank": rank, "steps": steps, "batch_size": batch_size, "every_n_batches": every_n_batches}
+        at_least_one(where, probes=probes, **counts)
+        above_zero(where, alpha=alpha, lr=lr)
+        not_negative(where, replayed=replayed, text_tokens=text_tokens, prompts=prompts)
+        not_negative(where, tolerance=tolerance, edits_tolerance=edits_tolerance)
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
-        for name, given, known in (("mode", mode, MODES), ("matmul", matmul, MATMULS)):
-            if given not in known:
-                raise UserError(f"LoRAAdjust.{name} is {given!r}: it must be one of {', '.join(known)}.")
+        one_of(where, MODES, mode=mode)
+        one_of(where, MATMULS, matmul=matmul)
         unknown = set(weights or {}) - set(LOSSES)
         if unknown or any(weight < 0 for weight in (weights or {}).values()):
             raise UserError(f"LoRAAdjust.weights is {weights}: give {', '.join(LOSSES)}, none of them negative.")

@@ -21,6 +21,7 @@ from editlab.errors import UserError
 from editlab.events import Addition, EditCallback, EditOutcome, EditPlan
 from editlab.keys import CachedKey
 from editlab.scoring import score_facts
+from editlab.settings import above_zero, decays, one_of, shares
 from editlab.solver import Preservation
 
 log = logging.getLogger(__name__)
@@ -90,16 +91,12 @@ class MemoryReplay(EditCallback):
     ) -> None:
         if not 0 <= rate < math.inf:
             raise UserError(f"MemoryReplay.rate is {rate}: it must be a finite number and not negative.")
-        for name, value in (("weight", weight), ("refresh_every", refresh_every)):
-            if not value > 0:
-                raise UserError(f"MemoryReplay.{name} is {value}: it must be above 0.")
-        if not 0 < age_decay <= 1:
-            raise UserError(f"MemoryReplay.age_decay is {age_decay}: it must be above 0 and at most 1.")
-        if not 0 <= repair <= 1:
-            raise UserError(f"MemoryReplay.repair is {repair}: it must lie between 0 and 1.")
-        for name, given, known in (("memory", memory, KINDS), ("refresh", refresh, REFRESH)):
-            if given not in known:
-                raise UserError(f"MemoryReplay.{name} is {given!r}: it must be one of {', '.join(known)}.")
+        where = "MemoryReplay"
+        above_zero(where, weight=weight, refresh_every=refresh_every)
+        decays(where, age_decay=age_decay)
+        shares(where, repair=repair)
+        one_of(where, KINDS, memory=memory)
+        one_of(where, REFRESH, refresh=refresh)
         self.rate = rate
         self.weight = weight
         self.repair = repair

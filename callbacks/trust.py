@@ -22,6 +22,7 @@ from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.lm.products import MATMULS
 from editlab.moments import read_file
+from editlab.settings import at_least_one, one_of
 from editlab.summary import run_folder
 
 log = logging.getLogger(__name__)
@@ -96,13 +97,11 @@ class TrustRollback(EditCallback):
         attribution: bool = False,
         matmul: str = "auto",
     ) -> None:
-        for name, given, known in (("granularity", granularity, GRANULARITIES), ("action", action, ACTIONS),
-                                   ("matmul", matmul, MATMULS)):  # fmt: skip
-            if given not in known:
-                raise UserError(f"TrustRollback.{name} is {given!r}: it must be one of {', '.join(known)}.")
-        for name, value in (("heldout_samples", heldout_samples), ("neighbor_samples", neighbor_samples)):
-            if value < 1:
-                raise UserError(f"TrustRollback.{name} is {value}: it must be at least 1.")
+        where = "TrustRollback"
+        one_of(where, GRANULARITIES, granularity=granularity)
+        one_of(where, ACTIONS, action=action)
+        one_of(where, MATMULS, matmul=matmul)
+        at_least_one(where, heldout_samples=heldout_samples, neighbor_samples=neighbor_samples)
         if budget is not None and len(budget) != 2:
             raise UserError(f"TrustRollback.budget is {budget}: give [allowance, limit], or null.")
         self.enable = enable

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from editlab.errors import UserError
+from editlab.settings import not_negative, shares
 
 GAIN = "edit_success_gain"
 """The one signal of which more is better."""
@@ -125,8 +126,7 @@ class TrustScorer:
         for name, pair in (scales or {}).items():
             if len(pair) != 2 or not pair[1] > 0:
                 raise UserError(f"TrustRollback.scales.{name} is {list(pair)}: give [free, half] with half above 0.")
-        if calibrate < 0:
-            raise UserError(f"TrustRollback.calibrate is {calibrate}: it must not be negative.")
+        not_negative("TrustRollback", calibrate=calibrate)
         self.weights = {**dict.fromkeys(SCALES, 0.0), **WEIGHTS, **(weights or {})}
         self.given = {name: Scale(*map(float, pair)) for name, pair in (scales or {}).items()}
         self.scales = {**SCALES, **self.given}
@@ -219,9 +219,7 @@ class Threshold:
     """
 
     def __init__(self, value: float, quantile: float | None = None, window: int = 20) -> None:
-        for name, given in (("threshold", value), ("quantile", quantile)):
-            if given is not None and not 0 <= given <= 1:
-                raise UserError(f"TrustRollback.{name} is {given}: it must lie between 0 and 1.")
+        shares("TrustRollback", threshold=value, quantile=quantile)
         if window < 2:
             raise UserError(f"TrustRollback.window is {window}: it must be at least 2.")
         self.fixed = value

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from editlab.errors import UserError
 from editlab.lm.cache import atomic_file
 from editlab.resume import KEY
+from editlab.settings import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,7 @@ class EditCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every_n_batches: int = 1, keep_all: bool = False) -> None:
-        if every_n_batches < 1:
-            raise UserError(f"EditCheckpoint.every_n_batches is {every_n_batches}: it must be at least 1.")
+        at_least_one("EditCheckpoint", every_n_batches=every_n_batches)
         super().__init__(filename=LAST, every_n_train_steps=every_n_batches, enable_version_counter=False)
         self.keep_all = keep_all
 

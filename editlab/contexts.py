@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode
+from editlab.settings import at_least_one, not_negative
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 """First words of the sampled prefixes, as in MEMIT's set-up."""
@@ -24,10 +24,8 @@ class ContextSettings:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.length < 1:
-            raise UserError(
-                f"model.contexts has count {self.count} and length {self.length}: they must be at least 0 and 1."
-            )
+        not_negative("model.contexts", count=self.count)
+        at_least_one("model.contexts", length=self.length)
 
 
 def sample_contexts(lm: LanguageModel, settings: ContextSettings) -> list[str]:

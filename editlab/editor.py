@@ -33,6 +33,7 @@ from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
 from editlab.progress import progress
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
+from editlab.settings import at_least_one, not_negative, one_of
 from editlab.solver import Preservation
 from editlab.summary import finish_run
 from editlab.value_cache import ValueCache
@@ -90,17 +91,14 @@ class SequentialEditor(lightning.LightningModule):
         condition_limit: float = 1e10,
     ) -> None:
         super().__init__()
-        if keys not in KEY_MODES:
-            raise UserError(f"model.keys is {keys!r}: it must be one of {', '.join(KEY_MODES)}.")
+        one_of("model", KEY_MODES, keys=keys)
         named = [] if isinstance(layers, str) else layers
         if layers != AUTO and (not named or len(set(named)) != len(named)):
             raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
-        if preserve_prompt_tokens < 0:
-            raise UserError(f"model.preserve_prompt_tokens is {preserve_prompt_tokens}: it must not be negative.")
+        not_negative("model", preserve_prompt_tokens=preserve_prompt_tokens)
         if not condition_limit > 1:
             raise UserError(f"model.condition_limit is {condition_limit}: a condition number is above 1.")
-        if passes < 1:
-            raise UserError(f"model.passes is {passes}: a batch goes through the layers at least once.")
+        at_least_one("model", passes=passes)
         self.language_model = language_model
         self.layer_numbers = sorted(named)
         self.rule = rule

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from editlab import ranks
 from editlab.data.fact import Fact
-from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.products import MATMULS, products, type_of_products
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, Retention, TokenPerplexity
@@ -23,6 +22,7 @@ from editlab.moments import read_file, read_ids
 from editlab.progress import progress
 from editlab.score_cache import ScoreCache
 from editlab.scoring import FactScores, prefers_truth, score_facts, token_log_probs
+from editlab.settings import not_negative, one_of
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,10 @@ class EvaluationSettings:
     """Parts by age in which retained accuracy is given at the end of a run."""
 
     def __post_init__(self) -> None:
-        for name in ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins", "neighbors"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"model.evaluation.{name} is {getattr(self, name)}: it must not be negative.")
-        if self.immediate not in ("all", "edits"):
-            raise UserError(f"model.evaluation.immediate is {self.immediate!r}: it must be 'all' or 'edits'.")
-        if self.matmul not in MATMULS:
-            raise UserError(f"model.evaluation.matmul is {self.matmul!r}: it must be one of {', '.join(MATMULS)}.")
+        counts = ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins", "neighbors")
+        not_negative("model.evaluation", **{name: getattr(self, name) for name in counts})
+        one_of("model.evaluation", ("all", "edits"), immediate=self.immediate)
+        one_of("model.evaluation", MATMULS, matmul=self.matmul)
 
 
 class Evaluation:

@@ -25,6 +25,7 @@ from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.progress import progress
+from editlab.settings import at_least_one, not_negative
 from editlab.solver import Preservation
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,8 @@ class MomentSettings:
     """Keep the result in the cache folder and use it again."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise UserError(f"model.moments.tokens is {self.tokens}: it must be at least 1.")
-        if self.tolerance < 0:
-            raise UserError(f"model.moments.tolerance is {self.tolerance}: it must not be negative.")
+        at_least_one("model.moments", tokens=self.tokens)
+        not_negative("model.moments", tolerance=self.tolerance)
 
 
 def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSettings, name: str) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from editlab.errors import UserError
+from editlab.settings import above_zero
 from editlab.solver import Preservation
 
 
@@ -16,10 +17,8 @@ class Rule(ABC):
     """How much is preserved (the metric made of C0), and how hard an edit is asked for (the slack)."""
 
     def __post_init__(self) -> None:
-        for name in ("covariance_weight", "threshold", "ridge"):
-            value = getattr(self, name, None)
-            if value is not None and not value > 0:
-                raise UserError(f"{type(self).__name__}.{name} is {value}: it must be above 0.")
+        weights = ("covariance_weight", "threshold", "ridge")
+        above_zero(type(self).__name__, **{name: getattr(self, name, None) for name in weights})
         if self.slack < 0:
             raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above.")
 

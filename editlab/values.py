@@ -29,6 +29,7 @@ from editlab.lm.language_model import TOKENS_A_PASS, LanguageModel
 from editlab.lm.memory import by_halves, room_beside
 from editlab.lm.products import MATMULS, products
 from editlab.lm.tokens import by_length
+from editlab.settings import above_zero, not_negative, one_of
 from editlab.value_group import ValueGroup, rows_of
 
 DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
@@ -76,18 +77,13 @@ class ValueSettings:
     on SmolLM2-135M, at the same loss); ``auto``: bfloat16 on CPUs with instructions for it. For float32 weights."""
 
     def __post_init__(self) -> None:
-        if self.optimizer not in DEFAULT_LR:
-            raise UserError(f"model.values.optimizer is {self.optimizer!r}: it must be 'adam' or 'gradient'.")
-        for name in ("steps", "lr", "clamp", "batch_tokens"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"model.values.{name} is {value}: it must be above 0.")
-        for name in ("weight_decay", "kl_factor", "loss_threshold", "early_stop"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.values.{name} is {getattr(self, name)}: it must not be negative.")
-        if self.reference not in ("current", "original"):
-            raise UserError(f"model.values.reference is {self.reference!r}: it must be 'current' or 'original'.")
-        if self.matmul not in MATMULS:
-            raise UserError(f"model.values.matmul is {self.matmul!r}: it must be one of {', '.join(MATMULS)}.")
+        where = "model.values"
+        one_of(where, DEFAULT_LR, optimizer=self.optimizer)
+        above_zero(where, steps=self.steps, lr=self.lr, clamp=self.clamp, batch_tokens=self.batch_tokens)
+        weights = ("weight_decay", "kl_factor", "loss_threshold", "early_stop")
+        not_negative(where, **{name: getattr(self, name) for name in weights})
+        one_of(where, ("current", "original"), reference=self.reference)
+        one_of(where, MATMULS, matmul=self.matmul)
 
     @property
     def step_size(self) -> float:

@@ -333,7 +333,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
         ({"layers": [1, 1]}, "each once"),
         ({"keys": "median"}, "bare, mean, each"),
         ({"preserve_prompt_tokens": -1.0}, "must not be negative"),
-        ({"passes": 0}, "at least once"),
+        ({"passes": 0}, "model.passes is 0: it must be at least 1"),
         ({"rule": ROME()}, "set data.batch_size to 1"),
     ],
 )

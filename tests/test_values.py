@@ -149,9 +149,9 @@ def test_bad_inputs():
         ValueSettings(steps=0)
     with pytest.raises(UserError, match=r"kl_factor is -1"):
         ValueSettings(kl_factor=-1)
-    with pytest.raises(UserError, match=r"'current' or 'original'"):
+    with pytest.raises(UserError, match=r"one of current, original"):
         ValueSettings(reference="base")
-    with pytest.raises(UserError, match=r"'adam' or 'gradient'"):
+    with pytest.raises(UserError, match=r"one of adam, gradient"):
         ValueSettings(optimizer="sgd")
     with pytest.raises(UserError, match="one of auto, float32, bfloat16"):
         ValueSettings(matmul="float16")

@@ -15,6 +15,7 @@ from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
 from editlab.progress import progress
+from editlab.settings import at_least_one
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +58,7 @@ class EditDataModule(LightningDataModule):
         keep_repeats: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("limit", limit), ("batch_size", batch_size), ("bystanders", bystanders)):
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}: it must be at least 1.")
+        at_least_one("data", limit=limit, batch_size=batch_size, bystanders=bystanders)
         self.path = path
         self.limit = limit
         self.batch_size = batch_size
