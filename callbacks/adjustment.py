@@ -141,7 +141,7 @@ def draw_edits(
         edits: that stand.
         recent: for each, whether it was made since the last adjustment; those are all trained on.
         replayed: of the others, how many are drawn to be trained on.
-        probes: how many are set aside.
+        probes: how many are set aside; 0 leaves all to be trained on.
         draw: what they are drawn by.
     """
     count = min(probes, -(-len(edits) // 4)) if len(edits) > 1 else 0
@@ -156,10 +156,10 @@ def draw_edits(
 class Health:
     """What the guard looks at."""
 
-    edits: float
-    """mean log-probability per token of edits' targets, in nats"""
-    accuracy: float
-    """share of edits whose targets are the argmax at every token"""
+    edits: float | None
+    """mean log-probability per token of edits' targets, in nats; None where none are set aside"""
+    accuracy: float | None
+    """share of edits whose targets are the argmax at every token; None where none are set aside"""
     text: float | None
     """mean negative log-probability per token of the texts, in nats; None where there are none"""
     ES: float | None = None
@@ -169,9 +169,9 @@ class Health:
         """What was measured, by name; what is no number (a model that is beyond saying anything) is left out."""
         return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
 
-    def worse_than(self, before: Health, tolerance: float, edits_tolerance: float) -> str:
-        """What has become worse by more nats per token than text and edits may, as a sentence; "" where nothing has."""
-        if not self.edits >= before.edits - edits_tolerance:
+    def worse_than(self, before: Health, tolerance: float) -> str:
+        """What has become worse by more than ``tolerance`` nats per token, as a sentence; "" where nothing has."""
+        if before.edits is not None and self.edits is not None and not self.edits >= before.edits - tolerance:
             return f"edits set aside went from {before.edits:.3f} to {self.edits:.3f} nats per token"
         if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:
             return f"the text set aside went from {before.text:.3f} to {self.text:.3f} nats per token"
@@ -180,15 +180,18 @@ class Health:
 
 def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> Health:
     """The model on some edits and texts, with the weights as they are."""
-    scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit
+    scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit if facts else None
     wanted = [list(zip(row.places, row.following, strict=True)) for row in texts]
     logps = lm.next_token_scores([row.ids for row in texts], wanted).logps
+    text = float(-torch.cat(logps).mean()) if logps else None
+    if scores is None:
+        return Health(None, None, text)
     told = ~scores.logp_true.isnan()
     success = (scores.logp_new > scores.logp_true)[told].float()
     return Health(
         edits=float(scores.logp_new.mean()),
         accuracy=float(scores.hit_new.float().mean()),
-        text=float(-torch.cat(logps).mean()) if logps else None,
+        text=text,
         ES=float(success.mean()) if len(success) else None,
     )
 

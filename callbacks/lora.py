@@ -80,10 +80,8 @@ class LoRAAdjust(EditCallback):
         text: to stay as likely as it was: ``self`` (sampled from the unedited model) or a text file.
         text_tokens: of it; half of them are the guard's.
         prompts: questions of facts that are not edited, to be answered as before.
-        probes: edits that the guard sets aside; at most a quarter of all.
+        probes: edits that the guard sets aside, at most a quarter of all; 0 leaves it the text alone.
         tolerance: nats per token by which edits and text set aside may get worse.
-        edits_tolerance: of the edits alone, where they may get worse by more: an adjustment that sees almost all edits
-            many times, held to the unedited model, takes back those few that it does not see.
         matmul: how the blocks above and the head multiply in training: ``float32``, ``bfloat16``, or ``auto``: bfloat16
             on CPUs with instructions for it.
         mode: ``merge`` adds each adjustment to the weights; ``adapter`` trains one adapter on and keeps it beside them,
@@ -113,17 +111,18 @@ class LoRAAdjust(EditCallback):
         prompts: int = 96,
         probes: int = 32,
         tolerance: float = 0.01,
-        edits_tolerance: float | None = None,
         matmul: str = "auto",
         mode: str = "merge",
         seed: int = 0,
     ) -> None:
         where = "LoRAAdjust"
         counts = {"rank": rank, "steps": steps, "batch_size": batch_size, "every_n_batches": every_n_batches}
-        at_least_one(where, probes=probes, **counts)
+        at_least_one(where, **counts)
         above_zero(where, alpha=alpha, lr=lr)
         not_negative(where, replayed=replayed, text_tokens=text_tokens, prompts=prompts)
-        not_negative(where, tolerance=tolerance, edits_tolerance=edits_tolerance)
+        not_negative(where, probes=probes, tolerance=tolerance)
+        if not probes and not text_tokens:
+            raise UserError("LoRAAdjust has probes and text_tokens of 0: its guard needs one of them to look at.")
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
         one_of(where, MODES, mode=mode)
@@ -137,7 +136,6 @@ class LoRAAdjust(EditCallback):
         self.training = Training(steps, lr, batch_size)
         self.replayed, self.probes = replayed, probes
         self.tolerance = tolerance
-        self.edits_tolerance = tolerance if edits_tolerance is None else edits_tolerance
         self.weights = {"edits": 1.0, "before": 2.0, "unedited": 0.0, **(weights or {})}
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul = matmul
@@ -234,8 +232,8 @@ class LoRAAdjust(EditCallback):
             return
         draw = random.Random(f"{self.seed}:{step}")
         trained, aside = self._draw(editor, draw)
-        if not trained or not aside:
-            log.info("Batch %d: no LoRA adjustment, as there are too few edits to set one aside", step)
+        if not trained or (self.probes and not aside):
+            log.info("Batch %d: no LoRA adjustment, as there are too few edits", step)
             return
         state = StepState(editor.changed_layers)
         done = self._adjust(editor, step, draw, trained, aside)
@@ -316,7 +314,7 @@ class LoRAAdjust(EditCallback):
                 else:
                     layer.set_adapter(update)
             done.after = examine(editor.lm, aside, self.texts)
-            done.reason = done.after.worse_than(done.before, self.tolerance, self.edits_tolerance)
+            done.reason = done.after.worse_than(done.before, self.tolerance)
             if not done.reason:
                 return
             state.restore_weights()

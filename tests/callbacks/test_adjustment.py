@@ -112,18 +112,19 @@ def test_examine_says_what_scoring_says(lm):
     nll = [-said_of(lm, row) for row in texts]
     assert health.text == pytest.approx(float(torch.cat(nll).mean()), rel=1e-4)
     assert examine(lm, FACTS[:1], []).text is None
+    assert examine(lm, [], texts) == Health(None, None, health.text)
 
 
 def test_what_is_worse_is_said():
     before = Health(edits=-1.0, accuracy=0.5, text=3.0, ES=None)
-    assert Health(-1.0, 0.5, 3.0).worse_than(before, 0.0, 0.0) == ""
-    assert (
-        Health(-1.2, 0.5, 2.0).worse_than(before, 0.3, 0.1)
-        == "edits set aside went from -1.000 to -1.200 nats per token"
-    )
-    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.1, 0.3) == ""
-    assert "text set aside went from 3.000 to 3.200" in Health(0.0, 1.0, 3.2).worse_than(before, 0.1, 0.3)
-    assert Health(math.nan, 0.0, 3.0).worse_than(before, 9.0, 9.0)
-    assert Health(-1.0, 0.0, math.nan).worse_than(before, 9.0, 9.0)
+    assert Health(-1.0, 0.5, 3.0).worse_than(before, 0.0) == ""
+    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.1) == "edits set aside went from -1.000 to -1.200 nats per token"
+    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.3) == ""
+    assert "text set aside went from 3.000 to 3.200" in Health(0.0, 1.0, 3.2).worse_than(before, 0.1)
+    assert Health(math.nan, 0.0, 3.0).worse_than(before, 9.0)
+    assert Health(-1.0, 0.0, math.nan).worse_than(before, 9.0)
+    # Where no edits are set aside, the text alone is looked at.
+    assert Health(None, None, 3.0).worse_than(Health(None, None, 3.0), 0.0) == ""
+    assert "the text set aside" in Health(None, None, 3.2).worse_than(Health(None, None, 3.0), 0.1)
     assert before.numbers() == {"edits": -1.0, "accuracy": 0.5, "text": 3.0}
     assert Health(math.nan, 0.0, math.inf).numbers() == {"accuracy": 0.0}

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
+import callbacks.lora
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.adapter import Adapter, between
-from callbacks.adjustment import Health, Objective
+from callbacks.adjustment import Health, Objective, edit_rows
 from callbacks.lora import EVENTS, UNFINISHED
 from editlab.errors import UserError
 from editlab.events import EditCallback
@@ -49,7 +50,8 @@ def same(a, b):
         ({"lr": -1.0}, "lr is -1.0"),
         ({"dropout": 1.0}, "dropout is 1.0: it must lie between 0 and 1"),
         ({"text_tokens": -1}, "text_tokens is -1: it must not be negative"),
-        ({"edits_tolerance": -0.1}, "edits_tolerance is -0.1: it must not be negative"),
+        ({"probes": -1}, "probes is -1: it must not be negative"),
+        ({"probes": 0, "text_tokens": 0}, "its guard needs one of them"),
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
         ({"weights": {"edits": -1.0}}, "none of them negative"),
@@ -199,12 +201,18 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
         assert all(torch.allclose(lora.adapter.factors[name], half) for name, half in halves.items())
 
 
-@pytest.mark.parametrize(("settings", "share"), [({}, 0.5), ({"edits_tolerance": 1.0}, 1.0)])
-def test_edits_set_aside_may_give_way_where_that_is_said(tiny_folder, tmp_path, monkeypatch, settings, share):
-    tried = iter([-1.0, -1.5, -1.0])  # the edits set aside: before, with the whole, with half
-    monkeypatch.setattr("callbacks.lora.examine", lambda *arguments: Health(next(tried), 0.5, 1.0))
-    _, _, events = run(tmp_path, tiny_folder, every_n_batches=None, tolerance=0.1, **settings)
-    assert [(e["decision"], e["share"]) for e in events] == [("keep", share)]
+def test_none_are_set_aside_where_that_is_said(tiny_folder, tmp_path, monkeypatch):
+    rows, plain = [], callbacks.lora.Objective
+    monkeypatch.setattr("callbacks.lora.Objective", lambda edits, *others: rows.append(edits) or plain(edits, *others))
+    module, _, events = run(tmp_path, tiny_folder, every_n_batches=None, probes=0)
+    (event,) = events
+    assert len(module.edited_facts) == 6
+    assert len({row.ids for row in edit_rows(module.lm, module.edited_facts, [""])} & {row.ids for row in rows[0]}) == 6
+    assert (event["decision"], list(event["before"]), list(event["after"])) == ("keep", ["text"], ["text"])
+    # The text is still looked at.
+    _, _, events = run(tmp_path, tiny_folder, every_n_batches=None, probes=0, name="harmful", tolerance=0.0, lr=10.0)
+    assert events[0]["decision"] == "drop"
+    assert "the text set aside went from" in events[0]["reason"]
 
 
 def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch):
