@@ -121,8 +121,10 @@ class LoRAAdjust(EditCallback):
         above_zero(where, alpha=alpha, lr=lr)
         not_negative(where, replayed=replayed, text_tokens=text_tokens, prompts=prompts)
         not_negative(where, probes=probes, tolerance=tolerance)
-        if not probes and not text_tokens:
-            raise UserError("LoRAAdjust has probes and text_tokens of 0: its guard needs one of them to look at.")
+        if not probes and text_tokens < WINDOW:
+            raise UserError(
+                f"LoRAAdjust.probes is 0 and text_tokens {text_tokens}: give its guard edits, or {WINDOW} tokens."
+            )
         if not 0 <= dropout < 1:
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
         one_of(where, MODES, mode=mode)
