@@ -49,6 +49,7 @@ EXPERIMENT = Sequences(
     otherwise="emmet",
     base={
         "both": "consolidated",
+        "both_lora": "both",
         "consolidated_looser": "consolidated",
         "consolidated_looser_lora": "consolidated_looser",
         "emmet_5000": "emmet_5000",
