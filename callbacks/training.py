@@ -20,7 +20,7 @@ from callbacks.adjustment import Objective
 from editlab import ranks
 from editlab.lm.cache import atomic_file
 from editlab.lm.language_model import LanguageModel
-from editlab.progress import progress, speaks
+from editlab.progress import progress
 from editlab.rng import rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - number / self.steps)
             course.step(lm, self.batch_size)
-            if unfinished is not None and speaks() and time.monotonic() - kept >= SECONDS:
+            if unfinished is not None and ranks.number() == 0 and time.monotonic() - kept >= SECONDS:
                 unfinished.write(course.state())
                 kept = time.monotonic()
         last = course.seen[-max(1, self.steps // 4) :]

@@ -17,7 +17,7 @@ def at_least_one(where: str, **settings: float | None) -> None:
     Raises:
         UserError: for the first that is not.
     """
-    _check(where, settings, lambda value: value >= 1, "at least 1")
+    _check(where, settings, lambda value: value >= 1, "must be at least 1")
 
 
 def above_zero(where: str, **settings: float | None) -> None:
@@ -26,7 +26,7 @@ def above_zero(where: str, **settings: float | None) -> None:
     Raises:
         UserError: for the first that is not.
     """
-    _check(where, settings, lambda value: value > 0, "above 0")
+    _check(where, settings, lambda value: value > 0, "must be above 0")
 
 
 def not_negative(where: str, **settings: float | None) -> None:
@@ -35,9 +35,7 @@ def not_negative(where: str, **settings: float | None) -> None:
     Raises:
         UserError: for the first that is negative.
     """
-    for name, value in settings.items():
-        if value is not None and not value >= 0:
-            raise UserError(f"{where}.{name} is {value}: it must not be negative.")
+    _check(where, settings, lambda value: value >= 0, "must not be negative")
 
 
 def shares(where: str, **settings: float | None) -> None:
@@ -46,9 +44,7 @@ def shares(where: str, **settings: float | None) -> None:
     Raises:
         UserError: for the first that is outside.
     """
-    for name, value in settings.items():
-        if value is not None and not 0 <= value <= 1:
-            raise UserError(f"{where}.{name} is {value}: it must lie between 0 and 1.")
+    _check(where, settings, lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 
 
 def decays(where: str, **settings: float | None) -> None:
@@ -57,7 +53,7 @@ def decays(where: str, **settings: float | None) -> None:
     Raises:
         UserError: for the first that is outside.
     """
-    _check(where, settings, lambda value: 0 < value <= 1, "above 0 and at most 1")
+    _check(where, settings, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 
 
 def one_of(where: str, known: Collection[str], **settings: str) -> None:
@@ -74,4 +70,4 @@ def one_of(where: str, known: Collection[str], **settings: str) -> None:
 def _check(where: str, settings: dict[str, float | None], holds: Callable[[float], bool], what: str) -> None:
     for name, value in settings.items():
         if value is not None and not holds(value):
-            raise UserError(f"{where}.{name} is {value}: it must be {what}.")
+            raise UserError(f"{where}.{name} is {value}: it {what}.")
