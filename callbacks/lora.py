@@ -276,7 +276,9 @@ class LoRAAdjust(EditCallback):
             start = adapter.state(model)
             try:
                 with self._quick(editor):
-                    done.losses = self.training.run(lm, objective, optimizer, draw, unfinished)
+                    done.losses = self.training.run(
+                        lm, objective, optimizer, draw, unfinished, lambda: editor.trainer.received_sigterm
+                    )
             except FloatingPointError as error:
                 done.reason = str(error)
             end = adapter.state(model)

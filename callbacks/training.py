@@ -9,12 +9,13 @@ import logging
 import pickle
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.adjustment import Objective
 from editlab import ranks
@@ -81,6 +82,7 @@ class Training:
         optimizer: torch.optim.Optimizer,
         draw: random.Random,
         unfinished: Unfinished | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Takes the steps; gives each part of the loss, the mean over the last quarter of them.
 
@@ -90,9 +92,11 @@ class Training:
             optimizer: of them.
             draw: what rows are drawn by.
             unfinished: where the training is kept on the way; what is found there of it is gone on with.
+            stopped: whether the process was told to stop, which is asked after each step.
 
         Raises:
             FloatingPointError: where a loss is not finite.
+            SIGTERMException: where it was stopped, with the training kept.
         """
         course = _Course(objective, optimizer, draw)
         if unfinished is not None:
@@ -103,9 +107,12 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - number / self.steps)
             course.step(lm, self.batch_size)
-            if unfinished is not None and ranks.number() == 0 and time.monotonic() - kept >= SECONDS:
+            stop = stopped()
+            if unfinished is not None and ranks.number() == 0 and (stop or time.monotonic() - kept >= SECONDS):
                 unfinished.write(course.state())
                 kept = time.monotonic()
+            if stop:  # the Trainer would wait for the end of the batch, which may be an hour away
+                raise SIGTERMException
         last = course.seen[-max(1, self.steps // 4) :]
         return {name: sum(step[name] for step in last) / len(last) for name in (last[0] if last else {})}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from editlab import ranks
@@ -135,8 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     With ``--debug`` among the arguments, errors come with their traceback.
 
     Returns:
-        0; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted; 141 where what
-        it writes is no longer read.
+        0; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted, and 143 where
+        it was terminated; 141 where what it writes is no longer read.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -145,10 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run([argument for argument in arguments if argument != "--debug"])
     except (KeyboardInterrupt, SystemExit) as error:
+        after = "; a run goes on from its last finished batch with --ckpt_path last" if editing else ""
+        if isinstance(error, SIGTERMException):  # what the Trainer makes of SIGTERM; by itself it would end in 0
+            return _say(f"Terminated{after}.", 128 + signal.SIGTERM)
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise  # --help; where it was interrupted, the Trainer stops with it what it was in the middle of
-        after = "; a run goes on from its last finished batch with --ckpt_path last" if editing else ""
-        return _say(f"Interrupted{after}.", 130)
+        return _say(f"Interrupted{after}.", 128 + signal.SIGINT)
     except BrokenPipeError:  # nobody reads on, as behind `| head`: no more is to be written, at the exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import StrMethodFormatter
 
 from editlab.lm.cache import atomic_file
@@ -43,11 +43,16 @@ COMPARED = (
 def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     """A figure of panels, row by row, with light grids and no upper or right frame."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, panels(figure, rows, columns)
+
+
+def panels(figure: Figure | SubFigure, rows: int, columns: int) -> list[Axes]:
+    """The panels of :func:`new_figure` in a figure, or a part of one, that is there."""
+    axes = [figure.add_subplot(rows, columns, 1 + n) for n in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3, linewidth=0.5)
-    return figure, axes
+    return axes
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -57,7 +62,7 @@ def save_figure(figure: Figure, path: Path) -> None:
             figure.savefig(temporary, format=suffix, dpi=150)
 
 
-def legend_below(figure: Figure, columns: int = 4) -> None:
+def legend_below(figure: Figure | SubFigure, columns: int = 4) -> None:
     """One legend for all panels, below them; none where nothing is labelled."""
     labelled = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
@@ -92,19 +97,21 @@ def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: 
         ax.vlines(edits, low, high, color=color, linewidth=1)
 
 
-def comparison_figure(shown: Mapping[str, tuple[Sequence[Series], str, str]]) -> Figure:
+def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) -> Figure:
     """Retained ES, accuracy, NS and held-out perplexity over edits, a line each; bands are the range over several runs.
 
     Args:
-        shown: label -> the runs' curves, color, line.
+        *rows: of panels: label -> the runs' curves, color, line. Each row has a legend of its own.
     """
-    figure, axes = new_figure(1, 4, width=3.2, height=2.9)
-    for ax, (name, title) in zip(axes, COMPARED, strict=True):
-        for label, (curves, color, line) in shown.items():
-            draw_band(ax, curves, name, label=label, color=color, linestyle=line)
-        ax.set(title=title, xlabel="edits")
-    _wide_as_log(axes[-1])
-    legend_below(figure)
+    figure = Figure(figsize=(3.2 * len(COMPARED), 2.9 * len(rows)), layout="constrained")
+    for part, shown in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True):
+        axes = panels(part, 1, len(COMPARED))
+        for ax, (name, title) in zip(axes, COMPARED, strict=True):
+            for label, (curves, color, line) in shown.items():
+                draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+            ax.set(title=title, xlabel="edits")
+        _wide_as_log(axes[-1])
+        legend_below(part)
     return figure
 
 

@@ -23,21 +23,27 @@ from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
 RULE = "model.rule.init_args."
-SHOWN = {
+RULES = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),
-    "layer_6": ("EMMET, layer 6 alone", VERMILION, ":"),
-    "emmet": ("EMMET, layers 2 to 6", BLACK, ":"),
+    "rome": ("ROME, layer 6", GREEN, "-."),
+    "layer_6": ("EMMET, lambda 1000, layer 6 alone", VERMILION, ":"),
+    "emmet": ("EMMET, lambda 1000, layers 2 to 6", BLACK, ":"),
+    "alphaedit": ("AlphaEdit, layers 2 to 6", BLUE, "--"),
+    "memit": ("MEMIT, weight 15,000, layers 2 to 6", PURPLE, "-."),
+}
+CALLBACKS = {
+    "emmet": ("EMMET, lambda 1000, layers 2 to 6", BLACK, ":"),
     "replay": ("+ replay at rate 0.3", ORANGE, "--"),
-    "lora": ("+ LoRA", SKY, "--"),
+    "lora": ("+ LoRA each 512 edits", SKY, "--"),
     "trust": ("+ trust", PURPLE, "-."),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
-    "consolidated_looser": ("the same, prompts' tokens at 0.1", BLUE, "--"),
-    "consolidated_looser_lora": ("that, and a thorough LoRA adjustment at the end", SKY, "-"),
-    "both": ("+ consolidated and replay", GREEN, "-"),
-    "memit": ("MEMIT, weight 15,000", PURPLE, ":"),
+    "both": ("+ consolidated memory and replay", GREEN, "-"),
+    "both_lora": ("+ consolidated memory, replay and LoRA", GREEN, "--"),
+    "consolidated_looser": ("+ consolidated memory, prompts' tokens at 0.1", VERMILION, "-"),
+    "consolidated_looser_lora": ("that, and the LoRA adjustment at the end", VERMILION, ":"),
 }
-"""case -> label, color, line"""
+"""The two rows of panels: case -> label, color, line."""
 EXPERIMENT = Sequences(
     recipe="configs/emmet_consolidated.yaml",
     work=ROOT / "lightning_logs" / "forgetting",
@@ -45,7 +51,7 @@ EXPERIMENT = Sequences(
     over_seeds="large_scale_means.csv",
     curves="large_scale_forgetting.csv",
     figure="large_scale_forgetting",
-    shown=SHOWN,
+    shown=[RULES, CALLBACKS],
     otherwise="emmet",
     base={
         "both": "consolidated",

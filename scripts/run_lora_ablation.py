@@ -38,7 +38,7 @@ EXPERIMENT = Sequences(
     over_seeds="lora_ablation_means.csv",
     curves="lora_ablation_curves.csv",
     figure="lora_ablation",
-    shown=SHOWN,
+    shown=[SHOWN],
     otherwise="emmet",
     base=BASE,
 )

@@ -37,7 +37,7 @@ EXPERIMENT = Sequences(
     over_seeds="replay_ablation_means.csv",
     curves="replay_ablation_curves.csv",
     figure="forgetting_replay",
-    shown=SHOWN,
+    shown=[SHOWN],
     otherwise="none",
 )
 

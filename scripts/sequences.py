@@ -28,8 +28,8 @@ class Sequences:
     """names of the three tables in ``results/``"""
     figure: str
     """name of the figure in ``figs/``, drawn from the third"""
-    shown: Mapping[str, tuple[str, str, str]]
-    """case -> label, color, line, of those that are drawn"""
+    shown: Sequence[Mapping[str, tuple[str, str, str]]]
+    """case -> label, color, line, of those that are drawn; several are rows of panels"""
     otherwise: str
     """the case that others are held against"""
     base: Mapping[str, str] = field(default_factory=dict)

@@ -246,12 +246,12 @@ def update_table(path: Path, rows: Sequence[Row], cases: Collection[str]) -> lis
     return found
 
 
-def curves_figure(rows: Sequence[Row], shown: Mapping[str, tuple[str, str, str]]) -> Figure | None:
+def curves_figure(rows: Sequence[Row], shown: Sequence[Mapping[str, tuple[str, str, str]]]) -> Figure | None:
     """Retained ES, accuracy, NS and perplexity over edits; bands are the range over seeds.
 
     Args:
         rows: of :func:`snapshots`.
-        shown: case -> label, color, line.
+        shown: of each row of panels: case -> label, color, line.
 
     Returns:
         None where no row is of a case that is shown.
@@ -260,9 +260,12 @@ def curves_figure(rows: Sequence[Row], shown: Mapping[str, tuple[str, str, str]]
     for row in rows:
         point = {name: float(row[column]) for column, name in CURVE.items() if column in row}
         curves.setdefault(row["case"], {}).setdefault(int(row["seed"]), {})[int(row["edits"])] = point
-    drawn = {
-        label: (list(curves[case].values()), color, line)
-        for case, (label, color, line) in shown.items()
-        if case in curves
-    }
-    return comparison_figure(drawn) if drawn else None
+    drawn = [
+        {
+            label: (list(curves[case].values()), color, line)
+            for case, (label, color, line) in row.items()
+            if case in curves
+        }
+        for row in shown
+    ]
+    return comparison_figure(*filter(None, drawn)) if any(drawn) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from editlab.cli import main
 from editlab.failures import describe, surprise
@@ -76,6 +77,7 @@ def test_torch_really_says_that(monkeypatch):
         (ZeroDivisionError("division by zero"), 1, "editlab: ZeroDivisionError: division by zero. This should not"),
         (OSError(errno.ENOSPC, "No space left"), 1, "editlab: The disk is full"),
         (KeyboardInterrupt(), 130, "editlab: Interrupted"),
+        (SIGTERMException(), 143, "editlab: Terminated; a run goes on from its last finished batch"),
     ],
 )
 def test_one_sentence_and_a_traceback_only_where_it_is_asked_for(monkeypatch, capsys, error, code, sentence):

@@ -42,3 +42,11 @@ def test_perplexities_far_apart_are_compared_by_their_logarithm(highest, scale):
         "b": ([{8: {"perplexity/heldout": highest}}], BLUE, ":"),
     }
     assert [ax.get_yscale() for ax in comparison_figure(curves).axes] == ["linear", "linear", "linear", scale]
+
+
+def test_each_row_of_a_comparison_has_its_own_lines_and_legend():
+    line = ([{8: {"retained/ES": 0.5}}], BLUE, "-")
+    figure = comparison_figure({"a": line, "b": line}, {"c": line})
+    assert [[text.get_label() for text in ax.get_lines()] for ax in figure.axes[::4]] == [["a", "b"], ["c"]]
+    legends = [[text.get_text() for text in part.legends[0].get_texts()] for part in figure.subfigs]
+    assert legends == [["a", "b"], ["c"]]

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks import training
 from callbacks.adjustment import distributions, divergence, examine
@@ -121,6 +122,27 @@ def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
     again, none = trained(lm, path)
     assert none == []
     assert torch.equal(again, whole)
+
+
+def test_one_that_is_told_to_stop_is_kept_first(lm, tmp_path):
+    class Slope:
+        edits, others, total = [None], [], staticmethod(lambda parts: parts["edits"])
+
+        def loss(self, lm, edits, others):
+            return {"edits": bias.sum()}
+
+    def train(answers):
+        bias.data.zero_()
+        kept = Unfinished(tmp_path / "kept.pt", "this")
+        optimizer = torch.optim.SGD([bias], 99.0)
+        Training(4, 0.5, 1).run(lm, Slope(), optimizer, random.Random(0), kept, lambda: next(answers))
+
+    bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(SIGTERMException):
+        train(iter([False, False, True]))
+    assert float(bias.detach()) == pytest.approx(-0.5 * (1 + 0.75 + 0.5))
+    train(iter([False]))  # one step is left
+    assert float(bias.detach()) == pytest.approx(-0.5 * (1 + 0.75 + 0.5 + 0.25))
 
 
 def test_the_losses_are_those_of_the_whole_training(lm, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_lora_cases_have_the_bases_that_they_are_held_against():
 def test_forgetting_cases_have_the_bases_that_they_are_held_against():
     names = {case.name for case in forgetting.cases(2000)}
     base = forgetting.EXPERIMENT.base
-    assert {forgetting.EXPERIMENT.otherwise, *base, *base.values(), *forgetting.SHOWN} <= names
+    assert {forgetting.EXPERIMENT.otherwise, *base, *base.values(), *forgetting.RULES, *forgetting.CALLBACKS} <= names
 
 
 def test_the_cases_cover_what_was_asked():

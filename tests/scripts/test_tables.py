@@ -123,11 +123,13 @@ def test_the_curves_need_no_runs(tmp_path):
         for seed in (1, 3)
         for n in (2, 4)
     ]
-    figure = tables.curves_figure(rows, {"a": ("A", "#000000", "-"), "b": ("B", "#000000", ":")})
+    shown = {"a": ("A", "#000000", "-"), "b": ("B", "#000000", ":")}
+    figure = tables.curves_figure(rows, [shown, {"b": ("B", "#000000", ":")}])
+    assert len(figure.axes) == 4  # the second row has nothing to draw, so there is one
     lines = [line for ax in figure.axes for line in ax.get_lines()]
     # Only the accuracy is there; its mean over the seeds is n / 10 + 0.02.
     (line,) = lines
     assert list(line.get_xdata()) == [2, 4]
     assert list(line.get_ydata()) == [pytest.approx(0.22), pytest.approx(0.42)]
     assert line.get_label() == "A"
-    assert tables.curves_figure(rows, {"b": ("B", "#000000", ":")}) is None
+    assert tables.curves_figure(rows, [{"b": ("B", "#000000", ":")}]) is None
