@@ -146,8 +146,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         rounds = make(setting)
         row = {"case": name, "model": options.shape or options.language_model, "unit": unit, "matmul": options.matmul}
         row |= {"plain_gflop": "", "our_gflop": ""} | measure(rounds, device, name != "whole", name)
-        share = row["our_gflop"] * 1e9 / row["our_s"] / rate if row["our_gflop"] else ""
-        row |= {"our_share_of_matmul_rate": share and round(share, 3), "threads": torch.get_num_threads(),
+        share = round(row["our_gflop"] * 1e9 / row["our_s"] / rate, 3) if row["our_gflop"] else ""
+        row |= {"our_share_of_matmul_rate": share, "threads": torch.get_num_threads(),
                 **where, "torch": torch.__version__, "date": date.today().isoformat()}  # fmt: skip
         rows.append(row)
         print(

@@ -106,7 +106,7 @@ def values(s: Setting) -> list[Round]:
     def ours(facts: list[Fact]) -> float:
         return float(optimize_values(s.lm, facts, s.site, s.contexts, s.values).loss.mean())
 
-    return [Round(len(f), lambda f=f: plain(f), lambda f=f: ours(f), lambda a, b: b / a - 1) for f in s.groups]
+    return [Round(len(f), partial(plain, f), partial(ours, f), lambda a, b: b / a - 1) for f in s.groups]
 
 
 def products(s: Setting) -> list[Round]:
@@ -117,8 +117,7 @@ def products(s: Setting) -> list[Round]:
         return float(optimize_values(s.lm, facts, s.site, s.contexts, settings).loss.mean())
 
     return [
-        Round(len(f), lambda f=f: found(f, float32), lambda f=f: found(f, s.values), lambda a, b: b / a - 1)
-        for f in s.groups
+        Round(len(f), partial(found, f, float32), partial(found, f, s.values), lambda a, b: b / a - 1) for f in s.groups
     ]
 
 
@@ -131,16 +130,16 @@ def early(s: Setting) -> list[Round]:
             group = ValueGroup(s.lm, s.site, [rows_of(s.lm, i, fact, [""]) for i, fact in enumerate(facts)])
             return float(group.surprise(targets.to(group.origin) - group.origin).said.float().mean())
 
+    def said_more(facts: list[Fact], plain: Tensor, ours: Tensor) -> float:
+        return said(facts, ours) - said(facts, plain)
+
     def plain(facts: list[Fact]) -> Tensor:
         return torch.stack([plain_value(s.lm, fact, s.site, s.contexts, s.values)[0] for fact in facts])
 
     def ours(facts: list[Fact]) -> Tensor:
         return optimize_values(s.lm, facts, s.site, s.contexts, settings).target
 
-    return [
-        Round(len(f), lambda f=f: plain(f), lambda f=f: ours(f), lambda a, b, f=f: said(f, b) - said(f, a))
-        for f in s.groups
-    ]
+    return [Round(len(f), partial(plain, f), partial(ours, f), partial(said_more, f)) for f in s.groups]
 
 
 def keys(s: Setting) -> list[Round]:
@@ -149,10 +148,10 @@ def keys(s: Setting) -> list[Round]:
     def ours(facts: list[Fact]) -> Tensor:
         return read_keys(s.lm, facts, s.site.layer, s.site, s.contexts, "mean").keys
 
-    return [
-        Round(len(f), lambda f=f: plain_keys(s.lm, f, s.site.layer, s.contexts), lambda f=f: ours(f), relative)
-        for f in s.groups
-    ]
+    def plain(facts: list[Fact]) -> Tensor:
+        return plain_keys(s.lm, facts, s.site.layer, s.contexts)
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), relative) for f in s.groups]
 
 
 def moments(s: Setting) -> list[Round]:
@@ -161,15 +160,12 @@ def moments(s: Setting) -> list[Round]:
     windows = [w for w in windows if len(w) == WINDOW]
     size = max(1, len(windows) // 4)
     layer = s.site.layer
-    return [
-        Round(
-            len(some) * WINDOW,
-            lambda some=some: plain_moments(s.lm, layer, some),
-            lambda some=some: accumulate(s.lm, [layer], some)[layer],
-            relative,
-        )
-        for some in (windows[i : i + size] for i in range(0, size * (len(windows) // size), size))
-    ]
+
+    def ours(some: list[list[int]]) -> Tensor:
+        return accumulate(s.lm, [layer], some)[layer]
+
+    parts = [windows[i : i + size] for i in range(0, size * (len(windows) // size), size)]
+    return [Round(len(p) * WINDOW, partial(plain_moments, s.lm, layer, p), partial(ours, p), relative) for p in parts]
 
 
 def solver(s: Setting) -> list[Round]:
@@ -212,15 +208,15 @@ def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
     def apart(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
         return float((torch.tensor(a) - torch.tensor(b)).abs().max())
 
-    return [
-        Round(len(f), lambda f=f: [pair for fact in f for pair in plain_scores(s.lm, fact)], lambda f=f: ours(f), apart)
-        for f in s.groups
-    ]
+    def plain(facts: list[Fact]) -> list[tuple[float, float]]:
+        return [pair for fact in facts for pair in plain_scores(s.lm, fact)]
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), apart) for f in s.groups]
 
 
 def whole(s: Setting) -> list[Round]:
     """A sequential run with its evaluation; they differ by retained ES, in points."""
-    names = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
+    names: dict[str, Any] = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
     c0 = second_moments(s.lm, [s.site.layer], MomentSettings(), s.options.language_model)[s.site.layer]
 
     def plain() -> float:
@@ -239,7 +235,7 @@ def whole(s: Setting) -> list[Round]:
 
     def ours() -> float:
         evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
-        editor = SequentialEditor(**names, rule=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)  # type: ignore[arg-type]
+        editor = SequentialEditor(**names, rule=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
         with TemporaryDirectory() as folder:
             trainer = lightning.Trainer(

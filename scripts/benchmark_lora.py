@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from callbacks.adapter import Adapter, find_targets, parameters
-from callbacks.adjustment import Objective, Training, distributions, edit_rows, prompt_rows
+from callbacks.adjustment import Objective, distributions, edit_rows, prompt_rows
+from callbacks.training import Training
 from editlab.data import EditDataModule
 from editlab.lm.language_model import LanguageModel
 from editlab.summary import peak_memory_mb
@@ -36,7 +37,7 @@ def trained(kind: str, lm: LanguageModel, paths: list[str], rank: int) -> Iterat
         with Adapter(lm, paths, rank, 2.0 * rank, 0.0, seed=0).in_place() as model:
             yield parameters(model)
     else:
-        yield [lm.model.get_submodule(path).weight.requires_grad_() for path in paths]  # type: ignore[union-attr,operator,misc]
+        yield [lm.model.get_submodule(path).weight.requires_grad_() for path in paths]  # type: ignore[misc]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

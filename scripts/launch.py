@@ -179,7 +179,7 @@ def _as_they_end(
     jobs: Sequence[Job], after: Mapping[Job, Job], submit: Callable[[Job], T], next_of: Callable[[Sequence[T]], T]
 ) -> Iterator[tuple[Job, T]]:
     """Submits jobs as soon as what they wait for has ended; gives each as it ends, with what stands for it."""
-    waiting, running, ended = list(jobs), {}, set[Job]()
+    waiting, running, ended = list(jobs), dict[T, Job](), set[Job]()
     while waiting or running:
         ready = [job for job in waiting if job not in after or after[job] in ended]
         running |= {submit(job): job for job in ready}
@@ -210,12 +210,12 @@ def over_ray(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> Ite
     try:
         gpus = ray.cluster_resources().get("GPU", 0) / len(ray.nodes()) / workers
         variables = {name: value for name, value in os.environ.items() if name.startswith(("EDITLAB_", "HF_"))}
-        remote = ray.remote(start)
+        remote: Any = ray.remote(start)
 
         def submit(job: Job) -> Any:
             return remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables)
 
-        for job, task in _as_they_end(jobs, after, submit, lambda running: ray.wait(running, num_returns=1)[0][0]):
+        for job, task in _as_they_end(jobs, after, submit, lambda tasks: ray.wait(list(tasks), num_returns=1)[0][0]):
             try:
                 yield job, ray.get(task)
             except ray.exceptions.RayError as error:

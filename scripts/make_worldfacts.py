@@ -245,7 +245,8 @@ def make_relations(seed: int) -> dict[str, Relation]:
 
     def add(relation: str, edited: dict[str, str], kept: dict[str, str], attribute: str = "") -> None:
         known = namesakes(cities, lambda c: values[attribute].get(place_of(c))) if attribute else {}
-        relations[relation] = Relation(*TEMPLATES[relation], edited=edited, kept=kept, also=known)
+        prompt, paraphrases, neighbors = TEMPLATES[relation]
+        relations[relation] = Relation(prompt, paraphrases, neighbors, edited, kept, known)
 
     relations: dict[str, Relation] = {}
     for relation, (attribute, ranks) in CITY_RELATIONS.items():

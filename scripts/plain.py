@@ -44,11 +44,11 @@ def _value_prompts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> tu
     for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
         essence = number == len(contexts)
         encoded = _offsets(lm.tokenizer, text if essence else f"{text} {fact.target_new}")
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
         lasts.append(last_token(offsets, start + len(fact.subject)))
-        rows.append(ids)
+        rows.append(tokens)
         said = [b > len(text) and not essence for _, b in offsets]
-        targets.append([token if answer else -100 for token, answer in zip(ids, said, strict=True)])
+        targets.append([token if answer else -100 for token, answer in zip(tokens, said, strict=True)])
     ids, mask = padded(rows, lm.device)
     width = ids.shape[1]
     labels = torch.tensor([[*target, *[-100] * (width - len(target))] for target in targets], device=lm.device)
@@ -80,6 +80,7 @@ def plain_value(
         handle = site.module.register_forward_hook(add)
         logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         handle.remove()
+        assert origin is not None
         logp = log_softmax(logits, dim=-1)
         picked = logp[:-1, :-1].gather(2, labels[:-1, 1:].clamp_min(0)[..., None]).squeeze(-1)
         wanted = labels[:-1, 1:] != -100
@@ -99,6 +100,7 @@ def plain_value(
             optimizer.step()
         else:
             # Half of the last direction, half of the new gradient's; a step of lr ||v0|| where both agree.
+            assert delta.grad is not None
             unit = delta.grad / delta.grad.norm()
             direction = unit if direction is None else 0.5 * direction + 0.5 * unit
             delta.data -= settings.step_size * origin.norm() * direction
@@ -106,6 +108,7 @@ def plain_value(
             radius = settings.clamp * origin.norm()
             if delta.norm() > radius:
                 delta.mul_(radius / delta.norm())
+    assert origin is not None
     return origin + delta.detach(), float(loss.detach()), step + 1
 
 
@@ -207,5 +210,5 @@ def plain_step(
     delta = plain_solve(keys, targets - plain_outputs(lm, facts, site), moments.to(keys), weight, slack)
     module_weight = lm.anatomy.edit_module(site.layer).weight
     with torch.no_grad():
-        module_weight += (delta.T if lm.anatomy.transposed(site.layer) else delta).to(module_weight)  # type: ignore[operator,arg-type]
+        module_weight += (delta.T if lm.anatomy.transposed(site.layer) else delta).to(module_weight)
     return delta

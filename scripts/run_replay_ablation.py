@@ -55,12 +55,12 @@ def replay(name: str, flags: dict[str, Any] | None = None, curve: bool = True, *
 
 def cases(edits: int) -> list[Case]:
     """All cases, the ones that matter most first."""
-    consolidated = {"memory": "consolidated"}
+    consolidated: dict[str, Any] = {"memory": "consolidated"}
     current = {"model.values.reference": "current"}
     firmer = {"model.rule.init_args.covariance_weight": 1500}
     one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
                  "model.rule.init_args.covariance_weight": 1}  # fmt: skip
-    best = {"rate": 0.3, "capacity": 200}
+    best: dict[str, Any] = {"rate": 0.3, "capacity": 200}
     found = [
         Case("none", {}, [CURVE]),
         replay("both", memory="both", sampling="loss", refresh_every=2, **best),

@@ -120,7 +120,7 @@ def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         found = json.loads((run.folder / "faults.json").read_text())
-        before = run.summary["perplexity"]["before"]  # type: ignore[index]
+        before = run.summary["perplexity"]["before"]
         points = [point["perplexity/heldout"] / before - 1 for point in found["curve"].values()]
         spent = sum(e["seconds"] for e in read_lines(run.folder / "trust_events.jsonl") if e["kind"] == "batch")
         good = set(range(found["batches"])) - {int(step) for step in found["faults"]}
@@ -129,7 +129,7 @@ def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
              "good_ES": found["good"]["ES"], "good_NS": found["good"].get("NS"),
              "mean_perplexity_rise": sum(points) / len(points), "final_perplexity_rise": points[-1],
              "good_batches_rejected": len(good - set(found["kept"])) / len(good),
-             "faulty_batches_kept": len(set(found["kept"]) - good), "seconds": run.summary["seconds"],  # type: ignore[index]
+             "faulty_batches_kept": len(set(found["kept"]) - good), "seconds": run.summary["seconds"],
              "gate_seconds": spent, **provenance_of(run)}
         )  # fmt: skip
     return [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
