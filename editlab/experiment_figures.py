@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import mean
 from typing import Any
 
@@ -106,7 +107,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
             one of them.
     """
     labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
-    style = dict(zip(labels, STYLES, strict=False))
+    style = dict(zip(labels, cycle(STYLES), strict=False))
     figure = Figure(figsize=(3.9 * len(panels), 4.2), layout="constrained")
     for ax, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "polar"}).flat,

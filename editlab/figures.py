@@ -117,7 +117,7 @@ def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) ->
 
 def _wide_as_log(ax: Axes, limit: float = 5.0) -> None:
     """A logarithmic axis with plain numbers where lines span a factor above ``limit``: one would flatten the others."""
-    values = [float(y) for line in ax.get_lines() for y in np.asarray(line.get_ydata())]
+    values = [float(y) for line in ax.get_lines() for y in np.asarray(line.get_ydata()) if np.isfinite(y)]
     if values and min(values) > 0 and max(values) > limit * min(values):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -153,6 +153,6 @@ def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexi
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=8)
     axes[5].axis("off")
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[5].legend(handles, labels, loc="center left", frameon=False)
+    named = {label: handle for ax in axes[:4] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[5].legend(named.values(), named.keys(), loc="center left", frameon=False)
     return figure

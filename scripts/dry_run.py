@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def formula(case: Case) -> float:
     2 s a fact. They are counted here where every run finds its own; those of the original weights come on top, once for
     all cases of a seed. Replay made no difference that showed; what trust and curves take is left out.
     """
-    edits, batch_size = case.flags["data.limit"], case.flags["data.batch_size"]
+    edits, batch_size = (_count(case, name) for name in ("data.limit", "data.batch_size"))
     values = 1.5 * edits if case.flags.get("model.values.reference") == "current" else 0.0
     batches = math.ceil(edits / batch_size)
     trained = 0
@@ -31,6 +32,14 @@ def formula(case: Case) -> float:
             every = settings.get("every_n_batches")
             trained += settings.get("steps", 60) * (math.ceil(batches / every) if every else 1)
     return 41 + 0.33 * edits + 0.32 * batches + values + 200 / 60 * trained
+
+
+def _count(case: Case, name: str) -> int:
+    """A number among a case's flags, which the command line gives as a word; exits with a sentence where it is none."""
+    try:
+        return max(1, int(case.flags[name]))
+    except ValueError:
+        sys.exit(f"--dry-run needs a number for {name}, and it is {case.flags[name]}.")
 
 
 def expected(run: Run, done: Sequence[Run]) -> float:
@@ -49,21 +58,24 @@ def expected(run: Run, done: Sequence[Run]) -> float:
     return formula(run.case) * (statistics.median(ratios) if ratios else 1.0)
 
 
-def show(runs: Sequence[Run], workers: int) -> None:
+def show(runs: Sequence[Run], workers: int, known: Sequence[Run] = ()) -> None:
     """Prints a line for each run, and the time of what is missing.
 
     Args:
         runs: all that are asked for.
         workers: runs at a time.
+        known: finished runs of the same experiment, asked for or not; times are measured on them.
     """
-    done = [run for run in runs if run.summary is not None]
+    done = list({run.folder: run for run in (*known, *runs) if run.summary is not None}.values())
     missing = [(run, expected(run, done)) for run in runs if run.summary is None]
-    for run in done:
-        print(f"{run.status:7} {run.case.name}, seed {run.seed}")
+    for run in runs:
+        if run.summary is not None:
+            print(f"{run.status:7} {run.case.name}, seed {run.seed}")
     for run, seconds in missing:
         print(f"{run.status:7} {run.case.name}, seed {run.seed}, about {_spoken(seconds)}")
     source = f"measured on {len(done)} finished runs" if done else "by a formula, no run is finished"
-    total = _spoken(sum(seconds for _, seconds in missing) / workers)
+    times = [seconds for _, seconds in missing]
+    total = _spoken(max(sum(times) / workers, *times)) if times else ""
     time = f"about {total}, {workers} at a time ({source})" if missing else "nothing to wait for"
     print(f"{len(missing)} of {len(runs)} runs are to be made: {time}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -17,10 +18,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from editlab.errors import EditLabError
+from editlab.lm.cache import atomic_file
 
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
@@ -29,12 +33,42 @@ LOG, PROVENANCE, FAILED = "run.log", "provenance.json", "failed.json"
 WHERE = "--trainer.logger.init_args."
 """Arguments that say where a run lies, and not what it does, begin so."""
 
+JOINT, UNKNOWN = " | ", "unknown"
+"""Between the values of what was made in several ways; in place of one that is not noted."""
+
 STOPPED = {130, 143, -2, -15}
 """Exit codes of what was told to stop, which is no failure."""
 
 
-_RUNNING: set[subprocess.Popen[bytes]] = set()
-"""Of this process's jobs."""
+class _Begun:
+    """Processes that this one has begun; none is begun unseen by what stops them all."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _Begun, ()  # a worker of Ray's has its own
+
+    def begin(self, command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | None:
+        """A new process; None where all are to stop."""
+        with self._lock:
+            if self.stopping:
+                return None
+            process = subprocess.Popen(command, **how)
+            self.running.add(process)
+        return process
+
+    def stop(self) -> None:
+        """Ends all there are, and begins no more."""
+        with self._lock:
+            self.stopping = True
+        for process in list(self.running):
+            process.terminate()
+
+
+_BEGUN = _Begun()
 
 
 @dataclass(frozen=True)
@@ -64,40 +98,61 @@ def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
         variables: of the environment, beside those of this process.
 
     Returns:
-        Its exit code.
+        Its exit code; 1 where its folder can not be written to, and 143 where it was not begun as all are to stop.
     """
+    try:
+        code = _run(job, variables or {})
+    except (OSError, EditLabError) as error:
+        _failed(job, str(error))
+        return 1
+    if code and code not in STOPPED and not _BEGUN.stopping:
+        _failed(job, f"it ended with {code}")
+    return code
+
+
+def _failed(job: Job, why: str) -> None:
+    with suppress(OSError, EditLabError):  # where nothing can be written, its status is that it is still to run
+        _write(job.folder / FAILED, {"why": why, "log": str(job.folder / LOG)})
+
+
+def _run(job: Job, variables: Mapping[str, str]) -> int:
     (job.folder / FAILED).unlink(missing_ok=True)
     arguments = list(job.arguments)
     checkpoint, noted = job.folder / "checkpoints" / "last.ckpt", {"settings": job.settings, **provenance()}
     if checkpoint.exists():
         arguments += ["--ckpt_path", str(checkpoint)]
-        noted = _with_earlier(job.folder / PROVENANCE, noted)
+        noted = _with_earlier(read_provenance(job.folder), noted)
     _write(job.folder / PROVENANCE, noted)
-    environment = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": str(job.threads)}
-    job.folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": str(job.threads)}
+    command = [sys.executable, "-m", "editlab.cli", *arguments]
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "editlab.cli", *arguments]
-        with subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT) as process:
-            _RUNNING.add(process)
-            try:
-                code = process.wait()
-            finally:
-                _RUNNING.discard(process)
-    if code and code not in STOPPED:
-        _write(job.folder / FAILED, {"code": code, "log": str(job.folder / LOG)})
-    return code
+        process = _BEGUN.begin(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+        if process is None:
+            return 128 + signal.SIGTERM
+        try:
+            return process.wait()
+        finally:
+            _BEGUN.running.discard(process)
 
 
-def _with_earlier(path: Path, noted: Mapping[str, str]) -> dict[str, str]:
+def read_provenance(folder: Path) -> dict[str, str]:
+    """What a run was started with, as far as it is noted and can be read."""
+    try:
+        found = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _with_earlier(earlier: Mapping[str, str], noted: Mapping[str, str]) -> dict[str, str]:
     """What a run that goes on is made with: all that it was ever started with, where that differs."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    before = {name: earlier.get(name, "unknown").split(" | ") for name in noted}
-    return {name: " | ".join(dict.fromkeys([*before[name], value])) for name, value in noted.items()}
+    before = {name: earlier.get(name, UNKNOWN).split(JOINT) for name in noted}
+    return {name: JOINT.join(dict.fromkeys([*before[name], value])) for name, value in noted.items()}
 
 
 def _write(path: Path, content: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def provenance() -> dict[str, str]:
@@ -147,6 +202,7 @@ def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> It
     Yields:
         Each job with its exit code, as it ends.
     """
+    _BEGUN.stopping = False
     with ThreadPoolExecutor(workers) as pool, told_to_stop():
 
         def next_of(running: Sequence[Future[int]]) -> Future[int]:
@@ -157,8 +213,7 @@ def processes(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> It
                 yield job, code.result()
         except BaseException:  # whatever ends this ends what it started: nothing runs on unseen, and no more is begun
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(_RUNNING):
-                process.terminate()
+            _BEGUN.stop()
             raise
 
 
@@ -208,18 +263,19 @@ def over_ray(jobs: Sequence[Job], workers: int, after: Mapping[Job, Job]) -> Ite
     module = sys.modules[__name__]
     ray.cloudpickle.register_pickle_by_value(module)  # scripts are no package that a worker could import
     try:
-        gpus = ray.cluster_resources().get("GPU", 0) / len(ray.nodes()) / workers
+        share = {name: ray.cluster_resources().get(name, 0) / len(ray.nodes()) / workers for name in ("CPU", "GPU")}
+        needs = {"num_cpus": max(1, math.ceil(share["CPU"])), "num_gpus": min(1.0, share["GPU"])}
         variables = {name: value for name, value in os.environ.items() if name.startswith(("EDITLAB_", "HF_"))}
         remote: Any = ray.remote(start)
 
         def submit(job: Job) -> Any:
-            return remote.options(num_cpus=job.threads, num_gpus=min(1.0, gpus)).remote(job, variables)
+            return remote.options(**needs).remote(job, variables)
 
         for job, task in _as_they_end(jobs, after, submit, lambda tasks: ray.wait(list(tasks), num_returns=1)[0][0]):
             try:
                 yield job, ray.get(task)
             except ray.exceptions.RayError as error:
-                _write(job.folder / FAILED, {"code": 1, "log": str(job.folder / LOG), "ray": str(error)})
+                _failed(job, str(error))
                 yield job, 1
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)

@@ -17,9 +17,12 @@ from sweep import (
     Case,
     Run,
     add_texts,
+    at_hand,
     common_flags,
     exit_where_failed,
+    in_a_sentence,
     parser,
+    planned,
     run_all,
 )
 from tables import table_rows, update_table, write_rows
@@ -71,6 +74,7 @@ def measured(run: Run) -> dict[str, Any]:
     }
 
 
+@in_a_sentence
 def main() -> None:
     """Runs what is missing; writes the tables."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "baselines", edits=200, seeds=[1])
@@ -78,13 +82,16 @@ def main() -> None:
     options = shared.parse_args()
     common = {**common_flags(options), "model.evaluation.immediate": "all"}
     wanted = [case.over(common) for case in cases()]
-    runs = run_all(wanted, RECIPE, options)
-    if runs:
+    runs = planned(wanted, RECIPE, options)
+    done = run_all(runs, options, at_hand(wanted, RECIPE, options))
+    if done:
         results = options.out / "results"
         names = [case.name for case in wanted]
-        rows = update_table(results / "baseline_comparison.csv", table_rows(runs, measured), names)
-        write_rows([row for row in rows if row["way"] == "sequential"], results / "quick_validation.csv")
-    exit_where_failed(wanted, RECIPE, options)
+        rows = update_table(results / "baseline_comparison.csv", table_rows(done, measured), names)
+        sequential = [row for row in rows if row["way"] == "sequential"]
+        if sequential:
+            write_rows(sequential, results / "quick_validation.csv")
+    exit_where_failed(runs, options)
 
 
 if __name__ == "__main__":

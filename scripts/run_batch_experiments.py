@@ -24,8 +24,10 @@ from sweep import (
     ROOT,
     Case,
     add_texts,
+    at_hand,
     common_flags,
     exit_where_failed,
+    in_a_sentence,
     parser,
     planned,
     run_all,
@@ -113,6 +115,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+@in_a_sentence
 def main() -> None:
     """Runs what is missing; writes the table."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "batch_experiments", edits=1024)
@@ -123,10 +126,11 @@ def main() -> None:
     options = shared.parse_args()
     common = {**common_flags(options), "model.evaluation.matmul": "bfloat16"}
     wanted = [case.over(common) for case in cases(options)]
-    run_all(wanted, RECIPE, options)
+    runs = planned(wanted, RECIPE, options)
+    run_all(runs, options, at_hand(wanted, RECIPE, options))
     if not options.dry_run:
         write_rows(rows(options), options.out / "results" / TABLE)
-    exit_where_failed(wanted, RECIPE, options)
+    exit_where_failed(runs, options)
 
 
 if __name__ == "__main__":

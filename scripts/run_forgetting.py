@@ -26,20 +26,20 @@ RULE = "model.rule.init_args."
 RULES = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),
-    "rome": ("ROME, layer 6", GREEN, "-."),
+    "rome": ("ROME, layer 6", GREEN, "--"),
     "layer_6": ("EMMET, lambda 1000, layer 6 alone", VERMILION, ":"),
     "emmet": ("EMMET, lambda 1000, layers 2 to 6", BLACK, ":"),
-    "alphaedit": ("AlphaEdit, layers 2 to 6", BLUE, "--"),
+    "alphaedit": ("AlphaEdit, layers 2 to 6", BLUE, "-."),
     "memit": ("MEMIT, weight 15,000, layers 2 to 6", PURPLE, "-."),
 }
 CALLBACKS = {
     "emmet": ("EMMET, lambda 1000, layers 2 to 6", BLACK, ":"),
     "replay": ("+ replay at rate 0.3", ORANGE, "--"),
-    "lora": ("+ LoRA each 512 edits", SKY, "--"),
-    "trust": ("+ trust", PURPLE, "-."),
+    "lora": ("+ LoRA each 512 edits", SKY, "-."),
+    "trust": ("+ trust", PURPLE, ":"),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
-    "both": ("+ consolidated memory and replay", GREEN, "-"),
-    "both_lora": ("+ consolidated memory, replay and LoRA", GREEN, "--"),
+    "both": ("+ consolidated memory and replay", GREEN, "--"),
+    "both_lora": ("+ consolidated memory, replay and LoRA", GREEN, "-."),
     "consolidated_looser": ("+ consolidated memory, prompts' tokens at 0.1", VERMILION, "-"),
     "consolidated_looser_lora": ("that, and the LoRA adjustment at the end", VERMILION, ":"),
 }

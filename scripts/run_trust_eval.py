@@ -25,18 +25,22 @@ from sweep import (
     Case,
     Run,
     add_texts,
+    at_hand,
     common_flags,
     exit_where_failed,
+    in_a_sentence,
     parser,
     planned,
     run_all,
 )
 from tables import provenance_of, provenance_of_all, update_table, write_rows
-from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, read_lines, taus
+from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, taus
 
 from editlab.evaluation import BUILTIN_TEXT
+from editlab.event_log import EventLog
 from editlab.experiment_figures import roc_figure
 from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure, save_figure
+from editlab.lm.cache import atomic_file
 
 RECIPE = "configs/emmet_trust.yaml"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -120,13 +124,14 @@ def effect(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         found = json.loads((run.folder / "faults.json").read_text())
-        before = run.summary["perplexity"]["before"]
-        points = [point["perplexity/heldout"] / before - 1 for point in found["curve"].values()]
-        spent = sum(e["seconds"] for e in read_lines(run.folder / "trust_events.jsonl") if e["kind"] == "batch")
+        assert run.summary is not None
+        before = run.summary["perplexity"].get("before", math.nan)
+        points = [point["perplexity/heldout"] / before - 1 for point in found["curve"].values()] or [math.nan]
+        spent = sum(e["seconds"] for e in EventLog(run.folder / "trust_events.jsonl").read() if e["kind"] == "batch")
         good = set(range(found["batches"])) - {int(step) for step in found["faults"]}
         rows.append(
             {"case": run.case.name, "seed": run.seed, "good_accuracy": found["good"]["accuracy"],
-             "good_ES": found["good"]["ES"], "good_NS": found["good"].get("NS"),
+             "good_ES": found["good"].get("ES"), "good_NS": found["good"].get("NS"),
              "mean_perplexity_rise": sum(points) / len(points), "final_perplexity_rise": points[-1],
              "good_batches_rejected": len(good - set(found["kept"])) / len(good),
              "faulty_batches_kept": len(set(found["kept"]) - good), "seconds": run.summary["seconds"],
@@ -169,6 +174,7 @@ def draw_effect(runs: Sequence[Run], path: Path) -> None:
     save_figure(figure, path)
 
 
+@in_a_sentence
 def main() -> None:
     """Runs what is missing; writes tables and figures."""
     shared = parser(__doc__, work=ROOT / "lightning_logs" / "trust_eval", batch_size=10)
@@ -180,20 +186,21 @@ def main() -> None:
         "model.evaluation.heldout_tokens": 2048,
     }  # fmt: skip
     text = str(BUILTIN_TEXT) if options.heldout == "builtin" else options.heldout
-    for seed in options.seeds:
-        one = argparse.Namespace(**{**vars(options), "seeds": [seed]})
-        run_all([case.over(common) for case in cases(seed, text)], RECIPE, one)
-    runs = [] if options.dry_run else finished(options)
-    if runs:
-        write(runs, options)
-    exit_where_failed(cases(options.seeds[0], text), RECIPE, options)
-
-
-def finished(options: argparse.Namespace) -> list[Run]:
-    """Every run at hand, whichever were asked for: labels are made of all of them."""
-    known = {int(path.name.removeprefix("version_")) for path in options.work.glob("*/version_*")}
-    every = argparse.Namespace(**{**vars(options), "only": None, "seeds": sorted(known)})
-    return [run for run in planned(cases(options.seeds[0], ""), RECIPE, every) if run.summary is not None]
+    runs = [
+        run
+        for seed in dict.fromkeys(options.seeds)
+        for run in planned(
+            [case.over(common) for case in cases(seed, text)],
+            RECIPE,
+            argparse.Namespace(**{**vars(options), "seeds": [seed]}),
+        )
+    ]
+    names = [case.over(common) for case in cases(options.seeds[0], text)]
+    run_all(runs, options, at_hand(names, RECIPE, options))
+    done = [] if options.dry_run else at_hand(names, RECIPE, options)  # labels are made of all of them
+    if done:
+        write(done, options)
+    exit_where_failed(runs, options)
 
 
 def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
@@ -209,7 +216,8 @@ def write(runs: Sequence[Run], options: argparse.Namespace) -> None:
         save_figure(roc_figure(points(labels)), figs / "trust_roc.png")
     for run in runs:
         if run.case.name == "faulty_gate" and run.seed == options.seeds[0]:
-            shutil.copy(run.folder / "trust_events.jsonl", results / "trust_events.jsonl")
+            with atomic_file(results / "trust_events.jsonl") as temporary:
+                shutil.copy(run.folder / "trust_events.jsonl", temporary)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweep import Case, Run, add_texts, common_flags, exit_where_failed, parser, run_all
+from sweep import (
+    Case,
+    Run,
+    add_texts,
+    at_hand,
+    common_flags,
+    exit_where_failed,
+    in_a_sentence,
+    parser,
+    planned,
+    run_all,
+)
 from tables import Row, curves_figure, means, snapshots, table_rows, update_table, write_rows
 
 from editlab.figures import save_figure
@@ -56,6 +67,7 @@ class Sequences:
         if figure is not None:
             save_figure(figure, out / "figs" / f"{self.figure}.png")
 
+    @in_a_sentence
     def main(self, description: str | None, cases: Callable[[int], list[Case]], **defaults: Any) -> None:
         """The command line: runs what is missing; writes the tables and the figure.
 
@@ -69,7 +81,8 @@ class Sequences:
         options = shared.parse_args()
         common = common_flags(options)
         wanted = [case.over(common) for case in cases(options.edits)]
-        runs = run_all(wanted, self.recipe, options)
-        if runs:
-            self.write(runs, [case.name for case in wanted], options.out)
-        exit_where_failed(wanted, self.recipe, options)
+        runs = planned(wanted, self.recipe, options)
+        done = run_all(runs, options, at_hand(wanted, self.recipe, options))
+        if done:
+            self.write(done, [case.name for case in wanted], options.out)
+        exit_where_failed(runs, options)

@@ -10,20 +10,20 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import dry_run
-from launch import FAILED, LAUNCHERS, LOG, PROVENANCE, ROOT, WHERE, Job, cores
+from launch import FAILED, JOINT, LAUNCHERS, LOG, ROOT, UNKNOWN, WHERE, Job, cores, read_provenance
 from tqdm import tqdm
 
+from editlab.errors import EditLabError
 from editlab.figures import Series
 from editlab.runs import RunFolder
 
-MOST_SEEDS = 10
-"""That the tables have an interval for."""
 TEXT = ROOT.parent / "shared" / "data" / "text"
 
 
@@ -90,10 +90,14 @@ class Run:
 
     @property
     def other_settings(self) -> bool:
-        """Whether it was started with other settings than it would be now; of an older run that is not known."""
-        path = self.folder / PROVENANCE
-        noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return noted.get("settings", now := self.job(1).settings) != now
+        """Whether it was begun with other settings than it would be now; of an older run that is not known."""
+        noted = {*read_provenance(self.folder).get("settings", UNKNOWN).split(JOINT)} - {UNKNOWN}
+        return self.begun and bool(noted) and noted != {self.job(1).settings}
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has finished, or would go on from a checkpoint."""
+        return self.summary is not None or (self.folder / "checkpoints" / "last.ckpt").exists()
 
     def job(self, threads: int) -> Job:
         """What starts it, or lets it go on, on so many cores."""
@@ -147,8 +151,8 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     found.add_argument(
         "--path", type=_place, default=str(ROOT.parent / "shared" / "data" / "counterfact.json"), help="fact file"
     )
-    found.add_argument("--edits", type=int, default=500)
-    found.add_argument("--batch_size", type=int, default=32)
+    found.add_argument("--edits", type=_at_least_one, default=500)
+    found.add_argument("--batch_size", type=_at_least_one, default=32)
     found.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     found.add_argument("--only", nargs="+", help="names of the cases to run; all where not given")
     found.add_argument("--work", type=Path, help="folder of the runs")
@@ -206,39 +210,48 @@ def planned(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> 
         sys.exit(f"There is no case {', '.join(sorted(unknown))}: there are {', '.join(c.name for c in cases)}.")
     asked = [case for case in cases if not options.only or case.name in options.only]
     chosen = [case.given(options.callback, options.set) for case in asked]
-    return [Run(c, s, options.work / c.name / f"version_{s}", recipe) for s in options.seeds for c in chosen]
+    return [
+        Run(case, seed, options.work / case.name / f"version_{seed}", recipe)
+        for seed in dict.fromkeys(options.seeds)
+        for case in chosen
+    ]
 
 
-def run_all(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
-    """Runs every case with every seed.
+def at_hand(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> list[Run]:
+    """Every finished run of the cases in ``--work``, whichever were asked for."""
+    folders = (re.fullmatch(r"version_(\d+)", path.name) for path in options.work.glob("*/version_*"))
+    seeds = sorted({int(found[1]) for found in folders if found})
+    every = argparse.Namespace(**{**vars(options), "only": None, "seeds": seeds})
+    return [run for run in planned(cases, recipe, every) if run.summary is not None]
+
+
+def run_all(runs: Sequence[Run], options: argparse.Namespace, known: Sequence[Run] = ()) -> list[Run]:
+    """Runs what has no result yet.
 
     The first of each seed goes ahead of the others of that seed: what it finds and keeps in the cache (values, second
     moments, scores of the unedited model) they need not find again.
 
     Args:
-        cases: what to run, the ones that matter most first.
-        recipe: file that they start from.
+        runs: of :func:`planned`, the ones that matter most first.
         options: of :func:`parser`.
+        known: of :func:`at_hand`; a dry run's times are measured on them.
 
     Returns:
-        Those that have a result. Exits with a sentence where the fact file is absent, or a finished run was started
-        with other settings, for which it would be taken.
+        Those that have a result. Exits with a sentence where the fact file is absent, or a run was begun with other
+        settings, for which it would be taken.
     """
     if options.path != "worldfacts" and not Path(options.path).exists():
         sys.exit(f"{options.path} is not there: give a file of facts with --path, or --path worldfacts.")
-    if len(set(options.seeds)) > MOST_SEEDS:
-        sys.exit(f"--seeds names {len(set(options.seeds))}: tables have intervals over at most {MOST_SEEDS}.")
-    runs = planned(cases, recipe, options)
     waiting = [run for run in runs if run.summary is None]
     if options.dry_run:
-        dry_run.show(runs, options.workers)
+        dry_run.show(runs, options.workers, known)
         return []
     if not options.no_run:
-        other = next((run for run in runs if run.summary is not None and run.other_settings), None)
+        other = next((run for run in runs if run.other_settings), None)
         if other is not None:
-            sys.exit(f"{other.folder} was made with other settings: give another --work, or remove that folder.")
-        known = {run.seed for run in runs if run.summary is not None}
-        _carry_out(waiting, {run.seed: run for run in reversed(waiting) if run.seed not in known}, options)
+            sys.exit(f"{other.folder} was begun with other settings: give another --work, or remove that folder.")
+        paid = {run.seed for run in runs if run.summary is not None}
+        _carry_out(waiting, {run.seed: run for run in reversed(waiting) if run.seed not in paid}, options)
     return [run for run in runs if run.summary is not None]
 
 
@@ -256,10 +269,31 @@ def _carry_out(runs: Sequence[Run], first: Mapping[int, Run], options: argparse.
                 bar.write(f"{of[job].case.name}, seed {of[job].seed}, ended with {code}: see {job.folder / LOG}")
 
 
-def exit_where_failed(cases: Iterable[Case], recipe: str, options: argparse.Namespace) -> None:
+def exit_where_failed(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Ends the program with exit code 1 and a sentence where runs that were asked for have failed, or were stopped."""
-    runs = [] if options.dry_run else planned(cases, recipe, options)
-    for status, what in (("failed", "failed"), ("to run", "did not come to their end")):
+    if options.dry_run:
+        return
+    ends = {"failed": "failed"} if options.no_run else {"failed": "failed", "to run": "did not come to their end"}
+    told = []
+    for status, what in ends.items():
         found = [f"{run.case.name}, seed {run.seed}" for run in runs if run.status == status]
-        if found and not (status == "to run" and options.no_run):
-            sys.exit(f"{len(found)} of {len(runs)} runs {what} ({'; '.join(found)}): see {LOG} in their folders.")
+        if found:
+            told.append(f"{len(found)} of {len(runs)} runs {what} ({'; '.join(found)})")
+    if told:
+        sys.exit(f"{', and '.join(told)}: see {LOG} in their folders.")
+
+
+P = ParamSpec("P")
+
+
+def in_a_sentence(main: Callable[P, None]) -> Callable[P, None]:
+    """A script's ``main`` whose errors of editlab's own end it with their sentence, and no traceback."""
+
+    @wraps(main)
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except EditLabError as error:
+            sys.exit(str(error))
+
+    return told

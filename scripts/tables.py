@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import inspect
-import json
+import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import PROVENANCE
+from launch import JOINT, read_provenance
 from matplotlib.figure import Figure
 from sweep import Run
 
@@ -55,16 +55,15 @@ CURVE = {
 
 def provenance_of(run: Run) -> dict[str, str]:
     """Recipe, settings, revision and machine that a run was started with, as far as noted, and its versions."""
-    path = run.folder / PROVENANCE
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"revision": "", "machine": ""}
+    noted = read_provenance(run.folder) or {"revision": "", "machine": ""}
     versions = (run.summary or {}).get("versions", {})
     return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
 
 
 def provenance_of_all(rows: Sequence[Row]) -> dict[str, str]:
     """The same of a row that several rows went into: what differs among them stands side by side."""
-    known = [name for name in MADE_WITH if any(row.get(name) for row in rows)]
-    return {name: " | ".join(dict.fromkeys(row.get(name, "") for row in rows)) for name in known}
+    made = {name: [one for row in rows for one in row.get(name, "").split(JOINT) if one] for name in MADE_WITH}
+    return {name: JOINT.join(dict.fromkeys(ways)) for name, ways in made.items() if ways}
 
 
 def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) -> list[Row]:
@@ -99,7 +98,7 @@ def snapshots(runs: Sequence[Run]) -> list[Row]:
         for edits, point in curve.items():
             row: Row = {"case": run.case.name, "seed": run.seed, "edits": edits}
             row |= {column: round(point[name], 4) for column, name in CURVE.items() if name in point}
-            row["measured"] = edits if edits == max(curve) else min(edits, _sample(run))
+            row["measured"] = _standing(run) if edits == max(curve) else min(edits, _sample(run))
             for name in ("retained_ES", "retained_accuracy"):
                 if name in row:
                     low, high = wilson(row[name], row["measured"])
@@ -112,6 +111,12 @@ def snapshots(runs: Sequence[Run]) -> list[Row]:
             earlier = edits
             rows.append(row | provenance_of(run))
     return rows
+
+
+def _standing(run: Run) -> int:
+    """Edits that are asked for at the end: those that were neither rolled back nor superseded."""
+    summary = run.summary or {}
+    return int(summary["edits"]) - int(summary.get("superseded", 0))
 
 
 def _sample(run: Run) -> int:
@@ -137,20 +142,30 @@ def _largest(points: Sequence[Mapping[str, float]], name: str) -> float | str:
 # ---- means over seeds -----------------------------------------------------------------------------------------------
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5% quantiles of Student's t by degrees of freedom"""
+"""97.5% quantiles of Student's t by a few degrees of freedom"""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% t-interval of a few independent values; the interval is NaN for one value.
-
-    Raises:
-        KeyError: for more than ten values, of which an experiment has no more (``sweep.MOST_SEEDS``).
-    """
+    """Mean and 95% t-interval of a few independent values; the interval is NaN for one, or where one is not finite."""
     mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("nan"), float("nan")
-    half = T_975[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return mean, math.nan, math.nan
+    half = t_975(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
+
+
+def t_975(freedom: int) -> float:
+    """97.5% quantile of Student's t.
+
+    From ten degrees of freedom on by the normal quantile's expansion (Abramowitz and Stegun 1964, 26.7.5), to 1e-4.
+    """
+    if freedom in T_975:
+        return T_975[freedom]
+    z, n = 1.959964, freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 def against(rows: Sequence[Row], base: str, measure: Callable[[Row], float]) -> dict[str, tuple[float, float, float]]:
@@ -181,12 +196,13 @@ def means(rows: Sequence[Row], base: Mapping[str, str], otherwise: str, cases: C
         if not own:
             found.append(one)
             continue
-        measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), rows))}
+        measured = {name: measure for name, measure in MEASURES.items() if all(map(partial(_has, measure), own))}
         for name, measure in measured.items():
             one |= _named(name, interval([measure(row) for row in own]))
         one["against"] = base.get(case, otherwise)
         for name, measure in measured.items():
-            gain = against(rows, one["against"], measure).get(case, (float("nan"),) * 3)
+            some = [row for row in rows if _has(measure, row)]
+            gain = against(some, one["against"], measure).get(case, (math.nan,) * 3)
             one |= _named(f"{name}_gain", gain)
         found.append({**one, **provenance_of_all(own)})
     return found

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+from editlab.event_log import EventLog
+
 LOSSES = ("facts", "NS", "nll")
 ENOUGH = 5
 """Bad batches that an interval needs at least."""
@@ -30,11 +32,6 @@ class Batch:
     fault: str | None
     losses: Mapping[int, Mapping[str, float]]
     """later -> what accepting it lost"""
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(event: Mapping[str, Any]) -> dict[str, float]:
@@ -58,16 +55,21 @@ def _number(value: float | None, otherwise: float) -> float:
 
 
 def read_batches(folder: Path) -> list[Batch]:
-    """The batches of one run's folder."""
-    faults = {int(k): v for k, v in json.loads((folder / "faults.json").read_text())["faults"].items()}
+    """The batches of one run's folder that the gate has judged.
+
+    One that it rolled back without a signal, since nothing finite was left to measure, is what any gate rejects first.
+    """
+    faults = {int(k): v for k, v in json.loads((folder / "faults.json").read_text(encoding="utf-8"))["faults"].items()}
     forks: dict[int, dict[int, dict[str, float]]] = {}
-    for event in read_lines(folder / "fork.jsonl"):
+    for event in EventLog(folder / "fork.jsonl").read():
         forks.setdefault(event["step"], {})[min(event["later"], 1)] = losses(event)
     batches = []
-    for event in read_lines(folder / "trust_events.jsonl"):
-        if event["kind"] == "batch" and event["signals"]:
-            found = {name: event["signals"].get(key, 0.0) for name, key in SIGNALS.items()}
-            found["trust"] = 1.0 - event["score"]
+    for event in EventLog(folder / "trust_events.jsonl").read():
+        if event["kind"] == "batch" and (event["signals"] or event["decision"] == "rollback"):
+            found = dict.fromkeys(SIGNALS, math.inf)
+            if event["signals"]:
+                found = {name: event["signals"].get(key, 0.0) for name, key in SIGNALS.items()}
+                found["trust"] = 1.0 - event["score"]
             step = event["step"]
             batches.append(Batch(str(folder), step, found, faults.get(step), forks.get(step, {})))
     return batches

@@ -7,6 +7,7 @@ where something happened is known up to the distance between two of them; the ta
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,9 +18,9 @@ D_K = 1536
 """Key dimension of SmolLM2-135M's MLP projections: so many keys are linearly independent at most."""
 
 MARKS: dict[str, Callable[[Row, float], bool]] = {
-    "accuracy_under_80": lambda row, before: float(row["retained_accuracy"]) < 0.8,
-    "accuracy_under_50": lambda row, before: float(row["retained_accuracy"]) < 0.5,
-    "ES_under_50": lambda row, before: float(row["retained_ES"]) < 0.5,
+    "accuracy_under_80": lambda row, before: _number(row, "retained_accuracy") < 0.8,
+    "accuracy_under_50": lambda row, before: _number(row, "retained_accuracy") < 0.5,
+    "ES_under_50": lambda row, before: _number(row, "retained_ES") < 0.5,
     "perplexity_over_1.4": lambda row, before: _ratio(row, before) > 1.4,
     "perplexity_over_2": lambda row, before: _ratio(row, before) > 2.0,
     "perplexity_over_10": lambda row, before: _ratio(row, before) > 10.0,
@@ -28,7 +29,12 @@ MARKS: dict[str, Callable[[Row, float], bool]] = {
 
 
 def _ratio(row: Row, before: float) -> float:
-    return float(row["perplexity_heldout"]) / before
+    return _number(row, "perplexity_heldout") / before
+
+
+def _number(row: Row, name: str) -> float:
+    """What a row has in a column; NaN, which is past no mark, where it was not measured."""
+    return float(row.get(name, math.nan))
 
 
 def turns(snapshots: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
@@ -36,14 +42,14 @@ def turns(snapshots: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
 
     Args:
         snapshots: of :func:`tables.snapshots`, in the order of edits.
-        runs: of :func:`tables.table_rows`; they know the unedited model's perplexity.
+        runs: of :func:`tables.table_rows`; they know the unedited model's perplexity, where it was measured.
     """
-    before = {(run["case"], int(run["seed"])): float(run["perplexity_before"]) for run in runs}
+    before = {(run["case"], int(run["seed"])): _number(run, "perplexity_before") for run in runs}
     found = []
     for case, seed in dict.fromkeys((row["case"], int(row["seed"])) for row in snapshots):
         own = [row for row in snapshots if (row["case"], int(row["seed"])) == (case, seed)]
         if len(own) > 1:
-            found.append({"case": case, "seed": seed, **turn(own, before[case, seed])})
+            found.append({"case": case, "seed": seed, **turn(own, before.get((case, seed), math.nan))})
     return found
 
 
@@ -52,7 +58,7 @@ def turn(curve: Sequence[Row], before: float) -> Row:
 
     Args:
         curve: its snapshots; at least two.
-        before: perplexity of the unedited model.
+        before: perplexity of the unedited model; NaN where it was not measured.
 
     Returns:
         Numbers of edits for the marks. ``fall``s are what a stretch takes of accuracy, in points: from one snapshot to
@@ -64,9 +70,10 @@ def turn(curve: Sequence[Row], before: float) -> Row:
     row: Row = {name: next((int(p["edits"]) for p in curve if past(p, before)), "") for name, past in MARKS.items()}
     alike = [(earlier, later) for earlier, later in pairwise(curve) if earlier["measured"] == later["measured"]]
     falls = [100 * (float(a["retained_accuracy"]) - float(b["retained_accuracy"])) for a, b in alike]
-    perplexity = [before, *(float(point["perplexity_heldout"]) for point in curve)]
+    perplexity = [before, *(_number(point, "perplexity_heldout") for point in curve)]
+    rises = [later / earlier for earlier, later in pairwise(perplexity)]
     row |= _steepest("fall", falls, [later for _, later in alike], curve, 1)
-    row |= _steepest("rise", [later / earlier for earlier, later in pairwise(perplexity)], curve, curve, 3)
+    row |= _steepest("rise", rises if all(map(math.isfinite, rises)) else [], curve, curve, 3)
     return row | {name: curve[-1][name] for name in MADE_WITH if name in curve[-1]}
 
 

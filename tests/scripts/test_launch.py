@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def check(found, tmp_path):
         assert (folder / "failed.json").exists() == (name == "bad")
     assert "covariance_weight" in (tmp_path / "one" / "version_1" / "run.log").read_text()
     assert "nowhere.yaml" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
-    assert json.loads((tmp_path / "bad" / "version_1" / "failed.json").read_text())["code"] == codes["bad"]
+    assert json.loads((tmp_path / "bad" / "version_1" / "failed.json").read_text())["why"] == (
+        f"it ended with {codes['bad']}"
+    )
 
 
 def test_processes_of_this_machine(tmp_path):
@@ -47,39 +50,62 @@ def test_processes_of_this_machine(tmp_path):
 
 
 def test_an_interrupt_begins_nothing_more_and_leaves_nothing_running(tmp_path, monkeypatch):
-    started, children = [], []
+    children, late, plain = [], threading.Event(), subprocess.Popen
+    some = [launch.Job(tmp_path / str(i), (), 1) for i in range(4)]
 
-    def start(job):
-        started.append(job)
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-            launch._RUNNING.add(process)
-            children.append(process)
-            return process.wait()
+    def provenance():
+        if children:  # the second one is on its way while all are stopped
+            late.set()
+            while not launch._BEGUN.stopping:
+                time.sleep(0.01)
+        return {}
 
-    monkeypatch.setattr(launch, "_RUNNING", set())
-    monkeypatch.setattr(launch, "start", start)
-    jobs = [launch.Job(tmp_path / str(i), (), 1) for i in range(4)]
-    ends = launch.processes(jobs, 2, {})
+    def sleeper(command, **how):
+        children.append(plain([sys.executable, "-c", "import time; time.sleep(60)"], **how))
+        return children[-1]
 
     def interrupted(running, **rest):
-        while len(children) < 2:
-            time.sleep(0.01)
+        assert late.wait(60)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(launch, "_BEGUN", launch._Begun())
+    monkeypatch.setattr(launch, "provenance", provenance)
+    monkeypatch.setattr(launch.subprocess, "Popen", sleeper)
     monkeypatch.setattr(launch, "wait", interrupted)
+    first = launch.start
+    monkeypatch.setattr(launch, "start", lambda job: (job == some[1] and _until(lambda: children), first(job))[1])
     with pytest.raises(KeyboardInterrupt):
-        next(ends)
-    assert len(started) == 2
-    assert all(process.returncode is not None for process in children)
+        next(launch.processes(some, 2, {}))
+    (child,) = children
+    assert child.returncode is not None
+    assert not list(tmp_path.rglob("failed.json"))
 
 
-def test_a_run_that_goes_on_says_all_that_it_was_made_with(tmp_path):
-    path = tmp_path / launch.PROVENANCE
-    path.write_text('{"revision": "abc", "machine": "a CPU"}')
-    assert launch._with_earlier(path, {"revision": "def", "machine": "a CPU"}) == {
+def _until(holds):
+    while not holds():
+        time.sleep(0.01)
+
+
+def test_a_folder_that_can_not_be_written_to_fails_its_run_alone(tmp_path):
+    one, two, _ = jobs(tmp_path)
+    (tmp_path / "two").touch()  # a file in the way of the folder
+    codes = {job.folder.parent.name: code for job, code in launch.processes([two, one], 1, {})}
+    assert codes == {"two": 1, "one": 0}
+
+
+def test_a_damaged_note_is_none(tmp_path):
+    assert launch.read_provenance(tmp_path) == {}
+    for damaged in ("", '{"revision": "abc"', "[]"):
+        (tmp_path / launch.PROVENANCE).write_text(damaged)
+        assert launch.read_provenance(tmp_path) == {}
+
+
+def test_a_run_that_goes_on_says_all_that_it_was_made_with():
+    earlier = {"revision": "abc", "machine": "a CPU"}
+    assert launch._with_earlier(earlier, {"revision": "def", "machine": "a CPU"}) == {
         "revision": "abc | def", "machine": "a CPU",
     }  # fmt: skip
-    assert launch._with_earlier(tmp_path / "none", {"revision": "def"}) == {"revision": "unknown | def"}
+    assert launch._with_earlier({}, {"revision": "def"}) == {"revision": "unknown | def"}
 
 
 def test_settings_are_told_apart_wherever_the_run_and_the_files_lie(tmp_path, monkeypatch):
@@ -149,6 +175,7 @@ def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp
     for code, failed in ((3, True), (0, False), (-9, True), (130, False)):
         ends = f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"
         command = [sys.executable, "-c", ends]
+        monkeypatch.setattr(launch, "_BEGUN", launch._Begun())
         monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, command=command, **k: plain(command))
         assert launch.start(job) == code
         assert (job.folder / "failed.json").exists() == failed

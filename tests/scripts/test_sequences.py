@@ -14,7 +14,7 @@ import tables
 def test_an_experiment_s_tables_and_figure_outlive_its_runs(tmp_path):
     written = sequences.Sequences(
         recipe="a.yaml", work=tmp_path, each="each.csv", over_seeds="means.csv", curves="curves.csv", figure="drawn",
-        shown={"a": ("A", "#000000", "-")}, otherwise="a",
+        shown=[{"a": ("A", "#000000", "-")}], otherwise="a",
     )  # fmt: skip
 
     def run(case, seed, accuracy):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from editlab.lm.cache import atomic_file
 from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -37,37 +38,49 @@ def options(tmp_path, tiny_folder, monkeypatch):
     return found
 
 
+def run_all(cases, recipe, options):
+    """Those of the cases that have a result once the others have been run."""
+    return sweep.run_all(sweep.planned(cases, recipe, options), options)
+
+
+def exit_where_failed(cases, options):
+    sweep.exit_where_failed(sweep.planned(cases, "", options), options)
+
+
 def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
     curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 2}}
     good = sweep.Case("none", options.flags, [curve], {"rate": 0})
     bad = sweep.Case("bad", {**options.flags, "model.layers": [9]})
-    runs = sweep.run_all([good, bad], "configs/emmet.yaml", options)
+    runs = run_all([good, bad], "configs/emmet.yaml", options)
     assert [run.case.name for run in runs] == ["none"]
     (run,) = runs
     assert sorted(run.curve()) == [2, 4]
     assert "layers are 0 to 3" in (options.work / "bad" / "version_1" / "run.log").read_text()
     assert [run.status for run in sweep.planned([good, bad], "", options)] == ["done", "failed"]
     with pytest.raises(SystemExit, match=r"1 of 2 runs failed \(bad, seed 1\): see run\.log"):
-        sweep.exit_where_failed([good, bad], "", options)
-    sweep.exit_where_failed([good], "", options)
+        exit_where_failed([good, bad], options)
+    exit_where_failed([good], options)
     stopped = sweep.Case("stopped", {})
     with pytest.raises(SystemExit, match=r"1 of 2 runs did not come to their end \(stopped, seed 1\)"):
-        sweep.exit_where_failed([good, stopped], "", options)
+        exit_where_failed([good, stopped], options)
     options.no_run = True  # then nobody wanted it to
-    sweep.exit_where_failed([good, stopped], "", options)
+    exit_where_failed([good, stopped], options)
     options.no_run = False
     # What has a result is not started again; what was stopped goes on from its checkpoint.
     written = (run.folder / "metrics.csv").read_text()
     started = []
     plain = launch.start
     monkeypatch.setattr(launch, "start", lambda job: (started.append(job.folder.parent.name), plain(job))[1])
-    sweep.run_all([good], "configs/emmet.yaml", options)
+    run_all([good], "configs/emmet.yaml", options)
     assert started == []
-    with pytest.raises(SystemExit, match=r"version_1 was made with other settings: give another --work, or remove"):
-        sweep.run_all([good.given([("ForgettingCurve", "sample", 9)])], "configs/emmet.yaml", options)
-    assert started == []
+    other = good.given([("ForgettingCurve", "sample", 9)])
+    with pytest.raises(SystemExit, match=r"version_1 was begun with other settings: give another --work, or remove"):
+        run_all([other], "configs/emmet.yaml", options)
     (run.folder / "summary.json").unlink()
-    assert len(sweep.run_all([good], "configs/emmet.yaml", options)) == 1
+    with pytest.raises(SystemExit, match=r"version_1 was begun with other settings"):  # not gone on with, either
+        run_all([other], "configs/emmet.yaml", options)
+    assert started == []
+    assert len(run_all([good], "configs/emmet.yaml", options)) == 1
     assert started == ["none"]
     assert (run.folder / "metrics.csv").read_text() == written
 
@@ -123,14 +136,14 @@ def test_files_are_found_from_the_folder_of_the_caller(tmp_path, monkeypatch):
 def test_dry_run_and_missing_file(options, capsys):
     options.dry_run = True
     case = sweep.Case("none", options.flags)
-    assert sweep.run_all([case], "configs/emmet.yaml", options) == []
+    assert run_all([case], "configs/emmet.yaml", options) == []
     assert "to run  none, seed 1" in capsys.readouterr().out
     options.only = ["nome"]
     with pytest.raises(SystemExit, match="There is no case nome: there are none, some"):
-        sweep.run_all([sweep.Case("none", {}), sweep.Case("some", {})], "configs/emmet.yaml", options)
-    options.path = "nowhere.json"
+        run_all([sweep.Case("none", {}), sweep.Case("some", {})], "configs/emmet.yaml", options)
+    options.only, options.path = None, "nowhere.json"
     with pytest.raises(SystemExit, match=r"nowhere\.json is not there"):
-        sweep.run_all([], "configs/emmet.yaml", options)
+        run_all([], "configs/emmet.yaml", options)
 
 
 def test_lora_cases_have_the_bases_that_they_are_held_against():
@@ -186,7 +199,7 @@ def test_the_recipe_for_thousands_is_the_case_that_was_measured(tmp_path):
 
 
 def test_a_run_says_what_it_was_started_with(options):
-    (run,) = sweep.run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
+    (run,) = run_all([sweep.Case("none", options.flags)], "configs/emmet.yaml", options)
     found = tables.provenance_of(run)
     versions = {name: version(name) for name in ("editlab", "torch", "transformers", "peft")}
     settings = run.job(1).settings
@@ -213,17 +226,72 @@ def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
     assert config["trainer"]["callbacks"] == []
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--workers", "0"], "0 is under 1"), (["--workers", "x"], "invalid")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--workers", "0"], "0 is under 1"), (["--workers", "x"], "invalid"), (["--edits", "0"], "0 is under 1")],
+)
 def test_bad_arguments(flags, said, capsys):
     with pytest.raises(SystemExit):
         sweep.parser(None).parse_args(flags)
     assert said in capsys.readouterr().err
 
 
-def test_more_seeds_than_there_are_intervals_for(options):
-    options.seeds = list(range(11))
-    with pytest.raises(SystemExit, match="names 11: tables have intervals over at most 10"):
-        sweep.run_all([sweep.Case("none", {})], "configs/emmet.yaml", options)
+def test_a_seed_that_is_named_twice_is_one(options):
+    options.seeds = [2, 1, 2]
+    assert [run.seed for run in sweep.planned([sweep.Case("none", {})], "", options)] == [2, 1]
+
+
+def test_a_run_of_unknown_or_two_settings(options):
+    (run,) = sweep.planned([sweep.Case("none", {})], "a.yaml", options)
+    now = run.job(1).settings
+    (run.folder / "checkpoints").mkdir(parents=True)
+    for settings, other in ((now, False), (f"unknown | {now}", False), (f"0123abcd | {now}", True), ("0123abcd", True)):
+        (run.folder / launch.PROVENANCE).write_text(json.dumps({"settings": settings}))
+        assert not run.other_settings  # it would begin anew
+        (run.folder / "checkpoints" / "last.ckpt").touch()
+        assert run.other_settings == other
+        (run.folder / "checkpoints" / "last.ckpt").unlink()
+
+
+def test_all_that_ended_badly_is_named(options):
+    failed, stopped = sweep.Case("bad", {}), sweep.Case("stopped", {})
+    (options.work / "bad" / "version_1").mkdir(parents=True)
+    (options.work / "bad" / "version_1" / launch.FAILED).touch()
+    said = r"1 of 2 runs failed \(bad, seed 1\), and 1 of 2 runs did not come to their end \(stopped, seed 1\)"
+    with pytest.raises(SystemExit, match=said):
+        exit_where_failed([failed, stopped], options)
+
+
+def test_a_dry_run_measures_by_all_finished_runs_and_waits_for_the_longest(options, capsys):
+    # The formula gives 40 facts in batches of 4 41 + 13.2 + 3.2 = 57.4 s. A finished run took 104.8 - 10 for as much,
+    # so what is left takes twice its formula; it is one run, so a second worker does not help. What is no run's
+    # folder is passed over.
+    case = sweep.Case("none", {"data.limit": "40", "data.batch_size": 4})
+    done = options.work / "none" / "version_1"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text(json.dumps({"seconds": 2 * 57.4 - 10}))
+    (options.work / "none" / "version_1_old").mkdir()
+    options.seeds, options.dry_run, options.workers = [2], True, 2
+    wanted = [sweep.Case("other", case.flags)]
+    known = sweep.at_hand([case, *wanted], "", options)
+    assert [(run.case.name, run.seed) for run in known] == [("none", 1)]
+    assert sweep.run_all(sweep.planned(wanted, "", options), options, known) == []
+    said = capsys.readouterr().out
+    assert "to run  other, seed 2, about 2 min" in said
+    assert "1 of 1 runs are to be made: about 2 min, 2 at a time (measured on 1 finished runs)" in said
+    with pytest.raises(SystemExit, match=r"needs a number for data\.limit, and it is null"):
+        sweep.run_all(sweep.planned([sweep.Case("a", {**case.flags, "data.limit": "null"})], "", options), options)
+
+
+def test_errors_of_our_own_come_as_a_sentence(tmp_path):
+    @sweep.in_a_sentence
+    def main(folder):
+        with atomic_file(folder / "table.csv"):
+            pass
+
+    (tmp_path / "results").touch()
+    with pytest.raises(SystemExit, match="results"):
+        main(tmp_path / "results")
 
 
 def test_tables_alone_run_nothing(options, monkeypatch):
@@ -232,7 +300,7 @@ def test_tables_alone_run_nothing(options, monkeypatch):
     done.mkdir(parents=True)
     (done / "summary.json").write_text("{}")
     options.no_run = True
-    runs = sweep.run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
+    runs = run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
     assert [run.case.name for run in runs] == ["none"]
 
 

@@ -1,6 +1,7 @@
 """Tables by hand: rows of runs, intervals, gains paired by seed, and what becomes of rows whose runs are gone."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -20,9 +21,40 @@ def test_intervals_by_hand():
         pytest.approx(2 - 2.4844, abs=1e-3),
         pytest.approx(4.4844, abs=1e-3),
     )
-    mean, low, _ = tables.interval([5.0])
-    assert mean == 5.0
-    assert low != low
+    for some, mean in (([5.0], 5.0), ([5.0, math.inf], math.inf)):
+        found = tables.interval(some)
+        assert found[0] == mean
+        assert math.isnan(found[1])
+        assert math.isnan(found[2])
+    assert math.isnan(tables.interval([5.0, math.nan])[0])
+
+
+def test_quantiles_of_t():
+    # From tables of Student's t, to the three digits that they give.
+    for freedom, quantile in (
+        (1, 12.706),
+        (9, 2.262),
+        (10, 2.228),
+        (12, 2.179),
+        (20, 2.086),
+        (30, 2.042),
+        (120, 1.980),
+    ):
+        assert tables.t_975(freedom) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_a_case_has_the_measures_of_its_own_runs():
+    rows = [{"case": case, "seed": 1, "retained_accuracy": 0.5} for case in ("a", "b")]
+    rows[0]["perplexity_ratio"] = 1.25
+    a, b = tables.means(rows, {}, "a")
+    assert (a["perplexity_ratio"], a["perplexity_ratio_gain"]) == (1.25, 0.0)
+    assert "perplexity_ratio" not in b
+    assert b["accuracy_gain"] == 0.0
+
+
+def test_what_several_rows_were_made_with_names_each_way_once():
+    rows = [{"torch": "a"}, {"torch": "a | b"}, {"machine": "m"}, {"torch": "b | c", "recipe": ""}]
+    assert tables.provenance_of_all(rows) == {"torch": "a | b | c", "machine": "m"}
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -57,18 +89,19 @@ def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_
         "200,0.75,40.25,0.3,0.25,70,12345.678,0.1\n"
         "300,0.5,41,0.3,0.25,70,80,0.05\n"
     )
+    (folder / "summary.json").write_text('{"edits": 280, "superseded": 30}')  # of 300, 20 were rolled back
     curve = {"class_path": "callbacks.ForgettingCurve", "init_args": {"sample": 100}}
     row, last = tables.snapshots([sweep.Run(sweep.Case("emmet", {}, [curve]), 1, folder)])
     assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
     assert (row["delta_norm"], row["gram_condition"]) == (0.3, 12350.0)
     assert (row["largest_update"], last["largest_update"]) == (0.2, 0.05)  # since the point before
-    # The last point is of all edits, those before of the sample; 64 is ForgettingCurve's own.
-    assert (row["measured"], last["measured"]) == (100, 300)
+    # The last point is of all edits that stand, those before of the sample; 64 is ForgettingCurve's own.
+    assert (row["measured"], last["measured"]) == (100, 250)
     assert (row["retained_accuracy_low"], row["retained_accuracy_high"]) == tuple(
         round(x, 4) for x in tables.wilson(0.75, 100)
     )
     plain = sweep.Run(sweep.Case("emmet", {}, [{"class_path": "ForgettingCurve"}]), 1, folder)
-    assert [row["measured"] for row in tables.snapshots([plain])] == [64, 300]
+    assert [row["measured"] for row in tables.snapshots([plain])] == [64, 250]
 
 
 def test_the_interval_of_a_share_by_hand():

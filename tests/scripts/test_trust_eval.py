@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from callbacks import TrustRollback
+from editlab.event_log import EventLog
 from editlab.events import EditPlan
 from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
 from scripts.fork import ForkLabels
@@ -70,7 +71,7 @@ def test_forks_measure_both_branches_and_leave_the_run_alone(tiny_folder, tmp_pa
     fork = ForkLabels(str(text), tokens=64, past=4, neighbors=2, later=1, later_every=1, matmul="float32")
     watched, folder = run(tmp_path, tiny_folder, "forked", TrustRollback(**gate), fork)
     assert all(torch.equal(a.total, b.total) for a, b in zip(plain.layers, watched.layers, strict=True))
-    events = trust_labels.read_lines(folder / "fork.jsonl")
+    events = EventLog(folder / "fork.jsonl").read()
     assert [(e["step"], e["later"]) for e in events] == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (3, 0), (2, 1)]
     now = {e["step"]: e for e in events if e["later"] == 0}
     # All batches stay, so what a batch is accepted into is what the next one is held against.
@@ -86,7 +87,7 @@ def test_forks_measure_both_branches_and_leave_the_run_alone(tiny_folder, tmp_pa
     batches = trust_labels.read_batches(folder)
     assert [b.fault for b in batches] == [found["faults"].get(str(step)) for step in range(4)]
     assert batches[0].suspicion["trust"] == pytest.approx(
-        1 - trust_labels.read_lines(folder / "trust_events.jsonl")[0]["score"]
+        1 - EventLog(folder / "trust_events.jsonl").read()[0]["score"]
     )
 
 
@@ -227,6 +228,6 @@ def test_tables_and_figures_of_runs_that_are_there(tmp_path, monkeypatch):
     assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
         (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.SIGNALS
     }
-    assert len(trust_labels.read_lines(results / "trust_events.jsonl")) == 4
+    assert len(EventLog(results / "trust_events.jsonl").read()) == 4
     figures = {path.name for path in (tmp_path / "out" / "figs").iterdir()}
     assert figures == {f"{name}.{kind}" for name in ("trust_roc", "rollback_effect_curve") for kind in ("png", "pdf")}

@@ -53,6 +53,17 @@ def test_edits_that_never_took_and_another_sample_are_no_fall():
     assert row["rise_at"] == 400
 
 
+def test_what_was_not_measured_is_past_no_mark():
+    rows = curve((1.0, 0.9, 21, "0.3"), (1.0, 0.4, 22, "0.9"))
+    for row in rows:
+        del row["retained_ES"], row["perplexity_heldout"]
+    for runs in ([{"case": "a", "seed": 1}], []):
+        (row,) = turning.turns(rows, runs)
+        assert (row["accuracy_under_50"], row["ES_under_50"], row["perplexity_over_1.4"]) == (400, "", "")
+        assert row["fall_at"] == 400
+        assert "rise_at" not in row
+
+
 def test_a_curve_that_holds_passes_no_mark():
     rows = curve((1.0, 0.97, 20.5, "0.5"), (1.0, 0.93, 21, "0.5"))
     (row,) = turning.turns(rows, [{"case": "a", "seed": "1", "perplexity_before": 20.0}])
