@@ -25,7 +25,7 @@ from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
 from editlab.layers import AUTO, find_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
-from editlab.lm.fingerprint import fingerprint
+from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
@@ -209,9 +209,14 @@ class SequentialEditor(lightning.LightningModule):
             return fingerprint(self.lm.model)
 
     @cached_property
+    def model_key(self) -> str:
+        """Of the unedited model: what is found with it and kept in the cache folder is kept under this."""
+        return model_key(self.fingerprint, self.lm.model)
+
+    @cached_property
     def unedited_scores(self) -> ScoreCache:
         """What the unedited weights score, kept in the cache folder."""
-        return self.evaluation.cache(self.lm, self.fingerprint)
+        return self.evaluation.cache(self.lm, self.model_key)
 
     def unedited(self) -> AbstractContextManager[None]:
         """Within it the model is the original one."""
@@ -279,7 +284,7 @@ class SequentialEditor(lightning.LightningModule):
             return self.optimize_values(facts)
         with self.unedited():
             if self._value_cache is None:
-                self._value_cache = ValueCache.of(self.lm, self.fingerprint, self.site, self.contexts, self.values)
+                self._value_cache = ValueCache.of(self.lm, self.model_key, self.site, self.contexts, self.values)
             return self._value_cache.fetch(facts, self.optimize_values)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:

@@ -140,9 +140,9 @@ class Evaluation:
         with self.products(lm):
             return prefers_truth(lm, facts, cache)
 
-    def cache(self, lm: LanguageModel, fingerprint: str) -> ScoreCache:
-        """Of the scores that are measured so of weights with this fingerprint."""
-        return ScoreCache(fingerprint, type_of_products(self.settings.matmul, lm.device))
+    def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
+        """Of the scores that are measured so of the model with this key."""
+        return ScoreCache(key, type_of_products(self.settings.matmul, lm.device), lm.device)
 
     def _score(
         self,

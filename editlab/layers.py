@@ -36,7 +36,6 @@ from editlab.data.fact import Fact
 from editlab.events import EditOutcome, EditPlan
 from editlab.keys import check_lengths
 from editlab.lm.cache import atomic_file, cache_dir
-from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode, tokenizer_fingerprint
 from editlab.moments import accumulate, text_fingerprint, text_windows
@@ -110,9 +109,8 @@ def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
         UserError: where a fact does not fit into the model.
     """
     path = cache_dir() / "layers" / f"{_key(editor, facts)}.json"
-    known = ranks.on_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
-    if known is not None:
-        trials = [Trial(**{**one, "layers": tuple(one["layers"])}) for one in known]
+    trials = ranks.on_first(lambda: _read(path))
+    if trials:
         log.info("The layer to edit, as measured before (%s):\n%s", path, table(trials))
         return list(best(trials).layers)
     trials = Search(editor, facts).run()
@@ -284,13 +282,25 @@ def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     """What a choice depends on."""
     moments = {**asdict(editor.moments), "text": text_fingerprint(editor.moments)}
     what = [
-        fingerprint(editor.lm.model), tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
+        editor.model_key, tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
         [f.to_dict() for f in facts], repr(editor.rule), asdict(editor.values), moments,
         asdict(editor.context_settings), editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
         editor.condition_limit,
         [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> list[Trial]:
+    """Trials that were kept; none where there are none, or the file is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in known]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError):
+        log.warning("%s can not be read: layers are tried again", path)
+        return []
 
 
 def _keep(path: Path, trials: Sequence[Trial]) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from editlab import ranks
 from editlab.errors import UserError
-from editlab.lm.cache import atomic_file, cache_dir
-from editlab.lm.fingerprint import fingerprint
+from editlab.lm.cache import atomic_file, cache_dir, read_tensors
+from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.progress import progress
@@ -77,11 +77,11 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     amount = str(settings.tokens)
     if settings.tolerance:  # where reading stops depends on all layers
         amount += f":{settings.tolerance}:{sorted(layers)}"
-    weights = fingerprint(lm.model)
+    model = model_key(fingerprint(lm.model), lm.model)
     paths = {
         layer: cache_dir()
         / "moments"
-        / f"{_digest(weights, tokenizer, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
+        / f"{_digest(model, tokenizer, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
         for layer in layers
     }
     here = ranks.on_first(lambda: [layer for layer, path in paths.items() if settings.cache and path.exists()])
@@ -102,7 +102,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
 
 
 def _read_cached(path: Path, size: int) -> Tensor:
-    return ranks.read_on_first(lambda: safetensors.torch.load_file(path)["moments"], (size, size), dtype=torch.float64)
+    return ranks.read_on_first(lambda: read_tensors(path)["moments"], (size, size), dtype=torch.float64)
 
 
 def _keep(path: Path, moments: Tensor) -> None:

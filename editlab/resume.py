@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from editlab.errors import UserError
 from editlab.lm.dtypes import dtype_name
+from editlab.lm.fingerprint import architecture
 from editlab.logger import RunLogger
 from editlab.rng import rng_state, set_rng_state
 
@@ -23,7 +24,9 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = {
         "language_model": editor.language_model,
         "weights": editor.fingerprint,
+        "architecture": architecture(editor.lm.model),
         "dtype": dtype_name(editor.lm.model.dtype),
+        "precision": editor.trainer.precision,
         "layers": editor.layer_numbers,
         "modules": [editor.lm.anatomy.edit_name(layer) for layer in editor.layer_numbers],
         "adapted": sum(layer.adapter is not None for layer in editor.changed_layers),
@@ -66,6 +69,7 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint is of {saved['language_model']}, whose weights differ from those of "
             f"{editor.language_model}: set model.language_model to the model that it edits."
         )
+    _check_architecture(saved.get("architecture", {}), architecture(editor.lm.model))
     for name in checkpoint["state_dict"]:
         path = adjusted_path(name)
         if path is not None:  # weights that a callback adjusted have to be there for Lightning to load
@@ -76,20 +80,36 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
     editor.resumed = saved
 
 
+def _check_architecture(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """What two versions of transformers say of a model is compared where both say something."""
+    other = next((name for name in saved if name in now and saved[name] != now[name]), None)
+    if other is not None:
+        raise UserError(
+            f"The checkpoint's model has {saved[other]} as {other} in its config.json and this run's {now[other]}, so "
+            "equal weights compute otherwise: set model.language_model to the model that it edits."
+        )
+
+
 def begin(editor: SequentialEditor) -> None:
     """Lets the loggers go on where the checkpoint was, or begin anew; only once nothing speaks against it.
 
     Raises:
-        UserError: where a resumed run's facts, their order or the batch size are not those of the checkpoint.
+        UserError: where a resumed run's precision, facts, their order or the batch size are not the checkpoint's.
     """
     if editor.resumed is not None:
-        _check_facts(editor, editor.resumed)
+        _check(editor, editor.resumed)
     for logger in editor.trainer.loggers:
         if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
             logger.go_on(editor.resumed["table"] if editor.resumed else {}, editor.edits)
 
 
-def _check_facts(editor: SequentialEditor, saved: dict[str, Any]) -> None:
+def _check(editor: SequentialEditor, saved: dict[str, Any]) -> None:
+    precision = editor.trainer.precision
+    if saved.get("precision", precision) != precision:
+        raise UserError(
+            f"The checkpoint's run had trainer.precision {saved['precision']} and this one has {precision}: set it as "
+            "it was, or start a new run without --ckpt_path."
+        )
     data = editor.trainer.datamodule  # type: ignore[attr-defined]
     if data.batch_size != saved["batch_size"]:
         raise UserError(

@@ -1,10 +1,10 @@
 """Values of the unedited model, kept across runs: a sweep of configurations pays for them once.
 
-Values on the original weights do not depend on the run, only on what is in the key: fingerprints of the weights and
-the tokenizer, the site, the contexts, and the hyper-parameters of the optimization. What is found together is written
-as one file: values found together round together, so a run that is killed and resumed finds the same ones again, or
-none of them. Found in other company, by a run with another batch size, a value differs by rounding (about 1e-7), and of
-two the one that is known stays: to the bit, a run is repeated with the cache that it had.
+Values on the original weights do not depend on the run, only on what is in the key: the model and the tokenizer, the
+site, the contexts, the hyper-parameters of the optimization, and autocast. What is found together is written as one
+file: values found together round together, so a run that is killed and resumed finds the same ones again, or none of
+them. Found in other company, by a run with another batch size, a value differs by rounding (about 1e-7), and of two the
+one that is known stays: to the bit, a run is repeated with the cache that it had.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from editlab import ranks
 from editlab.data.fact import Fact
 from editlab.keys import Site
-from editlab.lm.cache import atomic_file, cache_dir
+from editlab.lm.cache import atomic_file, cache_dir, read_tensors
+from editlab.lm.dtypes import cast_to
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.products import type_of_products
 from editlab.lm.tokens import tokenizer_fingerprint
@@ -33,7 +34,7 @@ class ValueCache:
     """Targets v* by fact, in the cache folder.
 
     Args:
-        model: what tells it from others: fingerprints of weights and tokenizer, the path of the edited map.
+        model: what tells it from others: its key, the tokenizer's, the path of the edited map, the type of autocast.
         site: where they live.
         contexts: the prefixes.
         settings: the hyper-parameters; ``matmul`` as it comes to on the device.
@@ -51,12 +52,13 @@ class ValueCache:
 
     @classmethod
     def of(
-        cls, lm: LanguageModel, fingerprint: str, site: Site, contexts: Sequence[str], settings: ValueSettings
+        cls, lm: LanguageModel, key: str, site: Site, contexts: Sequence[str], settings: ValueSettings
     ) -> ValueCache:
-        """That of a model, with the fingerprint of the weights that values are found on."""
+        """That of a model, with its key (:func:`editlab.lm.fingerprint.model_key`), as autocast is in force now."""
         edited = "" if site.in_stream else lm.anatomy.edit_path  # a value in the stream is of no map
         found_by = replace(settings, matmul=type_of_products(settings.matmul, lm.device))
-        return cls([fingerprint, tokenizer_fingerprint(lm.tokenizer), edited], site, contexts, found_by)
+        model = [key, tokenizer_fingerprint(lm.tokenizer), edited]
+        return cls([*model, *filter(None, [cast_to(lm.device)])], site, contexts, found_by)
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Targets of facts, float32 [n, d_v]: read where they are known, found and kept where they are not.
@@ -79,7 +81,7 @@ class ValueCache:
     def _look(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Reads files that have come since the last look; of two values of one fact the one known first stays."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._read):
-            self._known = safetensors.torch.load_file(path) | self._known
+            self._known = read_tensors(path) | self._known
             self._read.add(path)
         return {name: self._known[name] for name in names if name in self._known}
 

@@ -212,6 +212,10 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
     ]:
         choose_layers(changed, facts)
     assert len(list((cache / "layers").iterdir())) == 7
+    for damaged in ("", "[{}]", "{"):
+        kept.write_text(damaged)
+        assert choose_layers(automatic(), FACTS) == found  # tried again
+        assert json.loads(kept.read_text())
 
 
 # ---- whole runs

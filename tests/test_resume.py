@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -202,16 +203,22 @@ def run_once(tiny_folder, tmp_path, monkeypatch):
     return again
 
 
-def test_what_does_not_fit_is_named(run_once, tmp_path, capsys):
+def test_what_does_not_fit_is_named(run_once, tiny_folder, tmp_path, capsys):
     from tests.tiny import tiny_model, tiny_tokenizer
 
     other = tmp_path / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
+    turned = tmp_path / "turned"
+    shutil.copytree(tiny_folder, turned)
+    config = json.loads((turned / "config.json").read_text())
+    (turned / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     facts = write_counterfact(tmp_path / "others.json", [*FACTS[:3], *FACTS[4:8]])
     for changes, said in (
         ({"model": {"layers": [1]}}, "edits layers [1, 2] and this run layers [1]"),
         ({"folder": other}, "whose weights differ"),
+        ({"folder": turned}, "model has 1e-06 as rms_norm_eps in its config.json and this run's 0.5"),
+        ({"trainer": {"precision": "bf16-mixed"}}, "run had trainer.precision 32-true and this one has bf16-mixed"),
         ({"data": {"path": str(facts)}}, "Fact "),
         ({"data": {"batch_size": 4}}, "batches are of 2 facts and this run's of 4"),
         ({"data": {"seed": 1}}, "Fact "),

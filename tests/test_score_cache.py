@@ -4,6 +4,7 @@ import math
 import sqlite3
 
 import pytest
+import torch
 
 from editlab.errors import EditLabError
 from editlab.lm.language_model import LanguageModel
@@ -57,6 +58,15 @@ def test_what_is_no_number_is_not_kept():
     scores = ScoreCache("nan").fetch([A], lambda missing: [(float("nan"), False)])
     assert math.isnan(scores[A][0])
     assert ScoreCache("nan").fetch([A], lambda missing: [(-1.0, True)]) == {A: (-1.0, True)}
+
+
+def test_what_autocast_gives_is_kept_for_itself():
+    cache = ScoreCache("cast")
+    cache.fetch([A], lambda missing: [(1.0, True)])
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cache.fetch([A], lambda missing: [(2.0, True)]) == {A: (2.0, True)}
+    assert cache.fetch([A], lambda missing: 1 / 0) == {A: (1.0, True)}
 
 
 def test_a_damaged_file_is_named():

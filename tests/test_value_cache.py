@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from editlab.errors import EditLabError
 from editlab.keys import Site
+from editlab.lm.language_model import LanguageModel
 from editlab.value_cache import ValueCache, name_of
 from editlab.values import ValueSettings
 from tests.facts import FACTS
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SITE = Site(3, True, torch.nn.Identity())
 
@@ -62,6 +65,23 @@ def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
     monkeypatch.undo()
     cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
     assert len(list(cache("part").folder.iterdir())) == 1
+
+
+def test_values_under_autocast_are_others():
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    plain = ValueCache.of(lm, "key", SITE, ("",), ValueSettings())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ValueCache.of(lm, "key", SITE, ("",), ValueSettings())
+    assert cast.folder != plain.folder
+    assert ValueCache.of(lm, "key", SITE, ("",), ValueSettings()).folder == plain.folder
+
+
+def test_a_damaged_file_is_named():
+    cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
+    (path,) = cache("damaged").folder.iterdir()
+    path.write_bytes(b"{}")
+    with pytest.raises(EditLabError, match=r"\.safetensors can not be read .* delete it, and it is made again"):
+        cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
 
 
 def test_of_two_values_of_one_fact_the_first_known_stays():

@@ -12,6 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from editlab.errors import EditLabError, UserError
 
@@ -40,6 +43,18 @@ def sha256(file: Path) -> str:
         while piece := opened.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in the cache, on the CPU.
+
+    Raises:
+        EditLabError: It is damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise EditLabError(f"{path} can not be read ({error}): delete it, and it is made again.") from error
 
 
 @contextmanager

@@ -28,6 +28,13 @@ def dtype_named(name: str) -> torch.dtype:
     return found
 
 
+def cast_to(device: torch.device) -> str:
+    """The type that autocast computes in on a device, as under ``trainer.precision: bf16-mixed``; empty without it."""
+    if not torch.is_autocast_enabled(device.type):
+        return ""
+    return dtype_name(torch.get_autocast_dtype(device.type))
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Within it new tensors are of ``dtype`` where nothing else is said; also decorates a function."""

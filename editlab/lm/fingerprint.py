@@ -1,14 +1,21 @@
-"""A digest of a model's weights: the key of everything that was computed from them."""
+"""Digests of a model's weights, and of all that computing with it depends on: keys of what was computed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from editlab.lm.placement import weights_of
 
+_NO_MATTER = {
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Entries of a configuration that logits do not depend on, or that the weights' types tell already."""
 _WORD = 8
 _HALF = (1 << 32) - 1
 _CHUNK = 1 << 20
@@ -30,6 +37,23 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(_sums(tensor, factors))
     return digest.hexdigest()
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """What the configuration of a transformers model says of how it computes, as JSON has it; {} where it has none.
+
+    Models of equal weights may differ in it: the base of their rotary positions, say, or a soft cap.
+    """
+    config: Any = getattr(model, "config", None)
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {name: value for name, value in told.items() if name not in _NO_MATTER and not name.startswith("_")}
+    found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return found
+
+
+def model_key(weights: str, model: nn.Module) -> str:
+    """Hex digest of all that computing with ``model`` depends on: its weights' fingerprint, and its architecture."""
+    return hashlib.sha256(f"{weights} {json.dumps(architecture(model), sort_keys=True)}".encode()).hexdigest()
 
 
 def _factors(count: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from editlab.lm.fingerprint import _CHUNK, fingerprint
+from editlab.lm.fingerprint import _CHUNK, architecture, fingerprint, model_key
 from tests.tiny import tiny_model
 
 
@@ -145,6 +145,20 @@ def test_tied_weights_count_under_both_names():
     tied.lm_head.weight.data[3, 3] += 1
     assert tied.model.embed_tokens.weight is tied.lm_head.weight
     assert fingerprint(tied) != before
+
+
+def test_equal_weights_that_compute_otherwise_have_another_key():
+    def key(**changes):
+        model = tiny_model("llama")
+        for name, value in changes.items():
+            setattr(model.config, name, value)
+        return model_key(fingerprint(model), model)
+
+    assert key(rms_norm_eps=0.5) != key()
+    assert key(_name_or_path="elsewhere", transformers_version="0", use_cache=False) == key()
+    assert model_key("other weights", tiny_model("llama")) != key()
+    assert architecture(tiny_model("llama"))["rms_norm_eps"] == tiny_model("llama").config.rms_norm_eps
+    assert architecture(Bag(w=noise(4))) == {}
 
 
 def test_nothing_is_left_behind():
