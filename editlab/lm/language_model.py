@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from editlab import ranks
 from editlab.errors import UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
-from editlab.lm.layout import can_pack, lay_out_whole
+from editlab.lm.layout import can_pack, lay_out_whole, pads_between
 from editlab.lm.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.placement import DeviceMap, runs_on
@@ -75,6 +75,11 @@ class LanguageModel(nn.Module):
             )
         self.packs: bool = can_pack(self)
         """whether rows may be packed (:mod:`editlab.lm.layout`)"""
+        if not self.packs and not pads_between(self):
+            raise UserError(
+                f"{type(model).__name__} counts padding among the places between two tokens, so prompts of different "
+                "lengths would not be read alike: choose a model with positions, or biases by positions."
+            )
 
     @classmethod
     def from_name(

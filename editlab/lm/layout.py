@@ -288,12 +288,27 @@ def lay_out_whole(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Rows:
 
 
 @torch.no_grad()
+def pads_between(lm: LanguageModel) -> bool:
+    """Whether a row says the same with padding in its middle, tried on a short one.
+
+    Models that bias attention by the distance of two places in a row, padding counted (MPT), do not.
+    """
+    past = read_prefixes(lm, [[(1, 2, 3)], [(1, 2, 3, 4, 5, 6)]])  # what both begin with runs once, the rest is padded
+    padded = Padded(lm, [(7, 8), (7, 8)], past).run().logits[0]
+    whole = lm.run(torch.tensor([[1, 2, 3, 7, 8]])).logits[0, 3:]
+    return bool((padded - whole).abs().max() <= _tolerance(lm) * whole.abs().max())
+
+
+def _tolerance(lm: LanguageModel) -> float:
+    """What rounding makes of logits in the model's type, in proportion to the largest."""
+    return max(1e-4, 4 * torch.finfo(lm.model.dtype).eps)
+
+
+@torch.no_grad()
 def can_pack(lm: LanguageModel) -> bool:
     """Whether packed rows give what padded rows give, tried on three short ones."""
     if lm.model.config._attn_implementation != "sdpa":
         return False  # its attention does more than the usual (soft caps), which short rows may not show
-    # What rounding makes of it in the model's type.
-    tolerance = max(1e-4, 4 * torch.finfo(lm.model.dtype).eps)
     past = read_prefixes(lm, [[(1, 2)], [(3,)], [(1, 2)]])
     tails = [(4, 5, 6), (7,), (8, 9)]
     places = torch.tensor([(r, c) for r, tail in enumerate(tails) for c in range(len(tail))], device=lm.device).T
@@ -303,4 +318,4 @@ def can_pack(lm: LanguageModel) -> bool:
         )
     except Exception:  # whatever a model's own code thinks of rows that it was not written for
         return False
-    return bool((packed - padded).abs().max() <= tolerance * padded.abs().max())
+    return bool((packed - padded).abs().max() <= _tolerance(lm) * padded.abs().max())

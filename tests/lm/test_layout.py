@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
+from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.layout import PACKED, Merged, Packed, Padded, lay_out, lay_out_whole
+from editlab.lm.layout import PACKED, Merged, Packed, Padded, lay_out, lay_out_whole, pads_between
 from editlab.lm.past import Past, read_prefixes
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
 
 PREFIXES = [(5, 6, 7), (8,), (), (5, 6, 7)]
 TAILS = [(9, 10), (11, 12, 13, 14), (15,), (16, 17, 18)]
@@ -103,6 +105,19 @@ def test_gradients_are_those_of_padded_rows():
         (gradient,) = torch.autograd.grad(layout.run().logits[layout.place(*PLACES)].square().sum(), table)
         gradients.append(gradient)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_padding_between_is_nothing_to_the_families(family, dtype):
+    assert pads_between(LanguageModel(tiny_model(family).to(dtype), tiny_tokenizer()))
+
+
+def test_a_model_that_counts_padding_as_distance_is_refused():
+    torch.manual_seed(0)
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=4, vocab_size=400, max_seq_len=128)
+    with pytest.raises(UserError, match="MptForCausalLM counts padding among the places between two tokens"):
+        LanguageModel(transformers.AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
 
 
 def test_padding_is_not_run():
