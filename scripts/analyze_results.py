@@ -80,7 +80,7 @@ def radar(rows: Rows) -> Figure | None:
         own = [
             {**{k.removeprefix(f"{when}_"): v for k, v in row.items()}, **_perplexity(row)}
             for row in rows
-            if row["way"] == way
+            if row["way"] == way and row.get("effective_weight")
         ]
         labels = [f"{row['method']}, weight {float(row['effective_weight']):g}" for row in own]
         panels[title] = {

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from editlab.lm.cache import atomic_file
 from editlab.lm.products import MATMULS
 from scripts.benchmark_cases import CASES, Round, Setting
 from scripts.launch import provenance
@@ -78,10 +79,15 @@ def measure(rounds: list[Round], device: torch.device, count: bool, title: str) 
         seconds.append((slow / some.units, fast / some.units))
         differences.append(some.difference(plain, ours))
     plain_s, our_s = (statistics.median(column) for column in zip(*seconds, strict=True))
-    row |= {"rounds": len(rounds), "units": rounds[0].units, "plain_s": round(plain_s, 4), "our_s": round(our_s, 4),
+    row |= {"rounds": len(rounds), "units": rounds[0].units, "plain_s": _digits(plain_s), "our_s": _digits(our_s),
             "ratio": round(statistics.median(ratios), 2), "lowest": round(min(ratios), 2),
             "highest": round(max(ratios), 2), "difference": " ".join(f"{d:.1e}" for d in differences)}  # fmt: skip
     return row
+
+
+def _digits(seconds: float) -> float:
+    """Four significant digits: what takes microseconds a token is not nothing."""
+    return float(f"{seconds:.4g}")
 
 
 def profile(work: Callable[[], object]) -> list[tuple[str, float]]:
@@ -101,14 +107,16 @@ def profile(work: Callable[[], object]) -> list[tuple[str, float]]:
     return sorted(((kind, t / whole) for kind, t in totals.items()), key=lambda pair: -pair[1])
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """Appends rows to a CSV file, with its header where it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
+def write(row: dict[str, Any], path: Path) -> None:
+    """Adds a row to a CSV file; columns that the others lack are empty there."""
+    earlier: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            earlier = list(csv.DictReader(file))
+    rows = [*earlier, row]
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for one in rows for name in one)))
+        writer.writeheader()
         writer.writerows(rows)
 
 
@@ -150,16 +158,16 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         row |= {"our_share_of_matmul_rate": share, "threads": torch.get_num_threads(),
                 **where, "torch": torch.__version__, "date": date.today().isoformat()}  # fmt: skip
         rows.append(row)
+        write(row, options.results)
         print(
-            f"{name:10} {row['ratio']:6.2f}x [{row['lowest']:.2f}, {row['highest']:.2f}]   plain {row['plain_s']:.4f}, "
-            f"ours {row['our_s']:.4f} s a {unit}; GFLOP {row['plain_gflop']} and {row['our_gflop']}; "
+            f"{name:10} {row['ratio']:6.2f}x [{row['lowest']:.2f}, {row['highest']:.2f}]   plain {row['plain_s']:g}, "
+            f"ours {row['our_s']:g} s a {unit}; GFLOP {row['plain_gflop']} and {row['our_gflop']}; "
             f"difference {row['difference']}",
             flush=True,
         )
         if options.profile:
             for kind, part in profile(rounds[0].ours):
                 print(f"    {part:6.1%}  {kind}")
-    write(rows, options.results)
     return rows
 
 

@@ -12,6 +12,7 @@ size, key dimension and buffer are the solver's, on random keys. Writes ``result
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -154,7 +155,7 @@ def buffer(options: argparse.Namespace) -> Iterator[Point]:
     """One solve of a batch with more and more replayed edits beside it."""
     metric = _metric(D_K)
     for m in (0, 10, 32, 96, 250, 500, 1000):
-        yield Point("solve", max(1, m), best_of(_solving(metric, D_K, BATCH + m)), resident_mib())
+        yield Point("solve", m, best_of(_solving(metric, D_K, BATCH + m)), resident_mib())
 
 
 def keys(options: argparse.Namespace) -> Iterator[Point]:
@@ -185,7 +186,7 @@ def slopes(rows: list[Row]) -> dict[tuple[str, str], float]:
     for axis, series in dict.fromkeys((row["axis"], row["series"]) for row in rows):
         own = [(int(r["x"]), float(r["seconds"])) for r in rows if (r["axis"], r["series"]) == (axis, series)]
         last = own[-1]
-        earlier = [point for point in own if 2 * point[0] <= last[0]]
+        earlier = [point for point in own if 0 < 2 * point[0] <= last[0]]
         if earlier:
             ratios = torch.tensor([last[1] / earlier[-1][1], last[0] / earlier[-1][0]]).log()
             found[axis, series] = float(ratios[0] / ratios[1])
@@ -203,11 +204,13 @@ def draw(rows: list[Row]) -> Figure:
                 color, line = STYLES[series]
                 ax.plot(*zip(*own, strict=True), color=color, linestyle=line, marker="o", markersize=3, label=series)
             ax.set(xlabel=TITLES[axis], title=title if column == 0 else "")
-            if axis != "edits":
+            if axis == "buffer":
+                ax.set_xscale("symlog", linthresh=10)  # with nothing replayed at its left end
+            elif axis != "edits":
                 ax.set_xscale("log")
             if axis != "edits" and name == "seconds":
                 ax.set_yscale("log")
-            else:
+            elif math.isfinite(ax.dataLim.y1):  # not where there are no points, or memory can not be read
                 ax.set_ylim(0, 1.08 * ax.dataLim.y1)
             if offset == 0 and ax.lines:
                 ax.legend(frameon=False, fontsize=8)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -39,6 +38,8 @@ from worldfacts_tables import (
     TEMPLATES,
     TWO_CONTINENTS,
 )
+
+from editlab.lm.cache import atomic_file
 
 OUTPUT = Path(__file__).resolve().parent.parent / "editlab" / "data" / "worldfacts.json"
 SEED = 0
@@ -326,9 +327,8 @@ def main() -> int:
     text = as_text(records)
     if args.check:
         return int(args.out.read_text(encoding="utf-8") != text)
-    beside = args.out.with_suffix(".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, args.out)
+    with atomic_file(args.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(f"{len(records)} records", dict(Counter(r["relation"] for r in records)))
     return 0
 
