@@ -73,15 +73,21 @@ def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) ->
         summary = run.summary
         assert summary is not None
         row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-        row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
+        row |= {f"retained_{k}": round(v, 4) for k, v in _finite(summary["retained"]).items()}
         for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
-            row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
-        perplexity = summary["perplexity"]
+            measured = _finite(summary[group])
+            row |= {f"{group}_{k}": round(measured[k], 4) for k in names if k in measured}
+        perplexity = _finite(summary["perplexity"])
         row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
         if "after" in perplexity:
             row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
         rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
     return rows
+
+
+def _finite(measured: Mapping[str, float | None]) -> dict[str, float]:
+    """What is a number: a summary has null where edits have broken the model so far that it gives none."""
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def snapshots(runs: Sequence[Run]) -> list[Row]:
