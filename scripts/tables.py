@@ -76,9 +76,10 @@ def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) ->
         row |= {f"retained_{k}": round(v, 4) for k, v in summary["retained"].items()}
         for group, names in (("immediate", ("ES", "PS", "NS", "accuracy")), ("before", ("PS", "NS"))):
             row |= {f"{group}_{k}": round(summary[group][k], 4) for k in names if k in summary[group]}
-        perplexity = summary["perplexity"]
+        # null stands for what was measured and is no number: the perplexity of a model that edits have broken
+        perplexity = {when: value for when, value in summary["perplexity"].items() if value is not None}
         row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
-        if "after" in perplexity:
+        if {"before", "after"} <= perplexity.keys():
             row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
         rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
     return rows
