@@ -140,8 +140,10 @@ def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | 
 def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> Tensor:
     """Log-probability of each token after the tokens before it in its window, float32 [n - windows], in nats.
 
-    Windows do not overlap, so the first token of each has nothing to be predicted from and is left out.
+    Windows do not overlap, so the first token of each has nothing to be predicted from and is left out. None is longer
+    than what the model takes.
     """
+    window = min(window, lm.longest or window)
     windows = [list(ids[i : i + window]) for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     wanted = [[(p - 1, w[p]) for p in range(1, len(w))] for w in windows]

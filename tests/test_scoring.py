@@ -272,6 +272,12 @@ def test_token_log_probs_equals_a_naive_loop(lm, length, window):
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
+def test_no_window_is_longer_than_what_the_model_takes():
+    lm = lm_of("gpt2")  # of 128 positions
+    ids = torch.randint(3, 390, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(token_log_probs(lm, ids), token_log_probs(lm, ids, 128))
+
+
 @pytest.mark.parametrize("ids", [[], [5]])
 def test_too_short_a_text_has_no_token_log_probs(lm, ids):
     assert token_log_probs(lm, ids).shape == (0,)
