@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from editlab.data.stream import FactBatch
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.keys import KEY_MODES, Keys, Site, check_lengths, read_keys
+from editlab.keys import KEY_MODES, Keys, Site, read_keys, too_long
 from editlab.layers import AUTO, find_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
@@ -124,6 +125,17 @@ class SequentialEditor(lightning.LightningModule):
         self.evaluation = Evaluation(evaluation)
 
     # ---- setting up -------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """The data module asks what does not fit into the model, whatever the verb."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None:
+            data.fault = self.too_long
+
+    def too_long(self, fact: Fact) -> str | None:
+        """What of a fact, as far as it is measured, the model can not take; as the end of a sentence."""
+        measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
+        return too_long(self.lm, measured, self.contexts)
 
     def configure_model(self) -> None:
         """Loads the language model once, in the Trainer's dtype."""
@@ -238,7 +250,6 @@ class SequentialEditor(lightning.LightningModule):
                 self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
-        check_lengths(self.lm, data.facts, self.contexts)
         resume.begin(self)
 
     def on_train_start(self) -> None:

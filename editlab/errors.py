@@ -17,6 +17,10 @@ class UserError(EditLabError):
     exit_code = 2
 
 
+class NotFiniteError(EditLabError):
+    """What a model says is NaN or infinite: edits have broken it, or its type is too narrow."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """The error and what led to it, the outermost first: libraries wrap what they are told in errors of their own."""
     link: BaseException | None = error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from editlab import ranks
 from editlab.data.fact import Fact
+from editlab.errors import NotFiniteError, UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.products import MATMULS, products, type_of_products
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, Retention, TokenPerplexity
@@ -66,6 +67,11 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         counts = ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins", "neighbors")
         not_negative("model.evaluation", **{name: getattr(self, name) for name in counts})
+        if self.heldout_tokens == 1:
+            raise UserError(
+                "model.evaluation.heldout_tokens is 1: the first token has nothing before it to be predicted from, so "
+                "give at least 2, or 0 for none."
+            )
         one_of("model.evaluation", ("all", "edits"), immediate=self.immediate)
         one_of("model.evaluation", MATMULS, matmul=self.matmul)
 
@@ -180,7 +186,8 @@ class Evaluation:
         """How well the model still speaks, with the weights as they are.
 
         Returns:
-            ``perplexity/heldout`` and ``generation/entropy``, as far as they were asked for.
+            ``perplexity/heldout`` and ``generation/entropy``, as far as they were asked for. A model whose answers are
+            not finite has no entropy, and a perplexity that is none (NaN or infinite).
 
         Raises:
             UserError: where the text can not be read or is too short.
@@ -198,10 +205,11 @@ class Evaluation:
         width = min(OPENING, len(self._heldout) // max(1, settings.generated_texts))
         openings = [self._heldout[i * width : (i + 1) * width] for i in range(settings.generated_texts)]
         if openings and settings.generated_tokens >= 3 and width:
-            entropy = GenerationEntropy(**GATHERED)
-            texts = ranks.on_first(lambda: lm.sample(openings, settings.generated_tokens, seed=0))
-            entropy.update(text[width:] for text in texts)
-            found["generation/entropy"] = float(entropy.compute())
+            texts = ranks.on_first(lambda: _sampled(lm, openings, settings.generated_tokens))
+            if texts is not None:
+                entropy = GenerationEntropy(**GATHERED)
+                entropy.update(text[width:] for text in texts)
+                found["generation/entropy"] = float(entropy.compute())
         return found
 
     def measure_unedited(self, lm: LanguageModel) -> None:
@@ -251,6 +259,15 @@ class Evaluation:
         self._ends = {group: list(ends) for group, ends in state["ends"].items()}
         self.language_before = dict(state["language_before"])
         self.seconds = state["seconds"]
+
+
+def _sampled(lm: LanguageModel, openings: Sequence[Sequence[int]], tokens: int) -> list[list[int]] | None:
+    """Texts that begin so; None of a model that edits have broken: its run has to come to its end, and to say so."""
+    try:
+        return lm.sample(openings, tokens, seed=0)
+    except NotFiniteError as error:
+        log.warning("The generation entropy is left out. %s", error)
+        return None
 
 
 def _summarize(scores: Sequence[FactScores]) -> dict[str, float]:

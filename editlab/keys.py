@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,21 +94,57 @@ def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, 
 
 
 def check_lengths(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
-    """Makes sure that every fact fits into the model behind every context.
+    """Makes sure that every fact fits into the model; see :func:`too_long`.
 
     Raises:
         UserError: where one has more tokens than the model takes.
     """
-    if lm.longest is None:
-        return
-    before = max((len(encode(lm.tokenizer, context).ids) for context in contexts if context), default=0)
     for fact in facts:
-        length = before + len(encode_pair(lm.tokenizer, fact.question, fact.target_new)[0].ids)
+        fault = too_long(lm, fact, contexts)
+        if fault is not None:
+            raise UserError(f"The fact {fact.question[:40]!r}... {fault}.")
+
+
+def too_long(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> str | None:
+    """What of a fact has more tokens than the model takes, as the end of a sentence with the mend; None for nothing.
+
+    Its prompt with the new target stands behind every context, all else that is scored by itself. A model whose
+    positions are learnt has none for what comes later, and others were never trained that far.
+    """
+    if lm.longest is None:
+        return None
+    limit = f"and the model takes {lm.longest}: shorten"
+    if not _short(lm.longest, *contexts, fact.question, fact.target_new):
+        before = max((len(encode(lm.tokenizer, context).ids) for context in contexts if context), default=0)
+        length = before + _length(lm, fact.question, fact.target_new)
         if length > lm.longest:
-            raise UserError(
-                f"The fact {fact.question[:40]!r}... has {length} tokens with its target and a context, and the model "
-                f"takes {lm.longest}: shorten its prompt."
-            )
+            return f"has {length} tokens with its target and a context, {limit} its prompt"
+    for what, prompt, continuation in _scored(fact):
+        # The last token of what is scored is read off what stands before it.
+        if _short(lm.longest, prompt, continuation) or _length(lm, prompt, continuation) - 1 <= lm.longest:
+            continue
+        return f"has a {what} with {_length(lm, prompt, continuation)} tokens from prompt to answer, {limit} it"
+    return None
+
+
+def _scored(fact: Fact) -> Iterator[tuple[str, str, str]]:
+    """What a text is, the text, and a continuation that it is scored with."""
+    truths = [fact.target_true] if fact.target_true is not None else []
+    yield from (("truth", fact.question, truth) for truth in truths)
+    yield from (("paraphrase", p, answer) for p in fact.paraphrases for answer in (fact.target_new, *truths))
+    yield from (("neighbor", n.prompt, answer) for n in fact.neighbors for answer in (fact.target_new, n.truth))
+
+
+def _short(tokens: int, *texts: str) -> bool:
+    """Whether texts are of so few tokens for certain; tokenizing those of a whole file takes minutes.
+
+    No tokenizer makes more tokens of ASCII than it has characters, but for a special one or a space before each text.
+    """
+    return all(map(str.isascii, texts)) and sum(len(text) + 4 for text in texts) <= tokens
+
+
+def _length(lm: LanguageModel, prompt: str, continuation: str) -> int:
+    return len(encode_pair(lm.tokenizer, prompt, continuation)[0].ids)
 
 
 def read_keys(

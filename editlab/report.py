@@ -112,7 +112,8 @@ class Page:
         for title, key in (("held-out perplexity", "perplexity"), ("generation entropy", "generation_entropy")):
             found = self.summary.get(key) or {}
             if found:
-                rows.append([title, *(f"{found[k]:.2f}" if k in found else "" for k in ("before", "", "after"))])
+                cells = [found.get(when) for when in ("before", "", "after")]
+                rows.append([title, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
         yield table(["", *GROUPS], rows, numbers=range(1, 4))
 
     def _curves(self) -> Iterable[str]:

@@ -7,6 +7,7 @@ beginning of another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,8 @@ def score_facts(
     """Scores of the facts' edit prompts and, where asked for and present, paraphrases and neighbors.
 
     Neighbors are scored on their own truth, each fact's first ``neighbors`` or all. Records are numbered from
-    ``first_record`` on. ``cache`` has to be that of the weights as they are.
+    ``first_record`` on. ``cache`` has to be that of the weights as they are. A prompt at which the model gives no
+    number (NaN) for one of its continuations is missed: neither is said, and neither is likelier.
     """
     groups: list[list[tuple[int, str, str, str | None]]] = [[], [], []]
     for i, fact in enumerate(facts, start=first_record):
@@ -106,11 +108,18 @@ def score_facts(
     pairs += [(p, true) for group in groups for _, p, _, true in group if true is not None]
     logp, hit = score_pairs(lm, pairs, cache)
     table = {pair: (float(a), bool(b)) for pair, a, b in zip(pairs, logp, hit, strict=True)}
-    unknown = (float("nan"), False)
+    unknown, unsaid = (float("nan"), False), (float("-inf"), False)
+
+    def answers(prompt: str, new: str, true: str | None) -> tuple[Score, Score]:
+        found = [table[prompt, text] for text in (new, true) if text is not None]
+        if any(math.isnan(logp) for logp, _ in found):
+            # NaN stands for a truth that no one knows, and would leave a broken model's prompts out of every mean.
+            found = [unsaid] * len(found)
+        return found[0], found[1] if true is not None else unknown
 
     def scores(group: list[tuple[int, str, str, str | None]]) -> PromptScores:
-        new = [table[p, n] for _, p, n, _ in group]
-        true = [table[p, t] if t is not None else unknown for _, p, _, t in group]
+        said = [answers(p, n, t) for _, p, n, t in group]
+        new, true = [a for a, _ in said], [b for _, b in said]
         return PromptScores(
             torch.tensor([a for a, _ in new]),
             torch.tensor([a for a, _ in true]),
@@ -131,8 +140,10 @@ def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | 
 def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> Tensor:
     """Log-probability of each token after the tokens before it in its window, float32 [n - windows], in nats.
 
-    Windows do not overlap, so the first token of each has nothing to be predicted from and is left out.
+    Windows do not overlap, so the first token of each has nothing to be predicted from and is left out. None is longer
+    than what the model takes.
     """
+    window = min(window, lm.longest or window)
     windows = [list(ids[i : i + window]) for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     wanted = [[(p - 1, w[p]) for p in range(1, len(w))] for w in windows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -89,13 +90,21 @@ def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
 
 
 def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
-    """Writes ``summary.json`` into the run's folder and shows the summary."""
+    """Writes ``summary.json`` into the run's folder, null for what is no finite number, and shows the summary."""
     summary = summarize(trainer, editor)
     folder = run_folder(trainer)
     if trainer.is_global_zero:
         with atomic_file(folder / "summary.json") as temporary:
-            Path(temporary).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            content = json.dumps(_finite(summary), indent=2, allow_nan=False)
+            Path(temporary).write_text(content + "\n", encoding="utf-8")
     log.info("%s", render(summary, editor, folder, _checkpoint(trainer)))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for: those of a model that edits have broken."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checkpoint(trainer: Trainer) -> str | None:

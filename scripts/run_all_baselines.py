@@ -65,10 +65,11 @@ def cases() -> list[Case]:
 def measured(run: Run) -> dict[str, Any]:
     """What the comparison needs beside the metrics: the effective weight, time and memory."""
     summary = run.summary or {}
+    norms = list(summary["delta_norm"].values())
     weights = [v for row in run.curve().values() for k, v in row.items() if k.endswith("/effective_weight")]
     return {
         "effective_weight": round(weights[-1], 4) if weights else "",
-        "delta_norm": round(max(summary["delta_norm"].values()), 4),
+        "delta_norm": round(max(norms), 4) if None not in norms else "",
         "seconds_an_edit": round(summary["seconds"] / max(1, summary["edits"]), 3),
         "peak_memory_mb": round(summary["peak_memory_mb"]),
     }

@@ -79,7 +79,7 @@ def table_rows(runs: Sequence[Run], more: Callable[[Run], Row] | None = None) ->
             row |= {f"{group}_{k}": round(measured[k], 4) for k in names if k in measured}
         perplexity = _finite(summary["perplexity"])
         row |= {f"perplexity_{when}": round(value, 3) for when, value in perplexity.items()}
-        if "after" in perplexity:
+        if {"before", "after"} <= perplexity.keys():
             row["perplexity_ratio"] = round(perplexity["after"] / perplexity["before"], 4)
         rows.append({**row, **(more(run) if more is not None else {}), **provenance_of(run)})
     return rows

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_what_is_not_asked_for_is_absent(lm):
         "perplexity/heldout"
     }
     assert Evaluation(EvaluationSettings()).compute("before") == {}
+
+
+def test_a_broken_model_has_no_entropy_and_no_end_of_its_own(lm, caplog):
+    with torch.no_grad():
+        lm.anatomy.edit_module(1).weight[0, 0] = math.nan
+    found = Evaluation(EvaluationSettings(heldout_tokens=64)).language(lm)
+    assert list(found) == ["perplexity/heldout"]
+    assert math.isnan(found["perplexity/heldout"])
+    assert "The generation entropy is left out." in caplog.text
 
 
 def test_groups_add_up(lm):
@@ -129,6 +139,8 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
 def test_bad_settings(lm, tmp_path):
     with pytest.raises(UserError, match="heldout_tokens is -1"):
         EvaluationSettings(heldout_tokens=-1)
+    with pytest.raises(UserError, match=r"heldout_tokens is 1: .* give at least 2, or 0"):
+        EvaluationSettings(heldout_tokens=1)
     with pytest.raises(UserError, match="neighbors is -2"):
         EvaluationSettings(neighbors=-2)
     with pytest.raises(UserError, match="matmul is 'half'"):

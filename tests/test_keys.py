@@ -7,11 +7,13 @@ import functools
 import pytest
 import torch
 
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, Neighbor
 from editlab.errors import UserError
-from editlab.keys import Site, locate, read_keys
+from editlab.keys import Site, check_lengths, locate, read_keys, too_long
 from editlab.lm import language_model
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.tokens import encode_pair
+from editlab.scoring import score_facts
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 CONTEXTS = ["", "The weather is fine. ", "I lie in Peru. "]
@@ -183,3 +185,65 @@ def test_locate_counts_the_context(lm):
 def test_a_subject_without_a_token_is_the_users_error():
     with pytest.raises(UserError, match="no token"):
         locate(lm_of("llama"), Fact("", "{} is", "x"))
+
+
+# too_long
+
+
+@pytest.fixture(scope="module")
+def short():
+    """A GPT-2 of 32 positions, which fails at the 33rd."""
+    return LanguageModel(tiny_model("gpt2", n_positions=32), tiny_tokenizer())
+
+
+TEXTS = {
+    "prompt": lambda text: Fact("Oslo", text + "{} is", "Peru"),
+    "truth": lambda text: Fact("Oslo", "{} is", "Peru", text),
+    "paraphrase": lambda text: Fact("Oslo", "{} is", "Peru", paraphrases=("Oslo is", text)),
+    "neighbor": lambda text: Fact("Oslo", "{} is", "Peru", neighbors=(Neighbor(text, "x y"),)),
+}
+
+
+@pytest.mark.parametrize("word", ["Oslo ", "\u00f6 ", "\u6771\u4eac "])
+@pytest.mark.parametrize("case", TEXTS)
+def test_what_fits_is_what_the_model_can_score(short, case, word):
+    """All lengths around the limit; the prompt's target, which values are found with, has to fit in whole."""
+    told, failed = [], []
+    for count in range(1, 40):
+        fact = TEXTS[case](word * count)
+        told.append(too_long(short, fact, []) is not None)
+        try:
+            score_facts(short, [fact])
+        except IndexError:
+            failed.append(True)
+        else:
+            failed.append(case == "prompt" and len(encode_pair(short.tokenizer, fact.question, "Peru")[0].ids) > 32)
+    assert told == failed
+    assert set(told) == {False, True}
+
+
+def test_a_context_counts_for_the_prompt_alone(short):
+    fact = Fact("Oslo", "{} is", "Peru", paraphrases=("Oslo lies in the north of Norway, and is",))
+    context = "The capital. " * 4
+    ids = [len(short.tokenizer(text)["input_ids"]) for text in (context, "Oslo is Peru")]
+    assert too_long(short, fact, ["", context]) is None
+    message = too_long(short, fact, ["", context * 3])
+    before = len(short.tokenizer(context * 3)["input_ids"])
+    assert ids[0] + ids[1] <= 32 < before + ids[1]
+    assert message == (
+        f"has {before + ids[1]} tokens with its target and a context, and the model takes 32: shorten its prompt"
+    )
+    with pytest.raises(UserError, match=r"The fact 'Oslo is'\.\.\. has .* shorten its prompt\.$"):
+        check_lengths(short, [fact], [context * 3])
+
+
+def test_short_texts_are_not_tokenized(monkeypatch):
+    """A file of thousands is looked through at each start."""
+    monkeypatch.setattr("editlab.keys.encode_pair", None)
+    assert too_long(lm_of("gpt2"), FACTS[0], [""]) is None
+
+
+def test_a_model_without_a_limit_takes_all():
+    lm = LanguageModel(tiny_model("bloom"), tiny_tokenizer())
+    assert lm.longest is None
+    assert too_long(lm, Fact("Oslo", "Oslo " * 500 + "{} is", "Peru"), []) is None

@@ -42,6 +42,13 @@ def test_the_metrics_as_they_are_on_the_screen():
     assert {"20.00", "25.50"} <= set(texts)
 
 
+def test_what_is_no_number_is_an_empty_cell():
+    broken = {**SUMMARY, "perplexity": {"before": 20.0, "after": None}}
+    texts = Seen(Page("a run", "", broken).to_html()).texts
+    assert "20.00" in texts
+    assert "25.50" not in texts
+
+
 def test_what_the_model_says_to_lost_edits():
     missed = [Missed(1, 1, "The capital of France is", "Tokyo", "Paris", True), Missed(4, 2, "a", "b", "c", False)]
     page = Seen(Page("a run", "", SUMMARY, missed=missed).to_html())

@@ -11,6 +11,7 @@ import torch
 from editlab.data.fact import Fact, Neighbor
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
+from editlab.metrics import EditMetrics
 from editlab.scoring import prefers_truth, score_facts, score_pairs, token_log_probs
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -207,6 +208,43 @@ def test_all_facts_without_truth_have_no_true_score(lm):
     assert scores.edit.logp_new.isfinite().all()
 
 
+def broken(lm, layer=1):
+    """The model with a weight that is no number, so that it answers nothing with a number."""
+    with torch.no_grad():
+        lm.anatomy.edit_module(layer).weight[0, 0] = math.nan
+    return lm
+
+
+def test_a_model_without_an_answer_misses_everything():
+    """Whatever torch makes the argmax of a row of NaN; truths that no one knows stay unknown."""
+    lm = broken(LanguageModel(tiny_model("llama"), tiny_tokenizer()))
+    scores = score_facts(lm, FACTS)
+    for group in (scores.edit, scores.paraphrases, scores.neighbors):
+        assert (group.logp_new == -math.inf).all()
+        assert not group.hit_new.any()
+        assert not group.hit_true.any()
+    assert scores.edit.logp_true.isnan().tolist() == [False, True, False]
+    metrics = EditMetrics()
+    metrics.update(scores.edit, scores.paraphrases, scores.neighbors)
+    names = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
+    magnitudes = {"ES_magnitude", "PS_magnitude", "NS_magnitude"}
+    assert {name: float(value) for name, value in metrics.compute().items()} == dict.fromkeys(names | magnitudes, 0.0)
+    assert prefers_truth(lm, FACTS) == [False] * 3
+
+
+@pytest.mark.parametrize("lost", ["Tokyo", "Paris"])
+def test_one_answer_that_is_no_number_is_a_miss_of_its_prompt(lm, monkeypatch, lost):
+    """Whichever of the two it is; the other prompt counts as before: 1 of 2 took, and not 1 of 1."""
+    monkeypatch.setattr("editlab.scoring.score_pairs", lambda lm, pairs, cache: (
+        torch.tensor([math.nan if lost in pair[1] else -1.0 - (pair[1] == "Norway") for pair in pairs]),
+        torch.ones(len(pairs), dtype=torch.bool),
+    ))  # fmt: skip
+    metrics = EditMetrics()
+    metrics.update(score_facts(lm, [FACTS[0], FACTS[2]]).edit)
+    found = metrics.compute()
+    assert (float(found["ES"]), float(found["accuracy"])) == (0.5, 0.5)
+
+
 def test_prefers_truth_compares_the_two(lm):
     """Against the naive scores; with new and true exchanged the answer is the opposite."""
     fact = FACTS[0]
@@ -232,6 +270,12 @@ def test_token_log_probs_equals_a_naive_loop(lm, length, window):
     assert got.dtype == torch.float32
     assert len(got) == length - math.ceil(length / window)
     torch.testing.assert_close(got.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_no_window_is_longer_than_what_the_model_takes():
+    lm = lm_of("gpt2")  # of 128 positions
+    ids = torch.randint(3, 390, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(token_log_probs(lm, ids), token_log_probs(lm, ids, 128))
 
 
 @pytest.mark.parametrize("ids", [[], [5]])

@@ -1,11 +1,18 @@
 """The summary's table: what was measured is there, what was not is a dash, and it fits a screen."""
 
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from editlab.cli import main
 from editlab.logger import RunLogger
+from editlab.optim import EditedLayer
 from editlab.rules import EMMET
 from editlab.summary import peak_memory_mb, render, versions
+from tests.recipes import write_recipe
 
 
 def test_the_table():
@@ -38,6 +45,30 @@ def test_the_table():
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text
     assert "to use it" not in text
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Its update is no number, so nothing that it says is one: no edit took, and the summary is valid JSON."""
+    monkeypatch.chdir(tmp_path)
+    add = EditedLayer.add
+    monkeypatch.setattr(EditedLayer, "add", lambda layer, update: add(layer, update * math.nan))
+    write_recipe(tmp_path, tiny_folder, model={"layers": [1]}, data={"limit": 2, "shuffle": False})
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
+    names = ("ES", "PS", "NS", "S", "accuracy")
+    assert [summary["retained"][name] for name in names] == [0.0] * 5
+    assert summary["perplexity"]["before"] > 1
+    assert summary["perplexity"]["after"] is None
+    assert summary["delta_norm"] == {"1": None}
+    assert set(summary["generation_entropy"]) == {"before"}
+    (run / "summary.json").unlink()
+    for command in (["fit", "--config", "tiny.yaml", "--ckpt_path", "last"], ["report", str(run), "--no_answers"]):
+        assert main(command) == 0
+    assert main(["compare", "lightning_logs"]) == 0
+    assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
+    assert "This should not happen" not in capsys.readouterr().err
 
 
 def test_facts_about_the_process():

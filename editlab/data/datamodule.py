@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from lightning import LightningDataModule
@@ -38,7 +39,8 @@ class EditDataModule(LightningDataModule):
         format: the file's schema, by class name; found by looking at the file where not given.
         keep_repeats: edit every fact of one subject and prompt, the later ones superseding the earlier; otherwise only
             the first is edited.
-        skip_bad: leave out records that do not fit, and say which; without it they are an error.
+        skip_bad: leave out records that do not fit, into their schema or into the model, and say which; without it they
+            are an error.
 
     Raises:
         UserError: for sizes under 1.
@@ -71,6 +73,10 @@ class EditDataModule(LightningDataModule):
         self.keep_repeats = keep_repeats
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
+        self.fault: Callable[[Fact], str | None] = lambda fact: None
+        """What makes a fact unfit for the model, as the end of a sentence; None for one that is fit. Whoever has the
+        model sets it."""
+        self._left_out: set[Fact] = set()
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and orders the facts; of those with one subject and prompt the first is kept, or all."""
@@ -95,11 +101,14 @@ class EditDataModule(LightningDataModule):
                 the limit is reached.
 
         Raises:
-            UserError: where facts name no truth to know, or none is known.
+            UserError: where facts name no truth to know, or none is known, or one does not fit into the model.
         """
         wanted = self.limit or len(self.candidates)
+        fitting = self.fitting(self.candidates)
         if not self.only_known:
-            self.facts = self.candidates[:wanted]
+            self.facts = list(islice(fitting, wanted))
+            if not self.facts:
+                raise UserError(f"None of the facts in {self.path} fits into the model: shorten them.")
             return
         if any(fact.target_true is None for fact in self.candidates):
             raise UserError(
@@ -109,19 +118,34 @@ class EditDataModule(LightningDataModule):
         kept: list[Fact] = []
         looked = 0
         with progress(total=wanted, desc="Known facts", unit="fact") as bar:
-            for start in range(0, len(self.candidates), CHUNK):
-                chunk = self.candidates[start : start + CHUNK]
+            while len(kept) < wanted and (chunk := list(islice(fitting, CHUNK))):
                 for fact, known in zip(chunk, is_known(chunk), strict=True):
                     if len(kept) < wanted:
                         looked += 1
                         kept += [fact] if known else []
                 bar.update(len(kept) - bar.n)
-                if len(kept) == wanted:
-                    break
         log.info("The model knows %d of the %d facts looked at in %s", len(kept), looked, self.path)
         if not kept:
             raise UserError(f"The model knows none of the facts in {self.path}: set data.only_known to false.")
         self.facts = kept
+
+    def fitting(self, facts: Iterable[Fact]) -> Iterator[Fact]:
+        """Those that fit into the model, each looked at when it is asked for; with ``skip_bad`` others are left out.
+
+        Raises:
+            UserError: for one that does not, without ``skip_bad``.
+        """
+        for fact in facts:
+            fault = self.fault(fact)
+            if fault is None:
+                yield fact
+                continue
+            named = f"fact {fact.question[:40]!r}... {fault}"
+            if not self.skip_bad:
+                raise UserError(f"The {named}, or leave the fact out (data.skip_bad).")
+            if fact not in self._left_out:
+                log.warning("Left out: the %s.", named)
+            self._left_out.add(fact)
 
     def train_dataloader(self) -> EditStream:
         """The batches to edit."""
@@ -134,18 +158,18 @@ class EditDataModule(LightningDataModule):
         edited = getattr(self.trainer.lightning_module, "edited_facts", [])
         if not edited:
             raise UserError("No fact has been edited yet: give a checkpoint with --ckpt_path.")
-        return EditStream(edited, CHUNK)
+        return EditStream(list(self.fitting(edited)), CHUNK)
 
     def test_dataloader(self) -> EditStream:
         """For ``editlab test``: facts about subjects that are not edited."""
-        others = self._others()
+        others = list(islice(self.fitting(self._others()), self.bystanders))
         if not others:
             raise UserError(f"Every subject of {self.path} is edited, so no bystander is left: lower data.limit.")
-        return EditStream(others[: self.bystanders], CHUNK)
+        return EditStream(others, CHUNK)
 
     def spare_facts(self, count: int) -> list[Fact]:
         """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``."""
-        return self._others()[self.bystanders :][:count]
+        return list(islice(self.fitting(self._others()), self.bystanders, self.bystanders + count))
 
     def facts_to_try(self, count: int) -> list[Fact]:
         """Up to ``count`` facts to try something on before those to edit are fixed.
@@ -153,9 +177,11 @@ class EditDataModule(LightningDataModule):
         They come from beyond the limit, and from before the bystanders of ``test``, as far as there are such facts;
         otherwise they are the first ones, which are edited too.
         """
-        beyond = self.candidates[self.limit :] if self.limit else []
+        candidates = list(self.fitting(self.candidates)) if self.skip_bad else self.candidates
+        beyond = candidates[self.limit :] if self.limit else []
         spare = beyond[: max(0, len(beyond) - self.bystanders)][-count:]
-        return [*spare, *(fact for fact in self.candidates if fact not in spare)][:count]
+        others = (fact for fact in candidates if fact not in spare)
+        return list(self.fitting(islice(chain(spare, others), count)))
 
     def _others(self) -> list[Fact]:
         edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))

@@ -6,6 +6,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from editlab.data.fact import Fact, Neighbor
@@ -65,14 +66,11 @@ class EasyEdit(FactFormat):
     def read(self, record: dict[str, Any], index: int) -> Fact:
         """The prompt is a whole one with the subject in it, or a template."""
         subject = _text(record, "subject")
-        truth = record.get("ground_truth")
-        if isinstance(truth, list):
-            truth = truth[0] if truth else None
         return Fact(
             subject=subject,
             prompt=as_template(_text(record, "prompt"), subject),
             target_new=_text(record, "target_new"),
-            target_true=truth.strip() if isinstance(truth, str) and truth.strip() else None,
+            target_true=_first(record, "ground_truth"),
             paraphrases=_texts(record, "rephrase_prompt"),
             neighbors=tuple(_easyedit_neighbors(record)),
             id=record.get("case_id", index),
@@ -81,16 +79,38 @@ class EasyEdit(FactFormat):
 
 def _easyedit_neighbors(record: dict[str, Any]) -> Iterable[Neighbor]:
     if record.get("locality_prompt"):
-        prompts = _texts(record, "locality_prompt")
-        truths = _texts(record, "locality_ground_truth")
-        if len(prompts) != len(truths):
-            raise UserError(f"has {len(prompts)} locality_prompt but {len(truths)} locality_ground_truth: give as many")
-        yield from map(Neighbor, prompts, truths)
+        yield from _paired(record, "locality_prompt", "locality_ground_truth")
     for group in (_get(record, "locality", dict) if record.get("locality") else {}).values():
         for one in group if isinstance(group, list) else [group]:
             if not isinstance(one, dict):
                 raise UserError("has a 'locality' with a part that is no object: give it prompt and ground_truth")
-            yield from map(Neighbor, _texts(one, "prompt"), _texts(one, "ground_truth"))
+            yield from _paired(one, "prompt", "ground_truth")
+
+
+def _paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighbor]:
+    """Prompts with the truths at their places; a pair of which one is empty is none.
+
+    Several truths of one prompt are names of the same thing, of which the first is taken.
+
+    Raises:
+        UserError: There are not as many of the one as of the other; as the end of a sentence.
+    """
+    asked, answers = _listed(record, prompts), _listed(record, truths)
+    if isinstance(record.get(prompts), str):
+        answers = answers[:1]
+    if len(asked) != len(answers):
+        raise UserError(f"has {len(asked)} {prompts} but {len(answers)} {truths}: give as many")
+    yield from (Neighbor(p, t) for p, t in zip(asked, answers, strict=True) if p and t)
+
+
+def _first(record: dict[str, Any], name: str) -> str | None:
+    """A field that is a text, a list of texts that mean the same, or absent: the first text; None where it is empty."""
+    value = record.get(name)
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None:
+        return None
+    return _get({name: value}, name, str).strip() or None
 
 
 class ZsRE(FactFormat):
@@ -132,7 +152,7 @@ class Plain(FactFormat):
     def read(self, record: dict[str, Any], index: int) -> Fact:
         """The prompt is a whole one with the subject in it, or a template; an empty cell is an absent field."""
         subject = _text(record, "subject")
-        truth = record.get("truth") or None
+        truth = None if record.get("truth") == "" else record.get("truth")
         neighbors = _unpacked(record, "neighbors") or []
         if not isinstance(neighbors, list):
             raise UserError('has \'neighbors\' that are no list: write [{"prompt": "...", "truth": "..."}]')
@@ -157,6 +177,8 @@ def _unpacked(record: dict[str, Any], name: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"has a {name!r} that is no valid JSON ({error}): mend it") from error
 
+
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 FORMATS: tuple[FactFormat, ...] = (CounterFact(), ZsRE(), EasyEdit(), Plain())
 """Tried in this order."""
@@ -188,11 +210,16 @@ def read_record(record: dict[str, Any], index: int, fact_format: FactFormat | No
 
 
 def checked(fact: Fact) -> Fact:
-    """The fact, its prompt having one place for the subject.
+    """The fact, its prompt having one place for the subject, and all of its texts being text.
 
     Raises:
-        UserError: It has none or several; as the end of a sentence.
+        UserError: It has none or several, or a text holds half a character; as the end of a sentence.
     """
+    for name, value in asdict(fact).items():
+        # JSON can spell one half of a pair that UTF-16 makes a character of (\\ud83d); no tokenizer takes it.
+        half = _SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str))
+        if half:
+            raise UserError(f"has {half[0]!a} in its {name}, which is half a character: write the whole one, or none")
     if fact.prompt.count("{}") != 1:
         raise UserError(
             f"has a prompt with {fact.prompt.count('{}')} places for the subject: write {{}} once, where it stands"
@@ -234,9 +261,14 @@ def _text(record: Any, name: str) -> str:
 
 
 def _texts(record: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A field that is a text, a list of texts, or absent."""
+    """A field that is a text, a list of texts, or absent; without those that are empty."""
+    return tuple(text for text in _listed(record, name) if text)
+
+
+def _listed(record: dict[str, Any], name: str) -> list[str]:
+    """The same with the empty ones, each at its place."""
     value = record.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise UserError(f'has a {name!r} that is no list of texts: write it as ["...", "..."]')
-    return tuple(v.strip() for v in values if v.strip())
+    return [v.strip() for v in values]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab import ranks
-from editlab.errors import UserError
+from editlab.errors import NotFiniteError, UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
 from editlab.lm.layout import can_pack, lay_out_whole, pads_between
 from editlab.lm.load import load
@@ -225,6 +225,9 @@ class LanguageModel(nn.Module):
 
         Returns:
             For each prompt, its ids followed by the new ones.
+
+        Raises:
+            NotFiniteError: where what the model says is not finite, so that nothing can be drawn from it.
         """
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
         with private_draws(seed, self.device), _generating_plainly(self.model):
@@ -238,8 +241,19 @@ class LanguageModel(nn.Module):
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
                 pad_token_id=0,
+                logits_processor=LogitsProcessorList([] if greedy else [_finite]),
             )
         return out.tolist()
+
+
+def _finite(ids: Tensor, logits: Tensor) -> Tensor:
+    """Logits [rows, vocabulary] as they are; torch would fail on others, and on a GPU take the process with it."""
+    if not bool(logits.logsumexp(1).isfinite().all()):
+        raise NotFiniteError(
+            "What the model says is not finite, so no text can be drawn from it: use a wider trainer.precision, or "
+            "edit it less strongly."
+        )
+    return logits
 
 
 @contextmanager

@@ -17,9 +17,9 @@ class PromptScores:
     """
 
     logp_new: Tensor
-    """float [n]: mean log-probability per token of the new target, in nats"""
+    """float [n]: mean log-probability per token of the new target, in nats; -inf where the model gives no number"""
     logp_true: Tensor
-    """float [n]: the same of the truth; NaN where the fact names none"""
+    """float [n]: the same of the truth; NaN where the fact names none, and only there"""
     hit_new: Tensor
     """bool [n]: the argmax is right at every token of the new target"""
     hit_true: Tensor

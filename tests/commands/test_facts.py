@@ -26,6 +26,15 @@ def test_all_bad_records_are_named(tmp_path, capsys):
     assert err == [f"editlab: 2 of 3 records of {path} are wrong: mend or remove what is named above."]
 
 
+def test_half_a_character_is_named(tmp_path, capsys):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"subject": "\\ud83d", "prompt": "{} is", "target": "Rome"}\n')
+    out, _ = check(path, capsys, 2)
+    assert out == [
+        r"Record 0 (line 1) has '\ud83d' in its subject, which is half a character: write the whole one, or none."
+    ]
+
+
 def test_good_files_are_counted(tmp_path, capsys):
     path = tmp_path / "facts.csv"
     path.write_text(COLUMNS + "Oslo,Oslo lies in,Peru\nOslo,Oslo lies in,Rome\n")

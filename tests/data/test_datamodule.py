@@ -58,6 +58,46 @@ def test_what_can_not_be_selected(path, tmp_path):
             EditDataModule(path, **{name: 0})
 
 
+def unfit(*numbers):
+    """The fault of facts with these numbers."""
+    return lambda fact: "is too long: shorten it" if fact.id in numbers else None
+
+
+def test_facts_that_do_not_fit_are_an_error_where_they_are_needed(path):
+    for only_known in (True, False):
+        data = module(path, limit=3, shuffle=False, only_known=only_known)
+        data.fault = unfit(FACTS[2].id)
+        with pytest.raises(
+            UserError, match=r"^The fact 'The capital of Norway is'\.\.\. is too long: shorten it, or leave"
+        ):
+            data.select(lambda facts: [True] * len(facts))
+    data = module(path, limit=2, shuffle=False, only_known=False)
+    data.fault = unfit(FACTS[2].id)
+    data.select(lambda facts: 1 / 0)
+    assert data.facts == FACTS[:2]
+    with pytest.raises(UserError, match="is too long"):
+        data.test_dataloader()
+
+
+def test_facts_that_do_not_fit_are_left_out_where_asked(path, caplog):
+    bad = [FACTS[i].id for i in (1, 4, len(FACTS) - 2)]
+    good = [fact for fact in FACTS if fact.id not in bad]
+    for only_known in (True, False):
+        data = module(path, limit=3, shuffle=False, only_known=only_known, skip_bad=True, bystanders=3)
+        data.fault = unfit(*bad)
+        assert data.facts_to_try(4) == [*good[3:-3][-4:]]
+        data.select(lambda facts: [True] * len(facts))
+        assert data.facts == good[:3]
+        bystanders = [fact for batch in data.test_dataloader() for fact in batch]
+        assert bystanders == good[:-4:-1]
+        assert data.spare_facts(2) == good[-4:-6:-1]
+    assert caplog.text.count("Left out: the fact 'The capital of Japan is'... is too long: shorten it.") == 2
+    data = module(path, skip_bad=True, only_known=False)
+    data.fault = lambda fact: "is too long"
+    with pytest.raises(UserError, match="None of the facts in"):
+        data.select(lambda facts: [])
+
+
 def test_repeated_slots_are_left_out(tmp_path, caplog):
     path = write_counterfact(tmp_path / "twice.json", [*FACTS, *FACTS[:3]])
     with caplog.at_level("INFO", logger="editlab"):

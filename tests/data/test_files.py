@@ -77,6 +77,7 @@ BROKEN = {
     "elsewhere": ("f.jsonl", {**GOOD, "prompt": "It is"}, "'A' does not occur: write {} where it belongs"),
     "two places": ("f.jsonl", {**GOOD, "prompt": "{} {}"}, "2 places for the subject: write {} once, where it stands"),
     "truth": ("f.jsonl", {**GOOD, "truth": 5}, "has a 'truth' that is no text"),
+    "truth zero": ("f.jsonl", {**GOOD, "truth": 0}, "has a 'truth' that is no text"),
     "paraphrases": ("f.jsonl", {**GOOD, "paraphrases": [5]}, "has a 'paraphrases' that is no list of texts: write it"),
     "neighbors": ("f.jsonl", {**GOOD, "neighbors": "B is"}, "has 'neighbors' that are no list: write [{"),
     "neighbor": ("f.jsonl", {**GOOD, "neighbors": [{"prompt": "B is"}]}, "lacks 'truth': add it"),

@@ -65,6 +65,25 @@ def test_easyedit(tmp_path):
     assert fact.neighbors == (Neighbor("A is", "a"), Neighbor("B is", "b"))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_easyedit_neighbors_keep_their_truths(tmp_path, nested):
+    """Paired by their places; whatever lacks its prompt or its truth is left out with what it belongs to."""
+    asked, answers = ["a is", "", "c is", "d is"], ["x", "y", "z", " "]
+    record = {**EASYEDIT, "locality_prompt": asked, "locality_ground_truth": answers}
+    if nested:
+        record = {**EASYEDIT, "locality_prompt": [], "locality": {"n": {"prompt": asked, "ground_truth": answers}}}
+    (fact,) = read_facts(write(tmp_path, [record]))
+    assert fact.neighbors == (Neighbor("a is", "x"), Neighbor("c is", "z"))
+
+
+def test_easyedit_takes_the_first_of_several_names_of_a_truth(tmp_path):
+    record = {**EASYEDIT, "ground_truth": ["BBC", "the BBC"], "locality_ground_truth": ["BBC", "the BBC"]}
+    absent = [{**EASYEDIT, "ground_truth": truth} for truth in (None, "", [], [" "])]
+    first, *others = read_facts(write(tmp_path, [record, *absent]))
+    assert (first.target_true, first.neighbors) == ("BBC", (Neighbor("BBC Radio is owned by", "BBC"),))
+    assert [fact.target_true for fact in others] == [None] * 4
+
+
 def test_zsre(tmp_path):
     (fact,) = read_facts(write(tmp_path, [ZSRE]))
     assert fact.prompt == "What university did {} attend?"
@@ -155,6 +174,28 @@ BAD = {
     "easyedit uneven": (changed(EASYEDIT, ["a", "b"], "locality_prompt"), "2 locality_prompt but 1"),
     "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is no text"),
     "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is no object"),
+    "easyedit nested uneven": (
+        {**EASYEDIT, "locality": {"near": {"prompt": ["a is", "b is", "c is"], "ground_truth": ["x"]}}},
+        "3 prompt but 1 ground_truth",
+    ),
+    "easyedit truth a number": (changed(EASYEDIT, 1984, "ground_truth"), "'ground_truth' that is no text"),
+    "easyedit truth nested": (changed(EASYEDIT, [["BBC"]], "ground_truth"), "'ground_truth' that is no text"),
+    "easyedit nested truth a number": (
+        {**EASYEDIT, "locality": {"near": {"prompt": "a is", "ground_truth": 1}}},
+        "'ground_truth' that is no list of texts",
+    ),
+    "easyedit nested truth absent": (
+        {**EASYEDIT, "locality": {"near": {"prompt": "a is"}}},
+        "1 prompt but 0 ground_truth",
+    ),
+    "half a character": (
+        changed(COUNTERFACT, "Paris \ud83d", "requested_rewrite", "target_new", "str"),
+        r"has '\ud83d' in its target_new, which is half a character",
+    ),
+    "half a character in a neighbor": (
+        changed(COUNTERFACT, ["a \udc00 is"], "neighborhood_prompts"),
+        r"has '\udc00' in its neighbors, which is half a character",
+    ),
     "easyedit locality a text": ({**EASYEDIT, "locality": {"near": "a"}}, "a part that is no object"),
     "zsre no subject": (without(ZSRE, "subject"), "lacks 'subject'"),
     "zsre empty target": (changed(ZSRE, "", "alt"), "empty 'alt'"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from editlab.errors import NotFiniteError
 from editlab.lm import language_model
 from editlab.lm.language_model import LanguageModel
 from tests.lm.conftest import lm_of
@@ -135,6 +136,16 @@ def test_sampling_never_ends_early():
         lm.model.lm_head.bias[2] = 50.0
     assert len(lm.sample([[5]], 7, seed=0)[0]) == 8
     assert len(lm.sample([[5]], 7, seed=0, greedy=True)[0]) == 8
+
+
+def test_nothing_is_drawn_from_what_is_no_number():
+    """The likeliest token is still told, as of any row; it is torch's way that it is that of a NaN."""
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    with torch.no_grad():
+        lm.model.lm_head.weight[7] = float("inf")
+    with pytest.raises(NotFiniteError, match="not finite, so no text can be drawn"):
+        lm.sample([[5, 6]], 3, seed=0)
+    assert len(lm.sample([[5, 6]], 3, seed=0, greedy=True)[0]) == 5
 
 
 def test_a_seed_decides_the_sample_and_the_global_state_is_untouched():

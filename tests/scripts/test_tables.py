@@ -124,10 +124,15 @@ def test_a_baseline_s_row_has_its_effective_weight_and_its_time(tmp_path):
     assert (row["effective_weight"], row["seconds_an_edit"], row["peak_memory_mb"]) == (300.0, 1.5, 1500)
     assert (row["immediate_ES"], row["before_NS"], row["perplexity_before"]) == (1.0, 0.8, 20.0)
     assert "perplexity_ratio" not in row
-    summary["perplexity"]["after"] = summary["immediate"]["ES"] = None  # of a model that gives no numbers any more
-    (folder / "summary.json").write_text(json.dumps(summary))
+    broken = summary | {
+        "immediate": {"ES": None},
+        "perplexity": {"before": 20.0, "after": None},
+        "delta_norm": {"6": None},
+    }
+    (folder / "summary.json").write_text(json.dumps(broken))
     (row,) = tables.table_rows([sweep.Run(sweep.Case("memit", {}), 1, folder)], baselines.measured)
-    assert not {"perplexity_ratio", "perplexity_after", "immediate_ES"} & set(row)
+    assert (row["perplexity_before"], row["delta_norm"]) == (20.0, "")
+    assert {"perplexity_after", "perplexity_ratio", "immediate_ES"}.isdisjoint(row)
 
 
 def test_rows_whose_runs_are_gone_stay_and_those_made_anew_take_their_place(tmp_path):
