@@ -56,7 +56,7 @@ class RunLogger(TensorBoardLogger):
         """
         if self._version is not None:
             return self._version
-        if rank_zero_only.rank:
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
             return self._get_next_version()
         self._version = self._claim()
         return self._version

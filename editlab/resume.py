@@ -86,6 +86,7 @@ def begin(editor: SequentialEditor) -> None:
         _check_facts(editor, editor.resumed)
     for logger in editor.trainer.loggers:
         if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
+            logger.share()
             logger.go_on(editor.resumed["table"] if editor.resumed else {}, editor.edits)
 
 

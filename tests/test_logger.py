@@ -134,7 +134,7 @@ def test_all_ranks_have_the_first_ones_version(tmp_path):
 @pytest.mark.parametrize("where", ["taken", "taken/below"])
 def test_a_file_in_the_place_of_the_runs_is_named(where, tmp_path):
     (tmp_path / "taken").touch()
-    with pytest.raises(UserError, match="taken.* a file is in its way"):
+    with pytest.raises(UserError, match=r"taken.* a file is in its way"):
         RunLogger(str(tmp_path / where), name="recipe").version  # noqa: B018
 
 
