@@ -89,6 +89,12 @@ def _newest(loggers: list[Namespace]) -> Path:
     return find_checkpoint(str(_runs(loggers[0]) / (version if isinstance(version, str) else f"version_{version}")))
 
 
+def goes_on(trainer: Trainer) -> bool:
+    """Whether this run has a checkpoint that ``--ckpt_path last`` goes on from."""
+    folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return bool(trainer.loggers) and any(folder and (Path(folder) / f"{LAST}.ckpt").is_file() for folder in folders)
+
+
 def _run_of(checkpoint: Path) -> list[RunFolder]:
     """The run that wrote a checkpoint; none where it lies by itself."""
     folder = checkpoint.resolve().parent

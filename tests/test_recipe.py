@@ -1,11 +1,13 @@
 """What the command line settles in a recipe: the run's folder, the run to go on from, checkpoints, config.yaml."""
 
+import errno
 import json
 import shutil
 
 import pytest
 
 from editlab.cli import main
+from editlab.editor import SequentialEditor
 from tests.recipes import write_recipe
 
 
@@ -162,3 +164,42 @@ def test_what_means_nothing_here_is_refused(fit, tmp_path, capsys, flags, said):
     assert fit(*flags) == 2
     assert said in last_line(capsys)
     assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.fixture
+def fails_at(monkeypatch):
+    """Lets the run fail in the step of that number, from 1, at what editlab can not name."""
+    log_step = SequentialEditor._log_step
+
+    def patch(step, error):
+        def failing(self, *given):
+            if self.global_step == step:
+                raise type(error)(*error.args)  # a new one, as each run has its own
+            log_step(self, *given)
+
+        monkeypatch.setattr(SequentialEditor, "_log_step", failing)
+
+    return patch
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOSPC, "No space left"), MemoryError()])
+def test_only_a_run_with_a_checkpoint_is_said_to_go_on(fit, fails_at, capsys, error):
+    for step, saved in ((1, False), (2, True)):
+        fails_at(step, error)
+        assert fit() == 1
+        assert ("--ckpt_path last" in last_line(capsys)) == saved
+    assert fit("--trainer.logger", "false") == 1  # last would not find it
+    assert "--ckpt_path last" not in last_line(capsys)
+
+
+def test_what_a_kill_left_half_written_is_taken_away(fit, tmp_path):
+    assert fit("--trainer.max_steps", "1") == 0
+    parts = [tmp_path / RUN / where / f".{name}.{'0a' * 16}.part"
+             for where, name in (("checkpoints", "last.ckpt"), (".", "metrics.csv"))]  # fmt: skip
+    other = tmp_path / RUN / ".mine.part"
+    for path in (*parts, other):
+        path.touch()
+    assert main(["validate", "--config", "tiny.yaml", "--ckpt_path", RUN]) == 0
+    assert all(path.exists() for path in parts)  # looking at a run changes nothing
+    assert fit("--ckpt_path", "last") == 0
+    assert [path.exists() for path in (*parts, other)] == [False, False, True]
