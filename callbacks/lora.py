@@ -132,6 +132,7 @@ class LoRAAdjust(EditCallback):
         unknown = set(weights or {}) - set(LOSSES)
         if unknown or any(weight < 0 for weight in (weights or {}).values()):
             raise UserError(f"LoRAAdjust.weights is {weights}: give {', '.join(LOSSES)}, none of them negative.")
+        not_negative(f"{where}.weights", **(weights or {}))
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.layers = targets, layers
         self.every_n_batches, self.at_end = every_n_batches, at_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -108,7 +109,8 @@ class TrustScorer:
         calibrate: batches after which the scales are fixed; 0 keeps :data:`SCALES`.
 
     Raises:
-        UserError: for an unknown signal, a negative weight or a scale that is not two numbers, the second above 0.
+        UserError: for an unknown signal, a weight that is negative or not finite, or a scale that is not two finite
+            numbers, the second above 0.
     """
 
     def __init__(
@@ -123,8 +125,9 @@ class TrustScorer:
                     raise UserError(f"TrustRollback.{what} names {name!r}: the signals are {', '.join(SCALES)}.")
         if any(weight < 0 for weight in (weights or {}).values()):
             raise UserError("TrustRollback.weights has a negative weight: penalties are subtracted already.")
+        not_negative("TrustRollback.weights", **(weights or {}))
         for name, pair in (scales or {}).items():
-            if len(pair) != 2 or not pair[1] > 0:
+            if len(pair) != 2 or not all(map(math.isfinite, pair)) or not pair[1] > 0:
                 raise UserError(f"TrustRollback.scales.{name} is {list(pair)}: give [free, half] with half above 0.")
         not_negative("TrustRollback", calibrate=calibrate)
         self.weights = {**dict.fromkeys(SCALES, 0.0), **WEIGHTS, **(weights or {})}

@@ -147,7 +147,7 @@ def find_checkpoint(path: str) -> Path:
         UserError: There is none.
     """
     given = Path(path).expanduser()
-    if not given.exists():
+    if not path or not given.exists():
         raise UserError(f"The checkpoint {path!r} does not exist: check --ckpt_path.")
     if given.is_file():
         return given

@@ -24,9 +24,9 @@ from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.errors import EditLabError, UserError, causes
 from editlab.explain import explain
-from editlab.failures import describe, surprise
+from editlab.failures import describe, is_saved, note_saved, surprise
 from editlab.progress import bars, speaks
-from editlab.recipe import SaveConfig, settle
+from editlab.recipe import SaveConfig, goes_on, settle
 from editlab.strategy import NAME, EditStrategy
 from editlab.trainer import TRAINER_DEFAULTS
 
@@ -85,7 +85,12 @@ class EditLabCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         with bars(self.config[subcommand].trainer.enable_progress_bar is not False):
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except Exception as error:
+                if subcommand == "fit" and goes_on(self.trainer):
+                    note_saved(error)
+                raise
 
     def instantiate_trainer(self, **arguments: Any) -> Trainer:
         """The Trainer.
@@ -173,7 +178,8 @@ def _told(error: Exception, editing: bool) -> tuple[str, int]:
     mistake = explain(error)
     if mistake is not None:
         return mistake, UserError.exit_code
-    return describe(error, editing) or str(surprise(error, editing)), EditLabError.exit_code
+    saved = is_saved(error)
+    return describe(error, editing, saved) or str(surprise(error, editing, saved)), EditLabError.exit_code
 
 
 def _say(sentence: str, code: int) -> int:

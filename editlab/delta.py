@@ -50,6 +50,11 @@ class Delta:
     callback adjusted"""
     history: History
 
+    @property
+    def edit_module(self) -> str:
+        """Path of the edited module inside a block, which a model may have to be told (``model.edit_module``)."""
+        return next(iter(self.totals)).partition(f".{self.layers[0]}.")[2]
+
     @classmethod
     def from_checkpoint(cls, path: Path) -> Delta:
         """Of a checkpoint file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from editlab import ranks
+from editlab.errors import UserError
 from editlab.lm.cache import atomic_file
 
 OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")
@@ -41,6 +44,44 @@ class RunLogger(TensorBoardLogger):
         self._rows: dict[int, dict[str, float]] | None = None
         self._read_at: int | None = None
         self._written = True
+
+    @property
+    def version(self) -> int | str:
+        """The run's number, or its folder's name; a number that nobody gave is claimed where it is first asked for.
+
+        Only rank 0 claims one. Until :meth:`share`, the others tell the next free number.
+
+        Raises:
+            UserError: where the folder of all runs can not be made.
+        """
+        if self._version is not None:
+            return self._version
+        if rank_zero_only.rank:  # type: ignore[attr-defined]
+            return self._get_next_version()
+        self._version = self._claim()
+        return self._version
+
+    def _claim(self) -> int:
+        """The next number of which no run has a folder, by making it: of two runs that begin at once, one can."""
+        runs = Path(os.path.expandvars(self.root_dir)).expanduser()
+        number = int(self._get_next_version())
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    (runs / f"version_{number}").mkdir()
+                    return number
+                except FileExistsError:
+                    number += 1
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"{runs} can not be the folder of the runs, for a file is in its way: choose another "
+                "trainer.logger.init_args.save_dir."
+            ) from error
+
+    def share(self) -> None:
+        """Gives every rank the first one's version; all of them have to call it."""
+        self._version = ranks.on_first(lambda: self.version)
 
     @property
     def table_path(self) -> Path:

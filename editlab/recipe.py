@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from editlab.checkpoint import LAST, EditCheckpoint, newest_checkpoint, run_version
+from editlab.checkpoint import LAST, EditCheckpoint, find_checkpoint, newest_checkpoint, run_version
 from editlab.errors import UserError
 from editlab.events import EditCallback
 from editlab.layers import AUTO
@@ -39,13 +39,18 @@ def settle(verb: Namespace) -> None:
         verb: the settings of ``fit``, ``validate`` or ``test``; changed in place.
 
     Raises:
-        UserError: where ``--ckpt_path last`` finds no run.
+        UserError: where ``--ckpt_path`` finds no checkpoint, or the facts would be passed over more than once.
     """
+    if verb.trainer.max_epochs not in (None, 1):
+        raise UserError(
+            f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
+            "it out, and set model.passes for a batch that is to go through its layers again."
+        )
     loggers = list(_loggers(verb.trainer.logger))
     for logger in loggers:
         if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
             logger["name"] = Path(str(verb.config[0])).stem
-    if verb.get("ckpt_path"):
+    if verb.get("ckpt_path") is not None:
         _go_on(verb, loggers)
     _add_checkpoint(verb.trainer)
 
@@ -64,20 +69,36 @@ def _runs(logger: Namespace) -> Path:
 
 
 def _go_on(verb: Namespace, loggers: list[Namespace]) -> None:
-    """Resolves ``--ckpt_path last``; a checkpoint from this recipe's runs goes on in its own run's folder."""
-    if not loggers:
-        if verb.ckpt_path == LAST:
-            raise UserError(
-                f"--ckpt_path {LAST} looks for the newest run in a logger's folder, and trainer.logger has none: name "
-                "the checkpoint itself."
-            )
-        return
-    runs = _runs(loggers[0])
-    if verb.ckpt_path == LAST:
-        verb.ckpt_path = str(newest_checkpoint(runs))
+    """Finds the checkpoint that is meant; one from this recipe's runs goes on in its own run's folder."""
+    verb.ckpt_path = str(_newest(loggers) if verb.ckpt_path == LAST else find_checkpoint(str(verb.ckpt_path)))
     for logger in loggers:  # elsewhere a run of that number may be another one
-        if logger.get("version") is None and _runs(logger) == runs:
-            logger["version"] = run_version(Path(verb.ckpt_path), runs)
+        if logger.get("version") is None and _runs(logger) == _runs(loggers[0]):
+            logger["version"] = run_version(Path(verb.ckpt_path), _runs(logger))
+
+
+def _newest(loggers: list[Namespace]) -> Path:
+    """The newest run's checkpoint; that of the run which the recipe names, where it names one."""
+    if not loggers:
+        raise UserError(
+            f"--ckpt_path {LAST} looks for the newest run in a logger's folder, and trainer.logger has none: name "
+            "the checkpoint itself."
+        )
+    version = loggers[0].get("version")
+    if version is None:
+        return newest_checkpoint(_runs(loggers[0]))
+    return find_checkpoint(str(_runs(loggers[0]) / (version if isinstance(version, str) else f"version_{version}")))
+
+
+def goes_on(trainer: Trainer) -> bool:
+    """Whether this run has a checkpoint that ``--ckpt_path last`` goes on from."""
+    folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return bool(trainer.loggers) and any(folder and (Path(folder) / f"{LAST}.ckpt").is_file() for folder in folders)
+
+
+def _run_of(checkpoint: Path) -> list[RunFolder]:
+    """The run that wrote a checkpoint; none where it lies by itself."""
+    folder = checkpoint.resolve().parent
+    return [RunFolder(folder.parent)] if folder.name == "checkpoints" else []
 
 
 def _add_checkpoint(trainer: Namespace) -> None:
@@ -112,16 +133,20 @@ class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder; a run that goes on keeps the one that it was started with."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes it, unless there is one and a checkpoint is gone on from.
+        """Writes it, unless there is one and a checkpoint is gone on from, or the run has no folder of its own.
 
         Raises:
             UserError: where a run would go on with other edits than it was started with.
         """
-        folder = RunFolder(run_folder(trainer))
-        if not (folder.settings and self.config.get("ckpt_path")):
+        folder, checkpoint = RunFolder(run_folder(trainer)), self.config.get("ckpt_path")
+        if checkpoint and stage == "fit":
+            for started in (folder, *_run_of(Path(checkpoint))):
+                if started.settings:
+                    self._compare(started)
+        # Without a logger, the working directory is the run's folder, and a config.yaml in it the user's own.
+        own = bool(trainer.loggers) and folder.path.resolve() != Path.cwd()
+        if own and not (checkpoint and folder.settings):
             super().setup(trainer, pl_module, stage)
-        elif stage == "fit":
-            self._compare(folder)
 
     def _compare(self, folder: RunFolder) -> None:
         then, now = folder.settings, flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))

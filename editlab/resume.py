@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from editlab.errors import UserError
+from editlab.lm.cache import sweep
 from editlab.lm.dtypes import dtype_name
 from editlab.lm.fingerprint import architecture
 from editlab.logger import RunLogger
 from editlab.rng import rng_state, set_rng_state
+from editlab.summary import run_folder
 
 if TYPE_CHECKING:
     from editlab.editor import SequentialEditor
@@ -91,15 +93,22 @@ def _check_architecture(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def begin(editor: SequentialEditor) -> None:
-    """Lets the loggers go on where the checkpoint was, or begin anew; only once nothing speaks against it.
+    """Lets the loggers go on where the checkpoint was, or begin anew, and takes away what a kill left half-written.
+
+    To be called only once nothing speaks against it.
 
     Raises:
         UserError: where a resumed run's precision, facts, their order or the batch size are not the checkpoint's.
     """
     if editor.resumed is not None:
         _check(editor, editor.resumed)
+    folder = run_folder(editor.trainer)  # all ranks have to ask for it
+    if editor.trainer.loggers and editor.trainer.is_global_zero:  # a kill leaves a checkpoint that is not whole
+        for place in (folder, folder / "checkpoints"):
+            sweep(place)
     for logger in editor.trainer.loggers:
         if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
+            logger.share()
             logger.go_on(editor.resumed["table"] if editor.resumed else {}, editor.edits)
 
 

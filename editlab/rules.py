@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ class Rule(ABC):
     def __post_init__(self) -> None:
         weights = ("covariance_weight", "threshold", "ridge")
         above_zero(type(self).__name__, **{name: getattr(self, name, None) for name in weights})
-        if self.slack < 0:
-            raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above.")
+        if not 0 <= self.slack < math.inf:
+            raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above, and finite.")
 
     @abstractmethod
     def preservation(self, moments: Tensor) -> Preservation:

@@ -1,11 +1,13 @@
 """What settings may be. Each check raises one sentence that names the setting, what it is, and what it must be.
 
 ``where`` is what a setting belongs to, as it stands in a recipe (``model.values``, ``LoRAAdjust``). A setting that is
-None is not given, and is not looked at.
+None is not given, and is not looked at. Not-a-number is in no range, and infinity in none either: what is multiplied by
+it is lost.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 
 from editlab.errors import UserError
@@ -71,3 +73,5 @@ def _check(where: str, settings: dict[str, float | None], holds: Callable[[float
     for name, value in settings.items():
         if value is not None and not holds(value):
             raise UserError(f"{where}.{name} is {value}: it {what}.")
+        if value == math.inf:
+            raise UserError(f"{where}.{name} is {value}: it must be finite.")

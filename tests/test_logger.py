@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from editlab.errors import UserError
 from editlab.logger import RunLogger
+from tests.ranked import together
 
 
 @pytest.fixture
@@ -96,6 +100,42 @@ def test_tensorboard_gets_the_same_numbers(logger):
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("val/ES")] == [(64, 0.5), (96, 0.75)]
+
+
+# a folder of its own
+
+
+def claimed(folder):
+    """As each rank does: Lightning has asked the first for its folder before they meet."""
+    logger = RunLogger(folder, name="recipe")
+    logger.share()
+    return logger.version, Path(logger.log_dir).is_dir()
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
+    loggers = [RunLogger(str(tmp_path), name="recipe") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda logger: logger.version, loggers))
+    assert sorted(found) == list(range(8))
+    # Both have seen the same folders when they choose.
+    late = [RunLogger(str(tmp_path), name="recipe") for _ in range(2)]
+    for logger in late:
+        logger._get_next_version = lambda: 8
+    assert [logger.version for logger in late] == [8, 9]
+    assert [logger.version for logger in late] == [8, 9]  # and each keeps its own
+    assert RunLogger(str(tmp_path), name="recipe", version=3).version == 3
+
+
+def test_all_ranks_have_the_first_ones_version(tmp_path):
+    (tmp_path / "runs" / "recipe" / "version_4").mkdir(parents=True)
+    assert together(2, tmp_path / "ranks", claimed, str(tmp_path / "runs")) == [(5, True)] * 2
+
+
+@pytest.mark.parametrize("where", ["taken", "taken/below"])
+def test_a_file_in_the_place_of_the_runs_is_named(where, tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"taken.* a file is in its way"):
+        RunLogger(str(tmp_path / where), name="recipe").version  # noqa: B018
 
 
 # going on in the same folder

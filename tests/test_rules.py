@@ -1,5 +1,7 @@
 """Rules are a metric and a slack; their parameters are checked where they are given."""
 
+import math
+
 import pytest
 
 from editlab.errors import UserError
@@ -26,6 +28,12 @@ def test_slack_of_each_rule():
         (MEMIT, {"ridge": -1.0}, "ridge is -1"),
         (EMMET, {"gamma": -0.5}, "slack is -0.5"),
         (AlphaEdit, {"threshold": 0.0}, "threshold is 0"),
+        (AlphaEdit, {"threshold": math.inf}, "threshold is inf: it must be finite"),
+        (MEMIT, {"covariance_weight": math.inf}, "covariance_weight is inf: it must be finite"),
+        (ROME, {"ridge": math.nan}, "ridge is nan"),
+        (EMMET, {"gamma": math.nan}, "slack is nan; it must be 0 or above, and finite"),
+        (EMMET, {"gamma": math.inf}, "slack is inf"),
+        (AlphaEdit, {"l2": math.nan}, "slack is nan"),
     ],
 )
 def test_values_out_of_range_are_named(rule, arguments, message):

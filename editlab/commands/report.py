@@ -89,7 +89,7 @@ def find_missed(delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str 
         return []
     model, tokenizer = delta.base(base)
     delta.put_on(model)
-    lm = LanguageModel(model, tokenizer)
+    lm = LanguageModel(model, tokenizer, delta.edit_module)
     facts = [entry.fact for _, entry in numbered]
     hits = score_facts(lm, facts, paraphrases=False, neighbors=0).edit.hit_new.tolist()
     gone = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]

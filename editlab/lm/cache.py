@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,10 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _NEARLY_NOTHING = 1 << 20
 """Free bytes below which a failed write is put down to a full disk, whatever the writer said."""
+
+
+_PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
+"""Names of files and folders that are not whole yet."""
 
 
 def cache_dir() -> Path:
@@ -93,11 +98,18 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(file, path)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed have left half-written in ``folder``, where nobody else writes now."""
+    for path in folder.glob(".*.part"):
+        if _PART.fullmatch(path.name):
+            _remove(path)
+
+
 @contextmanager
 def _beside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
     """Give a hidden sibling of ``target`` that is gone afterwards, and explain failures of the disk."""
     # Not tempfile: its files are closed to everyone else, and a cache may be shared by a group.
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # as _PART knows it
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         create(temporary)
@@ -110,11 +122,15 @@ def _beside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             raise
         raise explained from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):  # not there any more after success, and never made where its folder could not be
-                temporary.unlink()
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):  # not there any more after success, and never made where its folder could not be
+            path.unlink()
 
 
 def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | None:
@@ -122,7 +138,8 @@ def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | 
     elsewhere = "set EDITLAB_CACHE to" if _within(target, cache_dir()) else "choose"
     code = error.errno if isinstance(error, OSError) else None
     # The writers of safetensors and of torch.save turn a full disk into an error of their own.
-    if code in FULL or "No space left on device" in str(error) or _disk_is_full(target):
+    full = code in FULL or "No space left on device" in str(error)
+    if full or (code not in FORBIDDEN and _disk_is_full(target)):  # a place that is read only has no free bytes either
         return EditLabError(
             f"no space on the disk to write {target}: free some, or {elsewhere} a folder on another disk"
         )

@@ -1,6 +1,7 @@
 """LoRA through real runs of a tiny model: what it changes, what the guard drops, what replay makes of it."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -59,6 +60,8 @@ def same(a, b):
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
         ({"weights": {"edits": -1.0}}, "none of them negative"),
+        ({"weights": {"edits": math.nan}}, "weights.edits is nan"),
+        ({"weights": {"before": math.inf}}, "weights.before is inf: it must be finite"),
     ],
 )
 def test_out_of_range(arguments, message):

@@ -147,6 +147,10 @@ def test_the_threshold_may_move_but_never_up():
     [
         (lambda: TrustScorer(weights={"charm": 1.0}), "names 'charm': the signals are edit_success_gain"),
         (lambda: TrustScorer(weights={GAIN: -1.0}), "negative weight"),
+        (lambda: TrustScorer(weights={"update_norm": math.nan}), "weights.update_norm is nan"),
+        (lambda: TrustScorer(weights={"update_norm": math.inf}), "weights.update_norm is inf: it must be finite"),
+        (lambda: TrustScorer(scales={GAIN: [math.nan, 1.0]}), "give .free, half."),
+        (lambda: TrustScorer(scales={GAIN: [1.0, math.inf]}), "give .free, half."),
         (lambda: TrustScorer(scales={GAIN: [1.0, 0.0]}), "half above 0"),
         (lambda: TrustScorer(scales={GAIN: [1.0]}), "give .free, half."),
         (lambda: TrustScorer(calibrate=-1), "calibrate is -1"),

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlab.checkpoint import read_checkpoint
+from editlab.checkpoint import find_checkpoint, read_checkpoint
 from editlab.cli import main
 from editlab.commands.report import SAID
+from editlab.delta import Delta
 from tests.commands.runs import EDITS, FATES
+from tests.recipes import write_recipe
 from tests.test_report import Seen
+from tests.tiny import tiny_tokenizer
 
 
 def report(*arguments):
@@ -70,6 +74,25 @@ def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_p
     assert report(adapted.folder, "--out", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "without the adapter that the run keeps beside the weights" in page
+
+
+def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):
+    """In a mixture of experts no structure tells which map was edited."""
+    monkeypatch.chdir(tmp_path)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    module = "mlp.shared_expert.down_proj"
+    write_recipe(tmp_path, tmp_path / "base", model={"layers": [1], "edit_module": module})
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert Delta.from_checkpoint(find_checkpoint("lightning_logs/tiny/version_0")).edit_module == module
+    assert report("lightning_logs/tiny/version_0", "--out", "page.html") == 0
+    assert "4 facts edited" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import platformdirs
 import pytest
 
 from editlab.errors import EditLabError, UserError
-from editlab.lm.cache import atomic_file, atomic_folder, cache_dir
+from editlab.lm.cache import atomic_file, atomic_folder, cache_dir, sweep
 
 
 def listing(folder: Path) -> list[str]:
@@ -153,6 +153,35 @@ def test_a_full_disk_is_seen_behind_a_vague_error(tmp_path, monkeypatch):
 
     with pytest.raises(EditLabError, match=r"no space on the disk .* choose a folder on another disk"):
         fail()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_that_is_read_only_is_not_called_full(tmp_path, monkeypatch, code):
+    """Such a file system, as of an image, has no free bytes either."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(code, "refused", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="no permission to write"), atomic_file(tmp_path / "thing"):
+        pass
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+    try:
+        with atomic_file(tmp_path / "thing") as file, atomic_folder(tmp_path / "things") as folder:
+            fill(folder)
+            left = [shutil.copyfile(file, f"{file}.kept"), shutil.copytree(folder, f"{folder}.kept")]
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        for copy in left:  # as they lay there while they were written
+            os.rename(copy, str(copy).removesuffix(".kept"))
+    (tmp_path / ".notes.part").touch()
+    assert len(listing(tmp_path)) == 4
+    sweep(tmp_path)
+    assert listing(tmp_path) == [".notes.part"]
+    sweep(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
