@@ -258,6 +258,11 @@ class Probes:
         """The last answers on held-out sentences serve the next batch, if its weights are still those."""
         self._heldout, self._weights = self._heldout_after, self._weights_after
 
+    def forget(self) -> None:
+        """Everything is asked anew: after a failure on one rank the others may have got further than it did."""
+        self._heldout, self._weights = None, []
+        self.singular_vectors = {}
+
     def _attribution(self, editor: SequentialEditor) -> float:
         if not self.attribution:
             return 0.0
