@@ -49,6 +49,7 @@ class EditPlan:
     step: int
     """batches before this one"""
     facts: Sequence[Fact]
+    """those of the batch, of one subject and prompt the last alone; "places in the batch" count these"""
     targets: Tensor
     """float32 [n, d_v]: values of the facts"""
     additions: list[Addition] = field(default_factory=list)
