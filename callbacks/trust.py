@@ -225,7 +225,7 @@ class TrustRollback(EditCallback):
             self._verdict = _Verdict("rollback", str(broken), 0.0, None, self.threshold.value, 0.0)
             return
         if self.granularity == "edit" and not outcome.left_out:
-            self._cut(outcome, asked.of_facts(editor, outcome))
+            self._cut(outcome, asked.of_facts(outcome))
             if self._low:
                 return  # it comes again, solved without them; or all are gone
         self._verdict = self._judge(asked, editor, outcome, metrics)

@@ -72,6 +72,8 @@ class EditOutcome:
     """layer -> keys of the plan's facts and then its additions (set by the solve), as its last pass found them"""
     last_updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the part of its update that the last pass added, after those keys were read"""
+    missing: Tensor | None = None
+    """[n]: length of what each of the plan's facts had to go to its value when its solve began (set by the solve)"""
     measured: dict[str, float] = field(default_factory=dict)
     """what callbacks have to log of this step, by full name: ``replay/buffer`` and the like"""
     factor: float = 1.0
@@ -131,7 +133,7 @@ class EditOutcome:
         stay = [i for i, place in enumerate(self._planned) if place not in self.left_out]
         self._planned = [self._planned[i] for i in stay]
         self.plan = replace(self.plan, facts=[self.plan.facts[i] for i in stay], targets=self.plan.targets[stay])
-        self.updates, self.last_updates, self.keys, self.diagnostics = {}, {}, {}, {}
+        self.updates, self.last_updates, self.keys, self.diagnostics, self.missing = {}, {}, {}, {}, None
 
     def roll_back(self, reason: str) -> None:
         """Asks that the edit be undone, bit for bit."""

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from callbacks import MemoryReplay
-from editlab.events import EditCallback
+from editlab.events import Addition, EditCallback
 from editlab.values import ValueSettings
 from tests.facts import FACTS, capital, write_counterfact
-from tests.test_editor import Spy, editor, fit
+from tests.test_editor import Spy, editor, fit, site_now
 
 
 class Verdict(EditCallback):
@@ -60,6 +60,22 @@ def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
     for number, layer in zip(module.layer_numbers, module.layers, strict=True):
         assert torch.equal(layer.total, 0.5 * half.outcome.updates[number])
     assert [entry.factor for entry in module.ledger] == [0, 0.5]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_facts_miss_is_measured_before_the_first_pass(tiny_folder, tmp_path, passes):
+    # By hand: values less what a whole forward of the unedited model gives; a replayed fact is not among them.
+    module, noted = editor(tiny_folder, passes=passes), Verdict(0, lambda outcome: None)
+
+    class Add(EditCallback):
+        def on_edit_planned(self, trainer, editor, plan):
+            plan.add([Addition(FACTS[5], plan.targets[0])])
+
+    fit(tmp_path, module, callbacks=[noted, Add()], limit=2)
+    with module.unedited():
+        now = torch.stack([site_now(module, fact) for fact in FACTS[:2]])
+    expected = (noted.outcome.plan.targets - now).norm(dim=1)
+    assert torch.allclose(noted.outcome.missing.float(), expected, rtol=1e-4)
 
 
 def digest(module, replay):
