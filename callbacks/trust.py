@@ -119,11 +119,14 @@ class TrustRollback(EditCallback):
         self.decisions: Counter[str] = Counter()
         self.probes: Probes | None = None
         self._singular: dict[int, Tensor] = {}
+        self._unused = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the run's events; a finished run that is gone on from comes to its end without a start."""
+        assert isinstance(pl_module, SequentialEditor)
+        self.begin_anew(pl_module, self._unused)
         self._events = EventLog(run_folder(trainer) / EVENTS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,6 +337,7 @@ class TrustRollback(EditCallback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up what :meth:`state_dict` gave."""
         self.scorer.load_state_dict(state_dict["calibration"])
+        self.threshold.scores.clear()
         self.threshold.scores.extend(state_dict["scores"])
         if self.budget:
             self.budget.queue = state_dict["queue"]

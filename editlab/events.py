@@ -12,9 +12,9 @@ order in which callbacks are listed never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -142,6 +142,16 @@ class EditOutcome:
 
 class EditCallback(Callback):
     """A Lightning callback that also hears the events of an edit; each does nothing by default."""
+
+    def begin_anew(self, editor: SequentialEditor, unused: Mapping[str, Any]) -> None:
+        """Forgets another run that the object was used in; for ``on_fit_start``.
+
+        Args:
+            editor: what it knows is kept where this one has edits: those of the run that is gone on with.
+            unused: its ``state_dict`` as it was made.
+        """
+        if not editor.edits:
+            self.load_state_dict(dict(unused))
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Values are found, nothing is solved yet: add constraints by :meth:`EditPlan.add`."""

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import editlab
-from callbacks import MemoryReplay
+from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.contexts import ContextSettings
 from editlab.data import Fact
@@ -152,6 +152,42 @@ def test_callbacks_and_a_folder(tmp_path):
     assert [memory.fact for memory in replay.buffer.memories] == FACTS[:4]
     (run,) = (tmp_path / "edit_model").iterdir()
     assert {"metrics.csv", "summary.json"} <= {path.name for path in run.iterdir()}
+
+
+USED_TWICE = {
+    "replay": lambda text: MemoryReplay(rate=1.0, memory="both"),
+    "curve": lambda text: ForgettingCurve(every_n_edits=2),
+    "gate": lambda text: TrustRollback(heldout=text, threshold=0.4, calibrate=1, quantile=0.5),
+    "merged": lambda text: LoRAAdjust(steps=2, text_tokens=64, tolerance=1e9),
+    "beside": lambda text: LoRAAdjust(steps=2, text_tokens=64, tolerance=1e9, mode="adapter"),
+}
+
+
+@pytest.mark.parametrize("make", USED_TWICE.values(), ids=USED_TWICE)
+def test_a_callback_that_is_used_twice_knows_nothing_of_the_first_call(make, tmp_path):
+    def after(callback, facts):
+        _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), facts, callbacks=[callback], **SMALL)
+        return result.editor.state_dict(), callback.state_dict()
+
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
+    twice, once = make(tmp_path / "text.txt"), make(tmp_path / "text.txt")
+    after(twice, FACTS[4:12])
+    assert_same([*after(twice, FACTS[:6])], [*after(once, FACTS[:6])])
+
+
+def assert_same(a, b):
+    """Nested structures that agree to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        assert_same(list(a.values()), list(b.values()))
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
 
 
 def test_nothing_is_written_where_no_folder_is_given(tmp_path, monkeypatch):
