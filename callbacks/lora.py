@@ -207,6 +207,9 @@ class LoRAAdjust(EditCallback):
         assert isinstance(editor, SequentialEditor)
         lm, count = editor.lm, self.text_tokens // WINDOW
         spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
+        if len(spare) < self.prompts:
+            log.info("LoRA: %d of the %d prompts asked for, as no more facts are neither edited nor bystanders",
+                     len(spare), self.prompts)  # fmt: skip
         with editor.unedited():
             windows = short_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)

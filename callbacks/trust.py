@@ -148,8 +148,8 @@ class TrustRollback(EditCallback):
         )
         if not sentences:
             raise UserError(
-                "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or lower "
-                "data.limit so that facts are left over."
+                "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or, in a "
+                "run from a file of facts, lower data.limit or data.bystanders so that some are left over."
             )
         self.probes = Probes(sentences, self.neighbor_samples, self.attribution, self.matmul)
         self.probes.singular_vectors = dict(self._singular)

@@ -335,6 +335,8 @@ def test_bad_settings(arguments, message):
 
 
 def test_nothing_to_hold_out(tiny_folder, tmp_path):
+    # All six are edited; then two are edited, and the other four are bystanders.
     path = write_counterfact(tmp_path / "six.json", FACTS[:6])
-    with pytest.raises(UserError, match="name a text file"):
-        fit(tmp_path, editor(tiny_folder), callbacks=[TrustRollback()], path=path)
+    for name, limit in (("all", 6), ("bystanders", 2)):
+        with pytest.raises(UserError, match=r"name a text file .*, lower data\.limit or data\.bystanders"):
+            fit(tmp_path, editor(tiny_folder), callbacks=[TrustRollback()], path=path, limit=limit, name=name)
