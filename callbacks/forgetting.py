@@ -44,9 +44,12 @@ class ForgettingCurve(EditCallback):
         self.seed = seed
         self.curve: dict[int, dict[str, float]] = {}
         self._last = 0
+        self._unused = self.state_dict()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out TensorBoard's custom scalars: each metric's curves over one another."""
+        assert isinstance(pl_module, SequentialEditor)
+        self.begin_anew(pl_module, self._unused)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 groups = ("before", "immediate", "retained")
@@ -98,7 +101,7 @@ class ForgettingCurve(EditCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far."""
-        return {"curve": self.curve, "last": self._last}
+        return {"curve": dict(self.curve), "last": self._last}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up a saved curve."""

@@ -150,6 +150,7 @@ class LoRAAdjust(EditCallback):
         self.decisions: Counter[str] = Counter()
         self._optimizer: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None
+        self._unused = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -165,6 +166,7 @@ class LoRAAdjust(EditCallback):
             raise UserError("LoRAAdjust has nothing to adjust where model.restore_between_batches is set: drop one.")
         self._events = EventLog(run_folder(trainer) / EVENTS)  # a finished run comes to its end without a start
         self._unfinished = run_folder(trainer) / UNFINISHED
+        self.begin_anew(editor, self._unused)
         self._take_up(editor)
         weights = [editor.changed_layer(path).weight for path in self.paths]
         whole = sum(p.numel() for p in editor.lm.model.parameters())
@@ -206,6 +208,9 @@ class LoRAAdjust(EditCallback):
         assert isinstance(editor, SequentialEditor)
         lm, count = editor.lm, self.text_tokens // WINDOW
         spare = trainer.datamodule.spare_facts(8 * self.prompts)[-self.prompts :] if self.prompts else []  # type: ignore[attr-defined]
+        if len(spare) < self.prompts:
+            log.info("LoRA: %d of the %d prompts asked for, as no more facts are neither edited nor bystanders",
+                     len(spare), self.prompts)  # fmt: skip
         with editor.unedited():
             windows = short_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)
@@ -369,5 +374,6 @@ class LoRAAdjust(EditCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what :meth:`state_dict` gave; the adapter is put in place once the model is there."""
         self._resumed = state_dict
+        self.adapter, self._optimizer = None, None
         self.last = state_dict["last"]
         self.decisions = Counter(state_dict["decisions"])

@@ -239,11 +239,10 @@ class Probes:
                 raise ValueError(f"{name} is {value}")
         return metrics
 
-    def of_facts(self, editor: SequentialEditor, outcome: EditOutcome) -> list[TrustMetrics]:
+    def of_facts(self, outcome: EditOutcome) -> list[TrustMetrics]:
         """Of each fact of the batch: its gain, its own neighbor, and its residual over the (lower) median one."""
-        targets = outcome.plan.targets
-        now = outcome.keys[editor.layer_numbers[0]].current[:, : len(targets)].T
-        residuals = (targets.to(now) - now).norm(dim=1).tolist()
+        assert outcome.missing is not None  # it was solved
+        residuals = outcome.missing.tolist()
         usual = max(median_low(residuals), 1e-12)
         flipped = self._before.neighbor_right & ~self._after.neighbor_right
         places = set(self._before.neighbor_of[flipped].tolist())
@@ -257,6 +256,11 @@ class Probes:
     def weights_stay(self) -> None:
         """The last answers on held-out sentences serve the next batch, if its weights are still those."""
         self._heldout, self._weights = self._heldout_after, self._weights_after
+
+    def forget(self) -> None:
+        """Everything is asked anew: after a failure on one rank the others may have got further than it did."""
+        self._heldout, self._weights = None, []
+        self.singular_vectors = {}
 
     def _attribution(self, editor: SequentialEditor) -> float:
         if not self.attribution:

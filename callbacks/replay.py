@@ -112,6 +112,7 @@ class MemoryReplay(EditCallback):
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
         self._again: dict[int, _Released] = {}
+        self._unused = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -136,6 +137,7 @@ class MemoryReplay(EditCallback):
             raise UserError(
                 f"MemoryReplay.cache_keys needs model.keys: bare, not {editor.key_mode}: it keeps one key a fact."
             )
+        self.begin_anew(editor, self._unused)
         if self.samples:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + 2 * anatomy.value_size(top)

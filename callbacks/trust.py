@@ -16,8 +16,9 @@ from torch import Tensor
 
 from callbacks.probes import NotFiniteError, Probes, sentences_of_facts, sentences_of_text
 from callbacks.trust_score import FACT_SCALES, GAIN, HarmBudget, Threshold, TrustMetrics, TrustScorer
+from editlab import ranks
 from editlab.editor import SequentialEditor
-from editlab.errors import UserError
+from editlab.errors import EditLabError, UserError
 from editlab.event_log import EventLog
 from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.lm.products import MATMULS
@@ -118,11 +119,14 @@ class TrustRollback(EditCallback):
         self.decisions: Counter[str] = Counter()
         self.probes: Probes | None = None
         self._singular: dict[int, Tensor] = {}
+        self._unused = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the run's events; a finished run that is gone on from comes to its end without a start."""
+        assert isinstance(pl_module, SequentialEditor)
+        self.begin_anew(pl_module, self._unused)
         self._events = EventLog(run_folder(trainer) / EVENTS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,8 +148,8 @@ class TrustRollback(EditCallback):
         )
         if not sentences:
             raise UserError(
-                "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or lower "
-                "data.limit so that facts are left over."
+                "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or, in a "
+                "run from a file of facts, lower data.limit or data.bystanders so that some are left over."
             )
         self.probes = Probes(sentences, self.neighbor_samples, self.attribution, self.matmul)
         self.probes.singular_vectors = dict(self._singular)
@@ -163,8 +167,14 @@ class TrustRollback(EditCallback):
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Asks them after it, and decides; comes a second time where facts were left out."""
-        if self.probes is not None and self._error is None:
-            self._try(self._decide, self.probes, editor, outcome)
+        if self.probes is None or self._error is not None:
+            return
+        self._low: list[int] = []
+        self._try(self._decide, self.probes, editor, outcome)
+        if self._error is None:
+            self._act(outcome)
+        elif not outcome.left_out:
+            self._fact_events = []  # what they say of facts left out did not come to pass
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Writes down what was decided, and what it means for the batches to come."""
@@ -183,32 +193,54 @@ class TrustRollback(EditCallback):
         self._record(trainer, editor, outcome, verdict)
 
     def _try(self, what: Any, *arguments: Any) -> None:
-        """A probe that fails must not cost the run: the edit is then kept, and the event says why."""
+        """A probe that fails must not cost the run: the edit is then kept, on all ranks, and the event says why.
+
+        Raises:
+            EditLabError: what is no probe's trouble, or ends all ranks.
+        """
         start = time.perf_counter()
+        failed = ""
         try:
             what(*arguments)
         except Exception as error:  # whatever it is, it is the gate's trouble and not the edit's
-            self._verdict, self._error = None, f"{type(error).__name__}: {error}"
-            log.warning("TrustRollback could not measure a batch, which is kept: %s", self._error)
+            if isinstance(error, EditLabError) or ranks.heard(error):
+                raise  # the ranks may be at different places by now
+            failed = f"{type(error).__name__}: {error}"
+        # Where a rank can not tell, none acts: else some would keep a batch that others roll back.
+        told = ranks.each([[rank] for rank in range(ranks.count())], lambda mine: [failed])
+        failed = next((one for one in told if one), "")
+        if failed:
+            self._verdict, self._error = None, failed
+            if self.probes is not None:
+                self.probes.forget()
+            log.warning("TrustRollback could not measure a batch, which is kept: %s", failed)
         self._seconds += time.perf_counter() - start
 
     # ---- deciding ---------------------------------------------------------------------------------------------
 
     def _decide(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """What should become of the batch; nothing of it changes yet."""
         try:
             if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
                 raise NotFiniteError("the update is not finite")
             metrics = asked.ask_after(editor, outcome)
         except NotFiniteError as broken:
             self._verdict = _Verdict("rollback", str(broken), 0.0, None, self.threshold.value, 0.0)
-            outcome.roll_back(str(broken))
             return
         if self.granularity == "edit" and not outcome.left_out:
-            self._cut(outcome, asked.of_facts(editor, outcome))
-            if outcome.left_out:
+            self._cut(outcome, asked.of_facts(outcome))
+            if self._low:
                 return  # it comes again, solved without them; or all are gone
         self._verdict = self._judge(asked, editor, outcome, metrics)
-        if self._verdict.factor < 1:
+
+    def _act(self, outcome: EditOutcome) -> None:
+        if self._low:
+            facts = len(outcome.plan.facts)
+            reason = f"{len(self._low)} of {facts} facts score under {self.threshold.value:.2f}"
+            outcome.leave_out(self._low, reason)
+            if not outcome.kept:
+                self._verdict = _Verdict("rollback", reason, 0.0, None, self.threshold.value, 0.0)
+        elif self._verdict is not None and self._verdict.factor < 1:
             outcome.scale(self._verdict.factor, self._verdict.reason)
 
     def _cut(self, outcome: EditOutcome, signals: Sequence[TrustMetrics]) -> None:
@@ -220,12 +252,7 @@ class TrustRollback(EditCallback):
              "threshold": threshold, "decision": "keep" if score >= threshold else "leave_out"}
             for fact, metrics, score in zip(facts, signals, scores, strict=True)
         ]  # fmt: skip
-        low = [place for place, score in enumerate(scores) if score < threshold]
-        if low:
-            reason = f"{len(low)} of {len(facts)} facts score under {threshold:.2f}"
-            outcome.leave_out(low, reason)
-            if not outcome.kept:
-                self._verdict = _Verdict("rollback", reason, 0.0, None, threshold, 0.0)
+        self._low = [place for place, score in enumerate(scores) if score < threshold]
 
     def _judge(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> _Verdict:
         score, threshold = self.scorer.score(metrics), self.threshold.value
@@ -310,6 +337,7 @@ class TrustRollback(EditCallback):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up what :meth:`state_dict` gave."""
         self.scorer.load_state_dict(state_dict["calibration"])
+        self.threshold.scores.clear()
         self.threshold.scores.extend(state_dict["scores"])
         if self.budget:
             self.budget.queue = state_dict["queue"]

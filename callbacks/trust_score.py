@@ -164,7 +164,7 @@ class TrustScorer:
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Takes up what :meth:`state_dict` gave."""
-        self.seen = []
+        self.seen, self.scales = [], {**SCALES, **self.given}
         for metrics in state:
             self.observe(TrustMetrics(**metrics))
 

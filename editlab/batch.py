@@ -69,6 +69,9 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     for place, layer in editor.passes * list(enumerate(editor.layer_numbers)):
         edited = editor.layers[place]
         keys = editor.read_keys(read, layer).plus(known, edited.total)
+        if outcome.missing is None:  # later layers and passes see what is left of it
+            now = keys.current[:, : len(plan.facts)].T
+            outcome.missing = (plan.targets.to(now) - now).norm(dim=1)
         share = len(editor.layer_numbers) - place
         residuals = (targets.double().T.to(keys.current) - keys.current) * asked.to(keys.current) / share
         each = slack[keys.fact.cpu()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,16 +14,19 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlab.contexts import ContextSettings
 from editlab.data import EditDataModule, Fact
 from editlab.data.formats import checked, read_record
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
+from editlab.evaluation import EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
+from editlab.moments import MomentSettings
 from editlab.optim import EditedLayer
 from editlab.progress import bars
 from editlab.rng import rng_state, set_rng_state
-from editlab.rules import EMMET
+from editlab.rules import EMMET, Rule
 from editlab.summary import summarize, table
 from editlab.trainer import TRAINER_DEFAULTS
 from editlab.values import ValueSettings
@@ -33,6 +37,15 @@ RECOMMENDED: dict[str, Any] = {
     "preserve_prompt_tokens": 1.0,
 }
 """What a model is edited with where nothing else is asked for: that of ``configs/emmet.yaml``."""
+
+SETTINGS = {
+    "rule": Rule,
+    "values": ValueSettings,
+    "moments": MomentSettings,
+    "contexts": ContextSettings,
+    "evaluation": EvaluationSettings,
+}
+"""What those settings have to be that are objects."""
 
 
 @dataclass
@@ -100,7 +113,9 @@ def edit_model(
         layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` finds them by
             trying (:mod:`editlab.layers`), on the first facts.
         batch_size: facts a step.
-        callbacks: such as ``MemoryReplay()``, ``TrustRollback()``, ``LoRAAdjust()``.
+        callbacks: such as ``MemoryReplay()``, ``TrustRollback(heldout="some_text.txt")``, ``LoRAAdjust()``. All facts
+            are edited, so none is left for a gate to hold out: give it a text. What editlab's callbacks know of an
+            earlier call they forget; what they know of this one can be read off them afterwards.
         folder: where curves, tables and event logs go, as of ``editlab fit``; nothing is written where not given.
         seed: of all that is drawn.
         progress: whether to show progress bars.
@@ -111,7 +126,7 @@ def edit_model(
         The model, edited, and what was measured.
 
     Raises:
-        UserError: for facts, layers or settings that can not be.
+        UserError: for a model, tokenizer, facts, layers or settings that can not be.
 
     Example::
 
@@ -120,6 +135,7 @@ def edit_model(
         ])
         print(result)
     """
+    _check(model, tokenizer, settings)
     chosen = layers if isinstance(layers, str) else list(layers)
     name = {"language_model": model.config.name_or_path or type(model).__name__}
     editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
@@ -127,7 +143,7 @@ def edit_model(
     data.candidates = _facts(facts)
     generators = rng_state()
     try:
-        with _as_it_was(model), _run_folder(folder) as root, bars(progress):
+        with _as_it_was(model), _environment(), _run_folder(folder) as root, bars(progress):
             seed_everything(seed, verbose=False)
             editor.use(LanguageModel(model, tokenizer, editor.edit_module))
             trainer = Trainer(
@@ -152,9 +168,28 @@ def edit_model(
     return model, EditResult(kept, gone, summary, editor)
 
 
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where words end: give the "
+            "fast one that AutoTokenizer loads, or convert it to a PreTrainedTokenizerFast."
+        )
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError(
+            "Values are found by gradients, which torch.inference_mode() rules out: load the model and call edit_model "
+            "outside of it (torch.no_grad() does no harm)."
+        )
+    for name, kind in SETTINGS.items():
+        if name in settings and not isinstance(settings[name], kind):
+            such = "EMMET" if kind is Rule else kind.__name__
+            raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {such}().")
+
+
 def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
     facts = []
     for index, one in enumerate(given):
+        if not isinstance(one, Fact | Mapping):
+            raise UserError(f"Fact {index} is {one!r}: give a Fact, or a dict with subject, prompt and target.")
         try:
             facts.append(checked(one) if isinstance(one, Fact) else read_record(dict(one), index))
         except UserError as error:
@@ -179,6 +214,19 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
         for parameter in with_gradient:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What Lightning's seeding leaves in the environment would seed whatever else the process does later."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager

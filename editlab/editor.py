@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from editlab import ranks, resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
@@ -266,7 +266,7 @@ class SequentialEditor(lightning.LightningModule):
     @_float32
     def training_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Values, plan, solve, verdict, measurement: one batch of edits."""
-        facts = batch.facts
+        facts = latest(batch.facts)
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
@@ -280,11 +280,12 @@ class SequentialEditor(lightning.LightningModule):
             solve_again(self, outcome, before)
             self._tell("on_edit_applied", outcome)
         carry_out(self, outcome, before)
-        self.ledger.add(facts, plan.step, outcome.factors)
+        stayed = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
+        self.ledger.add(batch.facts, plan.step, [stayed[fact.slot] for fact in batch.facts])
         self._tell("on_edit_settled", outcome)
         self._tell("on_edit_adjust", outcome)
         self._tell("on_edit_done", outcome)
-        self._log_step(facts, outcome)
+        self._log_step(batch.facts, outcome)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.

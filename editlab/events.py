@@ -12,9 +12,9 @@ order in which callbacks are listed never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
@@ -49,6 +49,7 @@ class EditPlan:
     step: int
     """batches before this one"""
     facts: Sequence[Fact]
+    """those of the batch, of one subject and prompt the last alone; "places in the batch" count these"""
     targets: Tensor
     """float32 [n, d_v]: values of the facts"""
     additions: list[Addition] = field(default_factory=list)
@@ -71,6 +72,8 @@ class EditOutcome:
     """layer -> keys of the plan's facts and then its additions (set by the solve), as its last pass found them"""
     last_updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the part of its update that the last pass added, after those keys were read"""
+    missing: Tensor | None = None
+    """[n]: length of what each of the plan's facts had to go to its value when its solve began (set by the solve)"""
     measured: dict[str, float] = field(default_factory=dict)
     """what callbacks have to log of this step, by full name: ``replay/buffer`` and the like"""
     factor: float = 1.0
@@ -130,7 +133,7 @@ class EditOutcome:
         stay = [i for i, place in enumerate(self._planned) if place not in self.left_out]
         self._planned = [self._planned[i] for i in stay]
         self.plan = replace(self.plan, facts=[self.plan.facts[i] for i in stay], targets=self.plan.targets[stay])
-        self.updates, self.last_updates, self.keys, self.diagnostics = {}, {}, {}, {}
+        self.updates, self.last_updates, self.keys, self.diagnostics, self.missing = {}, {}, {}, {}, None
 
     def roll_back(self, reason: str) -> None:
         """Asks that the edit be undone, bit for bit."""
@@ -139,6 +142,16 @@ class EditOutcome:
 
 class EditCallback(Callback):
     """A Lightning callback that also hears the events of an edit; each does nothing by default."""
+
+    def begin_anew(self, editor: SequentialEditor, unused: Mapping[str, Any]) -> None:
+        """Forgets another run that the object was used in; for ``on_fit_start``.
+
+        Args:
+            editor: what it knows is kept where this one has edits: those of the run that is gone on with.
+            unused: its ``state_dict`` as it was made.
+        """
+        if not editor.edits:
+            self.load_state_dict(dict(unused))
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Values are found, nothing is solved yet: add constraints by :meth:`EditPlan.add`."""

@@ -29,7 +29,8 @@ class Ledger:
     """All edits in the order in which they were made.
 
     A later kept edit of the same subject and prompt *supersedes* an earlier one: the user changed their mind, and the
-    earlier fact is no longer one that should be retained.
+    earlier fact is no longer one that should be retained. Of a batch's own edits of one subject and prompt the last
+    alone goes into the weights: it supersedes the others where it is kept, and is rolled back with them.
 
     Args:
         independent: each batch is edited on the original weights, so that only the last one's edits are in them.

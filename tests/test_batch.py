@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from callbacks import MemoryReplay
-from editlab.events import EditCallback
+from editlab.events import Addition, EditCallback
 from editlab.values import ValueSettings
-from tests.facts import FACTS, write_counterfact
-from tests.test_editor import editor, fit
+from tests.facts import FACTS, capital, write_counterfact
+from tests.test_editor import Spy, editor, fit, site_now
 
 
 class Verdict(EditCallback):
@@ -60,6 +60,22 @@ def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
     for number, layer in zip(module.layer_numbers, module.layers, strict=True):
         assert torch.equal(layer.total, 0.5 * half.outcome.updates[number])
     assert [entry.factor for entry in module.ledger] == [0, 0.5]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_what_facts_miss_is_measured_before_the_first_pass(tiny_folder, tmp_path, passes):
+    # By hand: values less what a whole forward of the unedited model gives; a replayed fact is not among them.
+    module, noted = editor(tiny_folder, passes=passes), Verdict(0, lambda outcome: None)
+
+    class Add(EditCallback):
+        def on_edit_planned(self, trainer, editor, plan):
+            plan.add([Addition(FACTS[5], plan.targets[0])])
+
+    fit(tmp_path, module, callbacks=[noted, Add()], limit=2)
+    with module.unedited():
+        now = torch.stack([site_now(module, fact) for fact in FACTS[:2]])
+    expected = (noted.outcome.plan.targets - now).norm(dim=1)
+    assert torch.allclose(noted.outcome.missing.float(), expected, rtol=1e-4)
 
 
 def digest(module, replay):
@@ -114,3 +130,49 @@ def test_a_batch_undone_leaves_nothing_behind(tiny_folder, tmp_path, layers):
     untouched = {name for name, part in seen["touched"].items() if part == seen[1][name]}
     assert untouched == {"counters"}  # the others had changed, so they were restored indeed
     assert module.ledger.kept == 6
+
+
+TWICE = [FACTS[1], capital("France", "Paris", "Tokyo"), FACTS[2], capital("France", "Paris", "Lima"), *FACTS[3:5]]
+
+
+def test_of_one_batchs_edits_of_a_fact_the_last_alone_goes_into_the_weights(tiny_folder, tmp_path):
+    # As if the earlier one had not been given; but it counts, and the batches are cut as they were.
+    modules, replays = {}, {}
+    for name, facts, size in (("twice", TWICE, 4), ("once", [TWICE[0], *TWICE[2:4]], 3)):
+        path = write_counterfact(tmp_path / f"{name}.json", facts)
+        modules[name], replays[name], spy = editor(tiny_folder), MemoryReplay(memory="both"), Spy()
+        fit(tmp_path, modules[name], callbacks=[replays[name], spy], path=path, keep_repeats=True, batch_size=size,
+            max_steps=1, name=name)  # fmt: skip
+        assert [fact.target_new for fact in spy.plans[0].facts] == ["Oslo", "Lima", "Lima"]
+    assert all(torch.equal(a.total, b.total) for a, b in zip(*(m.layers for m in modules.values()), strict=True))
+    for layer, past in replays["once"].past.moments.items():  # entered once, and so released as a whole
+        assert torch.equal(past, replays["twice"].past.moments[layer])
+    twice = modules["twice"]
+    assert twice.ledger.fates == ["kept", "superseded by edit 4", "kept", "kept"]
+    assert (twice.edits, twice.ledger.superseded) == (4, 1)
+    assert twice.edited_facts == modules["once"].edited_facts
+    assert set(twice.evaluation.series("immediate")) == {4}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_of_repeats_is_gone_on_with(tiny_folder, tmp_path):
+    path = write_counterfact(tmp_path / "twice.json", TWICE)
+    whole, part, rest = (editor(tiny_folder) for _ in range(3))
+    settings = {"path": path, "keep_repeats": True, "batch_size": 4}
+    fit(tmp_path, whole, **settings)
+    fit(tmp_path, part, **settings, name="part", max_steps=1, save=True)
+    fit(tmp_path, rest, **settings, name="rest", save=True, ckpt_path=next(tmp_path.rglob("last.ckpt")))
+    assert [(e.fact, e.batch) for e in rest.ledger] == list(zip(TWICE, [0, 0, 0, 0, 1, 1], strict=True))
+    assert all(torch.equal(a.total, b.total) for a, b in zip(whole.layers, rest.layers, strict=True))
+
+
+def test_what_becomes_of_the_last_becomes_of_those_before_it_in_the_batch(tiny_folder, tmp_path):
+    class LeaveOut(EditCallback):
+        def on_edit_applied(self, trainer, editor, outcome):
+            if not outcome.left_out:
+                outcome.leave_out([2], "so says the test")  # the third of three: Lima
+
+    path = write_counterfact(tmp_path / "twice.json", TWICE[:4])
+    module = editor(tiny_folder)
+    fit(tmp_path, module, callbacks=[LeaveOut()], path=path, keep_repeats=True, batch_size=4)
+    assert module.ledger.fates == ["kept", "rolled back", "kept", "rolled back"]

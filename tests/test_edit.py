@@ -1,13 +1,14 @@
 """edit_model: a model at hand in, the same model edited out, with what a run would have measured."""
 
 import copy
+import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer
 
 import editlab
-from callbacks import MemoryReplay
+from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.contexts import ContextSettings
 from editlab.data import Fact
@@ -154,6 +155,42 @@ def test_callbacks_and_a_folder(tmp_path):
     assert {"metrics.csv", "summary.json"} <= {path.name for path in run.iterdir()}
 
 
+USED_TWICE = {
+    "replay": lambda text: MemoryReplay(rate=1.0, memory="both"),
+    "curve": lambda text: ForgettingCurve(every_n_edits=2),
+    "gate": lambda text: TrustRollback(heldout=text, threshold=0.4, calibrate=1, quantile=0.5),
+    "merged": lambda text: LoRAAdjust(steps=2, text_tokens=64, tolerance=1e9),
+    "beside": lambda text: LoRAAdjust(steps=2, text_tokens=64, tolerance=1e9, mode="adapter"),
+}
+
+
+@pytest.mark.parametrize("make", USED_TWICE.values(), ids=USED_TWICE)
+def test_a_callback_that_is_used_twice_knows_nothing_of_the_first_call(make, tmp_path):
+    def after(callback, facts):
+        _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), facts, callbacks=[callback], **SMALL)
+        return result.editor.state_dict(), callback.state_dict()
+
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
+    twice, once = make(tmp_path / "text.txt"), make(tmp_path / "text.txt")
+    after(twice, FACTS[4:12])
+    assert_same([*after(twice, FACTS[:6])], [*after(once, FACTS[:6])])
+
+
+def assert_same(a, b):
+    """Nested structures that agree to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        assert_same(list(a.values()), list(b.values()))
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
 def test_nothing_is_written_where_no_folder_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL)
@@ -174,11 +211,47 @@ def test_a_repeated_slot_is_edited_anew():
         ([PLAIN[0], {"subject": "France", "prompt": "The capital of {} is"}], r"Fact 1 has the fields prompt, subject"),
         ([{**PLAIN[0], "prompt": "The capital is"}], r"Fact 0 has a prompt in which its subject 'France' does not"),
         ([Fact("France", "no place", "Tokyo")], r"Fact 0 has a prompt with 0 places"),
+        ([PLAIN[0], "Oslo"], r"Fact 1 is 'Oslo': give a Fact, or a dict with subject, prompt and target"),
+        (PLAIN[0], r"Fact 0 is 'subject': give a Fact"),
     ],
 )
 def test_what_is_wrong_with_facts_is_named(facts, sentence):
     with pytest.raises(UserError, match=sentence):
         edit_model(tiny_model("llama"), tiny_tokenizer(), facts, **SMALL)
+
+
+def test_a_slow_tokenizer_is_named():
+    with pytest.raises(UserError, match="ByT5Tokenizer is a slow tokenizer"):
+        edit_model(tiny_model("llama"), ByT5Tokenizer(), PLAIN, **SMALL)
+
+
+def test_a_setting_that_is_no_object_is_named():
+    for name, given, such in (("rule", "EMMET", "EMMET"), ("values", {"steps": 3}, "ValueSettings")):
+        with pytest.raises(UserError, match=rf"The setting {name} is .*: give an object, such as {such}\(\)\."):
+            edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, name: given})
+
+
+def test_where_no_gradient_can_be_taken_is_said():
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        with pytest.raises(UserError, match="call edit_model outside of it"):
+            edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+        made = tiny_model("llama")
+    with pytest.raises(UserError, match="load the model and call edit_model outside"):
+        edit_model(made, tiny_tokenizer(), PLAIN, **SMALL)
+    with torch.no_grad():  # as the sentence promises
+        _, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+    assert bool(result.editor.layers[0].total.any())
+
+
+@pytest.mark.parametrize("before", [{}, {"PL_GLOBAL_SEED": "7", "PL_SEED_WORKERS": "1"}])
+def test_the_environment_is_left_as_it_was(before, monkeypatch):
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+        if before:
+            monkeypatch.setenv(name, before[name])
+    edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL)
+    assert {name: value for name, value in os.environ.items() if name.startswith("PL_")} == before
 
 
 def test_a_failure_leaves_the_model_as_it_was():
@@ -189,6 +262,16 @@ def test_a_failure_leaves_the_model_as_it_was():
         edit_model(model, tiny_tokenizer(), PLAIN, **{**SMALL, "layers": [9]})
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gate_holds_out_a_text(tmp_path):
+    (tmp_path / "text.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
+    gate = TrustRollback(heldout=str(tmp_path / "text.txt"))
+    edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, callbacks=[gate], **SMALL)
+    assert sum(gate.decisions.values()) == 1
+    assert gate.probes.sentences
+    with pytest.raises(UserError, match=r"name a text file in TrustRollback\.heldout"):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, callbacks=[TrustRollback()], **SMALL)
 
 
 def test_a_failure_on_the_way_takes_out_what_was_edited():

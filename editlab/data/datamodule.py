@@ -168,7 +168,10 @@ class EditDataModule(LightningDataModule):
         return EditStream(others, CHUNK)
 
     def spare_facts(self, count: int) -> list[Fact]:
-        """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``."""
+        """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``.
+
+        What a run looks at on its way must not be what ``test`` measures, so bystanders are no reserve.
+        """
         return list(islice(self.fitting(self._others()), self.bystanders, self.bystanders + count))
 
     def facts_to_try(self, count: int) -> list[Fact]:

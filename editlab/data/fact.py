@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -60,3 +61,9 @@ class Fact:
         """The inverse of :meth:`to_dict`."""
         neighbors = tuple(Neighbor(*n) for n in values["neighbors"])
         return cls(**{**values, "paraphrases": tuple(values["paraphrases"]), "neighbors": neighbors})
+
+
+def latest(facts: Sequence[Fact]) -> list[Fact]:
+    """Of facts with one subject and prompt the last, in the order in which those stand."""
+    last = {fact.slot: place for place, fact in enumerate(facts)}
+    return [facts[place] for place in sorted(last.values())]

@@ -253,6 +253,17 @@ def test_a_checkpoint_with_another_adapter_is_refused(tiny_folder, tmp_path):
             fit(tmp_path, editor(tiny_folder), callbacks=[lora], ckpt_path=checkpoint, save=True)
 
 
+def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
+    # Of the 21 facts six are edited and the others are bystanders, so none is left; 0 are there.
+    caplog.set_level("INFO")
+    said = "of the 5 prompts asked for, as no more facts are neither edited nor bystanders"
+    run(tmp_path, tiny_folder, prompts=5)
+    assert f"LoRA: 0 {said}" in caplog.text
+    caplog.clear()
+    run(tmp_path, tiny_folder, prompts=0, name="none")
+    assert "prompts asked for" not in caplog.text
+
+
 def test_edits_set_aside_are_not_trained_on(tiny_folder, tmp_path):
     module, lora, _ = run(tmp_path, tiny_folder, limit=10)
     lora.last = 2

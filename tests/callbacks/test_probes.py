@@ -189,11 +189,8 @@ def test_signals_of_facts_by_hand(lm):
     probes = Probes([Sentence((5, 6, 7), 2)], 2, False)
     probes._before = BatchAnswers(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([True, True]), torch.tensor([0, 2]))
     probes._after = BatchAnswers(torch.tensor([-1.0, -2.5, 0.0]), torch.tensor([True, False]), torch.tensor([0, 2]))
-    outcome = EditOutcome(EditPlan(0, FACTS[:3], torch.tensor([[3.0, 0], [0, 1], [10, 0]])), {}, {})
-    outcome.keys[1] = SimpleNamespace(
-        current=torch.tensor([[1.0, 0, 0, 9], [0, 0, 0, 9]])
-    )  # a replayed fact stands last
-    first, second, third = probes.of_facts(SimpleNamespace(layer_numbers=[1]), outcome)
+    outcome = EditOutcome(EditPlan(0, FACTS[:3], torch.zeros(3, 2)), {}, {}, missing=torch.tensor([2.0, 1, 10]))
+    first, second, third = probes.of_facts(outcome)
     # Residuals 2, 1, 10: their median is 2.
     assert (first.edit_success_gain, first.neighbor_flip_rate, first.update_norm) == (2.0, 0.0, 1.0)
     assert (second.edit_success_gain, second.neighbor_flip_rate, second.update_norm) == (-0.5, 0.0, 0.5)

@@ -1,6 +1,7 @@
 """The gate through real runs of a tiny model: what it decides, what it leaves behind, and what it writes down."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from callbacks import MemoryReplay, TrustRollback
 from callbacks.probes import Probes
 from callbacks.trust import EVENTS
 from callbacks.trust_score import TrustMetrics
-from editlab.errors import UserError
-from editlab.events import EditCallback
+from editlab import ranks
+from editlab.errors import EditLabError, UserError
+from editlab.events import EditCallback, EditOutcome, EditPlan
 from editlab.values import ValueSettings
+from tests import ranked
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import Spy, editor, fit
 
@@ -199,6 +202,63 @@ def test_what_can_not_be_measured_is_kept_and_said(tiny_folder, tmp_path, heldou
     assert "could not measure" in caplog.text
 
 
+def test_what_ends_the_run_is_not_taken_for_a_probe_that_failed(tiny_folder, tmp_path, heldout, monkeypatch):
+    from callbacks import probes
+
+    def lost(*arguments):
+        raise EditLabError("The ranks are at different places.")
+
+    monkeypatch.setattr(probes, "ask_heldout", lost)
+    with pytest.raises(EditLabError, match="different places"):
+        run(tmp_path, tiny_folder, heldout)
+
+
+class Asked:
+    """Probes that find a batch bad, or fail on one rank."""
+
+    def __init__(self, fails, shared):
+        self.fails, self.shared, self.forgot = fails, shared, False
+
+    def ask_before(self, editor, facts):
+        pass
+
+    def ask_after(self, editor, outcome):
+        def work(mine):
+            if ranks.number() == self.fails:
+                raise MemoryError("none is left")
+            return mine
+
+        ranks.each([[0], [1]], work) if self.shared else work([])
+        return TrustMetrics(heldout_ppl_delta=1e9)
+
+    def forget(self):
+        self.forgot = True
+
+
+def judged(fails, shared=False):
+    gate = TrustRollback(threshold=1.0)
+    gate.probes = Asked(fails, shared)
+    plan = EditPlan(0, FACTS[:2], torch.zeros(2, 3))
+    outcome = EditOutcome(plan, {}, {})
+    gate.on_edit_planned(None, None, plan)
+    gate.on_edit_applied(None, None, outcome)
+    return outcome.factor, gate._error, gate.probes.forgot
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
+@pytest.mark.parametrize("fails", [0, 1])
+def test_where_one_rank_can_not_measure_all_keep(tmp_path, fails):
+    assert ranked.together(2, tmp_path / "none", judged, -1) == [(0.0, None, False)] * 2
+    assert ranked.together(2, tmp_path / "one", judged, fails) == [(1.0, "MemoryError: none is left", True)] * 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
+def test_a_failure_in_work_that_was_dealt_out_ends_all_ranks(tmp_path):
+    errors = ranked.together(2, tmp_path / "ranks", judged, 1, True)
+    assert [type(error) for error in errors] == [EditLabError, MemoryError]
+    assert str(errors[0]) == "Rank 1 failed with MemoryError: none is left"
+
+
 def test_numbers_that_are_not_finite_are_kept_and_said(tiny_folder, tmp_path, heldout, monkeypatch):
     from callbacks import probes
 
@@ -275,6 +335,8 @@ def test_bad_settings(arguments, message):
 
 
 def test_nothing_to_hold_out(tiny_folder, tmp_path):
+    # All six are edited; then two are edited, and the other four are bystanders.
     path = write_counterfact(tmp_path / "six.json", FACTS[:6])
-    with pytest.raises(UserError, match="name a text file"):
-        fit(tmp_path, editor(tiny_folder), callbacks=[TrustRollback()], path=path)
+    for name, limit in (("all", 6), ("bystanders", 2)):
+        with pytest.raises(UserError, match=r"name a text file .*, lower data\.limit or data\.bystanders"):
+            fit(tmp_path, editor(tiny_folder), callbacks=[TrustRollback()], path=path, limit=limit, name=name)

@@ -1,5 +1,7 @@
 """Which facts are edited, in which order, and how the stream resumes under a real Trainer."""
 
+from dataclasses import replace
+
 import lightning as L
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from editlab.data import EditDataModule, EditStream
+from editlab.data.fact import latest
 from editlab.errors import UserError
 from tests.facts import FACTS, write_counterfact
 
@@ -182,3 +185,9 @@ def test_lightning_does_not_take_a_batch_apart():
     assert apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.bfloat16()) is batch
     assert list(batch) == FACTS[:2]
     assert len(batch) == 2
+
+
+def test_of_one_slot_the_latest():
+    again = replace(FACTS[0], target_new="Lima")
+    assert latest([FACTS[0], FACTS[1], again, FACTS[2]]) == [FACTS[1], again, FACTS[2]]
+    assert latest([]) == []
