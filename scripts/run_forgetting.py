@@ -38,10 +38,10 @@ CALLBACKS = {
     "lora": ("+ LoRA each 512 edits", SKY, "-."),
     "trust": ("+ trust", PURPLE, ":"),
     "consolidated": ("+ consolidated memory", BLUE, "-"),
-    "both": ("+ consolidated memory and replay", GREEN, "--"),
-    "both_lora": ("+ consolidated memory, replay and LoRA", GREEN, "-."),
-    "consolidated_looser": ("+ consolidated memory, prompts' tokens at 0.1", VERMILION, "-"),
-    "consolidated_looser_lora": ("that, and the LoRA adjustment at the end", VERMILION, ":"),
+    "both": ("+ memory and replay", GREEN, "--"),
+    "both_lora": ("+ memory, replay and LoRA", GREEN, "-."),
+    "consolidated_looser": ("+ memory, prompts' tokens at 0.1", VERMILION, "-"),
+    "consolidated_looser_lora": ("that, and LoRA at the end", VERMILION, ":"),
 }
 """The two rows of panels: case -> label, color, line."""
 EXPERIMENT = Sequences(
