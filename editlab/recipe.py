@@ -22,6 +22,7 @@ from editlab.events import EditCallback
 from editlab.layers import AUTO
 from editlab.logger import RunLogger
 from editlab.runs import RunFolder, differing, flat_settings
+from editlab.settings import at_least_one
 from editlab.summary import run_folder
 
 FREE = (
@@ -39,13 +40,9 @@ def settle(verb: Namespace) -> None:
         verb: the settings of ``fit``, ``validate`` or ``test``; changed in place.
 
     Raises:
-        UserError: where ``--ckpt_path`` finds no checkpoint, or the facts would be passed over more than once.
+        UserError: where ``--ckpt_path`` finds no checkpoint, and for what a run of edits can not have.
     """
-    if verb.trainer.max_epochs not in (None, 1):
-        raise UserError(
-            f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
-            "it out, and set model.passes for a batch that is to go through its layers again."
-        )
+    _check(verb)
     loggers = list(_loggers(verb.trainer.logger))
     for logger in loggers:
         if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
@@ -53,6 +50,18 @@ def settle(verb: Namespace) -> None:
     if verb.get("ckpt_path") is not None:
         _go_on(verb, loggers)
     _add_checkpoint(verb.trainer)
+
+
+def _check(verb: Namespace) -> None:
+    for section in ("model", "data", "trainer"):
+        if verb.get(section) is None:
+            raise UserError(f"{section} is null: write its settings under it, or leave it out.")
+    if verb.trainer.max_epochs not in (None, 1):
+        raise UserError(
+            f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
+            "it out, and set model.passes for a batch that is to go through its layers again."
+        )
+    at_least_one("trainer", check_val_every_n_epoch=verb.trainer.check_val_every_n_epoch)
 
 
 def _loggers(given: Any) -> Iterator[Namespace]:
