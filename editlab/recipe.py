@@ -107,7 +107,12 @@ def goes_on(trainer: Trainer) -> bool:
 def _run_of(checkpoint: Path) -> list[RunFolder]:
     """The run that wrote a checkpoint; none where it lies by itself."""
     folder = checkpoint.resolve().parent
-    return [RunFolder(folder.parent)] if folder.name == "checkpoints" else []
+    return [RunFolder(folder.parent)] if folder.name == "checkpoints" and not _is_users(folder.parent) else []
+
+
+def _is_users(folder: Path) -> bool:
+    """Whether it is the working directory, as of a run without a logger: a config.yaml there is the user's own."""
+    return folder.resolve() == Path.cwd()
 
 
 def _add_checkpoint(trainer: Namespace) -> None:
@@ -148,12 +153,11 @@ class SaveConfig(SaveConfigCallback):
             UserError: where a run would go on with other edits than it was started with.
         """
         folder, checkpoint = RunFolder(run_folder(trainer)), self.config.get("ckpt_path")
+        own = [folder] if trainer.loggers and not _is_users(folder.path) else []
         if checkpoint and stage == "fit":
-            for started in (folder, *_run_of(Path(checkpoint))):
+            for started in (*own, *_run_of(Path(checkpoint))):
                 if started.settings:
                     self._compare(started)
-        # Without a logger, the working directory is the run's folder, and a config.yaml in it the user's own.
-        own = bool(trainer.loggers) and folder.path.resolve() != Path.cwd()
         if own and not (checkpoint and folder.settings):
             super().setup(trainer, pl_module, stage)
 
