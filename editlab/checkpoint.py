@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from editlab.errors import UserError
 from editlab.lm.cache import atomic_file
-from editlab.resume import KEY
+from editlab.resume import ENTRIES, KEY, sums
 from editlab.settings import at_least_one
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,15 @@ def _explained(path: Any) -> Iterator[None]:
 def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
+    saved = checkpoint[KEY]
+    lacking = [name for name in ENTRIES if name not in saved] or [
+        name for name in sums(saved["layers"]) if name not in checkpoint.get("state_dict", {})
+    ]
+    if lacking or "global_step" not in checkpoint:
+        raise UserError(
+            f"The checkpoint {path} lacks {', '.join(lacking) or 'global_step'}, as one of another version of editlab "
+            "may do: give another, or start anew."
+        )
     return checkpoint
 
 

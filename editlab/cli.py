@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
@@ -73,6 +74,17 @@ class EditLabCLI(LightningCLI):
         """Sets the default logger; YAML or a flag may replace it."""
         parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads the recipe.
+
+        Raises:
+            UserError: where its file is no text.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save its file as that.") from error
+
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning looks for settings in a checkpoint, and editlab's hold none.
 
@@ -96,13 +108,20 @@ class EditLabCLI(LightningCLI):
         """The Trainer.
 
         Raises:
-            UserError: where it would start several processes that do not know how to share an edit.
+            UserError: where its strategy does not know how to share an edit.
         """
         trainer = super().instantiate_trainer(**arguments)
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, EditStrategy):
+        if isinstance(trainer.strategy, EditStrategy):
+            return trainer
+        if trainer.world_size > 1:
             raise UserError(
                 f"{trainer.world_size} processes share edits by --trainer.strategy {NAME}: set it, or set "
                 "--trainer.devices 1."
+            )
+        if isinstance(trainer.strategy, ParallelStrategy):
+            raise UserError(
+                f"trainer.strategy is a {type(trainer.strategy).__name__}, which averages gradients, and an edit has "
+                f"none: leave it out for one device, or set {NAME}."
             )
         return trainer
 

@@ -23,7 +23,7 @@ from editlab.lm.dtypes import dtype_name, dtype_named
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.load import load
 from editlab.optim import EditedLayer
-from editlab.resume import KEY, adjusted_path
+from editlab.resume import KEY, adjusted_path, sums
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class Delta:
         if "modules" not in saved:
             raise UserError(f"The checkpoint {path} was written by an editlab too old to export from: run it again.")
         totals = {
-            module: checkpoint["state_dict"][f"edited.{layer}.total"].contiguous()
-            for layer, module in zip(saved["layers"], saved["modules"], strict=True)
+            module: checkpoint["state_dict"][name].contiguous()
+            for name, module in zip(sums(saved["layers"]), saved["modules"], strict=True)
         }
         for name, total in checkpoint["state_dict"].items():
             adjusted = adjusted_path(name)

@@ -39,15 +39,17 @@ class EventLog:
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; what a kill left half-written at the end is passed over."""
+        """All events; what a kill left half-written at the end, and what is none of ours, is passed over."""
         if not self.path.exists():
             return []
         events = []
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in self.path.read_bytes().split(b"\n")[:-1]:  # half a character is no text
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(event, dict) and isinstance(event.get("step"), int):
+                events.append(event)
         return events
 
     def go_on(self, step: int) -> None:

@@ -15,7 +15,9 @@ from lightning.pytorch.loggers import Logger
 from editlab.data.formats import FactFormat
 from editlab.rules import Rule
 
-_NO_TRAINER = re.compile(r"You selected an invalid (accelerator|strategy)|Precision .* is invalid")
+_NO_TRAINER = re.compile(
+    r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
+)
 """How the Trainer's plain errors about its arguments begin."""
 
 _NAMED_IN_YAML: tuple[type, ...] = (Rule, FactFormat, Callback, Logger)
@@ -27,14 +29,12 @@ def explain(error: Exception) -> str | None:
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
     if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
         return _line(str(error)) + "."
-    if not isinstance(error, ArgumentError):
-        return None
-    text = str(error)
-    for pattern, sentence in _SENTENCES:
+    text, known = str(error), isinstance(error, ArgumentError)
+    for pattern, sentence in _SENTENCES if known else _OF_TRAINER:
         found = re.search(pattern, text, re.DOTALL)
         if found is not None:
             return sentence(found)
-    return _line(text)
+    return _line(text) if known else None
 
 
 def _wrong_argument(found: re.Match[str]) -> str:
@@ -51,6 +51,11 @@ def _unknown_class(found: re.Match[str]) -> str:
     name = found.group(1)
     near = _did_you_mean(name.rsplit(".", 1)[-1], _classes())
     return f"There is no class named {name!r}{near or '; name a class of editlab, Lightning or a plug-in'}."
+
+
+def _no_kind(found: re.Match[str]) -> str:
+    key, path, kind = found.groups()
+    return f"{key} names {path or 'a class'}, which is no {kind}: name one of editlab, Lightning or a plug-in."
 
 
 def _unknown_setting(found: re.Match[str]) -> str:
@@ -95,6 +100,9 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"Unexpected config: ", lambda m: "The configuration is no mapping: write sections, such as model: and data:."),
     (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),
+    (r"Problem with given class_path '([^']+)':\s*(No module named '[^']+'|module '[^']+' has no attribute '[^']+')",
+     lambda m: f"{m.group(1)} can not be imported ({_line(m.group(2))}): check the path, or install its package."),
+    (r'Parser key "([^"]+)".*Import path (?:(\S+) )?does not correspond to a subclass of (\w+)', _no_kind),
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"unrecognized arguments: (\S+)", _unknown_setting),
     (r"does not accept option '([^']+)'", _unknown_setting),
@@ -107,6 +115,17 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r'Parser key "([^"]+)":?\s*(.*)', _wrong_value),
 )  # fmt: skip
 """What to look for, the most telling first, and what to say of it."""
+
+
+_OF_TRAINER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"^Found more than one stateful callback of type `(\w+)`",
+     lambda m: f"trainer.callbacks has {m.group(1)} more than once: leave one of them."),
+    (r"^(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
+     lambda m: f"seed_everything is {m.group(1)}: it must lie between {m.group(2)} and {m.group(3)}."),
+    (r"^`Trainer\(barebones=True",
+     lambda m: "trainer.barebones does without what keeps a run, its logger and checkpoints: leave it out."),
+)  # fmt: skip
+"""The same of plain errors that Lightning raises about a recipe."""
 
 
 def _line(text: str) -> str:

@@ -105,7 +105,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any]) -> str:
     chosen: dict[str, Any] = {name: config[name] for name in ("model", "data") if name in config}
-    callbacks = (config.get("trainer") or {}).get("callbacks")
-    if callbacks:
-        chosen["trainer"] = {"callbacks": callbacks}
+    trainer = config.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("callbacks"):
+        chosen["trainer"] = {"callbacks": trainer["callbacks"]}
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True) if chosen else ""

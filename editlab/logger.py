@@ -152,11 +152,18 @@ class RunLogger(TensorBoardLogger):
 
 
 def read_table(path: Path) -> dict[int, dict[str, float]]:
-    """A run's ``metrics.csv``: number of edits -> name -> value, what was measured alone; {} where there is none."""
+    """A run's ``metrics.csv``: number of edits -> name -> value, what was measured alone; {} where there is none.
+
+    Raises:
+        UserError: where it is damaged, or another program's.
+    """
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # no such column, a cell too many, no number
+        raise UserError(f"{path} is damaged or not one of editlab's: leave the run out, or run it again.") from error
 
 
 def _write(path: Path, rows: dict[int, dict[str, Any]]) -> None:

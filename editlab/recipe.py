@@ -22,6 +22,7 @@ from editlab.events import EditCallback
 from editlab.layers import AUTO
 from editlab.logger import RunLogger
 from editlab.runs import RunFolder, differing, flat_settings
+from editlab.settings import at_least_one
 from editlab.summary import run_folder
 
 FREE = (
@@ -39,13 +40,9 @@ def settle(verb: Namespace) -> None:
         verb: the settings of ``fit``, ``validate`` or ``test``; changed in place.
 
     Raises:
-        UserError: where ``--ckpt_path`` finds no checkpoint, or the facts would be passed over more than once.
+        UserError: where ``--ckpt_path`` finds no checkpoint, and for what a run of edits can not have.
     """
-    if verb.trainer.max_epochs not in (None, 1):
-        raise UserError(
-            f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
-            "it out, and set model.passes for a batch that is to go through its layers again."
-        )
+    _check(verb)
     loggers = list(_loggers(verb.trainer.logger))
     for logger in loggers:
         if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
@@ -53,6 +50,18 @@ def settle(verb: Namespace) -> None:
     if verb.get("ckpt_path") is not None:
         _go_on(verb, loggers)
     _add_checkpoint(verb.trainer)
+
+
+def _check(verb: Namespace) -> None:
+    for section in ("model", "data", "trainer"):
+        if verb.get(section) is None:
+            raise UserError(f"{section} is null: write its settings under it, or leave it out.")
+    if verb.trainer.max_epochs not in (None, 1):
+        raise UserError(
+            f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
+            "it out, and set model.passes for a batch that is to go through its layers again."
+        )
+    at_least_one("trainer", check_val_every_n_epoch=verb.trainer.check_val_every_n_epoch)
 
 
 def _loggers(given: Any) -> Iterator[Namespace]:
@@ -98,7 +107,12 @@ def goes_on(trainer: Trainer) -> bool:
 def _run_of(checkpoint: Path) -> list[RunFolder]:
     """The run that wrote a checkpoint; none where it lies by itself."""
     folder = checkpoint.resolve().parent
-    return [RunFolder(folder.parent)] if folder.name == "checkpoints" else []
+    return [RunFolder(folder.parent)] if folder.name == "checkpoints" and not _is_users(folder.parent) else []
+
+
+def _is_users(folder: Path) -> bool:
+    """Whether it is the working directory, as of a run without a logger: a config.yaml there is the user's own."""
+    return folder.resolve() == Path.cwd()
 
 
 def _add_checkpoint(trainer: Namespace) -> None:
@@ -139,12 +153,11 @@ class SaveConfig(SaveConfigCallback):
             UserError: where a run would go on with other edits than it was started with.
         """
         folder, checkpoint = RunFolder(run_folder(trainer)), self.config.get("ckpt_path")
+        own = [folder] if trainer.loggers and not _is_users(folder.path) else []
         if checkpoint and stage == "fit":
-            for started in (folder, *_run_of(Path(checkpoint))):
+            for started in (*own, *_run_of(Path(checkpoint))):
                 if started.settings:
                     self._compare(started)
-        # Without a logger, the working directory is the run's folder, and a config.yaml in it the user's own.
-        own = bool(trainer.loggers) and folder.path.resolve() != Path.cwd()
         if own and not (checkpoint and folder.settings):
             super().setup(trainer, pl_module, stage)
 

@@ -96,9 +96,12 @@ class Page:
             return "This run has not finished; --ckpt_path last goes on from its last batch."
         s = self.summary
         undone = "".join(f", {s[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if s.get(k))
-        batches = counted(s["batches"], "batch", "batches")
+        told = [f"{s['edits']} facts edited{undone}"]
+        told[0] += f" in {counted(s['batches'], 'batch', 'batches')}" if "batches" in s else ""
+        told += [f"{s['seconds']:.0f} s"] if "seconds" in s else []
+        told += [f"seed {s['seed']}"] if "seed" in s else []
         versions = ", ".join(f"{name} {version}" for name, version in s.get("versions", {}).items())
-        return f"{s['edits']} facts edited{undone} in {batches}; {s['seconds']:.0f} s; seed {s['seed']}. {versions}."
+        return f"{'; '.join(told)}. {versions}."
 
     def _metrics(self) -> Iterable[str]:
         if self.summary is None:
@@ -176,12 +179,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterabl
 
 def _events(name: str, events: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     """How often each decision of a log was taken, and those that did not let things be."""
-    counts = Counter(str(event.get("decision")) for event in events)
+    events = [event for event in events if "decision" in event]  # another program's log may be of that name
+    counts = Counter(str(event["decision"]) for event in events)
     if not counts:
         return
     yield f"<h2>{escape(name.removesuffix('_events').replace('_', ' ').capitalize())}</h2>"
     yield "<p>" + escape(", ".join(f"{count} {decision}" for decision, count in counts.most_common())) + "</p>"
-    told = [event for event in events if event.get("decision") != "keep"]
+    told = [event for event in events if event["decision"] != "keep"]
     if told:
         rows = [
             [str(event["step"] + 1), str(event["decision"]), _number(event.get("score")), _reason(event)]
@@ -196,4 +200,5 @@ def _number(value: Any) -> str:
 
 def _reason(event: Mapping[str, Any]) -> str:
     fact = event.get("fact")
-    return str(event.get("reason") or (f"{fact['subject']}: {fact['target_new']}" if fact else ""))
+    told = f"{fact.get('subject')}: {fact.get('target_new')}" if isinstance(fact, Mapping) else ""
+    return str(event.get("reason") or told)

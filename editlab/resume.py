@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from editlab.errors import UserError
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 KEY = "editor"
 """The editor's entry in a checkpoint."""
+
+
+ENTRIES = (
+    "language_model", "weights", "dtype", "layers", "batch_size", "ledger", "contexts", "evaluation", "table", "rng",
+)  # fmt: skip
+"""What no such entry can do without; the rest came with later versions."""
 
 
 def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
@@ -40,6 +47,11 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         "table": loggers[0].rows if loggers else {},
         "rng": rng_state(),
     }
+
+
+def sums(layers: Sequence[int]) -> list[str]:
+    """The names that a checkpoint has the edited layers' sums under."""
+    return [f"edited.{layer}.total" for layer in layers]
 
 
 def adjusted_path(name: str) -> str | None:

@@ -18,6 +18,9 @@ from editlab.logger import read_table
 
 SUMMARY, TABLE, CONFIG = "summary.json", "metrics.csv", "config.yaml"
 
+_OURS = {"edits": int, "immediate": dict, "retained": dict}
+"""What a summary of editlab's has, and of which kind."""
+
 SEEDS = ("seed_everything", "data.seed")
 """Settings in which runs of one group may differ."""
 
@@ -43,7 +46,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """What the run came to; None where it has not finished."""
         file = self.path / SUMMARY
-        return _read_json(file) if file.exists() else None
+        return _read_summary(file) if file.exists() else None
 
     @cached_property
     def curve(self) -> Series:
@@ -58,8 +61,10 @@ class RunFolder:
             return {}
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{file} is not valid YAML: leave the run out, or mend the file.") from error
+        if not isinstance(loaded or {}, Mapping):
+            raise UserError(f"{file} is no recipe: leave the run out, or mend the file.")
         return flat_settings(loaded or {})
 
     def measures(self) -> dict[str, float]:
@@ -73,7 +78,7 @@ class RunFolder:
         found["perplexity"] = perplexity.get("after")
         if perplexity.get("before") and perplexity.get("after"):
             found["ratio"] = perplexity["after"] / perplexity["before"]
-        found |= {"edits": summary["edits"], "seconds": summary["seconds"]}
+        found |= {"edits": summary["edits"], "seconds": summary.get("seconds")}
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def _last_point(self) -> dict[str, float]:
@@ -217,12 +222,15 @@ def _is_ours(file: Path) -> bool:
         loaded = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return True  # damaged: to be said where it is read
-    return isinstance(loaded, dict) and {"edits", "immediate", "retained"} <= loaded.keys()
+    return isinstance(loaded, dict) and loaded.keys() >= _OURS.keys()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_summary(path: Path) -> dict[str, Any]:
+    damaged = UserError(f"{path} is damaged or not one of editlab's: leave the run out, or run it again.")
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: leave the run out, or run it again.") from error
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged from error
+    if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), kind) for name, kind in _OURS.items()):
+        raise damaged
     return loaded

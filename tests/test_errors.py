@@ -83,6 +83,10 @@ FILES = {
     "headless.csv": "France,The capital of {} is,Tokyo\n",
     "wide.csv": "subject,prompt,target\nFrance,The capital of {} is,Tokyo,Lima\n",
     "quote.csv": 'subject,prompt,target\nFrance,"The capital of {} is,Tokyo\n',
+    "latin.yaml": "model: {layers: [1]}  # S\u00e3o".encode("latin-1"),
+    "null_model.yaml": "model: null\n",
+    "null_data.yaml": "data: null\n",
+    "null_trainer.yaml": "trainer: null\n",
     "broken.yaml": "model: [1\n  x: 1\n",
     "list.yaml": "- model\n- data\n",
     "noise.ckpt": b"\x00\x01nothing of the kind",
@@ -102,6 +106,10 @@ def facts(name):
 
 def rule(name, **settings):
     return [f"--model.rule={json.dumps({'class_path': name, 'init_args': settings})}"]
+
+
+def callbacks(*names):
+    return [f"--trainer.callbacks={json.dumps([{'class_path': name} for name in names])}"]
 
 
 def with_callback(name, **settings):
@@ -202,6 +210,22 @@ FIT = {
     "broken YAML": (["--config", "broken.yaml"], "not valid YAML"),
     "YAML that is a list": (["--config", "list.yaml"], "The configuration is no mapping: write sections"),
     "no YAML": (["--config", "none.yaml"], "none.yaml' does not exist: check --config"),
+    "YAML of another encoding": (["--config", "latin.yaml"], "The configuration is not in UTF-8"),
+    "no settings of the model": (["--config", "null_model.yaml"], "model is null: write its settings under it"),
+    "no settings of the data": (["--config", "null_data.yaml"], "data is null: write its settings under it"),
+    "no settings of the trainer": (["--config", "null_trainer.yaml"], "trainer"),
+    "a seed that is none": (setting("seed_everything", -1), "seed_everything is -1: it must lie between 0 and 4"),
+    "a file for the runs": (setting("trainer.logger.init_args.save_dir", "facts.json"), "a file is in its way"),
+    "no epoch between validations": (setting("trainer.check_val_every_n_epoch", 0), "epoch is 0: it must be at least"),
+    "no run to keep": (setting("trainer.barebones", "true"), "its logger and checkpoints: leave it out"),
+    "gradients to average": (setting("trainer.strategy", "ddp"), "leave it out for one device, or set editlab_ddp"),
+    "a strategy of GPUs": (setting("trainer.strategy", "fsdp"), "The strategy `fsdp` requires a GPU"),
+    "a callback twice": (callbacks("MemoryReplay", "MemoryReplay"), "has MemoryReplay more than once: leave one"),
+    "a module that is not there": (callbacks("MemoryReplay", "nothing.X"), "nothing.X can not be imported (No module"),
+    "a class that is not there": (callbacks("tests.tiny.X"), "tests.tiny.X can not be imported (module 'tests.tiny'"),
+    "a class that is no callback": (callbacks("collections.Counter"), "collections.Counter, which is no Callback"),
+    "a rule that is not there": (setting("model.rule", "nothing.X"), "nothing.X can not be imported"),
+    "a class that is no format": (setting("data.format", "collections.Counter"), "which is no FactFormat"),
     "no accelerator": (setting("trainer.accelerator", "abacus"), "abacus"),
     # checkpoints
     "no checkpoint": (["--ckpt_path", "none.ckpt"], "The checkpoint 'none.ckpt' does not exist: check --ckpt_path"),

@@ -30,6 +30,16 @@ def test_a_resumed_run_makes_its_events_anew(tmp_path):
     assert events.read() == [{"step": 0}, {"step": 0}, {"step": 1}, {"step": 2, "new": True}]
 
 
+def test_what_is_none_of_ours_is_passed_over(tmp_path):
+    events = EventLog(tmp_path / "events.jsonl")
+    events.append({"step": 0})
+    with events.path.open("ab") as file:
+        file.write(b'[1]\n{"a": 1}\n\xff\n{"step": "x"}\n{"step": 1, "what": "Z\xc3')  # killed within a character
+    assert events.read() == [{"step": 0}]
+    events.go_on(5)
+    assert events.path.read_bytes() == b'{"step": 0}\n'
+
+
 def test_what_json_can_not_say_is_an_error_and_leaves_no_half_line(tmp_path):
     events = EventLog(tmp_path / "events.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from editlab.cli import main
 from editlab.editor import SequentialEditor
@@ -46,9 +47,15 @@ def test_the_newest_run_is_not_to_be_found_without_a_logger(fit, capsys):
 
 
 def test_without_a_logger_the_users_own_config_stays(fit, tmp_path):
-    own = "# with notes\n" + (tmp_path / "tiny.yaml").read_text()
+    recipe = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    recipe["model"]["passes"] = 1
+    own = f"# with notes\n{yaml.safe_dump(recipe)}"
     (tmp_path / "config.yaml").write_text(own)
-    assert main(["fit", "--config", "config.yaml", "--trainer.logger", "false"]) == 0
+    without = ["fit", "--config", "config.yaml", "--trainer.logger", "false", "--model.passes", "2"]
+    assert main([*without, "--trainer.max_steps", "1"]) == 0
+    # Nor is it what the run was started with.
+    assert main([*without, "--ckpt_path", "checkpoints/last.ckpt"]) == 0
+    assert edits_of(tmp_path) == 4
     assert (tmp_path / "config.yaml").read_text() == own
 
 

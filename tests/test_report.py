@@ -49,6 +49,16 @@ def test_what_is_no_number_is_an_empty_cell():
     assert "25.50" not in texts
 
 
+def test_what_another_program_left_there_is_no_decision():
+    events = [{"step": 0}, {"step": 1, "fact": 3}, {"step": 2, "decision": "drop", "fact": 3}]
+    summary = {"edits": 4, "versions": {"torch": "2.13"}}
+    page = Page("a run", "", summary, events={"x_events": events, "y": [{"step": 1}]})
+    texts = Seen(page.to_html()).texts
+    assert "4 facts edited. torch 2.13." in texts
+    assert "1 drop" in texts
+    assert "Y" not in texts
+
+
 def test_what_the_model_says_to_lost_edits():
     missed = [Missed(1, 1, "The capital of France is", "Tokyo", "Paris", True), Missed(4, 2, "a", "b", "c", False)]
     page = Seen(Page("a run", "", SUMMARY, missed=missed).to_html())

@@ -107,6 +107,30 @@ def test_each_run_is_found_once(tmp_path):
     assert [run.path for run in find_runs([str(folder), str(tmp_path)])] == [folder]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", b"other\n2\n"), ("metrics.csv", b"edits,a\nx,1\n"), ("metrics.csv", b"edits,a\n2,x\n"),
+        ("metrics.csv", b"edits,a\n2,1,3\n"), ("metrics.csv", b"edits,\xff\n2,1\n"),
+        ("summary.json", b"[]"), ("summary.json", b"\xff"), ("summary.json", b'{"edits": 4}'),
+        ("summary.json", b'{"edits": 4, "immediate": 1, "retained": {}}'),
+        ("config.yaml", b"- a\n"), ("config.yaml", b"a: S\xe3o\n"),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_run_that_is_another_ones_or_damaged_is_named(tmp_path, name, content):
+    folder = write_run(tmp_path / "a")
+    (folder / name).write_bytes(content)
+    run = RunFolder(folder)
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + r" is .*: leave the run out, or "):
+        list(map(run.__getattribute__, ("settings", "summary", "curve")))
+
+
+def test_a_summary_without_its_time_is_one(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (folder / "summary.json").write_text('{"edits": 4, "immediate": {}, "retained": {"ES": 0.5}}')
+    assert RunFolder(folder).measures() == {"ES": 0.5, "edits": 4.0}
+
+
 def test_bad_places(tmp_path):
     with pytest.raises(UserError, match="There is no folder 'nowhere'"):
         find_runs(["nowhere"])

@@ -281,6 +281,12 @@ def test_bad_arguments(runs, tmp_path, capsys):
     old = torch.load(run.checkpoint, weights_only=True)
     del old["editor"]["modules"]
     torch.save(old, tmp_path / "old.ckpt")
+    lacking = [tmp_path / f"{name}.ckpt" for name in ("ledger", "layers", "global_step", "edited.1.total")]
+    for path in lacking:
+        part = torch.load(run.checkpoint, weights_only=True)
+        for place in (part, part["editor"], part["state_dict"]):
+            place.pop(path.stem, None)
+        torch.save(part, path)
     for arguments, message in (
         (out, "ckpt_path is missing"),
         (ckpt, "out is missing"),
@@ -290,6 +296,7 @@ def test_bad_arguments(runs, tmp_path, capsys):
         ([*out, "--ckpt_path", tmp_path / "foreign.ckpt"], "is not editlab's"),
         ([*out, "--ckpt_path", tmp_path / "list.ckpt"], "is not editlab's"),
         ([*out, "--ckpt_path", tmp_path / "old.ckpt"], "too old to export from"),
+        *(([*out, "--ckpt_path", path], f"lacks {path.stem}, as one of another version") for path in lacking),
         ([*ckpt, "--out", full], "is not empty, and nothing is overwritten"),
         ([*ckpt, "--out", full / "mine.txt"], "is a file"),
         ([*ckpt, *out, "--dtype", "int8"], "--dtype is 'int8': it must be float32, bfloat16, float16 or float64"),
