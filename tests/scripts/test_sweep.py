@@ -24,6 +24,10 @@ import sweep
 import tables
 
 
+FINISHED = {"edits": 8, "immediate": {}, "retained": {}}
+"""The least that a summary has."""
+
+
 @pytest.fixture
 def options(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -269,7 +273,7 @@ def test_a_dry_run_measures_by_all_finished_runs_and_waits_for_the_longest(optio
     case = sweep.Case("none", {"data.limit": "40", "data.batch_size": 4})
     done = options.work / "none" / "version_1"
     done.mkdir(parents=True)
-    (done / "summary.json").write_text(json.dumps({"seconds": 2 * 57.4 - 10}))
+    (done / "summary.json").write_text(json.dumps({**FINISHED, "seconds": 2 * 57.4 - 10}))
     (options.work / "none" / "version_1_old").mkdir()
     options.seeds, options.dry_run, options.workers = [2], True, 2
     wanted = [sweep.Case("other", case.flags)]
@@ -298,7 +302,7 @@ def test_tables_alone_run_nothing(options, monkeypatch):
     monkeypatch.setattr(launch, "start", lambda job: 1 / 0)
     done = options.work / "none" / "version_1"
     done.mkdir(parents=True)
-    (done / "summary.json").write_text("{}")
+    (done / "summary.json").write_text(json.dumps(FINISHED))
     options.no_run = True
     runs = run_all([sweep.Case("none", {}), sweep.Case("other", {})], "configs/emmet.yaml", options)
     assert [run.case.name for run in runs] == ["none"]

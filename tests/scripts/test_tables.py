@@ -89,7 +89,9 @@ def test_snapshots_say_what_was_retained_and_how_large_the_update_had_grown(tmp_
         "200,0.75,40.25,0.3,0.25,70,12345.678,0.1\n"
         "300,0.5,41,0.3,0.25,70,80,0.05\n"
     )
-    (folder / "summary.json").write_text('{"edits": 280, "superseded": 30}')  # of 300, 20 were rolled back
+    (folder / "summary.json").write_text(
+        '{"edits": 280, "superseded": 30, "immediate": {}, "retained": {}}'
+    )  # of 300, 20 were rolled back
     curve = {"class_path": "callbacks.ForgettingCurve", "init_args": {"sample": 100}}
     row, last = tables.snapshots([sweep.Run(sweep.Case("emmet", {}, [curve]), 1, folder)])
     assert (row["edits"], row["retained_accuracy"], row["perplexity_heldout"]) == (200, 0.75, 40.25)
