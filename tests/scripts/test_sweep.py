@@ -23,7 +23,6 @@ import run_replay_ablation as ablation
 import sweep
 import tables
 
-
 FINISHED = {"edits": 8, "immediate": {}, "retained": {}}
 """The least that a summary has."""
 
