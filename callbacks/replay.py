@@ -92,7 +92,7 @@ class MemoryReplay(EditCallback):
         if not 0 <= rate < math.inf:
             raise UserError(f"MemoryReplay.rate is {rate}: it must be a finite number and not negative.")
         where = "MemoryReplay"
-        above_zero(where, weight=weight, refresh_every=refresh_every)
+        above_zero(where, weight=None if weight == math.inf else weight, refresh_every=refresh_every)
         decays(where, age_decay=age_decay)
         shares(where, repair=repair)
         one_of(where, KINDS, memory=memory)
