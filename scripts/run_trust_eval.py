@@ -195,9 +195,9 @@ def main() -> None:
             argparse.Namespace(**{**vars(options), "seeds": [seed]}),
         )
     ]
-    names = [case.over(common) for case in cases(options.seeds[0], text)]
-    run_all(runs, options, at_hand(names, RECIPE, options))
-    done = [] if options.dry_run else at_hand(names, RECIPE, options)  # labels are made of all of them
+    every = [case.over(common) for case in cases(options.seeds[0], text)]
+    run_all(runs, options, at_hand(every, RECIPE, options))
+    done = [] if options.dry_run else at_hand(every, RECIPE, options)  # labels are made of all of them
     if done:
         write(done, options)
     exit_where_failed(runs, options)
