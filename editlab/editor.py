@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from editlab import ranks, resume
 from editlab.batch import StepState, carry_out, solve_again, solve_batch
 from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
+from editlab.edited_model import EditedModel
 from editlab.errors import UserError
 from editlab.evaluation import Evaluation, EvaluationSettings
 from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.keys import KEY_MODES, Keys, Site, read_keys, too_long
-from editlab.layers import AUTO, find_layers
+from editlab.keys import KEY_MODES, Keys, read_keys, too_long
+from editlab.layers import find_layers
 from editlab.ledger import Ledger
 from editlab.lm.dtypes import default_dtype
-from editlab.lm.fingerprint import fingerprint, model_key
-from editlab.lm.language_model import LanguageModel
 from editlab.logger import RunLogger
 from editlab.moments import MomentSettings, second_moments
-from editlab.optim import ClosedFormOptimizer, EditedLayer, unedited
+from editlab.optim import ClosedFormOptimizer
 from editlab.progress import progress
 from editlab.rules import EMMET, Rule
 from editlab.score_cache import ScoreCache
@@ -47,7 +43,7 @@ _float32 = default_dtype(torch.float32)
 the model alone: values, scores and solves stay as wide as they are everywhere else."""
 
 
-class SequentialEditor(lightning.LightningModule):
+class SequentialEditor(EditedModel):
     """Edits facts in a causal language model, one closed-form batch update a training step.
 
     Args:
@@ -91,17 +87,12 @@ class SequentialEditor(lightning.LightningModule):
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
     ) -> None:
-        super().__init__()
+        super().__init__(language_model, layers, edit_module, device_map)
         one_of("model", KEY_MODES, keys=keys)
-        named = [] if isinstance(layers, str) else layers
-        if layers != AUTO and (not named or len(set(named)) != len(named)):
-            raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
         not_negative("model", preserve_prompt_tokens=preserve_prompt_tokens)
         if not condition_limit > 1:
             raise UserError(f"model.condition_limit is {condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=passes)
-        self.language_model = language_model
-        self.layer_numbers = sorted(named)
         self.rule = rule
         self.values = values
         self.moments = moments
@@ -109,14 +100,9 @@ class SequentialEditor(lightning.LightningModule):
         self.key_mode = keys
         self.preserve_prompt_tokens = preserve_prompt_tokens
         self.passes = passes
-        self.edit_module = edit_module
-        self.device_map = device_map
         self.restore_between_batches = restore_between_batches
         self.condition_limit = condition_limit
         self.automatic_optimization = False
-        self.strict_loading = False
-        self.edited: nn.ModuleDict = nn.ModuleDict()
-        self.adjusted: nn.ModuleDict = nn.ModuleDict()
         self.preservation: dict[int, Preservation] = {}
         self.contexts: list[str] = []
         self.ledger = Ledger(restore_between_batches)
@@ -137,72 +123,11 @@ class SequentialEditor(lightning.LightningModule):
         measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
         return too_long(self.lm, measured, self.contexts)
 
-    def configure_model(self) -> None:
-        """Loads the language model once, in the Trainer's dtype."""
-        if hasattr(self, "lm"):
-            return
-        if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
-            raise UserError(
-                "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
-                "of its own: set --trainer.devices 1, or leave it out."
-            )
-        if getattr(self._trainer.precision_plugin if self._trainer else None, "scaler", None) is not None:
-            raise UserError(
-                "trainer.precision 16-mixed scales gradients, of which an edit has none: set bf16-mixed or 16-true."
-            )
-        dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
-        self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
-
-    def use(self, lm: LanguageModel) -> None:
-        """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
-
-        Raises:
-            UserError: where ``layers`` are not its own, or can not share an edit.
-        """
-        self.lm = lm
-        if self.layer_numbers:
-            self.edit_at(self.layer_numbers)
-
-    def edit_at(self, layers: Sequence[int]) -> None:
-        """Takes these of the model's layers to edit; raises as :meth:`use` does."""
-        self.layer_numbers = sorted(layers)
-        anatomy = self.lm.anatomy
-        for layer in self.layer_numbers:
-            self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
-        self.site = Site.of(self.lm, self.layer_numbers[-1])
-        if not self.site.in_stream and len(self.layer_numbers) > 1:
-            raise UserError(
-                f"{self.language_model} has a norm after its MLP, so an edit can not be spread over several layers: "
-                "give one layer in model.layers."
-            )
-
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step adds the solved updates; layers that nothing has named are found first."""
         if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
             self.edit_at(find_layers(self))
         return ClosedFormOptimizer(self.layers)
-
-    @property
-    def layers(self) -> list[EditedLayer]:
-        """The edited layers, lowest first."""
-        return [self.edited[str(layer)] for layer in self.layer_numbers]  # type: ignore[misc]
-
-    @property
-    def changed_layers(self) -> list[EditedLayer]:
-        """Every weight that may differ from the original: the edited ones, and others that a callback adjusts."""
-        return [*self.layers, *self.adjusted.values()]  # type: ignore[list-item]
-
-    def changed_layer(self, path: str) -> EditedLayer:
-        """The linear map at ``path`` in the language model as one that may be changed; made so where it is not yet."""
-        anatomy = self.lm.anatomy
-        paths = {anatomy.edit_name(n): n for n in self.layer_numbers}
-        if path in paths:
-            return self.edited[str(paths[path])]  # type: ignore[return-value]
-        key = path.replace(".", "/")  # a dot can not be in a module's name
-        if key not in self.adjusted:
-            module = self.lm.model.get_submodule(path)
-            self.adjusted[key] = EditedLayer(module, isinstance(module, Conv1D))
-        return self.adjusted[key]  # type: ignore[return-value]
 
     @property
     def edits(self) -> int:
@@ -215,24 +140,9 @@ class SequentialEditor(lightning.LightningModule):
         return self.ledger.standing
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of the unedited weights."""
-        with self.unedited():
-            return fingerprint(self.lm.model)
-
-    @cached_property
-    def model_key(self) -> str:
-        """Of the unedited model: what is found with it and kept in the cache folder is kept under this."""
-        return model_key(self.fingerprint, self.lm.model)
-
-    @cached_property
     def unedited_scores(self) -> ScoreCache:
         """What the unedited weights score, kept in the cache folder."""
         return self.evaluation.cache(self.lm, self.model_key)
-
-    def unedited(self) -> AbstractContextManager[None]:
-        """Within it the model is the original one."""
-        return unedited(self.changed_layers)
 
     def on_fit_start(self) -> None:
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
@@ -255,11 +165,6 @@ class SequentialEditor(lightning.LightningModule):
     def on_train_start(self) -> None:
         """All set-up is done: a resumed run's random generators take up their states."""
         resume.restore_rng(self)
-
-    @property
-    def solver_device(self) -> torch.device:
-        """Where the closed form is solved: float64 is not to be had on every accelerator."""
-        return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")
 
     # ---- one batch of edits -----------------------------------------------------------------------------------
 
