@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab.data.fact import Fact
+from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.layout import lay_out
 from editlab.lm.past import Past
@@ -22,8 +23,10 @@ from editlab.lm.running import logits_only_at
 from editlab.lm.tokens import encode, encode_pair
 from editlab.moments import read_file, read_ids, sample_text
 from editlab.scoring import score_facts
+from editlab.settings import not_negative
 
-LOSSES = ("edits", "before", "unedited")
+LOSSES = {"edits": 1.0, "before": 2.0, "unedited": 0.0}
+"""What the parts of the loss weigh where nothing else is said."""
 WINDOW = 32
 """Tokens in a window of the text that shall stay as likely as it was."""
 
@@ -97,6 +100,18 @@ def distributions(lm: LanguageModel, rows: Sequence[Row], size: int = 16) -> lis
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(reference || model), the mean over places, in nats; of log-probabilities [places, vocabulary]."""
     return nn.functional.kl_div(logits.log_softmax(1), reference, reduction="batchmean", log_target=True)
+
+
+def loss_weights(where: str, weights: dict[str, float]) -> dict[str, float]:
+    """A weight for each of :data:`LOSSES`; ``where`` names the setting in errors.
+
+    Raises:
+        UserError: for an unknown part, or a weight that is negative or no number.
+    """
+    if set(weights) - set(LOSSES):
+        raise UserError(f"{where} is {weights}: give {', '.join(LOSSES)}, or some of them.")
+    not_negative(where, **weights)
+    return {**LOSSES, **weights}
 
 
 @dataclass

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from callbacks.adapter import Adapter, between, find_targets, parameters
 from callbacks.adjustment import (
-    LOSSES,
     WINDOW,
     Adjustment,
     Objective,
@@ -26,6 +25,7 @@ from callbacks.adjustment import (
     draw_edits,
     edit_rows,
     examine,
+    loss_weights,
     prompt_rows,
     short_windows,
     text_rows,
@@ -129,17 +129,13 @@ class LoRAAdjust(EditCallback):
             raise UserError(f"LoRAAdjust.dropout is {dropout}: it must lie between 0 and 1.")
         one_of(where, MODES, mode=mode)
         one_of(where, MATMULS, matmul=matmul)
-        unknown = set(weights or {}) - set(LOSSES)
-        if unknown or any(weight < 0 for weight in (weights or {}).values()):
-            raise UserError(f"LoRAAdjust.weights is {weights}: give {', '.join(LOSSES)}, none of them negative.")
-        not_negative(f"{where}.weights", **(weights or {}))
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets, self.layers = targets, layers
         self.every_n_batches, self.at_end = every_n_batches, at_end
         self.training = Training(steps, lr, batch_size)
         self.replayed, self.probes = replayed, probes
         self.tolerance = tolerance
-        self.weights = {"edits": 1.0, "before": 2.0, "unedited": 0.0, **(weights or {})}
+        self.weights = loss_weights(f"{where}.weights", weights or {})
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul = matmul
         self.mode = mode

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from callbacks.adjustment import (
+    LOSSES,
     Health,
     Objective,
     Row,
@@ -14,6 +15,7 @@ from callbacks.adjustment import (
     edit_rows,
     examine,
     logits_of,
+    loss_weights,
     prompt_rows,
     text_rows,
 )
@@ -128,3 +130,8 @@ def test_what_is_worse_is_said():
     assert "the text set aside" in Health(None, None, 3.2).worse_than(Health(None, None, 3.0), 0.1)
     assert before.numbers() == {"edits": -1.0, "accuracy": 0.5, "text": 3.0}
     assert Health(math.nan, 0.0, math.inf).numbers() == {"accuracy": 0.0}
+
+
+def test_parts_of_the_loss_that_are_not_named_keep_their_weights():
+    assert loss_weights("x", {"unedited": 0.5}) == {"edits": 1.0, "before": 2.0, "unedited": 0.5}
+    assert LOSSES["unedited"] == 0  # what was given is not written into the defaults

@@ -59,7 +59,7 @@ def same(a, b):
         ({"probes": 0, "text_tokens": 31}, "give its guard edits, or 32 tokens"),
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
-        ({"weights": {"edits": -1.0}}, "none of them negative"),
+        ({"weights": {"edits": -1.0}}, "LoRAAdjust.weights.edits is -1.0: it must not be negative"),
         ({"weights": {"edits": math.nan}}, "weights.edits is nan"),
         ({"weights": {"before": math.inf}}, "weights.before is inf: it must be finite"),
     ],
