@@ -99,7 +99,7 @@ class EditLabCLI(LightningCLI):
         with bars(self.config[subcommand].trainer.enable_progress_bar is not False):
             try:
                 super()._run_subcommand(subcommand)
-            except Exception as error:
+            except BaseException as error:  # an interrupt too
                 if subcommand == "fit" and goes_on(self.trainer):
                     note_saved(error)
                 raise
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run([argument for argument in arguments if argument != "--debug"])
     except (KeyboardInterrupt, SystemExit) as error:
-        after = "; a run goes on from its last finished batch with --ckpt_path last" if editing else ""
+        after = "; the run goes on from its last finished batch with --ckpt_path last" if is_saved(error) else ""
         if isinstance(error, SIGTERMException):  # what the Trainer makes of SIGTERM; by itself it would end in 0
             return _say(f"Terminated{after}.", 128 + signal.SIGTERM)
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from editlab.cli import main
-from editlab.failures import describe, surprise
+from editlab.failures import describe, note_saved, surprise
 
 
 def wrapped(error):
@@ -77,7 +77,7 @@ def test_torch_really_says_that(monkeypatch):
         (ZeroDivisionError("division by zero"), 1, "editlab: ZeroDivisionError: division by zero. This should not"),
         (OSError(errno.ENOSPC, "No space left"), 1, "editlab: The disk is full"),
         (KeyboardInterrupt(), 130, "editlab: Interrupted"),
-        (SIGTERMException(), 143, "editlab: Terminated; a run goes on from its last finished batch"),
+        (SIGTERMException(), 143, "editlab: Terminated.\n"),
     ],
 )
 def test_one_sentence_and_a_traceback_only_where_it_is_asked_for(monkeypatch, capsys, error, code, sentence):
@@ -107,7 +107,18 @@ def test_the_trainer_passes_an_interrupt_on_as_its_own_exit(monkeypatch, capsys)
 
     monkeypatch.setattr("editlab.cli.run", stopped)
     assert main(["fit"]) == 130
-    assert capsys.readouterr().err.startswith("editlab: Interrupted")
+    assert capsys.readouterr().err == "editlab: Interrupted.\n"
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SIGTERMException()])
+def test_only_what_is_saved_is_said_to_go_on(monkeypatch, capsys, stopped):
+    def stop(arguments):
+        note_saved(stopped)
+        raise stopped
+
+    monkeypatch.setattr("editlab.cli.run", stop)
+    main(["fit"])
+    assert "goes on from its last finished batch with --ckpt_path last" in capsys.readouterr().err
 
 
 EDITLAB = "import sys; from editlab.cli import main; sys.exit(main(sys.argv[1:]))"
