@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,7 +127,7 @@ def edit_model(
         The model, edited, and what was measured.
 
     Raises:
-        UserError: for a model, tokenizer, facts, layers or settings that can not be.
+        UserError: for a model, tokenizer, facts, layers, seed, folder or settings that can not be.
 
     Example::
 
@@ -136,6 +137,7 @@ def edit_model(
         print(result)
     """
     _check(model, tokenizer, settings)
+    _check_run(seed, folder)
     chosen = layers if isinstance(layers, str) else list(layers)
     name = {"language_model": model.config.name_or_path or type(model).__name__}
     editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
@@ -183,6 +185,13 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         if name in settings and not isinstance(settings[name], kind):
             such = "EMMET" if kind is Rule else kind.__name__
             raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {such}().")
+
+
+def _check_run(seed: int, folder: str | Path | None) -> None:
+    if not min_seed_value <= seed <= max_seed_value:
+        raise UserError(f"seed is {seed}: it must lie between {min_seed_value} and {max_seed_value}.")
+    if folder is not None and Path(folder).is_file():
+        raise UserError(f"folder is {folder}, a file: name a folder, which need not be there yet.")
 
 
 def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:

@@ -231,6 +231,19 @@ def test_a_setting_that_is_no_object_is_named():
             edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, name: given})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_named(seed):
+    with pytest.raises(UserError, match=f"seed is {seed}: it must lie between 0 and 4294967295"):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, "seed": seed})
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(UserError, match="runs, a file: name a folder"):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, "folder": tmp_path / "runs"})
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
 def test_where_no_gradient_can_be_taken_is_said():
     model = tiny_model("llama")
     with torch.inference_mode():
