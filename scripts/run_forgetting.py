@@ -1,7 +1,7 @@
 """Thousands of edits in sequence: whether the model forgets gradually or all at once, and what moves that point.
 
     python scripts/run_forgetting.py                               # 2,000 edits, every case, three seeds; resumable
-    python scripts/run_forgetting.py --only emmet both emmet_5000 both_5000 --seeds 1
+    python scripts/run_forgetting.py --only emmet_5000 consolidated_looser_5000 --seeds 1
     python scripts/run_forgetting.py --dry-run
 
 Writes ``results/large_scale_forgetting.csv`` (a row a run and snapshot), ``results/large_scale_final.csv`` (a row a
@@ -59,7 +59,7 @@ EXPERIMENT = Sequences(
         "consolidated_looser": "consolidated",
         "consolidated_looser_lora": "consolidated_looser",
         "emmet_5000": "emmet_5000",
-        "both_5000": "emmet_5000",
+        "consolidated_looser_5000": "emmet_5000",
     },
     also=("large_scale_turns.csv", turns),
 )
@@ -114,7 +114,7 @@ def cases(edits: int) -> list[Case]:
         Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
         Case("both_softer", {RULE + "covariance_weight": 500}, [both, curve]),
         Case("emmet_5000", {"data.limit": 5000}, [curve]),
-        Case("both_5000", {"data.limit": 5000}, [both, curve]),
+        Case("consolidated_looser_5000", {**looser, "data.limit": 5000}, [consolidated, curve]),
     ]
 
 
