@@ -347,7 +347,10 @@ class LoRAAdjust(EditCallback):
         """Says what was done; writes the adapter, where one is kept."""
         assert isinstance(pl_module, SequentialEditor)
         told = ", ".join(f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped")))
-        log.info("LoRA adjustments: %s (see %s)", told, self._events.path)
+        if self.decisions:
+            log.info("LoRA adjustments: %s (see %s)", told, self._events.path)
+        elif self.at_end and not trainer.is_last_batch:
+            log.info("No LoRA adjustment: the run stopped before its last batch")
         folder = run_folder(trainer) / "adapter"  # all ranks have to ask for it
         if self.adapter is not None and self.adapter.factors is not None and trainer.is_global_zero:
             self.adapter.save(folder)

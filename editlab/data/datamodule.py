@@ -117,7 +117,7 @@ class EditDataModule(LightningDataModule):
             )
         kept: list[Fact] = []
         looked = 0
-        with progress(total=wanted, desc="Known facts", unit="fact") as bar:
+        with progress(total=min(wanted, len(self.candidates)), desc="Known facts", unit="fact") as bar:
             while len(kept) < wanted and (chunk := list(islice(fitting, CHUNK))):
                 for fact, known in zip(chunk, is_known(chunk), strict=True):
                     if len(kept) < wanted:

@@ -340,6 +340,13 @@ def test_the_order_of_callbacks_does_not_matter(tiny_folder, tmp_path):
         assert same(values, found[0][2])
 
 
+def test_a_run_that_stops_before_its_last_batch_says_that_nothing_was_adjusted(tiny_folder, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="callbacks.lora"):
+        fit(tmp_path, editor(tiny_folder), callbacks=[LoRAAdjust(**{**LENIENT, "every_n_batches": None})], max_steps=1)
+    assert "No LoRA adjustment: the run stopped before its last batch" in caplog.messages
+    assert not list(tmp_path.rglob("lora_events.jsonl"))
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
 def test_dropout_is_drawn_alike_after_a_resume(tiny_folder, tmp_path, mode):
