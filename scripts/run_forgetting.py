@@ -43,7 +43,11 @@ CALLBACKS = {
     "consolidated_looser": ("+ memory, prompts' tokens at 0.1", VERMILION, "-"),
     "consolidated_looser_lora": ("that, and LoRA at the end", VERMILION, ":"),
 }
-"""The two rows of panels: case -> label, color, line."""
+LONGER = {
+    "emmet_5000": ("EMMET, lambda 1000, layers 2 to 6, 5,000 edits", BLACK, ":"),
+    "consolidated_looser_5000": ("+ memory, prompts' tokens at 0.1", VERMILION, "-"),
+}
+"""The rows of panels: case -> label, color, line."""
 EXPERIMENT = Sequences(
     recipe="configs/emmet_consolidated.yaml",
     work=ROOT / "lightning_logs" / "forgetting",
@@ -51,7 +55,7 @@ EXPERIMENT = Sequences(
     over_seeds="large_scale_means.csv",
     curves="large_scale_forgetting.csv",
     figure="large_scale_forgetting",
-    shown=[RULES, CALLBACKS],
+    shown=[RULES, CALLBACKS, LONGER],
     otherwise="emmet",
     base={
         "both": "consolidated",
