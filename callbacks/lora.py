@@ -346,8 +346,8 @@ class LoRAAdjust(EditCallback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what was done; writes the adapter, where one is kept."""
         assert isinstance(pl_module, SequentialEditor)
-        told = ", ".join(f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped")))
         if self.decisions:
+            told = ", ".join(f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped")))
             log.info("LoRA adjustments: %s (see %s)", told, self._events.path)
         elif self.at_end and not trainer.is_last_batch:
             log.info("No LoRA adjustment: the run stopped before its last batch")
