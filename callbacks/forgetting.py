@@ -11,11 +11,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.events import EditCallback, EditOutcome
-from editlab.figures import forgetting_figure
-from editlab.lm.cache import atomic_file
-from editlab.settings import at_least_one
-from editlab.summary import run_folder
+from editlab.edits.plan import EditCallback, EditOutcome
+from editlab.runs.figures import forgetting_figure
+from editlab.runs.summary import run_folder
+from editlab.utils.files import atomic_file
+from editlab.utils.validation import at_least_one
 
 CURVES = ("ES", "accuracy", "PS", "NS")
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editlab.edit import EditResult, edit_model
+    from editlab.api import EditResult, edit_model
 
 __all__ = ["EditResult", "__version__", "edit_model"]
 
@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Loads :mod:`editlab.edit`, and with it torch and Lightning, only where it is asked for."""
+    """Loads :mod:`editlab.api`, and with it torch and Lightning, only where it is asked for."""
     if name in ("EditResult", "edit_model"):
-        from editlab import edit
+        from editlab import api as edit
 
         return getattr(edit, name)
     raise AttributeError(f"module 'editlab' has no attribute {name!r}")

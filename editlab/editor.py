@@ -11,30 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editlab import ranks, resume
-from editlab.batch import StepState, carry_out, solve_again, solve_batch
-from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
-from editlab.edited_model import EditedModel
+from editlab.distributed import ranks
+from editlab.edits.batch import StepState, carry_out, solve_again, solve_batch
+from editlab.edits.edited_layer import ClosedFormOptimizer
+from editlab.edits.edited_model import EditedModel
+from editlab.edits.layer_search import find_layers
+from editlab.edits.ledger import Ledger
+from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
 from editlab.errors import UserError
-from editlab.evaluation import Evaluation, EvaluationSettings
-from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.keys import KEY_MODES, Keys, read_keys, too_long
-from editlab.layers import find_layers
-from editlab.ledger import Ledger
-from editlab.lm.dtypes import default_dtype
-from editlab.logger import RunLogger
-from editlab.moments import MomentSettings, second_moments
-from editlab.optim import ClosedFormOptimizer
-from editlab.progress import progress
-from editlab.rules import EMMET, Rule
-from editlab.score_cache import ScoreCache
-from editlab.settings import at_least_one, not_negative, one_of
-from editlab.solver import Preservation
-from editlab.summary import finish_run
-from editlab.value_cache import ValueCache
-from editlab.values import ValueSettings, optimize_values
+from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.score_cache import ScoreCache
+from editlab.keys.contexts import ContextSettings, sample_contexts
+from editlab.keys.moments import MomentSettings, second_moments
+from editlab.keys.subject_keys import KEY_MODES, Keys, read_keys, too_long
+from editlab.lm.precision import default_dtype
+from editlab.runs import resume
+from editlab.runs.logger import RunLogger
+from editlab.runs.summary import finish_run
+from editlab.solver.closed_form import Preservation
+from editlab.solver.methods import EMMET, Rule
+from editlab.utils.progress import progress
+from editlab.utils.validation import at_least_one, not_negative, one_of
+from editlab.values.cache import ValueCache
+from editlab.values.optimize import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class SequentialEditor(EditedModel):
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited; the target lives at the highest, and MEMIT's spreading
-            shares it out over all of them, from the lowest up. ``auto`` finds them by trying (:mod:`editlab.layers`).
+            shares it out over all of them, from the lowest up. ``auto`` finds them by trying
+            (:mod:`editlab.edits.layer_search`).
         rule: the closed form's metric and slack: ROME, MEMIT, EMMET or AlphaEdit.
         values: how targets v* are found.
         moments: the text of the second moments C0.

@@ -22,8 +22,8 @@ from run_lora_ablation import EXPERIMENT as LORA
 from run_replay_ablation import EXPERIMENT as REPLAY
 from tables import curves_figure, read_rows
 
-from editlab.experiment_figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
-from editlab.figures import save_figure
+from editlab.experiments.figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
+from editlab.runs.figures import save_figure
 
 Rows = Sequence[dict[str, Any]]
 

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from editlab.lm.cache import atomic_file
-from editlab.lm.products import MATMULS
+from editlab.lm.matmul import MATMULS
+from editlab.utils.files import atomic_file
 from scripts.benchmark_cases import CASES, Round, Setting
 from scripts.launch import provenance
 

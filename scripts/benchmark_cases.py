@@ -15,20 +15,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from editlab.contexts import ContextSettings, sample_contexts
 from editlab.data import EditDataModule
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.evaluation import Evaluation, EvaluationSettings
-from editlab.keys import Site, read_keys
+from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.scoring import prefers_truth, score_facts
+from editlab.keys.contexts import ContextSettings, sample_contexts
+from editlab.keys.moments import WINDOW, MomentSettings, accumulate, sample_text, second_moments
+from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.load import load
-from editlab.moments import WINDOW, MomentSettings, accumulate, sample_text, second_moments
-from editlab.rules import EMMET
-from editlab.scoring import prefers_truth, score_facts
-from editlab.solver import Constraints, Preservation, solve
-from editlab.value_group import ValueGroup, rows_of
-from editlab.values import ValueSettings, optimize_values
+from editlab.lm.loading.load import load
+from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.methods import EMMET
+from editlab.values.loss import ValueGroup, rows_of
+from editlab.values.optimize import ValueSettings, optimize_values
 from scripts.plain import plain_keys, plain_moments, plain_scores, plain_solve, plain_step, plain_value
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -28,14 +28,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from callbacks import MemoryReplay
 from editlab import edit_model
-from editlab.contexts import ContextSettings
-from editlab.evaluation import EvaluationSettings
-from editlab.figures import BLACK, BLUE, GREEN, new_figure, save_figure
-from editlab.lm.load import load
-from editlab.moments import MomentSettings
-from editlab.rules import EMMET
-from editlab.solver import Constraints, Preservation, solve
-from editlab.values import ValueSettings
+from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.lm.loading.load import load
+from editlab.runs.figures import BLACK, BLUE, GREEN, new_figure, save_figure
+from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.methods import EMMET
+from editlab.values.optimize import ValueSettings
 
 D_K, D_V, BATCH = 1536, 576, 32
 """SmolLM2-135M's projection, and the batch of the experiments."""

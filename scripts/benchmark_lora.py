@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from callbacks.adapter import Adapter, find_targets, parameters
-from callbacks.adjustment import Objective, distributions, edit_rows, prompt_rows
-from callbacks.training import Training
+from callbacks.lora.adapter import Adapter, find_targets, parameters
+from callbacks.lora.objective import Objective, distributions, edit_rows, prompt_rows
+from callbacks.lora.training import Training
 from editlab.data import EditDataModule
 from editlab.lm.language_model import LanguageModel
-from editlab.summary import peak_memory_mb
+from editlab.runs.summary import peak_memory_mb
 
 KINDS = ("lora", "full")
 

@@ -13,13 +13,13 @@ import time
 from typing import Any, cast
 
 from callbacks import MemoryReplay
-from editlab.batch import solve_batch
-from editlab.contexts import sample_contexts
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.events import EditOutcome, EditPlan
-from editlab.moments import second_moments
-from editlab.scoring import prefers_truth
+from editlab.edits.batch import solve_batch
+from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.evaluation.scoring import prefers_truth
+from editlab.keys.contexts import sample_contexts
+from editlab.keys.moments import second_moments
 
 TRAINER = cast(Any, None)
 """MemoryReplay does not look at it."""

@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.lm.cache import atomic_file
-from editlab.scoring import score_facts
-from editlab.summary import run_folder
+from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.evaluation.scoring import score_facts
+from editlab.runs.summary import run_folder
+from editlab.utils.files import atomic_file
 
 KINDS = ("noise", "norm", "shuffle", "contradiction", "wrong_key")
 FILE = "faults.json"

@@ -14,15 +14,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.probes import quick
-from editlab.batch import solve_batch
+from callbacks.trust.probes import quick
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.event_log import EventLog
-from editlab.events import EditCallback, EditOutcome, EditPlan
-from editlab.moments import read_file, read_ids
-from editlab.scoring import score_pairs, token_log_probs
-from editlab.summary import run_folder
+from editlab.edits.batch import solve_batch
+from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.evaluation.scoring import score_pairs, token_log_probs
+from editlab.keys.moments import read_file, read_ids
+from editlab.runs.event_log import EventLog
+from editlab.runs.summary import run_folder
 from scripts.faults import InjectFaults
 
 FILE = "fork.jsonl"

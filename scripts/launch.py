@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from editlab.errors import EditLabError
-from editlab.lm.cache import atomic_file
+from editlab.utils.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def _run(job: Job, variables: Mapping[str, str]) -> int:
         noted = _with_earlier(read_provenance(job.folder), noted)
     _write(job.folder / PROVENANCE, noted)
     environment = {**os.environ, **variables, "OMP_NUM_THREADS": str(job.threads)}
-    command = [sys.executable, "-m", "editlab.cli", *arguments]
+    command = [sys.executable, "-m", "editlab.cli.main", *arguments]
     with (job.folder / LOG).open("a", encoding="utf-8") as log:
         process = _BEGUN.begin(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         if process is None:

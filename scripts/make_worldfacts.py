@@ -39,7 +39,7 @@ from worldfacts_tables import (
     TWO_CONTINENTS,
 )
 
-from editlab.lm.cache import atomic_file
+from editlab.utils.files import atomic_file
 
 OUTPUT = Path(__file__).resolve().parent.parent / "editlab" / "data" / "worldfacts.json"
 SEED = 0

@@ -15,9 +15,9 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedTokenizerBase
 
 from editlab.data.fact import Fact
-from editlab.keys import Site
+from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
-from editlab.values import ValueSettings
+from editlab.values.optimize import ValueSettings
 
 
 def last_token(offsets: Sequence[tuple[int, int]], end: int) -> int:

@@ -18,7 +18,7 @@ from sequences import Sequences
 from sweep import ROOT, Case
 from turning import turns
 
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""

@@ -16,7 +16,7 @@ from typing import Any
 from sequences import Sequences
 from sweep import ROOT, Case
 
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
+from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
 CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
 SHOWN = {

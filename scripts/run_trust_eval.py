@@ -36,11 +36,11 @@ from sweep import (
 from tables import provenance_of, provenance_of_all, update_table, write_rows
 from trust_labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, taus
 
-from editlab.evaluation import BUILTIN_TEXT
-from editlab.event_log import EventLog
-from editlab.experiment_figures import roc_figure
-from editlab.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure, save_figure
-from editlab.lm.cache import atomic_file
+from editlab.evaluation.evaluator import BUILTIN_TEXT
+from editlab.experiments.figures import roc_figure
+from editlab.runs.event_log import EventLog
+from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure, save_figure
+from editlab.utils.files import atomic_file
 
 RECIPE = "configs/emmet_trust.yaml"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)

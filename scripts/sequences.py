@@ -21,7 +21,7 @@ from sweep import (
 )
 from tables import Row, curves_figure, means, snapshots, table_rows, update_table, write_rows
 
-from editlab.figures import save_figure
+from editlab.runs.figures import save_figure
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from launch import FAILED, JOINT, LAUNCHERS, LOG, ROOT, UNKNOWN, WHERE, Job, cor
 from tqdm import tqdm
 
 from editlab.errors import EditLabError
-from editlab.figures import Series
-from editlab.runs import RunFolder
+from editlab.runs.figures import Series
+from editlab.runs.folders import RunFolder
 
 TEXT = ROOT.parent / "shared" / "data" / "text"
 

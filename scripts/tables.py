@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from sweep import Run
 
 from callbacks import ForgettingCurve
-from editlab.figures import comparison_figure
-from editlab.lm.cache import atomic_file
+from editlab.runs.figures import comparison_figure
+from editlab.utils.files import atomic_file
 
 Row = dict[str, Any]
 

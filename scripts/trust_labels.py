@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from editlab.event_log import EventLog
+from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
 ENOUGH = 5

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from editlab.lm.cache import cache_dir
+from editlab.utils.files import cache_dir
 
 REAL_CACHE = cache_dir()
 """The user's cache, where the built-in model lies; only tests marked ``real`` see it."""

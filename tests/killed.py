@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-import callbacks.adjustment  # imported once, in the server that the runs are forked from
-import editlab.batch
-import editlab.checkpoint
-import editlab.cli
+import callbacks.lora.objective  # imported once, in the server that the runs are forked from
+import editlab.cli.main
 import editlab.editor
-import editlab.event_log
-import editlab.logger
-import editlab.optim
+import editlab.edits.batch
+import editlab.edits.edited_layer
+import editlab.runs.checkpoint
+import editlab.runs.event_log
+import editlab.runs.logger
 
 HALF = "half a checkpoint written"
 
@@ -72,18 +72,18 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     sys.stdout = sys.stderr = open(Path(count_file).with_suffix(".log"), "a")  # noqa: SIM115 - open until the end
     torch.set_num_threads(1)
     clock = Clock(die_at)
-    clock.around(editlab.optim.EditedLayer, "add")
-    clock.around(editlab.batch, "solve")
+    clock.around(editlab.edits.edited_layer.EditedLayer, "add")
+    clock.around(editlab.edits.batch, "solve")
     clock.around(editlab.editor, "optimize_values")
     clock.around(editlab.editor.SequentialEditor, "_log_step")
-    clock.around(editlab.logger.RunLogger, "log_metrics")
-    clock.around(editlab.logger, "_write")
-    clock.around(editlab.event_log.EventLog, "append")
-    callbacks.training.SECONDS = 0.0  # an adjustment is kept after each step
-    clock.around(callbacks.adjustment.Objective, "loss")  # in the middle of an adjustment
+    clock.around(editlab.runs.logger.RunLogger, "log_metrics")
+    clock.around(editlab.runs.logger, "_write")
+    clock.around(editlab.runs.event_log.EventLog, "append")
+    callbacks.lora.training.SECONDS = 0.0  # an adjustment is kept after each step
+    clock.around(callbacks.lora.objective.Objective, "loss")  # in the middle of an adjustment
     clock.around(os, "replace")
     clock.within_torch_save()
-    code = editlab.cli.main(arguments)
+    code = editlab.cli.main.main(arguments)
     Path(count_file).write_text("\n".join(clock.points))
     os._exit(code)
 

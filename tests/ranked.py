@@ -17,9 +17,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks  # noqa: F401 - imported once, in the server that the ranks are forked from
-import editlab.cli
+import editlab.cli.main
 import editlab.editor
-from editlab import ranks
+from editlab.distributed import ranks
 
 PATIENCE = 90.0
 """Seconds after which ranks that have not ended are taken to hang."""
@@ -88,7 +88,7 @@ def _command(
             os.kill(os.getpid(), signal.SIGKILL)
 
     editor.on_fit_end, editor._log_step = keep, die  # type: ignore[method-assign]
-    code = editlab.cli.main(arguments)
+    code = editlab.cli.main.main(arguments)
     sys.stdout.flush()
     os._exit(code)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from editlab.cli import main
+from editlab.cli.main import main
 from editlab.lm.language_model import LanguageModel
 from tests.tiny import tiny_model, tiny_tokenizer
 

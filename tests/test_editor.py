@@ -10,19 +10,19 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from callbacks import ForgettingCurve, MemoryReplay
-from editlab.checkpoint import EditCheckpoint
-from editlab.contexts import ContextSettings
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
+from editlab.edits.plan import Addition, EditCallback
 from editlab.errors import UserError
-from editlab.evaluation import EvaluationSettings
-from editlab.events import Addition, EditCallback
-from editlab.keys import locate
-from editlab.lm.running import reading
-from editlab.logger import RunLogger
-from editlab.moments import MomentSettings
-from editlab.rules import EMMET, MEMIT, ROME
-from editlab.values import ValueSettings
+from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.keys.subject_keys import locate
+from editlab.lm.forward import reading
+from editlab.runs.checkpoint import EditCheckpoint
+from editlab.runs.logger import RunLogger
+from editlab.solver.methods import EMMET, MEMIT, ROME
+from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS, write_counterfact
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from editlab.cli import main
-from tests.commands.runs import edited
+from editlab.cli.main import main
+from tests.cli.commands.runs import edited
 from tests.lm.test_anatomy import EXPECTED
 from tests.tiny import OTHERS
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from editlab.cli import main
+from editlab.cli.main import main
 from tests.tiny import tiny_model, tiny_tokenizer
 
 DRAW = random.Random(0)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from editlab.cli import main
+from editlab.cli.main import main
 from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 

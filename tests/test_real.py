@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlab.cli import main
+from editlab.cli.main import main
 from editlab.data.fact import Fact
 
 pytestmark = pytest.mark.real

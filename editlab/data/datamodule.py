@@ -15,8 +15,8 @@ from editlab.data.files import read_facts
 from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
-from editlab.progress import progress
-from editlab.settings import at_least_one
+from editlab.utils.progress import progress
+from editlab.utils.validation import at_least_one
 
 log = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab import ranks
+from editlab.distributed import ranks
 from editlab.errors import NotFiniteError, UserError
 from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
-from editlab.lm.layout import can_pack, lay_out_whole, pads_between
-from editlab.lm.load import load
+from editlab.lm.forward import by_row, logits_only_at, reading
+from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves
+from editlab.lm.packing import can_pack, lay_out_whole, pads_between
 from editlab.lm.placement import DeviceMap, runs_on
 from editlab.lm.probe import remembers_by_attention
-from editlab.lm.running import by_row, logits_only_at, reading
 from editlab.lm.tokens import by_beginning, by_length
-from editlab.rng import private_draws
+from editlab.utils.rng import private_draws
 
 TOKENS_A_PASS = 4096
 """Tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
@@ -74,7 +74,7 @@ class LanguageModel(nn.Module):
                 "recurrent state: choose a model whose blocks all attend."
             )
         self.packs: bool = can_pack(self)
-        """whether rows may be packed (:mod:`editlab.lm.layout`)"""
+        """whether rows may be packed (:mod:`editlab.lm.packing`)"""
         if not self.packs and not pads_between(self):
             raise UserError(
                 f"{type(model).__name__} counts padding among the places between two tokens, so prompts of different "
@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         device_map: DeviceMap | None = None,
         device: torch.device | None = None,
     ) -> LanguageModel:
-        """Loads a model by name, folder or file; :func:`editlab.lm.load.load` has the arguments and what is raised."""
+        """Loads a model by name, folder or file; see :func:`editlab.lm.loading.load.load` for arguments and errors."""
         return cls(*load(name, dtype, device_map, device), edit_module, placed=device_map is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:

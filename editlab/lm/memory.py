@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from editlab.errors import EditLabError
-from editlab.lm.dtypes import dtype_name
+from editlab.lm.precision import dtype_name
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
+from editlab.lm.forward import cache_of, past_of
 from editlab.lm.placement import runs_on
-from editlab.lm.running import cache_of, past_of
 
 LinearMap = nn.Linear | Conv1D
 Alter = Callable[[str, Tensor, float], Tensor]

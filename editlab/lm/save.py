@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.errors import UserError
-from editlab.lm.dtypes import dtype_name
+from editlab.lm.precision import dtype_name
 
 SHARD = "5GB"
 """Size of a weight file above which there are several."""

@@ -7,7 +7,7 @@ import torch
 
 from editlab.errors import EditLabError
 from editlab.lm import memory
-from editlab.lm.load import load
+from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves, free_memory, lacks_memory, require_memory, room_beside, weight_bytes
 from tests.ggufs import write_gguf
 from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from editlab.data import EditDataModule
+from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
-from editlab.keys import Site, read_keys
+from editlab.evaluation.scoring import score_pairs
+from editlab.keys.moments import MomentSettings, second_moments
+from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.placement import runs_on, settle, weights_of
-from editlab.moments import MomentSettings, second_moments
-from editlab.optim import EditedLayer
-from editlab.scoring import score_pairs
-from editlab.values import ValueSettings, optimize_values
+from editlab.values.optimize import ValueSettings, optimize_values
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor
 from tests.tiny import tiny_model, tiny_tokenizer

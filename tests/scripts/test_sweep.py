@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from editlab.lm.cache import atomic_file
+from editlab.utils.files import atomic_file
 from tests.facts import FACTS, write_counterfact
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -100,7 +100,7 @@ def test_runs_once_and_goes_on(options, tmp_path, capsys, monkeypatch):
 def test_what_the_recipe_gives_its_callback_does_not_stand(tmp_path):
     case = ablation.replay("random", sampling="random", rate=0.5)
     recipe = str(sweep.ROOT / "configs" / "emmet_consolidated.yaml")  # whose MemoryReplay has memory: both
-    command = [sys.executable, "-m", "editlab.cli", *case.arguments(recipe, 1, tmp_path), "--print_config"]
+    command = [sys.executable, "-m", "editlab.cli.main", *case.arguments(recipe, 1, tmp_path), "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
     replay, curve = yaml.safe_load(printed)["trainer"]["callbacks"]
     given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
@@ -178,7 +178,7 @@ def test_the_cases_cover_what_was_asked():
 def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
     case = next(case for case in forgetting.cases(2000) if case.name == name)
     recipe = str(sweep.ROOT / forgetting.EXPERIMENT.recipe)
-    command = [sys.executable, "-m", "editlab.cli", *case.arguments(recipe, 1, tmp_path), "--print_config"]
+    command = [sys.executable, "-m", "editlab.cli.main", *case.arguments(recipe, 1, tmp_path), "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
     found = yaml.safe_load(printed)["model"]["rule"]
     assert found["class_path"].rpartition(".")[2] == rule
@@ -190,7 +190,7 @@ def test_the_recipe_for_thousands_is_the_case_that_was_measured(tmp_path):
     case = next(case for case in forgetting.cases(2000) if case.name == "consolidated_looser_lora")
 
     def settings(*arguments):
-        command = [sys.executable, "-m", "editlab.cli", *arguments, "--print_config"]
+        command = [sys.executable, "-m", "editlab.cli.main", *arguments, "--print_config"]
         found = yaml.safe_load(subprocess.run(command, capture_output=True, check=True, cwd=sweep.ROOT).stdout)
         return [found["model"][name] for name in ("layers", "rule", "preserve_prompt_tokens", "values")], [
             one for one in found["trainer"]["callbacks"] if not one["class_path"].endswith("EditCheckpoint")
@@ -220,7 +220,7 @@ def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
     found = {case.name: case for case in baselines.cases()}
     assert set(found) == {f"{name}_{way}" for name in baselines.METHODS for way in ("sequential", "independent")}
     recipe = str(sweep.ROOT / baselines.RECIPE)
-    command = [sys.executable, "-m", "editlab.cli", *found["rome_independent"].arguments(recipe, 1, tmp_path)]
+    command = [sys.executable, "-m", "editlab.cli.main", *found["rome_independent"].arguments(recipe, 1, tmp_path)]
     printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True, cwd=sweep.ROOT)
     config = yaml.safe_load(printed.stdout)
     assert config["model"]["rule"]["class_path"].endswith("ROME")

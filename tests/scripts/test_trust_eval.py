@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from callbacks import TrustRollback
-from editlab.event_log import EventLog
-from editlab.events import EditPlan
+from editlab.edits.plan import EditPlan
+from editlab.runs.event_log import EventLog
 from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
 from scripts.fork import ForkLabels
 from tests.facts import FACTS, write_counterfact

@@ -1,0 +1,1 @@
+"""LoRA adjustment: an adapter trained briefly after the closed form."""

@@ -1,0 +1,1 @@
+"""Memory replay: earlier edits take part in the solve of each batch."""

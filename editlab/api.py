@@ -1,0 +1,247 @@
+"""Editing a model that is at hand, in one call from Python: no file, no recipe, no Trainer to be named."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
+from lightning.pytorch import Callback, Trainer, seed_everything
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from editlab.data import EditDataModule, Fact
+from editlab.data.formats import checked, read_record
+from editlab.editor import SequentialEditor
+from editlab.edits.edited_layer import EditedLayer
+from editlab.errors import UserError
+from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.lm.language_model import LanguageModel
+from editlab.runs.logger import RunLogger
+from editlab.runs.summary import summarize, table
+from editlab.runs.trainer import TRAINER_DEFAULTS
+from editlab.solver.methods import EMMET, Rule
+from editlab.utils.progress import bars
+from editlab.utils.rng import rng_state, set_rng_state
+from editlab.values.optimize import ValueSettings
+
+RECOMMENDED: dict[str, Any] = {
+    "rule": EMMET(covariance_weight=300, gamma=1),
+    "values": ValueSettings(reference="original"),
+    "preserve_prompt_tokens": 1.0,
+}
+"""What a model is edited with where nothing else is asked for: that of ``configs/emmet.yaml``."""
+
+SETTINGS = {
+    "rule": Rule,
+    "values": ValueSettings,
+    "moments": MomentSettings,
+    "contexts": ContextSettings,
+    "evaluation": EvaluationSettings,
+}
+"""What those settings have to be that are objects."""
+
+
+@dataclass
+class EditResult:
+    """What came of :func:`edit_model`."""
+
+    facts: list[Fact]
+    """those that the weights hold now, in the order of their edits"""
+    rolled_back: list[Fact]
+    """those that a callback refused, or that were edited anew"""
+    summary: dict[str, Any]
+    """what a run writes to ``summary.json``: ``before``, ``immediate``, ``retained``, ``perplexity``, ..."""
+    editor: SequentialEditor
+    """the module that did it: updates, ledger, evaluation"""
+
+    @property
+    def before(self) -> dict[str, float]:
+        """ES, PS, NS, accuracies, ... of the facts on the unedited model; what facts do not name is absent."""
+        return dict(self.summary["before"])
+
+    @property
+    def retained(self) -> dict[str, float]:
+        """The same of all edits that are in the weights, after the last of them."""
+        return dict(self.summary["retained"])
+
+    def revert(self) -> None:
+        """Takes all edits out of the model again, bit for bit."""
+        _revert(self.editor)
+
+    def __str__(self) -> str:
+        """The metrics before, right after, and at the end, as a table."""
+        return table(self.summary)
+
+
+def _revert(editor: SequentialEditor) -> None:
+    for layer in [*editor.edited.values(), *editor.adjusted.values()]:  # as far as they were found
+        assert isinstance(layer, EditedLayer)
+        layer.adapter = None
+        layer.restore(torch.zeros_like(layer.total))
+
+
+def edit_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact | Mapping[str, Any]],
+    *,
+    layers: Sequence[int] | Literal["auto"] = (4, 5, 6),
+    batch_size: int = 16,
+    callbacks: Sequence[Callback] = (),
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> tuple[PreTrainedModel, EditResult]:
+    """Edits facts in a causal language model, in sequence, and measures what became of them.
+
+    The weights of ``model`` itself are changed; :meth:`EditResult.revert` takes the edits out again. Random generators
+    and the model's mode are left as they were.
+
+    Args:
+        model: any causal language model of transformers, on one device.
+        tokenizer: its fast tokenizer.
+        facts: in the order of their edits: :class:`~editlab.data.Fact`, or dicts with ``subject``, ``prompt`` and
+            ``target`` (or in any other schema that fact files may have).
+        layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` finds them by
+            trying (:mod:`editlab.edits.layer_search`), on the first facts.
+        batch_size: facts a step.
+        callbacks: such as ``MemoryReplay()``, ``TrustRollback(heldout="some_text.txt")``, ``LoRAAdjust()``. All facts
+            are edited, so none is left for a gate to hold out: give it a text. What editlab's callbacks know of an
+            earlier call they forget; what they know of this one can be read off them afterwards.
+        folder: where curves, tables and event logs go, as of ``editlab fit``; nothing is written where not given.
+        seed: of all that is drawn.
+        progress: whether to show progress bars.
+        settings: further arguments of :class:`~editlab.editor.SequentialEditor`: ``rule``, ``values``, ``moments``,
+            ``evaluation``, ``keys``, ...; :data:`RECOMMENDED` holds for those not given.
+
+    Returns:
+        The model, edited, and what was measured.
+
+    Raises:
+        UserError: for a model, tokenizer, facts, layers, seed, folder or settings that can not be.
+
+    Example::
+
+        model, result = edit_model(model, tokenizer, [
+            {"subject": "The Eiffel Tower", "prompt": "{} is located in the city of", "target": "Rome"},
+        ])
+        print(result)
+    """
+    _check(model, tokenizer, settings)
+    _check_run(seed, folder)
+    chosen = layers if isinstance(layers, str) else list(layers)
+    name = {"language_model": model.config.name_or_path or type(model).__name__}
+    editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
+    data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False)
+    data.candidates = _facts(facts)
+    generators = rng_state()
+    try:
+        with _as_it_was(model), _environment(), _run_folder(folder) as root, bars(progress):
+            seed_everything(seed, verbose=False)
+            editor.use(LanguageModel(model, tokenizer, editor.edit_module))
+            trainer = Trainer(
+                accelerator="cpu" if model.device.type == "cpu" else "auto",
+                devices=[model.device.index or 0] if model.device.type == "cuda" else 1,
+                callbacks=list(callbacks),
+                logger=RunLogger(str(root), "edit_model") if folder is not None else False,
+                default_root_dir=root,
+                enable_checkpointing=False,
+                enable_progress_bar=progress,
+                **TRAINER_DEFAULTS,
+            )
+            trainer.fit(editor, datamodule=data)
+            summary = summarize(trainer, editor)
+    except BaseException:
+        _revert(editor)  # whoever gets no result can not take the edits out
+        raise
+    finally:
+        set_rng_state(generators)
+    kept = editor.edited_facts
+    gone = [fact for fact in data.facts if fact not in kept]
+    return model, EditResult(kept, gone, summary, editor)
+
+
+def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where words end: give the "
+            "fast one that AutoTokenizer loads, or convert it to a PreTrainedTokenizerFast."
+        )
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError(
+            "Values are found by gradients, which torch.inference_mode() rules out: load the model and call edit_model "
+            "outside of it (torch.no_grad() does no harm)."
+        )
+    for name, kind in SETTINGS.items():
+        if name in settings and not isinstance(settings[name], kind):
+            such = "EMMET" if kind is Rule else kind.__name__
+            raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {such}().")
+
+
+def _check_run(seed: int, folder: str | Path | None) -> None:
+    if not min_seed_value <= seed <= max_seed_value:
+        raise UserError(f"seed is {seed}: it must lie between {min_seed_value} and {max_seed_value}.")
+    if folder is not None and Path(folder).is_file():
+        raise UserError(f"folder is {folder}, a file: name a folder, which need not be there yet.")
+
+
+def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
+    facts = []
+    for index, one in enumerate(given):
+        if not isinstance(one, Fact | Mapping):
+            raise UserError(f"Fact {index} is {one!r}: give a Fact, or a dict with subject, prompt and target.")
+        try:
+            facts.append(checked(one) if isinstance(one, Fact) else read_record(dict(one), index))
+        except UserError as error:
+            raise UserError(f"Fact {index} {error}.") from None
+    if not facts:
+        raise UserError("No fact is given: give at least one.")
+    return facts
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode and without gradients inside; its modes, gradients and device are put back."""
+    device = model.device
+    training = {module: module.training for module in model.modules()}
+    with_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.to(device)  # type: ignore[arg-type]  # the Trainer leaves it on the CPU
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in with_gradient:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What Lightning's seeding leaves in the environment would seed whatever else the process does later."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+@contextmanager
+def _run_folder(folder: str | Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="editlab-") as temporary:
+        yield Path(temporary)

@@ -1,0 +1,13 @@
+"""The verbs that need no Trainer, one file each."""
+
+from __future__ import annotations
+
+from editlab.cli.commands import apply, ask, compare, export, facts, report, revert
+from editlab.cli.commands.command import Command
+
+COMMANDS: dict[str, Command] = {
+    verb.COMMAND.name: verb.COMMAND for verb in (export, apply, revert, ask, compare, report, facts)
+}
+"""By the word after ``editlab``, in the order in which ``--help`` lists them."""
+
+__all__ = ["COMMANDS", "Command"]

@@ -1,0 +1,130 @@
+"""``editlab ask``: what the model says before and after its edits, side by side."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from itertools import zip_longest
+from textwrap import wrap
+
+from jsonargparse import ArgumentParser, Namespace
+
+from editlab.cli.commands.command import Command
+from editlab.cli.commands.writing import add_checkpoint_arguments
+from editlab.errors import UserError
+from editlab.lm.generate import Answer, answer, require_words
+from editlab.runs.checkpoint import find_checkpoint
+from editlab.runs.delta import Delta
+
+log = logging.getLogger(__name__)
+
+_NARROWEST, _WIDEST = 60, 120
+_LABEL = 14
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The answers to one prompt."""
+
+    prompt: str
+    before: Answer
+    after: Answer
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="*", type=str, help="One or more; without any, one a line of standard input.")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--new_tokens", type=int, default=20, help="Tokens of the continuation.")
+    parser.add_argument("--top", type=int, default=5, help="Next tokens to show.")
+    parser.add_argument("--json", action="store_true", help="Write a JSON array to standard output, and no more there.")
+
+
+def _ask(given: Namespace) -> None:
+    for name, least in (("new_tokens", 0), ("top", 0)):
+        if given[name] < least:
+            raise UserError(f"--{name} is {given[name]}: it must be at least {least}.")
+    if given.json:
+        with redirect_stdout(sys.stderr):  # where messages belong while standard output is for a program to read
+            pairs = _answers(given)
+        sys.stdout.write(json.dumps([_plain(pair) for pair in pairs], ensure_ascii=False, indent=2) + "\n")
+    else:
+        for pair in _answers(given):
+            log.info("%s\n", render(pair, given.new_tokens > 0))
+
+
+def _answers(given: Namespace) -> list[Pair]:
+    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    return ask(delta, given.prompts or _typed(), given.new_tokens, given.top, given.model)
+
+
+def _typed() -> list[str]:
+    if sys.stdin.isatty():
+        sys.stderr.write("One prompt a line; end with an empty line or Ctrl-D.\n")
+    prompts = []
+    for line in sys.stdin:
+        if line.strip():
+            prompts.append(line.rstrip("\r\n"))
+        elif sys.stdin.isatty():
+            break
+    if not prompts:
+        raise UserError("There is no prompt: give some as arguments, or one a line on standard input.")
+    return prompts
+
+
+def ask(delta: Delta, prompts: list[str], new_tokens: int, top: int, base: str | None = None) -> list[Pair]:
+    """Answers of the unedited model and of the edited one.
+
+    Raises:
+        UserError: A prompt is empty or too long, or the base model is another.
+    """
+    for prompt in prompts:  # before the work on the first
+        require_words(prompt)
+    model, tokenizer = delta.base(base)
+    before = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]
+    delta.put_on(model)
+    after = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]
+    return [Pair(*three) for three in zip(prompts, before, after, strict=True)]
+
+
+def _plain(pair: Pair) -> dict[str, object]:
+    def side(one: Answer) -> dict[str, object]:
+        tokens = [{"token": token, "probability": probability} for token, probability in one.next]
+        return {"continuation": one.continuation, "next": tokens}
+
+    return {"prompt": pair.prompt, "before": side(pair.before), "after": side(pair.after)}
+
+
+def render(pair: Pair, with_text: bool = True) -> str:
+    """The two answers as columns, as wide as the terminal within limits."""
+    width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns))
+    column = (width - _LABEL - 2) // 2
+    rows: list[tuple[str, ...]] = [("", "before", "after")]
+    if with_text:
+        texts = (wrap(_visible(one.continuation), column) or ["(the text ends)"] for one in (pair.before, pair.after))
+        labels = ("continuation",)
+        rows += list(zip_longest(labels, *texts, fillvalue=""))
+    nexts = zip_longest(pair.before.next, pair.after.next)
+    for place, (before, after) in enumerate(nexts, start=1):
+        rows.append((f"{place}. next token", _token(before, column), _token(after, column)))
+    lines = [f"{label:{_LABEL}} {left:{column}} {right}".rstrip() for label, left, right in rows]
+    return "\n".join([pair.prompt, *lines])
+
+
+def _visible(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " / ", text.strip())
+
+
+def _token(one: tuple[str, float] | None, width: int) -> str:
+    if one is None:
+        return ""
+    token, probability = one
+    shown = json.dumps(token, ensure_ascii=False)  # in quotes, for a space before it tells words from parts of them
+    return f"{probability:5.3f} {shown}"[:width]
+
+
+COMMAND = Command("ask", "Show what the model says to prompts before and after its edits.", _add_arguments, _ask)

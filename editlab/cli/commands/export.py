@@ -1,0 +1,57 @@
+"""``editlab export``: the edited model as a folder of transformers, or only what editing added to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from editlab.cli.commands.command import Command
+from editlab.cli.commands.writing import Writing, add_checkpoint_arguments, add_writing_arguments, size_of
+from editlab.errors import UserError
+from editlab.lm.save import share
+from editlab.runs.checkpoint import find_checkpoint
+from editlab.runs.delta import FILE, Delta
+from editlab.runs.model_card import delta_card
+from editlab.utils.files import atomic_folder
+
+log = logging.getLogger(__name__)
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add_checkpoint_arguments(parser)
+    add_writing_arguments(parser)
+    parser.add_argument("--delta-only", action="store_true", help=f"Write only {FILE}, the sum of all edits, float32.")
+
+
+def _export(given: Namespace) -> None:
+    writing = Writing.of(given)
+    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    if not given.delta_only:
+        writing.edited(delta, given.model)
+    elif given.dtype not in (None, "float32"):
+        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: give --dtype to editlab apply.")
+    else:
+        write_delta(delta, writing.out)
+
+
+def write_delta(delta: Delta, out: Path) -> None:
+    """Writes the delta and its card into a new folder; the base model is not needed.
+
+    Raises:
+        EditLabError: The folder can not be written.
+    """
+    shown = os.path.relpath(out)  # while there is a working directory: it may be the folder to be written
+    with atomic_folder(out) as folder:
+        card = folder / "README.md"
+        card.write_text(delta_card(delta), encoding="utf-8")
+        delta.save(folder / FILE)
+        share(folder / FILE, card)
+    log.info("%s: delta of %s, %s", shown, delta.language_model, size_of(out))
+
+
+COMMAND = Command(
+    "export", "Write the edited model of a checkpoint as a folder that transformers loads.", _add_arguments, _export
+)

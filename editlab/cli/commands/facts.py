@@ -1,0 +1,59 @@
+"""``editlab facts check``: what is wrong in a file of facts, record by record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser, Namespace
+
+from editlab.cli.commands.command import Command
+from editlab.data.fact import Fact
+from editlab.data.files import find_facts
+from editlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts.")
+
+
+def _check(given: Namespace) -> None:
+    facts: list[Fact] = []
+    wrong = 0
+    slots: dict[tuple[str, str], str] = {}
+    for where, fact, fault in find_facts(given.file):
+        if fact is None:
+            wrong += 1
+            log.info("%s %s.", where, fault)
+            continue
+        facts.append(fact)
+        first = slots.setdefault(fact.slot, where)
+        if first != where:
+            other = first[0].lower() + first[1:]
+            log.info("%s repeats subject and prompt of %s: one of them is edited, or with data.keep_repeats all.",
+                     where, other)  # fmt: skip
+    if wrong:
+        count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
+        raise UserError(f"{count}: mend or remove what is named above.")
+    log.info("%s", measured(facts, given.file))
+
+
+def measured(facts: Sequence[Fact], name: str) -> str:
+    """How many facts there are, and what can be measured of them."""
+    total = len(facts)
+    truths = sum(fact.target_true is not None for fact in facts)
+    paraphrases = sum(bool(fact.paraphrases) for fact in facts)
+    neighbors = sum(bool(fact.neighbors) for fact in facts)
+    lines = [
+        f"{total} fact{'' if total == 1 else 's'} in {name}, none of them wrong; {truths} with a truth, {paraphrases} "
+        f"with paraphrases, {neighbors} with neighbors."
+    ]
+    if truths < total:
+        lines.append("Set data.only_known to false: without a truth, what the model knows can not be told.")
+    return "\n".join(lines)
+
+
+_CHECK = Command("check", "Say what is wrong in a file of facts, record by record.", _add_arguments, _check)
+COMMAND = Command("facts", "Look at files of facts.", commands=(_CHECK,))

@@ -1,0 +1,93 @@
+"""Failures that are no mistake of the user's: a full disk, no permission, too little memory, a fault in a program."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from editlab.errors import EditLabError, causes
+from editlab.lm.memory import lacks_memory
+from editlab.utils.files import FORBIDDEN, FULL
+
+_SAVED = "_run_is_saved"
+"""Attribute of an exception whose run has a checkpoint."""
+
+
+def note_saved(error: BaseException) -> None:
+    """Notes that the run which an error ended has a checkpoint for ``--ckpt_path last`` to go on from."""
+    setattr(error, _SAVED, True)
+
+
+def is_saved(error: BaseException) -> bool:
+    """Whether :func:`note_saved` was called of it."""
+    return getattr(error, _SAVED, False)
+
+
+def describe(error: BaseException, editing: bool = True, saved: bool = True) -> str | None:
+    """One sentence, with the mend; None where the error tells of nothing but a fault in a program.
+
+    Looks through what led to the error as well.
+
+    Args:
+        error: what was raised.
+        editing: by one of the Trainer's verbs, which has settings.
+        saved: with a checkpoint to go on from.
+    """
+    for link in causes(error):
+        found = _of_system(link, editing, saved) or _of_memory(link, editing, saved)
+        if found:
+            return found
+    return None
+
+
+def surprise(error: Exception, editing: bool = True, saved: bool = True) -> EditLabError:
+    """What to say of an error that editlab can not name; arguments as of :func:`describe`."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    written = " What is written so far is whole, and --ckpt_path last goes on from it." if editing and saved else ""
+    return EditLabError(
+        f"{type(error).__name__}: {first.rstrip('.')}. This should not happen: run it again with --debug and report "
+        f"what it shows.{written}"
+    )
+
+
+def _of_system(error: BaseException, editing: bool, saved: bool) -> str | None:
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # what pathlib makes of ~nobody
+        return "A path begins with ~ and the name of a user that this machine does not have: write it in full."
+    if not isinstance(error, OSError):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in FULL:
+        place = "trainer.logger.init_args.save_dir" if editing else "--out"
+        after = "what was written is whole" + (", and --ckpt_path last goes on from it" if editing and saved else "")
+        return (
+            f"The disk is full{where}: free some space, or write elsewhere ({place}, EDITLAB_CACHE, HF_HOME); {after}."
+        )
+    if error.errno in FORBIDDEN:
+        return (
+            f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another place."
+        )
+    return None
+
+
+def _of_memory(error: BaseException, editing: bool, saved: bool) -> str | None:
+    text = str(error)
+    asked = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
+    if isinstance(error, torch.OutOfMemoryError):
+        place, more = "The GPU's memory", "model.values.batch_tokens, data.batch_size, or trainer.precision bf16-true"
+    elif lacks_memory(error):
+        place, more = "Memory", "model.values.batch_tokens or data.batch_size, or take a smaller model"
+    else:
+        return None
+    wanted = f" ({_readable(asked.group(1))} more were asked for)" if asked else ""
+    if not editing:
+        return f"{place} does not suffice{wanted}: close other programs, or take a machine with more."
+    after = "; --ckpt_path last goes on from the last finished batch" if saved else ""
+    return f"{place} does not suffice{wanted}: lower {more}{after}."
+
+
+def _readable(amount: str) -> str:
+    number, _, unit = amount.partition(" ")
+    if unit != "bytes":
+        return amount
+    return f"{int(float(number)) / 2**20:.0f} MiB"

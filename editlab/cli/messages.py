@@ -1,0 +1,150 @@
+"""What the configuration parser and the Trainer say of a mistake, as one sentence that names the mend."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from editlab.data.formats import FactFormat
+from editlab.solver.methods import Rule
+
+_NO_TRAINER = re.compile(
+    r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
+)
+"""How the Trainer's plain errors about its arguments begin."""
+
+_NAMED_IN_YAML: tuple[type, ...] = (Rule, FactFormat, Callback, Logger)
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for a mistake in the configuration; None where the error is of another kind."""
+    if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
+        return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
+    if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
+        return _line(str(error)) + "."
+    text, known = str(error), isinstance(error, ArgumentError)
+    for pattern, sentence in _SENTENCES if known else _OF_TRAINER:
+        found = re.search(pattern, text, re.DOTALL)
+        if found is not None:
+            return sentence(found)
+    return _line(text) if known else None
+
+
+def _wrong_argument(found: re.Match[str]) -> str:
+    """A class that there is, with an argument that it has not."""
+    path, argument = found.groups()
+    name = path.rsplit(".", 1)[-1]
+    cls = _classes().get(name)
+    known = [p for p in inspect.signature(cls).parameters if p != "kwargs"] if cls is not None else []
+    takes = f"; it takes {', '.join(known)}" if known else ""
+    return f"{name} has no argument {argument!r}{_did_you_mean(argument, known)}{takes}."
+
+
+def _unknown_class(found: re.Match[str]) -> str:
+    name = found.group(1)
+    near = _did_you_mean(name.rsplit(".", 1)[-1], _classes())
+    return f"There is no class named {name!r}{near or '; name a class of editlab, Lightning or a plug-in'}."
+
+
+def _no_kind(found: re.Match[str]) -> str:
+    key, path, kind = found.groups()
+    return f"{key} names {path or 'a class'}, which is no {kind}: name one of editlab, Lightning or a plug-in."
+
+
+def _unknown_setting(found: re.Match[str]) -> str:
+    name = found.group(1).lstrip("-").partition("=")[0]
+    return f"There is no setting {name!r}: --help after the verb lists them all."
+
+
+def _wrong_value(found: re.Match[str]) -> str:
+    key, rest = found.groups()
+    kinds = list(dict.fromkeys(re.findall(r"Expected a <class '(?:\w+\.)*(\w+)'>", rest)))
+    given = re.search(r"(?:Given|Got) value: (.*)", rest)
+    if kinds and given:
+        words = [word for listed in re.findall(r"typing\.Literal\[([^\]]+)\]", rest) for word in _listed(listed)]
+        wanted = ["null" if kind == "NoneType" else kind for kind in kinds] + list(dict.fromkeys(words))
+        return f"{key} is {given.group(1).strip()!r}: it must be {' or '.join(wanted)}."
+    return f"{key} has a wrong value: {_line(rest)}."
+
+
+def _unknown_verb(found: re.Match[str]) -> str:
+    verb, known = found.groups()
+    return f"There is no verb {verb!r}{_did_you_mean(verb, _listed(known)) or f': say {_either(known)}.'}"
+
+
+def _missing(found: re.Match[str]) -> str:
+    names = [name.rsplit(".", 1)[-1] for name in found.group(1).split(", ")]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing: --help after the verb tells more."
+
+
+def _listed(text: str) -> list[str]:
+    """The names in a list that argparse has written."""
+    return re.findall(r"[\w-]+", text)
+
+
+def _either(text: str) -> str:
+    *others, last = _listed(text)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+_SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r'"config": File does not exist: \'([^\']+)\'',
+     lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config."),
+    (r"Unexpected config: ", lambda m: "The configuration is no mapping: write sections, such as model: and data:."),
+    (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
+    (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),
+    (r"Problem with given class_path '([^']+)':\s*(No module named '[^']+'|module '[^']+' has no attribute '[^']+')",
+     lambda m: f"{m.group(1)} can not be imported ({_line(m.group(2))}): check the path, or install its package."),
+    (r'Parser key "([^"]+)".*Import path (?:(\S+) )?does not correspond to a subclass of (\w+)', _no_kind),
+    (r"Expected a dot import path string: (\S+)", _unknown_class),
+    (r"unrecognized arguments: (\S+)", _unknown_setting),
+    (r"does not accept option '([^']+)'", _unknown_setting),
+    (r"argument subcommand: invalid choice: '([^']+)' \(choose from (.*)\)", _unknown_verb),
+    (r'expected "subcommand" to be one of', lambda m: "A verb is missing: --help lists them."),
+    (r"argument (--\S+): invalid choice: '([^']*)' \(choose from (.*)\)",
+     lambda m: f"{m.group(1)} is {m.group(2)!r}: it must be {_either(m.group(3))}."),
+    (r"argument (--\S+): expected one argument", lambda m: f"{m.group(1)} has no value: write one after it."),
+    (r"following arguments are required: (.*)", _missing),
+    (r'Parser key "([^"]+)":?\s*(.*)', _wrong_value),
+)  # fmt: skip
+"""What to look for, the most telling first, and what to say of it."""
+
+
+_OF_TRAINER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"^Found more than one stateful callback of type `(\w+)`",
+     lambda m: f"trainer.callbacks has {m.group(1)} more than once: leave one of them."),
+    (r"^(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
+     lambda m: f"seed_everything is {m.group(1)}: it must lie between {m.group(2)} and {m.group(3)}."),
+    (r"^`Trainer\(barebones=True",
+     lambda m: "trainer.barebones does without what keeps a run, its logger and checkpoints: leave it out."),
+)  # fmt: skip
+"""The same of plain errors that Lightning raises about a recipe."""
+
+
+def _line(text: str) -> str:
+    """The beginning of a message, on one line."""
+    return " ".join(text.split())[:300].rstrip(".")
+
+
+def _classes() -> dict[str, type]:
+    """Every class that YAML may name, by its bare name."""
+
+    def below(base: type) -> Iterable[type]:
+        sub: type
+        for sub in base.__subclasses__():
+            yield sub
+            yield from below(sub)
+
+    return {cls.__name__: cls for base in _NAMED_IN_YAML for cls in below(base)}
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""

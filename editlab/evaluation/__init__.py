@@ -1,0 +1,1 @@
+"""Scores of facts, and the metrics that a run measures."""

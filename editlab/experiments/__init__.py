@@ -1,0 +1,1 @@
+"""Experiments: many runs, their tables and figures."""

@@ -1,0 +1,203 @@
+"""Keys: what the edited layer sees at the last token of each subject, and what it must not move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from editlab.data.fact import Fact
+from editlab.distributed import ranks
+from editlab.errors import UserError
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.tokens import Encoding, encode, encode_pair
+
+KEY_MODES = ("bare", "mean", "each")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a target lives: the residual stream after a block or, where a norm follows the MLP, the MLP's output.
+
+    In most models what the edited projection adds arrives unchanged in the stream, so the target can be one of the
+    stream and be spread over several layers below it (MEMIT). Where it does not (Gemma 2 and 3), it has to be a
+    target of the projection itself.
+    """
+
+    layer: int
+    in_stream: bool
+    module: nn.Module
+
+    @classmethod
+    def of(cls, lm: LanguageModel, layer: int) -> Site:
+        """The site for edits whose topmost layer is ``layer``."""
+        additive = lm.anatomy.additive
+        return cls(layer, additive, lm.anatomy.blocks[layer] if additive else lm.anatomy.edit_module(layer))
+
+
+@dataclass
+class Keys:
+    """One layer's view of some facts. Columns are keys; with mode ``each`` a fact has several."""
+
+    keys: Tensor
+    """float64 [d_k, n]"""
+    fact: Tensor
+    """long [n]: which fact each key belongs to"""
+    current: Tensor
+    """float64 [d_v, facts]: what the site gives now at the subject's last token in the bare prompt"""
+    others: Tensor
+    """float64 [d_k, m]: keys of the bare prompts' other tokens, without each prompt's first"""
+    others_fact: Tensor
+    """long [m]: whose prompt each of these is in"""
+
+    def plus(self, cached: Sequence[CachedKey], total: Tensor) -> Keys:
+        """These and the keys of further facts, which are known; ``total`` [d_v, d_k] is the layer's sum of updates."""
+        if not cached:
+            return self
+        count = self.current.shape[1]
+        more = torch.stack([c.key for c in cached]).to(self.keys).T
+        origin = torch.stack([c.origin for c in cached]).to(self.keys).T
+        others = [c.others if c.others is not None else c.key.new_zeros(0, len(c.key)) for c in cached]
+        number = torch.arange(count, count + len(cached)).to(self.fact)
+        lengths = torch.tensor([len(o) for o in others]).to(self.fact)
+        return Keys(
+            keys=torch.cat([self.keys, more], 1),
+            fact=torch.cat([self.fact, number]),
+            current=torch.cat([self.current, origin + total.to(more) @ more], 1),
+            others=torch.cat([self.others, torch.cat(others).to(self.keys).T], 1),
+            others_fact=torch.cat([self.others_fact, number.repeat_interleave(lengths)]),
+        )
+
+
+@dataclass(frozen=True)
+class CachedKey:
+    """What is known of a fact at a layer below which nothing changes, so that no forward pass need run for it."""
+
+    key: Tensor
+    """[d_k]: in the bare prompt"""
+    origin: Tensor
+    """[d_v]: what the site gives but for the layer's updates"""
+    others: Tensor | None = None
+    """[m, d_k]: keys of its prompt's other tokens; None where they are not preserved"""
+
+
+def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, int]:
+    """The tokens of ``context + question`` and the index of the subject's last token.
+
+    Raises:
+        UserError: where the tokenizer gives the subject no token.
+    """
+    encoding = encode(lm.tokenizer, context + fact.question)
+    return encoding, encoding.token_at(len(context) + fact.subject_span[1])
+
+
+def check_lengths(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> None:
+    """Makes sure that every fact fits into the model; see :func:`too_long`.
+
+    Raises:
+        UserError: where one has more tokens than the model takes.
+    """
+    for fact in facts:
+        fault = too_long(lm, fact, contexts)
+        if fault is not None:
+            raise UserError(f"The fact {fact.question[:40]!r}... {fault}.")
+
+
+def too_long(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> str | None:
+    """What of a fact has more tokens than the model takes, as the end of a sentence with the mend; None for nothing.
+
+    Its prompt with the new target stands behind every context, all else that is scored by itself. A model whose
+    positions are learnt has none for what comes later, and others were never trained that far.
+    """
+    if lm.longest is None:
+        return None
+    limit = f"and the model takes {lm.longest}: shorten"
+    if not _short(lm.longest, *contexts, fact.question, fact.target_new):
+        before = max((len(encode(lm.tokenizer, context).ids) for context in contexts if context), default=0)
+        length = before + _length(lm, fact.question, fact.target_new)
+        if length > lm.longest:
+            return f"has {length} tokens with its target and a context, {limit} its prompt"
+    for what, prompt, continuation in _scored(fact):
+        # The last token of what is scored is read off what stands before it.
+        if _short(lm.longest, prompt, continuation) or _length(lm, prompt, continuation) - 1 <= lm.longest:
+            continue
+        return f"has a {what} with {_length(lm, prompt, continuation)} tokens from prompt to answer, {limit} it"
+    return None
+
+
+def _scored(fact: Fact) -> Iterator[tuple[str, str, str]]:
+    """What a text is, the text, and a continuation that it is scored with."""
+    truths = [fact.target_true] if fact.target_true is not None else []
+    yield from (("truth", fact.question, truth) for truth in truths)
+    yield from (("paraphrase", p, answer) for p in fact.paraphrases for answer in (fact.target_new, *truths))
+    yield from (("neighbor", n.prompt, answer) for n in fact.neighbors for answer in (fact.target_new, n.truth))
+
+
+def _short(tokens: int, *texts: str) -> bool:
+    """Whether texts are of so few tokens for certain; tokenizing those of a whole file takes minutes.
+
+    No tokenizer makes more tokens of ASCII than it has characters, but for a special one or a space before each text.
+    """
+    return all(map(str.isascii, texts)) and sum(len(text) + 4 for text in texts) <= tokens
+
+
+def _length(lm: LanguageModel, prompt: str, continuation: str) -> int:
+    return len(encode_pair(lm.tokenizer, prompt, continuation)[0].ids)
+
+
+def read_keys(
+    lm: LanguageModel, facts: Sequence[Fact], layer: int, site: Site, contexts: Sequence[str], mode: str
+) -> Keys:
+    """Keys of the facts at one layer, the site's current output, and the prompts' other keys, in one reading.
+
+    Several ranks share the passes.
+
+    Args:
+        lm: the model, with the weights as they are now.
+        facts: the facts.
+        layer: whose keys.
+        site: where targets live; its block is the last that runs.
+        contexts: prefixes, the empty one first.
+        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts, ``each`` one key for
+            every context.
+    """
+    used = [""] if mode == "bare" else list(contexts)
+    rows: list[tuple[int, ...]] = []
+    lasts: list[int] = []
+    for context in used:
+        for fact in facts:
+            encoding, last = locate(lm, fact, context)
+            rows.append(encoding.ids if context == "" else encoding.ids[: last + 1])
+            lasts.append(last)
+    modules = {"key": (lm.anatomy.edit_module(layer), "input"), "site": (site.module, "output")}
+    n = len(facts)
+
+    def read(group: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        seen = lm.read([rows[i] for i in group], modules, stop="site")
+        return [_picked(s, lasts[i], len(rows[i]) if i < n else 0) for s, i in zip(seen, group, strict=True)]
+
+    found = ranks.each(lm.passes(rows), read)
+    at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
+    others = [some for _, some, _ in found[:n]]
+    order = torch.arange(n, device=at_last.device)
+    lengths = torch.tensor([len(o) for o in others], device=at_last.device)
+    others_fact = order.repeat_interleave(lengths)
+    if mode == "each":
+        order = order.repeat(len(used))
+    else:
+        at_last = at_last.view(len(used), n, -1).mean(0)
+    return Keys(
+        keys=at_last.T.contiguous(),
+        fact=order,
+        current=torch.stack([site for _, _, site in found[:n]]).to(lm.device).double().T,
+        others=torch.cat(others).to(lm.device).double().T,
+        others_fact=others_fact,
+    )
+
+
+def _picked(seen: dict[str, Tensor], last: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one row, on the CPU: the key at its ``last`` token, those at its other ``tokens``, the site's output."""
+    others = [t for t in range(1, tokens) if t != last]
+    return seen["key"][last].cpu().clone(), seen["key"][others].cpu(), seen["site"][last].cpu().clone()

@@ -1,0 +1,182 @@
+"""GGUF files: what such a file holds is checked, dequantized once, and kept in the cache as a plain folder.
+
+Reading a GGUF file takes half a minute where a folder of safetensors takes a second. The folder is keyed by the file's
+content, so that a file that was changed is another model, and one that was only moved or renamed is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
+
+from editlab.errors import EditLabError, UserError
+from editlab.lm.loading.causal import require_causal
+from editlab.lm.memory import require_memory
+from editlab.lm.save import save
+from editlab.utils.files import atomic_folder, cache_dir, sha256
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"GGUF"
+"""First bytes of every such file."""
+
+_PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
+"""What a kept folder has; of alternatives, one."""
+_SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
+"""Text in which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
+
+
+def is_gguf(file: Path) -> bool:
+    """Tell a GGUF file by how it begins."""
+    with file.open("rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC
+
+
+def gguf_folder(file: Path) -> Path:
+    """Return the folder in the cache that holds the model of a GGUF file; where it is not there, make it first.
+
+    The weights are dequantized to float32, which takes 4 bytes each in memory and on the disk.
+
+    Raises:
+        UserError: The file is damaged, one of several parts, or of a kind that transformers can not read; or the cache
+            cannot be written to.
+        EditLabError: The disk is full, or memory does not suffice.
+    """
+    return kept(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
+
+
+def kept(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return ``folder`` in the cache, filled by ``make`` where it is not there yet; processes may do so together.
+
+    Raises:
+        EditLabError: It was there and is incomplete; or what :func:`~editlab.utils.files.atomic_folder` raises.
+    """
+    if not folder.exists():
+        with atomic_folder(folder) as unfinished:
+            make(unfinished)
+    for names in _PARTS:
+        if not any((folder / name).is_file() for name in names):
+            raise EditLabError(f"{folder} is incomplete ({names[0]} is gone): delete this folder to have it made again")
+    return folder
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write the model of ``file`` to ``folder``: float32 safetensors, configuration and tokenizer.
+
+    Raises:
+        UserError: Transformers has no reader for this kind of model or for its tokenizer, it does not continue text, or
+            tensors are missing.
+    """
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    with _quiet():
+        with _explained(f"transformers {transformers.__version__} cannot read the model in {file}"):
+            config = transformers.AutoConfig.from_pretrained(**source)
+        require_causal(str(file), config)
+        with _explained(f"transformers {transformers.__version__} cannot make the tokenizer of {file}"):
+            tokenizer = _as_it_is(transformers.AutoTokenizer.from_pretrained(**source))
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True
+        )
+        model, report = loaded
+        if report["missing_keys"]:
+            raise UserError(f"{file} is incomplete ({min(report['missing_keys'])} is missing): get the file again")
+        _forget_quantization(model)
+        save(model, tokenizer, folder)
+        _check_saved(tokenizer, folder, file)
+
+
+def _convert_checked(file: Path, folder: Path) -> None:
+    parts, weights = _look_into(file)
+    if parts > 1:
+        raise UserError(f"{file} is one of {parts} parts of a model: join them by llama.cpp's gguf-split --merge")
+    require_memory(str(file), 4 * weights, torch.float32, torch.device("cpu"))
+    log.info("%s: converting (once, to %s)", file.name, folder.parent)
+    convert(file, folder)
+
+
+def _look_into(file: Path) -> tuple[int, int]:
+    """Return the number of files that the model is split into, and of weights in this one.
+
+    Raises:
+        UserError: The file's tables or tensors reach beyond its end, or make no sense.
+    """
+    try:
+        reader = GGUFReader(file)
+        split = reader.get_field("split.count")
+        parts = int(split.parts[split.data[0]][0]) if split is not None else 1
+        return parts, sum(int(tensor.n_elements) for tensor in reader.tensors)
+    except (ValueError, LookupError, OverflowError, TypeError) as error:  # it takes every number at its word
+        raise UserError(f"{file} is damaged, cut short, or of another version of GGUF: get the file again") from error
+
+
+def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer as one of no family's class: such a class would build its own from the saved vocabulary."""
+    if type(tokenizer) is transformers.PreTrainedTokenizerFast:
+        return tokenizer
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template=tokenizer.chat_template,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -> None:
+    """Make sure that whoever loads the folder gets the file's tokenizer; transformers replaces that of some families.
+
+    Raises:
+        UserError: It gives other tokens.
+    """
+    saved = transformers.AutoTokenizer.from_pretrained(folder)
+    if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
+        raise UserError(
+            f"transformers {transformers.__version__} takes another tokenizer for such a model than {file} has: name a "
+            "folder or a hub id of this model instead"
+        )
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let transformers save the weights, which are plain numbers by now, though it takes the model for quantized."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"{what} ({first}): name a folder or a hub id of this model instead") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the warnings, messages and progress bars of transformers to itself."""
+    chatter = transformers.utils.logging
+    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    # The reader of GGUF files uses tqdm past the switch of transformers.
+    reader: Any = modeling_gguf_pytorch_utils
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    reader.tqdm = partial(tqdm, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        reader.tqdm = tqdm
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()

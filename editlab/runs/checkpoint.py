@@ -1,0 +1,229 @@
+"""Checkpoints that a killed run goes on from: whole or not there, and only as large as what editing changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from editlab.errors import UserError
+from editlab.runs.resume import ENTRIES, KEY, sums
+from editlab.utils.files import atomic_file
+from editlab.utils.validation import at_least_one
+
+log = logging.getLogger(__name__)
+
+LAST = "last"
+"""Name of the checkpoint file, and what ``--ckpt_path`` takes for the newest run's."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file and moves it into place, on one disk, so that no reader sees half a checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Saves the checkpoint.
+
+        Raises:
+            EditLabError: The disk is full.
+            UserError: The place can not be written to.
+        """
+        with atomic_file(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads a checkpoint.
+
+        Raises:
+            FileNotFoundError: There is none.
+            UserError: The file is damaged, or not one of editlab's.
+        """
+        with _explained(path):
+            if Path(path).is_file() and not zipfile.is_zipfile(path):  # else torch takes it for an old pickle
+                raise EOFError
+            return _ours(super().load_checkpoint(path, *args, **kwargs), path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without a Trainer; its tensors are read from the disk when they are looked at.
+
+    Raises:
+        UserError: There is none, it is damaged, or not one of editlab's.
+    """
+    if not path.is_file():
+        raise UserError(f"The checkpoint {str(path)!r} does not exist: check --ckpt_path.")
+    with _explained(path):
+        return _ours(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+
+
+@contextmanager
+def _explained(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"The checkpoint {path} can not be read, for it is damaged or of another kind: give another, or start anew."
+        ) from error
+
+
+def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
+    saved = checkpoint[KEY]
+    lacking = [name for name in ENTRIES if name not in saved] or [
+        name for name in sums(saved["layers"]) if name not in checkpoint.get("state_dict", {})
+    ]
+    if lacking or "global_step" not in checkpoint:
+        raise UserError(
+            f"The checkpoint {path} lacks {', '.join(lacking) or 'global_step'}, as one of another version of editlab "
+            "may do: give another, or start anew."
+        )
+    return checkpoint
+
+
+class EditCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt`` in the run's folder: every so many batches, and at the end.
+
+    It holds what editing changed (sums of updates, ledger, memories, scores, the stream's position, random states)
+    and not the language model, so its size does not grow with the model's depth.
+
+    Args:
+        every_n_batches: batches between two checkpoints. A killed run loses at most the work of these.
+        keep_all: keep each one beside the last, as ``batch_N.ckpt`` after N batches, so that ``editlab revert
+            --to_step N`` finds it.
+
+    Raises:
+        UserError: where ``every_n_batches`` is under 1.
+    """
+
+    def __init__(self, every_n_batches: int = 1, keep_all: bool = False) -> None:
+        at_least_one("EditCheckpoint", every_n_batches=every_n_batches)
+        super().__init__(filename=LAST, every_n_train_steps=every_n_batches, enable_version_counter=False)
+        self.keep_all = keep_all
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets the folder, and how files are written."""
+        super().setup(trainer, pl_module, stage)
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # first: what the checkpoint says was logged has to be on the disk
+        super()._save_checkpoint(trainer, filepath)
+        if self.keep_all and trainer.is_global_zero:
+            self._keep(Path(filepath), trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the checkpoint that a run goes on from, too: a kill may have come before that was done."""
+        super().on_train_start(trainer, pl_module)
+        if self.keep_all and trainer.ckpt_path and trainer.is_global_zero:
+            self._keep(Path(trainer.ckpt_path), trainer.global_step)
+
+    def _keep(self, last: Path, batches: int) -> None:
+        with atomic_file(Path(str(self.dirpath)) / f"batch_{batches}.ckpt") as temporary:
+            temporary.unlink()
+            # A second name for the same bytes costs nothing, and the last checkpoint is replaced, never written over.
+            try:
+                os.link(last, temporary)
+            except OSError:  # not every disk has links
+                shutil.copyfile(last, temporary)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last batches, and says how large the file is."""
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.best_model_path and trainer.is_global_zero:
+            size = Path(self.best_model_path).stat().st_size
+            model = sum(p.numel() * p.element_size() for p in pl_module.parameters())
+            log.info("Checkpoint: %.1f MiB, %.2g%% of the model's size", size / 2**20, 100 * size / max(1, model))
+
+
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that a user means: the file itself, or a run's folder for its ``checkpoints/last.ckpt``.
+
+    Raises:
+        UserError: There is none.
+    """
+    given = Path(path).expanduser()
+    if not path or not given.exists():
+        raise UserError(f"The checkpoint {path!r} does not exist: check --ckpt_path.")
+    if given.is_file():
+        return given
+    for found in (given / "checkpoints" / f"{LAST}.ckpt", given / f"{LAST}.ckpt"):
+        if found.is_file():
+            return found
+    others = sorted(given.parent.glob(f"*/checkpoints/{LAST}.ckpt"), key=lambda found: found.stat().st_mtime)
+    such = others[-1].parent.parent if others else ".../version_0"
+    raise UserError(
+        f"The folder {path} holds no checkpoints/{LAST}.ckpt: give a finished run's folder, such as {such}."
+    )
+
+
+def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
+    """The checkpoint after ``step`` batches of the run that ``checkpoint`` belongs to, in the same folder.
+
+    A checkpoint holds the sum of all updates and not each batch's, so an earlier state has to have been kept.
+
+    Raises:
+        UserError: The run has not come so far, or did not keep that state.
+    """
+    newest = read_checkpoint(checkpoint)
+    if not 0 < step <= newest["global_step"]:
+        raise UserError(f"--to_step is {step}: {checkpoint} has {newest['global_step']} batches; give 0 to that.")
+    if step == newest["global_step"]:
+        return checkpoint
+    found: dict[int, Path] = {}
+    for path in sorted(checkpoint.parent.glob("*.ckpt")):
+        with suppress(UserError):  # what can not be read is not the one
+            other = read_checkpoint(path)
+            if _same_run(other[KEY], newest[KEY]):
+                found[other["global_step"]] = path
+    if step in found:
+        return found[step]
+    raise UserError(
+        f"No checkpoint in {checkpoint.parent} is of the state after batch {step} (there are those after "
+        f"{', '.join(map(str, sorted(found)))}): run again with EditCheckpoint's keep_all to keep each batch's."
+    )
+
+
+def _same_run(earlier: dict[str, Any], later: dict[str, Any]) -> bool:
+    """Whether one editor's state came before another's: the same weights, layers and first edits."""
+    edits = earlier["ledger"]
+    same = all(earlier.get(name) == later.get(name) for name in ("weights", "layers", "modules"))
+    return same and edits == later["ledger"][: len(edits)]
+
+
+def newest_checkpoint(runs: Path) -> Path:
+    """The newest run's ``last.ckpt`` among ``runs``/version_*.
+
+    Raises:
+        UserError: where there is none.
+    """
+    found = [
+        (int(version[1]), path)
+        for path in runs.glob(f"version_*/checkpoints/{LAST}.ckpt")
+        if (version := re.fullmatch(r"version_(\d+)", path.parent.parent.name))
+    ]
+    if not found:
+        raise UserError(f"There is no run with a checkpoint in {runs} to go on from: start one without --ckpt_path.")
+    return max(found)[1]
+
+
+def run_version(checkpoint: Path, runs: Path) -> str | None:
+    """The folder in ``runs`` (such as ``version_3``) that a checkpoint belongs to; None where it lies elsewhere."""
+    try:
+        version, folder, _ = checkpoint.resolve().relative_to(runs.resolve()).parts
+    except ValueError:
+        return None
+    return version if folder == "checkpoints" else None

@@ -1,0 +1,178 @@
+"""What editing added to a model's weights: taken out of a checkpoint, kept as a file, put on a base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import editlab
+from editlab.edits.edited_layer import EditedLayer
+from editlab.errors import UserError
+from editlab.lm.anatomy import is_transposed
+from editlab.lm.fingerprint import fingerprint
+from editlab.lm.loading.load import load
+from editlab.lm.precision import dtype_name, dtype_named
+from editlab.runs.checkpoint import read_checkpoint
+from editlab.runs.history import History
+from editlab.runs.resume import KEY, adjusted_path, sums
+
+log = logging.getLogger(__name__)
+
+FILE = "delta.safetensors"
+FORMAT = "editlab-delta-1"
+ORIENTATION = "[d_v, d_k]"
+"""Rows are outputs, as in torch.nn.Linear; GPT-2's Conv1D stores the transpose."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The sums of all updates of a run, and the base model that they belong to."""
+
+    language_model: str
+    """the base model, as the run named it"""
+    fingerprint: str
+    """of the unedited weights in :attr:`dtype`"""
+    dtype: torch.dtype
+    """the type in which the run held the model"""
+    layers: list[int]
+    """numbers of the blocks that were edited"""
+    totals: dict[str, Tensor]
+    """path of each changed module -> float32 [d_v, d_k]; the edited ones, lowest layer first, then others that a
+    callback adjusted"""
+    history: History
+
+    @property
+    def edit_module(self) -> str:
+        """Path of the edited module inside a block, which a model may have to be told (``model.edit_module``)."""
+        return next(iter(self.totals)).partition(f".{self.layers[0]}.")[2]
+
+    @classmethod
+    def from_checkpoint(cls, path: Path) -> Delta:
+        """Of a checkpoint file.
+
+        Raises:
+            UserError: It can not be read, is not editlab's, or of an editlab that did not name the edited modules.
+        """
+        checkpoint = read_checkpoint(path)
+        saved = checkpoint[KEY]
+        if "modules" not in saved:
+            raise UserError(f"The checkpoint {path} was written by an editlab too old to export from: run it again.")
+        totals = {
+            module: checkpoint["state_dict"][name].contiguous()
+            for name, module in zip(sums(saved["layers"]), saved["modules"], strict=True)
+        }
+        for name, total in checkpoint["state_dict"].items():
+            adjusted = adjusted_path(name)
+            if adjusted is not None:
+                totals[adjusted] = total.contiguous()
+        dtype = dtype_named(saved["dtype"])
+        history = History.of(checkpoint, path)
+        if history.adapted:
+            log.warning(
+                "The run keeps an adapter beside the weights of %d modules, which is not taken along: put it on the "
+                "exported model from the adapter folder of the run.", history.adapted,
+            )  # fmt: skip
+        return cls(saved["language_model"], saved["weights"], dtype, saved["layers"], totals, history)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file: one float32 tensor a module, by its path; the rest is in the metadata."""
+        metadata = {
+            "format": FORMAT,
+            "editlab": editlab.__version__,
+            "base_model": self.language_model,
+            "fingerprint": self.fingerprint,
+            "dtype": dtype_name(self.dtype),
+            "layers": json.dumps(self.layers),
+            "modules": json.dumps(list(self.totals)),
+            "orientation": ORIENTATION,
+            "history": self.history.to_json(),
+        }
+        save_file(self.totals, path, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> Delta:
+        """Reads what :meth:`save` wrote.
+
+        Args:
+            path: the file, or the folder that ``editlab export --delta-only`` wrote it to.
+
+        Raises:
+            UserError: There is no such file, it is damaged, or no delta of editlab's.
+        """
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"The delta {str(path)!r} does not exist: check --delta.")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                totals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise UserError(f"The delta {path} is damaged or no safetensors file: export it again.") from error
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path} is no delta: give a file that `editlab export --delta-only` wrote.")
+        return cls._of(metadata, totals, path)
+
+    @classmethod
+    def _of(cls, metadata: dict[str, str], totals: dict[str, Tensor], path: Path) -> Delta:
+        try:
+            modules, layers = json.loads(metadata["modules"]), json.loads(metadata["layers"])
+            named = (metadata["base_model"], metadata["fingerprint"], dtype_named(metadata["dtype"]), layers)
+            ordered = {module: totals.pop(module) for module in modules}
+            history = metadata["history"]
+        except (KeyError, ValueError) as error:
+            raise UserError(f"The delta {path} lacks some of its metadata or tensors: export it again.") from error
+        if totals:
+            raise UserError(f"The delta {path} has tensors that its metadata does not name: export it again.")
+        return cls(*named, ordered, History.from_json(history))
+
+    def base(self, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Loads the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.
+
+        Args:
+            name: where it is; what the run called it where not given.
+
+        Raises:
+            UserError: Its weights are others; or what :func:`editlab.lm.loading.load.load` raises.
+        """
+        name = name or self.language_model
+        model, tokenizer = load(name, self.dtype)
+        if fingerprint(model) != self.fingerprint:
+            raise UserError(
+                f"The edits belong to {self.language_model}, and the weights of {name} are others: name the very "
+                "model that was edited with --model."
+            )
+        return model, tokenizer
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Adds the sums to the weights of ``model`` in place; the sum is rounded once, to its dtype.
+
+        Raises:
+            UserError: The model has not these modules, or in other shapes.
+        """
+        for name, total in self.totals.items():
+            EditedLayer(*_target(model, name, total)).restore(total)
+
+
+def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
+    """The module that a sum belongs to, and whether it stores the transpose."""
+    module = dict(model.named_modules()).get(name)
+    weight = getattr(module, "weight", None)
+    if module is None or weight is None:
+        raise UserError(f"The delta is for the module {name}, which {type(model).__name__} has not: export it again.")
+    transposed = is_transposed(module)
+    shape = tuple(weight.T.shape if transposed else weight.shape)
+    if tuple(total.shape) != shape or total.dtype != torch.float32:
+        raise UserError(
+            f"The delta for {name} is {dtype_name(total.dtype)} {list(total.shape)} and must be float32 "
+            f"{list(shape)}: export it again."
+        )
+    return module, transposed

@@ -1,0 +1,162 @@
+"""The end of a run: one screen that says what was edited, what it did, and where everything lies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import editlab
+from editlab.runs.logger import RunLogger
+from editlab.utils.files import atomic_file
+
+if TYPE_CHECKING:
+    from editlab.editor import SequentialEditor
+
+log = logging.getLogger(__name__)
+
+NAMES = ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy")
+GROUPS = ("before", "immediate", "retained")
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's files lie: its logger's folder, or the Trainer's root where there is no logger."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process had in use, in MiB; on a GPU, the most that torch had allocated there."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":  # no resource module there
+        return float("nan")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"editlab": editlab.__version__, "python": platform.python_version()}
+    for name in ("torch", "lightning", "transformers", "peft", "torchmetrics"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # absent is said by its absence
+            continue
+    return found
+
+
+def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
+    """The run in one dict; numbers that were not measured are absent."""
+    evaluation = editor.evaluation
+    groups = {
+        "before": evaluation.compute("before"),
+        "immediate": evaluation.compute("immediate"),
+        "retained": evaluation.retained,
+    }
+    language = {"before": evaluation.language_before, "after": evaluation.language_after}
+    return {
+        "edits": editor.ledger.kept,
+        "rolled_back": editor.edits - editor.ledger.kept,
+        "superseded": editor.ledger.superseded,
+        "batches": editor.global_step,
+        **groups,
+        **{
+            title: {when: found[name] for when, found in language.items() if name in found}
+            for title, name in (("perplexity", "perplexity/heldout"), ("generation_entropy", "generation/entropy"))
+        },
+        "delta_norm": {
+            str(number): layer.relative_norm()
+            for number, layer in zip(editor.layer_numbers, editor.layers, strict=True)
+        },
+        "seconds": evaluation.stop_clock(),
+        "peak_memory_mb": peak_memory_mb(),
+        "ranks": trainer.world_size,
+        "recipe": trainer.logger.name if trainer.logger else None,
+        "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+        "versions": versions(),
+    }
+
+
+def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
+    """Writes ``summary.json`` into the run's folder, null for what is no finite number, and shows the summary."""
+    summary = summarize(trainer, editor)
+    folder = run_folder(trainer)
+    if trainer.is_global_zero:
+        with atomic_file(folder / "summary.json") as temporary:
+            content = json.dumps(_finite(summary), indent=2, allow_nan=False)
+            Path(temporary).write_text(content + "\n", encoding="utf-8")
+    log.info("%s", render(summary, editor, folder, _checkpoint(trainer)))
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for: those of a model that edits have broken."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _checkpoint(trainer: Trainer) -> str | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and (path := callback.best_model_path or callback.last_model_path):
+            return os.path.relpath(path)
+    return None
+
+
+def counted(number: int, one: str, several: str) -> str:
+    """A number of things in words: ``1 batch``, ``2 batches``."""
+    return f"{number} {one if number == 1 else several}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The metrics before, right after, and at the end; those that were not measured are absent."""
+    lines = [f"{'':22}" + "".join(f"{group:>12}" for group in GROUPS)]
+    for name in NAMES:
+        cells = [summary[group].get(name) for group in GROUPS]
+        if any(cell is not None for cell in cells):
+            row = "".join(f"{'-':>12}" if cell is None else f"{cell:12.3f}" for cell in cells)
+            lines.append(f"{name:22}" + row)
+    for title, name in (("held-out perplexity", "perplexity"), ("generation entropy", "generation_entropy")):
+        if summary[name]:
+            cells = [summary[name].get("before"), None, summary[name].get("after")]
+            lines.append(f"{title:22}" + "".join(f"{'-':>12}" if v is None else f"{v:12.2f}" for v in cells))
+    return "\n".join(lines)
+
+
+def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str | None) -> str:
+    """The summary as a table of at most one screen."""
+    undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
+    lines = [
+        "",
+        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: "
+        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
+        "",
+        table(summary),
+    ]
+    norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
+    where = os.path.relpath(folder)
+    logged = any(isinstance(logger, RunLogger) for logger in editor.trainer.loggers)
+    tables = ["metrics.csv", "summary.json"] if logged else ["summary.json"]
+    lines += [
+        "",
+        f"||delta|| / ||W||: {norms}",
+        f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
+        "",
+        f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
+        f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
+        f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
+        *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),
+        "",
+    ]
+    return "\n".join(lines)

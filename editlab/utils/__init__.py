@@ -1,0 +1,1 @@
+"""Files, validation, random states, progress bars: what every other package builds on."""

@@ -1,0 +1,69 @@
+"""``editlab compare``: the table on the screen, the CSV, the figure, and what is refused."""
+
+import csv
+
+import pytest
+
+from editlab.cli.main import main
+from tests.runs.test_folders import write_run
+
+
+@pytest.fixture
+def logs(tmp_path):
+    write_run(tmp_path / "logs" / "none" / "version_1", accuracy=0.5)
+    write_run(tmp_path / "logs" / "none" / "version_2", accuracy=0.75, seed=2)
+    write_run(tmp_path / "logs" / "replay" / "version_1", accuracy=0.875, rate=0.3)
+    write_run(tmp_path / "logs" / "slow" / "version_1", rate=0.5, finished=False)
+    return tmp_path / "logs"
+
+
+def test_the_table_shows_what_differs_and_marks_the_best(logs, capsys):
+    assert main(["compare", str(logs)]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line.strip()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[0][:3] == ["run", "MemoryReplay", "MemoryReplay.rate"]
+    # Mean 0.625, half the range 0.125; 0.875 is the best accuracy of those that have finished or are on their way.
+    assert cells[1][:5] == ["none (2 runs)", "-", "-", "1.000*", "0.625 [0.125]"]
+    assert cells[2][:3] == ["replay/version_1", "MemoryReplay", "0.3"]
+    assert "0.875*" in cells[2]
+    assert cells[3][0] == "slow/version_1 [1 unfinished]"
+
+
+def test_the_csv_has_a_row_a_run(logs, tmp_path):
+    assert main(["compare", str(logs), "--csv", str(tmp_path / "out" / "runs.csv")]) == 0
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["group"], row["seed"], row["MemoryReplay.rate"], row["accuracy"], row["finished"]) for row in rows]
+    assert found == [
+        ("none", "1", "", "0.5", "True"), ("none", "2", "", "0.75", "True"),
+        ("replay/version_1", "1", "0.3", "0.875", "True"), ("slow/version_1", "1", "0.5", "0.5", "False"),
+    ]  # fmt: skip
+
+
+def test_the_figure_comes_as_png_and_pdf(logs, tmp_path):
+    assert main(["compare", str(logs), "--figure", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "curves.pdf").read_bytes()[:4] == b"%PDF"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "There is no folder 'nowhere'"),
+        ([".", "--csv", "table.txt"], "--csv is table.txt: its name must end in .csv"),
+        ([".", "--figure", "curves.gif"], "its name must end in .png"),
+        ([], "runs is missing"),
+    ],
+)
+def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_groups_than_lines_are_refused(tmp_path, capsys):
+    for number in range(22):
+        write_run(tmp_path / "logs" / f"r{number}" / "version_1", rate=number / 100)
+    assert main(["compare", str(tmp_path / "logs"), "--figure", str(tmp_path / "curves.png")]) == 2
+    assert "A figure shows at most 21 groups of runs, and these are 22" in capsys.readouterr().err

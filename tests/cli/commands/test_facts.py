@@ -1,0 +1,85 @@
+"""``facts check``: every bad record named and exit code 2, or a count and 0; and a plain CSV through a whole run."""
+
+import json
+
+from editlab.cli.main import main
+from tests.facts import write_counterfact
+from tests.recipes import write_recipe
+
+COLUMNS = "subject,prompt,target\n"
+
+
+def check(path, capsys, code):
+    assert main(["facts", "check", str(path)]) == code
+    said = capsys.readouterr()
+    return said.out.splitlines(), said.err.strip().splitlines()
+
+
+def test_all_bad_records_are_named(tmp_path, capsys):
+    path = tmp_path / "facts.csv"
+    path.write_text(COLUMNS + "Oslo,It lies in,Peru\nLima,{} lies in,Peru\n,{} is,Rome\n")
+    out, err = check(path, capsys, 2)
+    assert [line.split(":")[0] for line in out] == [
+        "Record 0 (line 2) has a prompt in which its subject 'Oslo' does not occur",
+        "Record 2 (line 4) lacks 'subject'",
+    ]
+    assert err == [f"editlab: 2 of 3 records of {path} are wrong: mend or remove what is named above."]
+
+
+def test_half_a_character_is_named(tmp_path, capsys):
+    path = tmp_path / "facts.jsonl"
+    path.write_text('{"subject": "\\ud83d", "prompt": "{} is", "target": "Rome"}\n')
+    out, _ = check(path, capsys, 2)
+    assert out == [
+        r"Record 0 (line 1) has '\ud83d' in its subject, which is half a character: write the whole one, or none."
+    ]
+
+
+def test_good_files_are_counted(tmp_path, capsys):
+    path = tmp_path / "facts.csv"
+    path.write_text(COLUMNS + "Oslo,Oslo lies in,Peru\nOslo,Oslo lies in,Rome\n")
+    out, err = check(path, capsys, 0)
+    assert out == [
+        "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or with "
+        "data.keep_repeats all.",
+        f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
+        "Set data.only_known to false: without a truth, what the model knows can not be told.",
+    ]
+    assert err == []
+    out, _ = check(write_counterfact(tmp_path / "facts.json"), capsys, 0)
+    assert len(out) == 1
+    assert "21 facts in" in out[0]
+    assert "21 with a truth, 6 with paraphrases, 6 with neighbors" in out[0]
+
+
+def test_files_that_can_not_be_read(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for name, message in (("none.csv", "does not exist: check the path"), ("empty.jsonl", "holds no record")):
+        out, err = check(tmp_path / name, capsys, 2)
+        assert out == []
+        assert len(err) == 1
+        assert message in err[0]
+
+
+def test_what_a_plain_csv_lacks_is_absent_from_the_metrics(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text(
+        COLUMNS + "Oslo,Oslo lies in,Peru\nLima,The city of Lima lies in,France\n" + "Rome,Rome is in,Peru\n"
+    )
+    write_recipe(
+        tmp_path, tiny_folder, facts=None, name="mine", model={"layers": [1]},
+        data={"path": "mine.csv", "batch_size": 1, "shuffle": False, "limit": 2},
+        trainer={"callbacks": [{"class_path": name} for name in ("MemoryReplay", "ForgettingCurve")]},
+    )  # fmt: skip
+    assert main(["fit", "--config", "mine.yaml"]) == 0
+    run = tmp_path / "lightning_logs" / "mine" / "version_0"
+    for verb in ("validate", "test"):
+        assert main([verb, "--config", "mine.yaml", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    for group in ("before", "immediate", "retained"):
+        assert "accuracy" in summary[group]
+        assert {"ES", "PS", "NS", "S", "paraphrase_accuracy", "neighbor_accuracy"}.isdisjoint(summary[group])
+    assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 1 | **Oslo** lies in | Peru |  | 1 | " in card
+    assert "| ES |" not in card

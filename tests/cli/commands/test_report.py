@@ -1,0 +1,106 @@
+"""``editlab report``: the lost edits against the exported model's own generation, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from editlab.cli.commands.report import SAID
+from editlab.cli.main import main
+from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
+from editlab.runs.delta import Delta
+from tests.cli.commands.runs import EDITS, FATES
+from tests.recipes import write_recipe
+from tests.runs.test_report import Seen
+from tests.tiny import tiny_tokenizer
+
+
+def report(*arguments):
+    return main(["report", *map(str, arguments)])
+
+
+def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_path, capsys):
+    run = runs("llama")
+    assert report(run.folder, "--out", tmp_path / "page.html") == 0
+    assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "model")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    immediate = read_checkpoint(run.checkpoint)["editor"]["evaluation"]["scores"]["immediate"]
+    learnt = torch.cat([scores["edit"]["hit_new"] for scores in immediate]).tolist()
+    expected = []
+    for number, (fact, fate) in enumerate(zip(EDITS, FATES, strict=True), start=1):
+        if fate.startswith(("superseded", "rolled")):
+            continue  # not in the weights, so not lost
+        ids = tokenizer(fact.question, return_tensors="pt").input_ids
+        target = tokenizer(f"{fact.question} {fact.target_new}", return_tensors="pt").input_ids[0, ids.shape[1] :]
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAID,
+                                 min_new_tokens=SAID, pad_token_id=0)  # fmt: skip
+        new = out[0, ids.shape[1] :]
+        if new[: len(target)].tolist() != target.tolist():
+            words = tokenizer.decode(new, skip_special_tokens=True).strip()
+            kind = "forgotten" if learnt[number - 1] else "never learnt"
+            expected.append([str(number), str((number + 1) // 2), fact.question, fact.target_new, words, kind])
+    page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
+    rows = [t for t in page.texts if t]
+    assert expected, "the tiny run should have lost some edits, or this test shows nothing"
+    for row in expected:
+        start = rows.index(row[2])
+        assert rows[start - 2 : start + 4] == [cell for cell in row if cell], row
+    assert sum(kind in rows for kind in ("forgotten", "never learnt")) >= 1
+
+
+def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
+    run = runs("llama")
+    assert report(run.folder, "--no_answers", "--model", "nowhere") == 0
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    (run.folder / "report.html").unlink()
+    assert "The model was not asked" in page
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert f"{summary['edits']} facts edited" in page
+    assert "rolled back" in page
+
+
+def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_path):
+    independent = runs("llama", restore_between_batches=True)
+    assert report(independent.folder, "--out", tmp_path / "page.html") == 0
+    texts = Seen((tmp_path / "page.html").read_text(encoding="utf-8")).texts
+    asked = {fact.question for fact in EDITS} & set(texts)
+    assert asked <= {fact.question for fact in EDITS[6:]}  # only the last batch of two is in the weights
+    assert "taken out" in texts
+    adapted = runs("llama", lora="adapter")
+    assert report(adapted.folder, "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "without the adapter that the run keeps beside the weights" in page
+
+
+def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):
+    """In a mixture of experts no structure tells which map was edited."""
+    monkeypatch.chdir(tmp_path)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    module = "mlp.shared_expert.down_proj"
+    write_recipe(tmp_path, tmp_path / "base", model={"layers": [1], "edit_module": module})
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    assert Delta.from_checkpoint(find_checkpoint("lightning_logs/tiny/version_0")).edit_module == module
+    assert report("lightning_logs/tiny/version_0", "--out", "page.html") == 0
+    assert "4 facts edited" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "There is no folder 'nowhere'"), (["."], "checkpoint"), ([], "run is missing")],
+)
+def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,113 @@
+"""The command line: a whole run from YAML, and errors that are one sentence with a non-zero exit."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from editlab.cli.main import main
+from tests.facts import FACTS
+from tests.recipes import write_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tiny_folder, tmp_path, monkeypatch):
+    """A recipe for the tiny model, in a folder of its own that is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    callbacks = [{"class_path": "MemoryReplay"}, {"class_path": "ForgettingCurve"}]
+    settings = {"rule": {"class_path": "EMMET"}, "values": {"steps": 4}}
+    write_recipe(tmp_path, tiny_folder, model=settings, trainer={"callbacks": callbacks})
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_fit_validate_and_test(recipe, tmp_path, capsys):
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    assert {"config.yaml", "metrics.csv", "summary.json", "checkpoints"} <= {p.name for p in run.iterdir()}
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["edits"], summary["batches"], summary["recipe"], summary["seed"]) == (4, 2, "tiny", 0)
+    shown = capsys.readouterr().out
+    assert "4 facts edited in 2 batches" in shown
+    assert "retained" in shown
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    before = read_table(run / "metrics.csv")
+    for verb in ("validate", "test"):
+        assert main([verb, "--config", "tiny.yaml", "--ckpt_path", str(checkpoint)]) == 0
+        assert f"{'retained' if verb == 'validate' else 'bystanders'}/ES" in capsys.readouterr().out
+    # The run's own numbers stay; what it had not measured after its four edits, the bystanders, is added there.
+    after = read_table(run / "metrics.csv")
+    assert [row["edits"] for row in after] == [row["edits"] for row in before]
+    kept = [{name: row[name] for name in before[0]} for row in after]
+    assert kept == before
+    added = set(after[0]) - set(before[0])
+    assert {name.partition("/")[0] for name in added} == {"bystanders"}
+    assert all(after[-1][name] and not after[0][name] for name in added)
+
+
+def read_table(path):
+    with path.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_print_config_and_help(recipe, capsys):
+    for arguments in (["fit", "--config", "tiny.yaml", "--print_config"], ["fit", "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "preserve_prompt_tokens" in shown
+    last = shown[shown.rindex("usage:") :]
+    assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts}" in last
+
+
+def test_another_optimizer_has_its_own_step_size(recipe, capsys):
+    # What is not given stays so: the default settings' optimizer must not leave its own step size behind.
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "tiny.yaml", "--model.values.optimizer", "gradient", "--print_config"])
+    values = yaml.safe_load(capsys.readouterr().out)["model"]["values"]
+    assert (values["optimizer"], values["lr"]) == ("gradient", None)
+
+
+@pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check"])
+def test_each_verb_has_its_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    assert f"usage: editlab {verb}" in capsys.readouterr().out.replace(" [options]", "")
+
+
+def test_a_plugin_of_ones_own_is_found(recipe, tmp_path, monkeypatch, capsys):
+    # A user's package registers itself in the entry-point group; its callback is then named by its bare class name.
+    from importlib import metadata
+
+    (tmp_path / "my_plugin.py").write_text(
+        "from editlab.edits.plan import EditCallback\n"
+        "class Shout(EditCallback):\n"
+        "    def on_edit_settled(self, trainer, editor, outcome):\n"
+        "        import pathlib; pathlib.Path('shouted').touch()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    group = "editlab.plugins"
+    plain = [*metadata.entry_points(group=group), metadata.EntryPoint("mine", "my_plugin", group)]
+    monkeypatch.setattr("editlab.cli.main.entry_points", lambda group: plain)
+    callbacks = json.dumps([{"class_path": "Shout"}])
+    assert main(["fit", "--config", "tiny.yaml", "--trainer.callbacks=null", f"--trainer.callbacks={callbacks}"]) == 0
+    assert (tmp_path / "shouted").exists()
+
+
+def test_a_broken_plugin_is_named(monkeypatch, capsys):
+    from importlib import metadata
+
+    broken = metadata.EntryPoint("mine", "no_such_module", "editlab.plugins")
+    monkeypatch.setattr("editlab.cli.main.entry_points", lambda group: [broken])
+    assert main(["fit", "--help"]) == 2
+    assert "plug-in 'mine'" in capsys.readouterr().err
+
+
+def test_facts_fixture_is_large_enough():
+    assert len(FACTS) >= 6

@@ -1,0 +1,173 @@
+"""Ranks: what each function gives on every rank, against the same work in one process; and failures that reach all."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import editlab.keys.moments
+import editlab.lm.language_model
+from editlab.distributed import ranks
+from editlab.errors import EditLabError, UserError
+from editlab.evaluation.scoring import score_pairs
+from editlab.keys.subject_keys import Site, read_keys
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.memory import by_halves
+from editlab.values.optimize import ValueSettings, optimize_values
+from tests.facts import FACTS
+from tests.ranked import together
+from tests.tiny import tiny_model, tiny_tokenizer
+
+GROUPS = [[4, 0], [1], [2, 6, 3], [5], [7]]
+
+
+def squares(groups):
+    """Each item's square, and as views of one tensor; who did it is not told."""
+    done = []
+
+    def work(group):
+        done.extend(group)
+        both = torch.tensor([[i, i * i] for i in group], dtype=torch.float32)
+        return [(i * i, row) for i, row in zip(group, both, strict=True)]
+
+    return ranks.each(groups, work), done
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_gives_all_results_in_order_on_every_rank(count, tmp_path):
+    results = together(count, tmp_path / "run", squares, GROUPS)
+    for found, _ in results:
+        assert [square for square, _ in found] == [i * i for i in range(8)]
+        assert torch.equal(torch.stack([row for _, row in found])[:, 1], torch.arange(8).float() ** 2)
+    assert [done for _, done in results] == [
+        [i for group in GROUPS[rank::count] for i in group] for rank in range(count)
+    ]
+
+
+def test_fewer_groups_than_ranks(tmp_path):
+    for groups in ([[0, 1]], []):
+        for found, _ in together(3, tmp_path / f"run_{len(groups)}", squares, groups):
+            assert [square for square, _ in found] == [0, 1][: 2 * len(groups)]
+
+
+def others():
+    number = ranks.number()
+    summed = ranks.summed(range(2), lambda share: [torch.tensor([float(sum(share)), len(share)])])
+    return {
+        "number": number,
+        "summed": summed[0],
+        "on_first": ranks.on_first(lambda: ("rank", ranks.number())),
+        "ahead": ranks.first_ahead(lambda: ranks.number()),
+        "same": ranks.same(torch.full((2, 3), float(number)).T),
+        "read": ranks.read_on_first(lambda: torch.full((2,), 7.0 + number), (2,), torch.float32),
+    }
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_others_give_the_same_on_every_rank(count, tmp_path):
+    for number, found in enumerate(together(count, tmp_path / "run", others)):
+        assert found["number"] == number
+        assert found["summed"].tolist() == [1.0, 2.0]  # 0 + 1, and two parts; the third rank has none
+        assert found["on_first"] == ("rank", 0)
+        assert found["ahead"] == number
+        assert torch.equal(found["same"], torch.zeros(3, 2))
+        assert found["read"].tolist() == [7.0, 7.0]
+
+
+def failing(error, at):
+    def work(group):
+        if ranks.number() == at:
+            raise error
+        return group
+
+    ranks.each([[0], [1], [2]], work)
+
+
+def test_an_error_of_one_is_one_of_all(tmp_path):
+    for error in together(3, tmp_path / "user", failing, UserError("The facts are bad: mend them."), 1):
+        assert type(error) is UserError
+        assert str(error) == "The facts are bad: mend them."
+    first, second, third = together(3, tmp_path / "other", failing, KeyError("x"), 1)
+    assert isinstance(second, KeyError)  # with its traceback, where it arose
+    for error in (first, third):
+        assert type(error) is EditLabError
+        assert str(error) == "Rank 1 failed with KeyError: 'x'"
+
+
+def failing_outside(at):
+    if ranks.number() == at:
+        error = UserError("The disk is gone.")
+        told = ranks.tell(error)
+        return told, ranks.heard(error), ranks.tell(error)
+    return ranks.each(GROUPS, lambda group: group)
+
+
+def test_an_error_outside_of_a_meeting_is_heard_at_the_next(tmp_path):
+    heard, told = together(2, tmp_path / "run", failing_outside, 1)
+    assert type(heard) is UserError
+    assert str(heard) == "The disk is gone."
+    assert told == (True, True, True)
+
+
+def alone():
+    ranks.PATIENCE = 0.5
+    return ranks.tell(UserError("Nobody listens.")) if ranks.number() else ranks.count()
+
+
+def test_an_error_that_nobody_hears_is_not_waited_for_for_ever(tmp_path):
+    assert together(2, tmp_path / "run", alone) == [2, False]
+
+
+def apart():
+    return ranks.on_first(lambda: 1) if ranks.number() else ranks.each([[0]], lambda group: group)
+
+
+def test_ranks_that_are_not_at_the_same_place_are_told(tmp_path):
+    for error in together(2, tmp_path / "run", apart):
+        assert type(error) is EditLabError
+        assert "each apart" in str(error)
+        assert "on_first apart" in str(error)
+        assert "a callback has to do the same on every rank" in str(error)
+
+
+def test_one_process_needs_no_group():
+    assert (ranks.number(), ranks.count()) == (0, 1)
+    assert ranks.tell(UserError("x"))
+    with pytest.raises(KeyError):
+        ranks.each([[0]], lambda group: {}[0])
+
+
+def measure(facts):
+    """Values, keys, scores and moments in passes so small that several ranks have some."""
+    editlab.lm.language_model.TOKENS_A_PASS = 24
+    editlab.keys.moments.ROWS = 1
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    site, contexts = Site.of(lm, 2), ["", "Oslo lies in Norway. "]
+    values = optimize_values(lm, facts, site, contexts, ValueSettings(steps=4, batch_tokens=30, matmul="float32"))
+    keys = read_keys(lm, facts, 1, site, contexts, "mean")
+    scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
+    windows = editlab.keys.moments.sample_text(lm, 3 * editlab.keys.moments.WINDOW + 40, 0, "")
+    moments = editlab.keys.moments.accumulate(lm, [1], windows)[1]
+    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.others, keys.fact, *scores]
+    return exact, windows, moments
+
+
+@pytest.mark.parametrize(("count", "facts"), [(2, 5), (3, 1)])  # uneven shares; fewer facts than ranks
+def test_shared_work_is_that_of_one_process(count, facts, tmp_path):
+    ((exact, windows, moments),) = together(1, tmp_path / "one", measure, FACTS[:facts])
+    several = together(count, tmp_path / "several", measure, FACTS[:facts])
+    for found in several:
+        assert all(torch.equal(a, b) for a, b in zip(exact, found[0], strict=True))
+        assert found[1] == windows
+        # Float64 sums in another order: 1e-16 a term.
+        assert torch.allclose(found[2], moments, rtol=1e-12, atol=1e-14)
+        assert torch.equal(found[2], several[0][2])
+
+
+def test_a_meeting_place_names_the_work_inside_a_partial():
+    def other(group):
+        return group
+
+    assert ranks._name(partial(by_halves, other)).startswith("by_halves(test_a_meeting_place")
+    assert ranks._name(partial(by_halves, other)) != ranks._name(partial(by_halves, squares))
+    assert ranks._name(partial(squares, GROUPS)) == "squares()"

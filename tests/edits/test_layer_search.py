@@ -1,0 +1,274 @@
+"""Choosing the layer: each trial against a run of the same edits, what is measured, and what is kept of a choice."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from editlab import edit_model
+from editlab import editor as editor_module
+from editlab.cli.main import main
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.edits import layer_search as layers
+from editlab.edits.layer_search import Search, Trial, best, choose_layers, coarse, table
+from editlab.evaluation.scoring import score_pairs
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.lm.fingerprint import fingerprint
+from editlab.lm.language_model import LanguageModel
+from editlab.solver.methods import EMMET, ROME
+from editlab.values.optimize import ValueSettings
+from tests.cli.commands.runs import same_bits
+from tests.facts import FACTS
+from tests.recipes import write_recipe
+from tests.test_api import SMALL
+from tests.test_editor import editor, fit
+from tests.tiny import tiny_model, tiny_tokenizer
+
+BARE = [Fact(f.subject, f.prompt, f.target_new, id=f.id) for f in FACTS]
+"""Facts without truths, paraphrases and neighbors."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test: choices are kept."""
+    monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def automatic(family="llama", **changes):
+    """An editor that has its model and no layers yet."""
+    settings = {
+        "layers": "auto", "values": ValueSettings(steps=6, lr=0.5, clamp=3.0),
+        "moments": MomentSettings(tokens=96), "contexts": ContextSettings(length=4), **changes,
+    }  # fmt: skip
+    module = SequentialEditor(family, **settings)
+    module.use(LanguageModel(tiny_model(family), tiny_tokenizer(bos=True)))
+    return module
+
+
+# ---- numbers by hand
+
+
+def test_a_score_is_the_harmonic_mean_of_what_was_measured():
+    assert Trial((1,), 0.5, 1.0, 0.5).score == pytest.approx(3 / (2 + 1 + 2))
+    assert Trial((1,), 0.5, 1.0, None).score == pytest.approx(2 / (2 + 1))
+    assert Trial((1,), 0.5, 0.0, 1.0).score == 0
+
+
+def test_of_equal_trials_fewer_and_lower_layers_are_best():
+    trials = [Trial(at, 0.5, 0.5, 0.5) for at in ((3,), (2,), (1, 2))]
+    assert best(trials).layers == (2,)
+    assert best([*trials, Trial((3, 4), 0.6, 0.5, 0.5)]).layers == (3, 4)
+
+
+def test_the_table_has_a_line_a_trial_and_a_star():
+    text = table([Trial((3,), 0.25, 0.5, None), Trial((2,), 0.9, 0.8, 0.7), Trial((1, 2, 3), 0.5, 0.5, 0.5)])
+    assert [line.split() for line in text.splitlines()] == [
+        ["layers", "efficacy", "generality", "locality", "score"],
+        ["*", "2", "0.900", "0.800", "0.700", "0.792"],  # 3 / (1/.9 + 1/.8 + 1/.7)
+        ["3", "0.250", "0.500", "-", "0.333"],
+        ["1,", "2,", "3", "0.500", "0.500", "0.500", "0.500"],
+    ]
+
+
+def test_the_first_candidates_lie_evenly():
+    assert coarse(range(29)) == [2, 7, 12, 16, 21, 26]  # the middles of six parts of 29 layers
+    assert coarse([0, 1, 2]) == [0, 1, 2]
+    assert coarse([5]) == [5]
+
+
+# ---- trials
+
+
+def test_a_trial_is_what_a_run_would_do(tiny_folder, tmp_path):
+    """A Trainer's run of the same facts in one batch leaves the probabilities that the trial has measured."""
+    contexts, moments = ContextSettings(layers.CONTEXTS, 4), MomentSettings(tokens=96)
+    module = editor(tiny_folder, layers=[1], contexts=contexts, moments=moments)
+    fit(tmp_path, module, limit=10, batch_size=10)
+    pairs = [(fact.question, fact.target_new) for fact in FACTS[:10]]
+    expected = score_pairs(module.lm, pairs)[0].exp().mean()
+    other = editor(tiny_folder, layers="auto", contexts=ContextSettings(length=4), moments=MomentSettings(tokens=96))
+    other.use(LanguageModel.from_name(str(tiny_folder), torch.float32))
+    search = Search(other, FACTS)
+    search.try_at((1,))
+    assert search.trials[1,].efficacy == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [EMMET(), ROME()])
+def test_the_model_is_left_as_it_was(rule):
+    module = automatic(rule=rule)
+    with torch.no_grad():  # a sum of nothing would turn it into 0.0
+        module.lm.anatomy.edit_module(1).weight[0, 0] = -0.0
+    before, rng = fingerprint(module.lm.model), torch.get_rng_state()
+    found = choose_layers(module, FACTS)
+    assert fingerprint(module.lm.model) == before
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert module.layer_numbers == []
+    assert set(found) <= {0, 1, 2}  # above layer 3 no token reads what was edited
+
+
+def test_the_best_is_found_by_trying(monkeypatch):
+    """With a landscape of 30 layers put in the place of edits: its top is reached from the coarse grid."""
+    search = object.__new__(Search)
+    search.trials = {}
+    search.lm = type("", (), {})()
+    search.lm.anatomy = type("", (), {"editable": list(range(30)), "blocks": range(30), "additive": True})()
+
+    def try_at(layers):
+        peak = 0.9 - 0.02 * abs(layers[-1] - 10) + (0.05 if len(layers) == 3 else 0)
+        search.trials.setdefault(layers, Trial(layers, peak, peak, peak))
+
+    search.try_at = try_at
+    trials = search.run()
+    # From the grid up to where it has fallen twice, to both sides of 12, and spread over what ends at the best.
+    assert [t.layers for t in trials] == [(2,), (7,), (12,), (16,), (21,), (10,), (14,), (8, 9, 10)]
+    assert best(trials).layers == (8, 9, 10)
+
+
+def test_one_layer_where_a_norm_follows_the_mlp():
+    search = Search(automatic("gemma2"), FACTS)
+    trials = search.run()
+    assert {trial.layers for trial in trials} == {(0,), (1,), (2,)}
+    assert all(0 <= trial.score <= 1 for trial in trials)
+
+
+# ---- what is measured
+
+
+def exam(facts):
+    return Search(automatic(), facts).exam
+
+
+def test_ten_facts_are_edited_and_their_neighbors_watched():
+    asked = exam(FACTS)
+    assert asked.facts == FACTS[:10]
+    assert set(asked.watched) == {n.prompt for fact in FACTS[:10] for n in fact.neighbors}
+    assert len(asked.contexts) == 1 + layers.CONTEXTS
+    assert asked.unseen not in asked.contexts
+
+
+def test_without_neighbors_the_prompts_of_other_facts_are_watched():
+    asked = exam(BARE[:8])
+    assert asked.facts == BARE[:4]
+    assert asked.watched == [fact.question for fact in BARE[4:8]]
+
+
+def test_of_a_single_fact_no_locality_is_measured():
+    asked = exam(BARE[:1])
+    assert asked.facts == BARE[:1]
+    efficacy, generality, locality = asked.take(slice(None))
+    assert locality is None
+    assert 0 < efficacy < 1
+    assert 0 < generality < 1
+
+
+def test_locality_by_hand():
+    """1 minus half the sum of what every token's probability has changed by, after each watched prompt."""
+    asked = exam(FACTS)
+    assert asked.take(slice(None))[2] == pytest.approx(1, abs=1e-6)
+    before = said(asked)
+    with torch.no_grad():
+        asked.lm.anatomy.edit_module(1).weight.mul_(3)
+    changed = (said(asked) - before).abs().sum(1) / 2
+    assert asked.take(slice(None))[2] == pytest.approx(1 - float(changed.mean()), abs=1e-5)
+    assert float(changed.mean()) > 0.1
+
+
+@torch.no_grad()
+def said(asked):
+    rows = [asked.lm.tokenizer(prompt, return_tensors="pt").input_ids for prompt in asked.watched]
+    return torch.stack([asked.lm.model(row).logits[0, -1].softmax(0) for row in rows])
+
+
+def test_generality_is_of_paraphrases_where_there_are_some():
+    asked = exam(FACTS)
+    pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases[:1]]
+    assert asked.take(slice(None))[1] == pytest.approx(float(score_pairs(asked.lm, pairs)[0].exp().mean()))
+    asked = exam(BARE)
+    pairs = [(asked.unseen + fact.question, fact.target_new) for fact in asked.facts]
+    assert asked.take(slice(None))[1] == pytest.approx(float(score_pairs(asked.lm, pairs)[0].exp().mean()))
+
+
+# ---- what is kept
+
+
+def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cache):
+    found = choose_layers(automatic(), FACTS)
+    (kept,) = (cache / "layers").iterdir()
+    assert {"layers", "efficacy", "generality", "locality"} == json.loads(kept.read_text())[0].keys()
+    monkeypatch.setattr(Search, "run", lambda self: pytest.fail("tried again"))
+    assert choose_layers(automatic(), FACTS) == found
+    monkeypatch.undo()
+    monkeypatch.setenv("EDITLAB_CACHE", str(cache))
+    for changed, facts in [
+        (automatic(rule=EMMET(gamma=2)), FACTS),
+        (automatic(keys="mean"), FACTS),
+        (automatic(values=ValueSettings(steps=2)), FACTS),
+        (automatic("qwen2"), FACTS),
+        (automatic(condition_limit=1e3), FACTS),
+        (automatic(), FACTS[1:]),
+    ]:
+        choose_layers(changed, facts)
+    assert len(list((cache / "layers").iterdir())) == 7
+    for damaged in ("", "[{}]", "{"):
+        kept.write_text(damaged)
+        assert choose_layers(automatic(), FACTS) == found  # tried again
+        assert json.loads(kept.read_text())
+
+
+# ---- whole runs
+
+
+@pytest.fixture
+def recipe(tiny_folder, tmp_path, monkeypatch):
+    """A recipe that leaves the layers to be found."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"layers": "auto", "values": {"steps": 4}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    write_recipe(tmp_path, tiny_folder, model=settings, data={"bystanders": 2})
+    return ["fit", "--config", "tiny.yaml"]
+
+
+def last(place, version=0):
+    path = place / "lightning_logs" / "tiny" / f"version_{version}" / "checkpoints" / "last.ckpt"
+    return torch.load(path, weights_only=True)
+
+
+def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_path, capsys):
+    assert main(recipe) == 0
+    shown = capsys.readouterr().out
+    assert "The layer to edit, by edits of 10 facts" in shown
+    found = last(tmp_path)["editor"]["layers"]
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["layers"] == found
+    assert main([*recipe, f"--model.layers={found}"]) == 0
+    assert main(["fit", "--config", str(run / "config.yaml"), "--trainer.logger.init_args.version=2"]) == 0
+    for version in (1, 2):
+        assert same_bits(last(tmp_path)["state_dict"], last(tmp_path, version)["state_dict"])
+        assert last(tmp_path)["editor"]["table"] == last(tmp_path, version)["editor"]["table"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
+    assert main([*recipe, "--trainer.max_steps=1"]) == 0
+    found = last(tmp_path)["editor"]["layers"]
+    monkeypatch.setattr(editor_module, "find_layers", lambda *_: pytest.fail("chosen anew"))
+    assert main([*recipe, "--ckpt_path=last"]) == 0
+    assert last(tmp_path)["editor"]["layers"] == found
+    assert len(last(tmp_path)["editor"]["ledger"]) == 4
+    assert main(["validate", *recipe[1:], "--ckpt_path=last"]) == 0
+    assert main(["test", *recipe[1:]]) == 0  # of the unedited model, which needs no layer
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_from_python(family):
+    settings = {**SMALL, "layers": "auto"}
+    _, result = edit_model(tiny_model(family), tiny_tokenizer(bos=True), FACTS[:6], **settings)
+    assert result.editor.layer_numbers
+    assert set(result.editor.layer_numbers) <= {0, 1, 2}
+    named = {**settings, "layers": result.editor.layer_numbers}
+    _, same = edit_model(tiny_model(family), tiny_tokenizer(bos=True), FACTS[:6], **named)
+    for one, other in zip(result.editor.layers, same.editor.layers, strict=True):
+        assert torch.equal(one.total, other.total)

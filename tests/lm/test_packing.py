@@ -1,0 +1,146 @@
+"""Packed rows against padded ones, and padded ones against a pass of each row alone."""
+
+import pytest
+import torch
+import transformers
+
+from editlab.errors import UserError
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.packing import PACKED, Merged, Packed, Padded, lay_out, lay_out_whole, pads_between
+from editlab.lm.prefix_cache import Past, read_prefixes
+from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
+
+PREFIXES = [(5, 6, 7), (8,), (), (5, 6, 7)]
+TAILS = [(9, 10), (11, 12, 13, 14), (15,), (16, 17, 18)]
+PLACES = torch.tensor([(r, c) for r, tail in enumerate(TAILS) for c in range(len(tail))]).T
+PLAIN = {"gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi", "opt"}
+"""Families whose attention is the usual one, called through transformers' interface."""
+
+
+def make(family, **changes):
+    return LanguageModel(tiny_model(family, **changes), tiny_tokenizer())
+
+
+def alone(lm, rows):
+    """Logits of the tails' tokens, each row run by itself."""
+    return torch.cat([lm.run(torch.tensor([PREFIXES[r] + TAILS[r]])).logits[0, len(PREFIXES[r]) :] for r in rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_gives_what_each_row_gives_alone(family):
+    lm = make(family)
+    assert lm.packs is (family in PLAIN)
+    layout = lay_out(lm, TAILS, read_prefixes(lm, [[prefix] for prefix in PREFIXES]))
+    assert isinstance(layout, Packed if lm.packs else Padded)
+    assert torch.allclose(layout.run().logits[layout.place(*PLACES)], alone(lm, range(4)), atol=1e-5)
+
+
+ROWS = [(5, 6, 7), (5, 6, 7, 8), (5, 9), (4,), (5, 6, 7)]
+"""Six different beginnings: 4, 5, 5 6, 5 9, 5 6 7, 5 6 7 8."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_rows_that_begin_alike_give_what_each_gives_alone(family):
+    lm = make(family)
+    layout = lay_out_whole(lm, ROWS)
+    assert isinstance(layout, Merged if lm.packs else Padded)
+    logits = layout.run().logits
+    for r, row in enumerate(ROWS):
+        at = layout.place(torch.full((len(row),), r), torch.arange(len(row)))
+        assert torch.allclose(logits[at], lm.run(torch.tensor([row])).logits[0], atol=1e-5)
+
+
+def test_what_rows_begin_with_in_common_is_run_once():
+    lm = make("llama")
+    layout = Merged(lm, ROWS)
+    assert sorted(zip(layout.positions.tolist(), layout.ids.tolist(), strict=True)) == [
+        (0, 4), (0, 5), (1, 6), (1, 9), (2, 7), (3, 8),
+    ]  # fmt: skip
+    assert torch.equal(
+        layout.place(torch.tensor([0]), torch.tensor([2]))[1], layout.place(torch.tensor([4]), torch.tensor([2]))[1]
+    )
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_kept_where_rows_begin_alike():
+    lm = make("mistral", sliding_window=2)
+    layout = Merged(lm, ROWS)
+    last = layout.place(torch.tensor([1]), torch.tensor([3]))
+    expected = lm.run(torch.tensor([ROWS[1]])).logits[0, 3:]
+    assert torch.allclose(layout.run().logits[last], expected, atol=1e-5)
+    wider = make("mistral", sliding_window=64).run(torch.tensor([ROWS[1]])).logits[0, 3:]
+    assert not torch.allclose(expected, wider, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Packed, Padded])
+def test_rows_that_are_dropped_leave_the_others_as_they_were(kind):
+    lm = make("llama")
+    layout = kind(lm, TAILS, read_prefixes(lm, [[prefix] for prefix in PREFIXES]))
+    hidden = layout.run().logits
+    left = layout.keep(torch.tensor([False, True, False, True]), hidden)
+    places = torch.tensor([(r, c) for r, tail in enumerate([TAILS[1], TAILS[3]]) for c in range(len(tail))]).T
+    expected = alone(lm, [1, 3])
+    assert torch.allclose(left[layout.place(*places)], expected, atol=1e-5)
+    assert torch.allclose(layout.run().logits[layout.place(*places)], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_kept():
+    lm = make("mistral", sliding_window=2)
+    assert not torch.allclose(alone(lm, [0, 3]), alone(make("mistral", sliding_window=64), [0, 3]), atol=1e-5)
+    layout = Packed(lm, TAILS, read_prefixes(lm, [[prefix] for prefix in PREFIXES]))
+    assert torch.allclose(layout.run().logits[layout.place(*PLACES)], alone(lm, range(4)), atol=1e-5)
+
+
+def test_gradients_are_those_of_padded_rows():
+    lm = make("llama")
+    past = read_prefixes(lm, [[prefix] for prefix in PREFIXES])
+    table = lm.model.get_input_embeddings().weight.requires_grad_(True)
+    gradients = []
+    for kind in (Packed, Padded):
+        layout = kind(lm, TAILS, past)
+        (gradient,) = torch.autograd.grad(layout.run().logits[layout.place(*PLACES)].square().sum(), table)
+        gradients.append(gradient)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_padding_between_is_nothing_to_the_families(family, dtype):
+    assert pads_between(LanguageModel(tiny_model(family).to(dtype), tiny_tokenizer()))
+
+
+def test_a_model_that_counts_padding_as_distance_is_refused():
+    torch.manual_seed(0)
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=4, vocab_size=400, max_seq_len=128)
+    with pytest.raises(UserError, match="MptForCausalLM counts padding among the places between two tokens"):
+        LanguageModel(transformers.AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
+
+
+def test_padding_is_not_run():
+    lm = make("llama")
+    assert Packed(lm, TAILS, Past.none(4)).ids.shape == (10,)
+    assert Padded(lm, TAILS, Past.none(4)).ids.shape == (4, 4)
+
+
+@torch.no_grad()
+def test_a_wrong_attention_is_found_out(monkeypatch):
+    monkeypatch.setattr(Packed, "attend", lambda self, module, query, *others: query.transpose(1, 2))
+    assert make("llama").packs is False
+
+
+@torch.no_grad()
+def test_the_models_own_attention_is_back_afterwards():
+    lm = make("llama")
+    full = lm.run(torch.tensor([PREFIXES[0]])).logits
+    layout = Packed(lm, TAILS, Past.none(4))
+    layout.run()
+    assert lm.model.config._attn_implementation == "sdpa"
+    assert torch.equal(lm.run(torch.tensor([PREFIXES[0]])).logits, full)
+    lm.model.lm_head.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layout.run()
+    assert lm.model.config._attn_implementation != PACKED

@@ -1,0 +1,297 @@
+"""The table of a run, read back with the csv module, against what was logged."""
+
+from __future__ import annotations
+
+import csv
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from editlab.errors import UserError
+from editlab.runs.logger import RunLogger
+from tests.ranked import together
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return open_run(tmp_path)
+
+
+def open_run(tmp_path):
+    return RunLogger(str(tmp_path), name="recipe", version=0)
+
+
+def table(logger) -> list[dict[str, str]]:
+    with logger.table_path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_lies_in_the_runs_folder(logger, tmp_path):
+    assert logger.table_path == tmp_path / "recipe" / "version_0" / "metrics.csv"
+
+
+def test_rows_are_by_edits_and_cells_without_a_measurement_are_empty(logger):
+    logger.log_metrics({"val/ES": 0.5}, step=64)
+    logger.log_metrics({"train/loss": 2.0}, step=32)
+    logger.log_metrics({"train/loss": 1.0, "val/NS": 0.25}, step=64)  # merged into the row that stands
+    logger.save()
+    assert table(logger) == [
+        {"edits": "32", "train/loss": "2.0", "val/ES": "", "val/NS": ""},
+        {"edits": "64", "train/loss": "1.0", "val/ES": "0.5", "val/NS": "0.25"},
+    ]
+
+
+def test_rows_are_sorted_as_numbers_and_columns_by_name(logger):
+    for step in (100, 20, 3):
+        logger.log_metrics({"b": 1, "a": 2}, step=step)
+    logger.save()
+    assert [row["edits"] for row in table(logger)] == ["3", "20", "100"]
+    assert list(table(logger)[0]) == ["edits", "a", "b"]
+
+
+def test_a_later_measurement_at_the_same_edits_wins(logger):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.log_metrics({"a": 2.0}, step=1)
+    logger.save()
+    assert table(logger) == [{"edits": "1", "a": "2.0"}]
+
+
+def test_numbers_come_back_exactly(logger, tmp_path):
+    """Also tiny ones, infinity and not-a-number: what was measured is not the same as an empty cell."""
+    values = {"third": 1 / 3, "tiny": 5e-324, "inf": math.inf, "nan": math.nan, "zero": 0.0}
+    logger.log_metrics(values, step=5)
+    logger.save()
+    row = open_run(tmp_path).rows[5]
+    assert math.isnan(row.pop("nan"))
+    assert row == {k: v for k, v in values.items() if k != "nan"}
+
+
+def test_tensors_are_numbers_and_epochs_no_measurement(logger):
+    logger.log_metrics({"a": torch.tensor(0.5), "epoch": 3}, step=1)
+    logger.log_metrics({"epoch": 3}, step=2)
+    logger.save()
+    assert table(logger) == [{"edits": "1", "a": "0.5"}]
+
+
+def test_without_a_step_there_is_no_row(logger):
+    logger.log_metrics({"a": 1.0})
+    logger.save()
+    assert not logger.table_path.exists()
+
+
+def test_nothing_is_written_where_nothing_is_new(logger):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.save()
+    logger.table_path.write_text("untouched")
+    logger.save()
+    assert logger.table_path.read_text() == "untouched"
+
+
+def test_tensorboard_gets_the_same_numbers(logger):
+    logger.log_metrics({"val/ES": 0.5}, step=64)
+    logger.log_metrics({"val/ES": 0.75}, step=96)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("val/ES")] == [(64, 0.5), (96, 0.75)]
+
+
+# a folder of its own
+
+
+def claimed(folder):
+    """As each rank does: Lightning has asked the first for its folder before they meet."""
+    logger = RunLogger(folder, name="recipe")
+    logger.share()
+    return logger.version, Path(logger.log_dir).is_dir()
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
+    loggers = [RunLogger(str(tmp_path), name="recipe") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda logger: logger.version, loggers))
+    assert sorted(found) == list(range(8))
+    # Both have seen the same folders when they choose.
+    late = [RunLogger(str(tmp_path), name="recipe") for _ in range(2)]
+    for logger in late:
+        logger._get_next_version = lambda: 8
+    assert [logger.version for logger in late] == [8, 9]
+    assert [logger.version for logger in late] == [8, 9]  # and each keeps its own
+    assert RunLogger(str(tmp_path), name="recipe", version=3).version == 3
+
+
+def test_all_ranks_have_the_first_ones_version(tmp_path):
+    (tmp_path / "runs" / "recipe" / "version_4").mkdir(parents=True)
+    assert together(2, tmp_path / "ranks", claimed, str(tmp_path / "runs")) == [(5, True)] * 2
+
+
+@pytest.mark.parametrize("where", ["taken", "taken/below"])
+def test_a_file_in_the_place_of_the_runs_is_named(where, tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match=r"taken.* a file is in its way"):
+        RunLogger(str(tmp_path / where), name="recipe").version  # noqa: B018
+
+
+# going on in the same folder
+
+
+def test_opening_the_same_version_keeps_its_rows(logger, tmp_path):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.log_metrics({"b": 2.0}, step=2)
+    logger.finalize("success")
+    again = open_run(tmp_path)
+    again.log_metrics({"c": 3.0}, step=3)
+    again.finalize("success")
+    assert table(again) == [
+        {"edits": "1", "a": "1.0", "b": "", "c": ""},
+        {"edits": "2", "a": "", "b": "2.0", "c": ""},
+        {"edits": "3", "a": "", "b": "", "c": "3.0"},
+    ]
+
+
+def test_opening_alone_changes_nothing(logger, tmp_path):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.finalize("success")
+    before = logger.table_path.read_bytes()
+    open_run(tmp_path).finalize("success")
+    assert logger.table_path.read_bytes() == before
+
+
+def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
+    """A run killed at 96 edits and resumed at 64 makes 96 again, without what it had there."""
+    for step in (32, 64, 96):
+        logger.log_metrics({"a": float(step), "val": 1.0}, step=step)
+        if step == 64:
+            saved = {edits: dict(row) for edits, row in logger.rows.items()}
+    logger.finalize("failed")
+    resumed = open_run(tmp_path)
+    resumed.go_on(saved, 64)
+    resumed.log_metrics({"a": 7.0}, step=96)
+    resumed.finalize("success")
+    assert [(row["edits"], row["a"], row["val"]) for row in table(resumed)] == [
+        ("32", "32.0", "1.0"),
+        ("64", "64.0", "1.0"),
+        ("96", "7.0", ""),
+    ]
+    # TensorBoard is told to leave out what the first run had beyond 64.
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(32, 32.0), (64, 64.0), (96, 7.0)]
+
+
+def test_a_new_run_in_an_old_folder_begins_an_empty_table(logger, tmp_path):
+    logger.log_metrics({"m": 1.0}, step=1)
+    logger.finalize("failed")
+    again = open_run(tmp_path)
+    again.go_on({}, 0)
+    again.save()
+    assert table(again) == []
+
+
+# with a Trainer
+
+
+class Measured(LightningModule):
+    """Log three batches of 32 edits, and fail at the given one."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.fail_at = fail_at
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        if index == self.fail_at:
+            raise ZeroDivisionError
+        self.log("step", 32.0 * (index + 1))
+        self.log("ES", 0.5 + index)
+
+    def configure_optimizers(self):
+        return None
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(3, 1))
+
+
+def lightnings_own_warnings(test):
+    """Let pass what Lightning says of loaders without workers, no optimizer, and trees of torch."""
+    for message in (
+        "does not have many workers",
+        ".configure_optimizers. returned",
+        ".isinstance.treespec, LeafSpec",
+    ):
+        test = pytest.mark.filterwarnings(f"ignore:.*{message}")(test)
+    return test
+
+
+def run(logger, tmp_path, **kwargs):
+    trainer = Trainer(
+        logger=logger, max_epochs=1, accelerator="cpu", log_every_n_steps=1, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Measured(**kwargs))
+
+
+@lightnings_own_warnings
+def test_a_trainers_run_is_a_row_for_each_number_of_edits(logger, tmp_path):
+    run(logger, tmp_path)
+    assert [(row["edits"], row["ES"]) for row in table(logger)] == [
+        ("32", "0.5"),
+        ("64", "1.5"),
+        ("96", "2.5"),
+    ]
+
+
+@lightnings_own_warnings
+def test_a_run_that_fails_has_written_what_it_measured(logger, tmp_path, monkeypatch):
+    """Also where nothing but the end of the run writes."""
+    finalize, ended = RunLogger.finalize, []
+
+    def noted(self, status):
+        ended.append(status)
+        monkeypatch.undo()  # from here on saving works again
+        finalize(self, status)
+
+    monkeypatch.setattr(RunLogger, "save", lambda self: None)
+    monkeypatch.setattr(RunLogger, "finalize", noted)
+    with pytest.raises(ZeroDivisionError):
+        run(logger, tmp_path, fail_at=2)
+    assert ended == ["failed"]
+    assert [row["edits"] for row in table(logger)] == ["32", "64"]
+
+
+@lightnings_own_warnings
+def test_a_run_that_fails_before_it_has_anything_leaves_no_folder(logger, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        run(logger, tmp_path, fail_at=0)
+    assert list((tmp_path / "recipe").iterdir()) == []
+    # What anybody else has put there stays, and so does the folder.
+    again = open_run(tmp_path)
+    again.experiment.add_text("a", "b")  # makes the folder and an event file
+    (tmp_path / "recipe" / "version_0" / "notes.txt").touch()
+    again.finalize("failed")
+    assert (tmp_path / "recipe" / "version_0" / "notes.txt").exists()
+
+
+def test_the_table_is_replaced_whole_or_not_at_all(logger, monkeypatch):
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.save()
+    before = logger.table_path.read_bytes()
+    logger.log_metrics({"a": 2.0}, step=2)
+
+    def fail(self, row):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(csv.DictWriter, "writerow", fail)
+    with pytest.raises(ZeroDivisionError):
+        logger.save()
+    assert logger.table_path.read_bytes() == before
+    assert [p.name for p in logger.table_path.parent.iterdir() if p.suffix in (".csv", ".part")] == ["metrics.csv"]
+    monkeypatch.undo()
+    logger.save()  # and it is not forgotten that the row is unwritten
+    assert [row["edits"] for row in table(logger)] == ["1", "2"]

@@ -1,0 +1,123 @@
+"""The page of one run: what it shows, and that nothing in it can be anything but text."""
+
+import re
+from html.parser import HTMLParser
+
+from editlab.runs.report import Missed, Page, table
+
+SUMMARY = {
+    "edits": 4, "rolled_back": 1, "superseded": 0, "batches": 2, "seconds": 12.3, "seed": 7,
+    "versions": {"torch": "2.13"},
+    "before": {"ES": 0.0, "NS": 0.75}, "immediate": {"ES": 1.0}, "retained": {"ES": 0.5, "NS": 0.625},
+    "perplexity": {"before": 20.0, "after": 25.5},
+}  # fmt: skip
+CURVE = {
+    2: {"before/ES": 0.0, "immediate/ES": 1.0},
+    4: {"before/ES": 0.0, "immediate/ES": 1.0, "retained/ES": 0.5, "perplexity/heldout": 25.5},
+}
+EVIL = "<script>alert('x')</script> & \"quotes\""
+
+
+class Seen(HTMLParser):
+    """Collects tags and texts, and every address that a browser would fetch."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.fetched = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+
+    def handle_data(self, data):
+        self.texts.append(data.strip())
+
+
+def test_the_metrics_as_they_are_on_the_screen():
+    texts = Seen(Page("a run", "model: {}", SUMMARY, CURVE, ["kept", "rolled back"], []).to_html()).texts
+    start = texts.index("ES")
+    assert [t for t in texts[start : start + 8] if t][:4] == ["ES", "0.000", "1.000", "0.500"]
+    assert "4 facts edited, 1 rolled back in 2 batches; 12 s; seed 7. torch 2.13." in texts
+    assert {"20.00", "25.50"} <= set(texts)
+
+
+def test_what_is_no_number_is_an_empty_cell():
+    broken = {**SUMMARY, "perplexity": {"before": 20.0, "after": None}}
+    texts = Seen(Page("a run", "", broken).to_html()).texts
+    assert "20.00" in texts
+    assert "25.50" not in texts
+
+
+def test_what_another_program_left_there_is_no_decision():
+    events = [{"step": 0}, {"step": 1, "fact": 3}, {"step": 2, "decision": "drop", "fact": 3}]
+    summary = {"edits": 4, "versions": {"torch": "2.13"}}
+    page = Page("a run", "", summary, events={"x_events": events, "y": [{"step": 1}]})
+    texts = Seen(page.to_html()).texts
+    assert "4 facts edited. torch 2.13." in texts
+    assert "1 drop" in texts
+    assert "Y" not in texts
+
+
+def test_what_the_model_says_to_lost_edits():
+    missed = [Missed(1, 1, "The capital of France is", "Tokyo", "Paris", True), Missed(4, 2, "a", "b", "c", False)]
+    page = Seen(Page("a run", "", SUMMARY, missed=missed).to_html())
+    assert any(text.startswith("1 forgotten, 1 never learnt") for text in page.texts)
+    start = page.texts.index("The capital of France is")
+    assert [t for t in page.texts[start : start + 8] if t][:4] == [
+        "The capital of France is",
+        "Tokyo",
+        "Paris",
+        "forgotten",
+    ]
+
+
+def test_no_text_of_a_user_becomes_markup():
+    events = [{"step": 0, "decision": "rollback", "score": 0.25, "reason": EVIL}, {"step": 1, "decision": "keep"}]
+    page = Page(EVIL, EVIL, SUMMARY, CURVE, [EVIL], [Missed(1, 1, EVIL, EVIL, EVIL, True)], {"trust_events": events})
+    seen = Seen(page.to_html())
+    assert "script" not in seen.tags
+    assert EVIL in seen.texts
+    assert seen.fetched == []  # nothing is loaded from anywhere
+
+
+def test_events_that_did_not_let_things_be():
+    events = [
+        {"step": 0, "decision": "keep", "score": 0.9},
+        {"step": 1, "decision": "rollback", "score": 0.256, "reason": "score 0.26 is under 0.50"},
+        {"step": 2, "decision": "leave_out", "fact": {"subject": "France", "target_new": "Lima"}},
+    ]
+    page = Page("a run", "", SUMMARY, events={"trust_events": events, "empty_events": []})
+    texts = [text for text in Seen(page.to_html()).texts if text]
+    assert texts[texts.index("Trust") + 1] == "1 keep, 1 rollback, 1 leave_out"
+    start = texts.index("2", texts.index("reason"))
+    assert texts[start : start + 7] == [
+        "2",
+        "rollback",
+        "0.26",
+        "score 0.26 is under 0.50",
+        "3",
+        "leave_out",
+        "France: Lima",
+    ]
+    assert "Empty" not in texts
+
+
+def test_a_run_on_its_way_and_a_model_that_was_not_asked():
+    texts = Seen(Page("a run", "", None, CURVE).to_html()).texts
+    assert "This run has not finished; --ckpt_path last goes on from its last batch." in texts
+    assert "The model was not asked (--no_answers)." in texts
+
+
+def test_fates_are_counted_by_kind():
+    fates = ["kept", "superseded by edit 4", "scaled to 0.5", "superseded by edit 9", "kept"]
+    texts = [text for text in Seen(Page("a run", "", SUMMARY, fates=fates).to_html()).texts if text]
+    start = texts.index("What became of the edits")
+    assert texts[start + 2 : start + 8] == ["kept", "2", "superseded", "2", "scaled", "1"]
+
+
+def test_a_table_by_hand():
+    assert re.sub(r"\n", "", table(["a", "b"], [["x", "1"]], numbers=[1])) == (
+        '<div class="scroll"><table><thead><tr><th>a</th><th class="n">b</th></tr></thead>'
+        '<tbody><tr><td>x</td><td class="n">1</td></tr></tbody></table></div>'
+    )

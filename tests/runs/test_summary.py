@@ -1,0 +1,76 @@
+"""The summary's table: what was measured is there, what was not is a dash, and it fits a screen."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from editlab.cli.main import main
+from editlab.edits.edited_layer import EditedLayer
+from editlab.runs.logger import RunLogger
+from editlab.runs.summary import peak_memory_mb, render, versions
+from editlab.solver.methods import EMMET
+from tests.recipes import write_recipe
+
+
+def test_the_table():
+    summary = {
+        "edits": 6, "rolled_back": 2, "superseded": 1, "batches": 4,
+        "before": {"ES": 0.0}, "immediate": {"ES": 1.0}, "retained": {"ES": 0.875, "NS": 0.5},
+        "perplexity": {"before": 27.6, "after": 28.25}, "generation_entropy": {},
+        "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
+    }  # fmt: skip
+    trainer = SimpleNamespace(loggers=[RunLogger()])
+    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], rule=EMMET(), trainer=trainer)
+    text = render(summary, editor, Path("lightning_logs/r/version_0"), "x.ckpt")
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["ES"] == ["0.000", "1.000", "0.875"]
+    assert rows["NS"] == ["-", "-", "0.500"]
+    assert "PS" not in rows
+    assert "held-out perplexity          27.60           -       28.25" in text
+    assert "generation" not in text
+    assert "6 facts edited, 2 rolled back, 1 superseded in 4 batches: tiny, layers 5, EMMET" in text
+    assert "tensorboard --logdir lightning_logs/r" in text
+    assert (
+        "edited model x.ckpt\nto use it    editlab export --ckpt_path lightning_logs/r/version_0 --out edited" in text
+    )
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 100
+    assert "tables       lightning_logs/r/version_0/metrics.csv, lightning_logs/r/version_0/summary.json" in text
+    trainer.loggers = []
+    text = render({**summary, "batches": 1}, editor, Path("r"), None)
+    assert "tables       r/summary.json\n" in text
+    assert "in 1 batch: tiny" in text
+    assert "none was written (see trainer.enable_checkpointing)\n" in text
+    assert "to use it" not in text
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Its update is no number, so nothing that it says is one: no edit took, and the summary is valid JSON."""
+    monkeypatch.chdir(tmp_path)
+    add = EditedLayer.add
+    monkeypatch.setattr(EditedLayer, "add", lambda layer, update: add(layer, update * math.nan))
+    write_recipe(tmp_path, tiny_folder, model={"layers": [1]}, data={"limit": 2, "shuffle": False})
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    run = tmp_path / "lightning_logs" / "tiny" / "version_0"
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
+    names = ("ES", "PS", "NS", "S", "accuracy")
+    assert [summary["retained"][name] for name in names] == [0.0] * 5
+    assert summary["perplexity"]["before"] > 1
+    assert summary["perplexity"]["after"] is None
+    assert summary["delta_norm"] == {"1": None}
+    assert set(summary["generation_entropy"]) == {"before"}
+    (run / "summary.json").unlink()
+    for command in (["fit", "--config", "tiny.yaml", "--ckpt_path", "last"], ["report", str(run), "--no_answers"]):
+        assert main(command) == 0
+    assert main(["compare", "lightning_logs"]) == 0
+    assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
+    assert "This should not happen" not in capsys.readouterr().err
+
+
+def test_facts_about_the_process():
+    assert 10 < peak_memory_mb() < 10**6
+    assert {"editlab", "python", "torch", "lightning", "transformers"} <= set(versions())

@@ -1,0 +1,224 @@
+"""Whole or not at all: what is on disk after success, failure, a race and a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from editlab.errors import EditLabError, UserError
+from editlab.utils.files import atomic_file, atomic_folder, cache_dir, sweep
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def fill(place: Path, text: str = "new") -> None:
+    (place / "a.txt" if place.is_dir() else place).write_text(text)
+
+
+@pytest.mark.parametrize("chosen", ["/somewhere/else", "~/cache"])
+def test_cache_dir_follows_the_variable(monkeypatch, chosen):
+    monkeypatch.setenv("EDITLAB_CACHE", chosen)
+    assert cache_dir() == Path(chosen).expanduser()
+
+
+@pytest.mark.parametrize("unset", [True, False])
+def test_cache_dir_is_the_platforms_otherwise(monkeypatch, unset):
+    monkeypatch.setenv("EDITLAB_CACHE", "")
+    if unset:
+        monkeypatch.delenv("EDITLAB_CACHE")
+    assert cache_dir() == platformdirs.user_cache_path("editlab")
+    assert "editlab" in cache_dir().parts
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_success_moves_it_into_place(tmp_path, atomic):
+    target = tmp_path / "deep" / "down" / "thing"
+    with atomic(target) as temporary:
+        fill(temporary)
+        assert temporary.parent == target.parent
+        assert not target.exists()
+    assert listing(tmp_path / "deep" / "down") == (["thing"] if atomic is atomic_file else ["thing", "thing/a.txt"])
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, UserError, FileNotFoundError])
+def test_failure_leaves_nothing_and_passes_through(tmp_path, atomic, failure):
+    def fail():
+        with atomic(tmp_path / "thing") as temporary:
+            fill(temporary)
+            raise failure("mine")
+
+    with pytest.raises(failure, match="mine"):
+        fail()
+    assert listing(tmp_path) == []
+
+
+def test_a_file_is_replaced_only_on_success(tmp_path):
+    target = tmp_path / "thing"
+    target.write_text("old")
+
+    def fail():
+        with atomic_file(target) as temporary:
+            fill(temporary)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
+    assert target.read_text() == "old"
+    with atomic_file(target) as temporary:
+        fill(temporary)
+    assert target.read_text() == "new"
+    assert listing(tmp_path) == ["thing"]
+
+
+def test_of_two_racing_folders_the_first_stays(tmp_path):
+    target = tmp_path / "thing"
+    with atomic_folder(target) as late:
+        fill(late, "late")
+        with atomic_folder(target) as early:
+            fill(early, "early")
+    assert (target / "a.txt").read_text() == "early"
+    assert listing(tmp_path) == ["thing", "thing/a.txt"]
+
+
+def test_of_two_racing_files_the_last_stays(tmp_path):
+    target = tmp_path / "thing"
+    with atomic_file(target) as late:
+        fill(late, "late")
+        with atomic_file(target) as early:
+            fill(early, "early")
+    assert target.read_text() == "late"
+    assert listing(tmp_path) == ["thing"]
+
+
+@pytest.mark.parametrize(("atomic", "obstacle"), [(atomic_file, Path.mkdir), (atomic_folder, Path.touch)])
+def test_a_target_of_the_other_kind(tmp_path, atomic, obstacle):
+    obstacle(tmp_path / "thing")
+
+    def work():
+        with atomic(tmp_path / "thing") as temporary:
+            fill(temporary)
+
+    with pytest.raises(UserError, match=r"cannot write \S+/thing, because \S+/thing is in its way: choose"):
+        work()
+    assert listing(tmp_path) == ["thing"]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "folder"), atomic_file(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space"), RuntimeError("I/O error: No space left on device (os error 28)")],
+    ids=["plain", "as safetensors says it"],
+)
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, atomic, error):
+    monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path))
+
+    def fail():
+        with atomic(tmp_path / "thing"):
+            raise error
+
+    with pytest.raises(EditLabError, match=r"no space on the disk to write .*thing.*set EDITLAB_CACHE") as caught:
+        fail()
+    assert caught.value.exit_code == 1
+    assert caught.value.__cause__ is error
+    assert listing(tmp_path) == []
+
+
+def test_a_full_disk_is_seen_behind_a_vague_error(tmp_path, monkeypatch):
+    """torch.save reports a failed write without its reason; the free space tells it."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 512, 512))
+
+    def fail():
+        with atomic_file(tmp_path / "thing"):
+            raise RuntimeError("file write failed")
+
+    with pytest.raises(EditLabError, match=r"no space on the disk .* choose a folder on another disk"):
+        fail()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_that_is_read_only_is_not_called_full(tmp_path, monkeypatch, code):
+    """Such a file system, as of an image, has no free bytes either."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+
+    def refuse(path, *args, **kwargs):
+        raise OSError(code, "refused", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="no permission to write"), atomic_file(tmp_path / "thing"):
+        pass
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+    try:
+        with atomic_file(tmp_path / "thing") as file, atomic_folder(tmp_path / "things") as folder:
+            fill(folder)
+            left = [shutil.copyfile(file, f"{file}.kept"), shutil.copytree(folder, f"{folder}.kept")]
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        for copy in left:  # as they lay there while they were written
+            os.rename(copy, str(copy).removesuffix(".kept"))
+    (tmp_path / ".notes.part").touch()
+    assert len(listing(tmp_path)) == 4
+    sweep(tmp_path)
+    assert listing(tmp_path) == [".notes.part"]
+    sweep(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_no_permission_is_one_sentence(tmp_path, monkeypatch, atomic):
+    """Simulated at the system call, because a superuser is let through everywhere."""
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
+
+    def work():
+        with atomic(tmp_path / "thing"):
+            pytest.fail("the body must not run")
+
+    with pytest.raises(UserError, match=r"no permission to write .*thing: choose a folder"):
+        work()
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("not a folder")
+    monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
+
+    def work():
+        with atomic_file(cache_dir() / "models" / "thing"):
+            pytest.fail("the body must not run")
+
+    with pytest.raises(UserError, match="is in its way: set EDITLAB_CACHE to another folder"):
+        work()
+
+
+def test_an_unreadable_source_is_not_blamed_on_the_target(tmp_path):
+    def fail():
+        with atomic_file(tmp_path / "thing"):
+            raise PermissionError(errno.EACCES, "Permission denied", "/the/source")
+
+    with pytest.raises(PermissionError):
+        fail()
+    assert listing(tmp_path) == []

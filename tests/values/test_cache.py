@@ -1,0 +1,91 @@
+"""Cached values: found once, and never taken for those of another model, site, context or hyper-parameter."""
+
+import pytest
+import torch
+
+from editlab.errors import EditLabError
+from editlab.keys.subject_keys import Site
+from editlab.lm.language_model import LanguageModel
+from editlab.values.cache import ValueCache, name_of
+from editlab.values.optimize import ValueSettings
+from tests.facts import FACTS
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SITE = Site(3, True, torch.nn.Identity())
+
+
+def cache(fingerprint="f", site=SITE, contexts=("", "a. "), tokenizer="t", edited="", **settings):
+    return ValueCache([fingerprint, tokenizer, edited], site, contexts, ValueSettings(**settings))
+
+
+def test_only_what_is_missing_is_found():
+    asked = []
+
+    def find(facts):
+        asked.append([f.id for f in facts])
+        return torch.stack([torch.full((2,), float(f.id)) for f in facts])
+
+    first = cache("once").fetch(FACTS[:2], find)
+    again = cache("once").fetch([FACTS[2], FACTS[1], FACTS[0]], find)
+    assert asked == [[0, 1], [2]]
+    assert first.tolist() == [[0, 0], [1, 1]]
+    assert again.tolist() == [[2, 2], [1, 1], [0, 0]]
+    assert cache("once").fetch(FACTS[:2], lambda facts: 1 / 0).tolist() == first.tolist()
+
+
+def test_the_key_holds_all_that_a_value_depends_on():
+    others = [
+        cache("g"),
+        cache(tokenizer="u"),
+        cache(edited="mlp.down_proj"),
+        cache(matmul="bfloat16"),
+        cache(lr=0.1),
+        cache(site=Site(4, True, SITE.module)),
+        cache(site=Site(3, False, SITE.module)),
+        cache(contexts=("",)),
+        cache(steps=3),
+        cache(clamp=2.0),
+        cache(kl_factor=0.5),
+        cache(early_stop=2),
+    ]
+    assert len({c.folder for c in [cache(), *others]}) == 13
+    assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
+    assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
+
+
+def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
+    # A kill between two files would leave a part, and the rest, found in another group, would round otherwise.
+    def fail(*arguments):
+        raise OSError("killed")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="killed"):
+        cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
+    assert list(cache("part").folder.glob("*")) == []
+    monkeypatch.undo()
+    cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
+    assert len(list(cache("part").folder.iterdir())) == 1
+
+
+def test_values_under_autocast_are_others():
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    plain = ValueCache.of(lm, "key", SITE, ("",), ValueSettings())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ValueCache.of(lm, "key", SITE, ("",), ValueSettings())
+    assert cast.folder != plain.folder
+    assert ValueCache.of(lm, "key", SITE, ("",), ValueSettings()).folder == plain.folder
+
+
+def test_a_damaged_file_is_named():
+    cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
+    (path,) = cache("damaged").folder.iterdir()
+    path.write_bytes(b"{}")
+    with pytest.raises(EditLabError, match=r"\.safetensors can not be read .* delete it, and it is made again"):
+        cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
+
+
+def test_of_two_values_of_one_fact_the_first_known_stays():
+    mine, other = cache("two"), cache("two")
+    mine.fetch(FACTS[:1], lambda facts: torch.zeros(1, 2))
+    other.fetch(FACTS[:2], lambda facts: torch.ones(len(facts), 2))
+    assert mine.fetch(FACTS[:2], lambda facts: 1 / 0).tolist() == [[0, 0], [1, 1]]
