@@ -27,20 +27,20 @@ from editlab.lm.language_model import LanguageModel
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import summarize, table
 from editlab.runs.trainer import TRAINER_DEFAULTS
-from editlab.solver.methods import EMMET, Rule
+from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
 from editlab.values.optimize import ValueSettings
 
 RECOMMENDED: dict[str, Any] = {
-    "rule": EMMET(covariance_weight=300, gamma=1),
+    "method": EMMET(covariance_weight=300, gamma=1),
     "values": ValueSettings(reference="original"),
     "preserve_prompt_tokens": 1.0,
 }
 """What a model is edited with where nothing else is asked for: that of ``configs/emmet.yaml``."""
 
 SETTINGS = {
-    "rule": Rule,
+    "method": Method,
     "values": ValueSettings,
     "moments": MomentSettings,
     "contexts": ContextSettings,
@@ -120,7 +120,7 @@ def edit_model(
         folder: where curves, tables and event logs go, as of ``editlab fit``; nothing is written where not given.
         seed: of all that is drawn.
         progress: whether to show progress bars.
-        settings: further arguments of :class:`~editlab.editor.SequentialEditor`: ``rule``, ``values``, ``moments``,
+        settings: further arguments of :class:`~editlab.editor.SequentialEditor`: ``method``, ``values``, ``moments``,
             ``evaluation``, ``keys``, ...; :data:`RECOMMENDED` holds for those not given.
 
     Returns:
@@ -183,7 +183,7 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         )
     for name, kind in SETTINGS.items():
         if name in settings and not isinstance(settings[name], kind):
-            such = "EMMET" if kind is Rule else kind.__name__
+            such = "EMMET" if kind is Method else kind.__name__
             raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {such}().")
 
 

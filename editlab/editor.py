@@ -31,7 +31,7 @@ from editlab.runs import resume
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import finish_run
 from editlab.solver.closed_form import Preservation
-from editlab.solver.methods import EMMET, Rule
+from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import progress
 from editlab.utils.validation import at_least_one, not_negative, one_of
 from editlab.values.cache import ValueCache
@@ -52,7 +52,7 @@ class SequentialEditor(EditedModel):
         layers: blocks whose MLP output projection is edited; the target lives at the highest, and MEMIT's spreading
             shares it out over all of them, from the lowest up. ``auto`` finds them by trying
             (:mod:`editlab.edits.layer_search`).
-        rule: the closed form's metric and slack: ROME, MEMIT, EMMET or AlphaEdit.
+        method: the closed form's metric and slack: ROME, MEMIT, EMMET or AlphaEdit.
         values: how targets v* are found.
         moments: the text of the second moments C0.
         contexts: prefixes in which values (and keys, where asked) are averaged.
@@ -76,7 +76,7 @@ class SequentialEditor(EditedModel):
         self,
         language_model: str = "smollm2-135m",
         layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - shown as the default, and copied
-        rule: Rule = EMMET(),  # noqa: B008 - frozen
+        method: Method = EMMET(),  # noqa: B008 - frozen
         values: ValueSettings = ValueSettings(),  # noqa: B008 - read only
         moments: MomentSettings = MomentSettings(),  # noqa: B008
         contexts: ContextSettings = ContextSettings(),  # noqa: B008
@@ -95,7 +95,7 @@ class SequentialEditor(EditedModel):
         if not condition_limit > 1:
             raise UserError(f"model.condition_limit is {condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=passes)
-        self.rule = rule
+        self.method = method
         self.values = values
         self.moments = moments
         self.context_settings = contexts
@@ -150,16 +150,16 @@ class SequentialEditor(EditedModel):
         """Contexts, second moments, the facts to edit, and what the unedited model scores."""
         self.evaluation.start_clock()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        largest = self.rule.largest_batch
+        largest = self.method.largest_batch
         if largest is not None and data.batch_size > largest:
             raise UserError(
-                f"{type(self.rule).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
+                f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
-                self.preservation[layer] = self.rule.preservation(c0.to(self.solver_device))
+                self.preservation[layer] = self.method.preservation(c0.to(self.solver_device))
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         resume.begin(self)

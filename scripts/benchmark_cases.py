@@ -222,8 +222,8 @@ def whole(s: Setting) -> list[Round]:
     def plain() -> float:
         lm = _language_model(s.options)
         site = Site.of(lm, s.site.layer)
-        rule = EMMET(LAMBDA, GAMMA)
-        ridged = c0 + rule.ridge * c0.diagonal().mean() * torch.eye(len(c0), dtype=c0.dtype)
+        method = EMMET(LAMBDA, GAMMA)
+        ridged = c0 + method.ridge * c0.diagonal().mean() * torch.eye(len(c0), dtype=c0.dtype)
         for fact in s.facts:
             plain_scores(lm, fact)
         for batch in s.groups:
@@ -235,7 +235,7 @@ def whole(s: Setting) -> list[Round]:
 
     def ours() -> float:
         evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
-        editor = SequentialEditor(**names, rule=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)
+        editor = SequentialEditor(**names, method=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
         with TemporaryDirectory() as folder:
             trainer = lightning.Trainer(

@@ -119,7 +119,7 @@ def _edit_many(tokenizer: Any, count: int, callbacks: list[Any]) -> None:
     ]
     edit_model(
         model, tokenizer, facts, layers=[1], batch_size=BATCH, callbacks=callbacks, progress=False,
-        rule=EMMET(covariance_weight=1000, gamma=1), values=ValueSettings(steps=2),
+        method=EMMET(covariance_weight=1000, gamma=1), values=ValueSettings(steps=2),
         contexts=ContextSettings(count=1, length=3),
         moments=MomentSettings(tokens=4096, cache=False),
         evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, immediate="edits"),

@@ -50,7 +50,7 @@ def main() -> None:
     editor.configure_model()
     editor.contexts = sample_contexts(editor.lm, editor.context_settings)
     c0 = second_moments(editor.lm, editor.layer_numbers, editor.moments, editor.language_model)
-    editor.preservation = {layer: editor.rule.preservation(moments) for layer, moments in c0.items()}
+    editor.preservation = {layer: editor.method.preservation(moments) for layer, moments in c0.items()}
     data = EditDataModule(limit=arguments.batch_size * (arguments.batches + 1))
     data.setup()
     data.select(lambda facts: prefers_truth(editor.lm, facts, editor.unedited_scores))

@@ -28,16 +28,16 @@ from sweep import (
 from tables import table_rows, update_table, write_rows
 
 RECIPE = "configs/emmet.yaml"
-RULE = "model.rule.init_args."
+METHOD = "model.method.init_args."
 METHODS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "emmet": ("EMMET", 32, {RULE + "covariance_weight": 1, RULE + "gamma": 0}),
+    "emmet": ("EMMET", 32, {METHOD + "covariance_weight": 1, METHOD + "gamma": 0}),
     "rome": ("ROME", 1, {}),
-    "memit": ("MEMIT", 32, {RULE + "covariance_weight": 15000}),
-    "memit_300": ("MEMIT", 32, {RULE + "covariance_weight": 300}),
-    "emmet_300": ("EMMET", 32, {RULE + "covariance_weight": 300, RULE + "gamma": 1}),
+    "memit": ("MEMIT", 32, {METHOD + "covariance_weight": 15000}),
+    "memit_300": ("MEMIT", 32, {METHOD + "covariance_weight": 300}),
+    "emmet_300": ("EMMET", 32, {METHOD + "covariance_weight": 300, METHOD + "gamma": 1}),
     "alphaedit": ("AlphaEdit", 32, {}),
 }
-"""name -> rule, batch size, settings; ``memit`` has the published weight, ``emmet_300`` is ``memit_300`` by theory.
+"""name -> method, batch size, settings; ``memit`` has the published weight, ``emmet_300`` is ``memit_300`` by theory.
 Not ROME first: values of the original weights are found faster for a batch at a time, and then it reads them."""
 
 
@@ -50,14 +50,14 @@ def cases() -> list[Case]:
     """
     one_layer = {"model.layers": [6], "model.keys": "bare", "model.values.clamp": 4, "model.preserve_prompt_tokens": 0}
     found = []
-    for name, (rule, batch, settings) in METHODS.items():
+    for name, (method, batch, settings) in METHODS.items():
         past_keys = [{"class_path": "MemoryReplay", "init_args": {"memory": "consolidated"}}]
         for way, reference in (("sequential", "current"), ("independent", "original")):
             alone = way == "independent"
-            flags = {**one_layer, "model.rule": rule, **settings, "data.batch_size": batch,
+            flags = {**one_layer, "model.method": method, **settings, "data.batch_size": batch,
                      "model.values.reference": reference, "model.restore_between_batches": alone}  # fmt: skip
-            callbacks = past_keys if rule == "AlphaEdit" and not alone else []
-            labels = {"method": rule, "way": way, "batch_size": batch}
+            callbacks = past_keys if method == "AlphaEdit" and not alone else []
+            labels = {"method": method, "way": way, "batch_size": batch}
             found.append(Case(f"{name}_{way}", flags, callbacks, labels))
     return found
 

@@ -22,7 +22,7 @@ from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMIL
 
 EVERY, SAMPLE = 200, 128
 """Edits between two snapshots, and past edits asked for at each."""
-RULE = "model.rule.init_args."
+METHOD = "model.method.init_args."
 RULES = {
     "equality_current": ("EMMET as published: equality, layer 6", BLACK, "-"),
     "equality": ("the same, values of the original weights", VERMILION, "-"),
@@ -87,13 +87,13 @@ def cases(edits: int) -> list[Case]:
     trust = {"class_path": "TrustRollback", "init_args": {}}
     looser = {"model.preserve_prompt_tokens": 0.1}
     layer_6 = {"model.layers": [6]}
-    published = {**layer_6, "model.keys": "mean", "model.preserve_prompt_tokens": 0, RULE + "covariance_weight": 1}
-    equality = {**published, RULE + "gamma": 0}
+    published = {**layer_6, "model.keys": "mean", "model.preserve_prompt_tokens": 0, METHOD + "covariance_weight": 1}
+    equality = {**published, METHOD + "gamma": 0}
     current = {"model.values.reference": "current"}
-    rome = {**published, "model.rule": "ROME", "data.batch_size": 1}
-    memit = {"model.rule": "MEMIT", RULE + "covariance_weight": 15000}
-    nothing = {RULE + "covariance_weight": 1e12}  # the closed form moves no weight that one would notice
-    alphaedit = {"model.rule": "AlphaEdit", "model.preserve_prompt_tokens": 0}
+    rome = {**published, "model.method": "ROME", "data.batch_size": 1}
+    memit = {"model.method": "MEMIT", METHOD + "covariance_weight": 15000}
+    nothing = {METHOD + "covariance_weight": 1e12}  # the closed form moves no weight that one would notice
+    alphaedit = {"model.method": "AlphaEdit", "model.preserve_prompt_tokens": 0}
     return [
         Case("emmet", {}, [curve]),
         Case("both", {}, [both, curve]),
@@ -115,8 +115,8 @@ def cases(edits: int) -> list[Case]:
         Case("joint_looser", {"data.batch_size": edits, **looser}, []),
         Case("layer_6_consolidated", layer_6, [consolidated, curve]),
         Case("both_wider", {"model.layers": [1, 2, 3, 4, 5, 6]}, [both, curve]),
-        Case("both_firmer", {RULE + "covariance_weight": 2000}, [both, curve]),
-        Case("both_softer", {RULE + "covariance_weight": 500}, [both, curve]),
+        Case("both_firmer", {METHOD + "covariance_weight": 2000}, [both, curve]),
+        Case("both_softer", {METHOD + "covariance_weight": 500}, [both, curve]),
         Case("emmet_5000", {"data.limit": 5000}, [curve]),
         Case("consolidated_looser_5000", {**looser, "data.limit": 5000}, [consolidated, curve]),
     ]

@@ -57,9 +57,9 @@ def cases(edits: int) -> list[Case]:
     """All cases, the ones that matter most first."""
     consolidated: dict[str, Any] = {"memory": "consolidated"}
     current = {"model.values.reference": "current"}
-    firmer = {"model.rule.init_args.covariance_weight": 1500}
+    firmer = {"model.method.init_args.covariance_weight": 1500}
     one_layer = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
-                 "model.rule.init_args.covariance_weight": 1}  # fmt: skip
+                 "model.method.init_args.covariance_weight": 1}  # fmt: skip
     best: dict[str, Any] = {"rate": 0.3, "capacity": 200}
     found = [
         Case("none", {}, [CURVE]),

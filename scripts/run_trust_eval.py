@@ -65,7 +65,7 @@ def cases(seed: int, text: str) -> list[Case]:
     """All cases of one seed, the ones that matter most first; the fork takes the perplexity of ``text``, a file."""
     fork = {"class_path": "scripts.fork.ForkLabels", "init_args": {"text": text}}
     weak = {"model.layers": [6], "model.keys": "mean", "model.preserve_prompt_tokens": 0,
-            "model.rule.init_args.covariance_weight": 1}  # fmt: skip
+            "model.method.init_args.covariance_weight": 1}  # fmt: skip
     subtle = [kind for kind in KINDS if kind != "norm"]  # one batch of that kind alone destroys the model
     return [
         Case("faulty_gate", {}, [faults(seed, 0.1), gate(), fork]),
@@ -182,7 +182,7 @@ def main() -> None:
     options = shared.parse_args()
     common = {
         **common_flags(options),
-        "model.layers": [2, 3, 4, 5, 6], "model.rule.init_args.covariance_weight": 1000,
+        "model.layers": [2, 3, 4, 5, 6], "model.method.init_args.covariance_weight": 1000,
         "model.evaluation.heldout_tokens": 2048,
     }  # fmt: skip
     text = str(BUILTIN_TEXT) if options.heldout == "builtin" else options.heldout

@@ -141,7 +141,8 @@ def test_an_8_bit_model_whose_edited_layers_are_left_in_full_precision(tmp_path,
 def as_in(module):
     """The settings of an editor, as arguments."""
     return {
-        "rule": module.rule, "values": module.values, "moments": module.moments, "contexts": module.context_settings,
+        "method": module.method, "values": module.values, "moments": module.moments,
+        "contexts": module.context_settings,
         "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.preserve_prompt_tokens,
         "keys": module.key_mode,
     }  # fmt: skip
@@ -226,7 +227,7 @@ def test_a_slow_tokenizer_is_named():
 
 
 def test_a_setting_that_is_no_object_is_named():
-    for name, given, such in (("rule", "EMMET", "EMMET"), ("values", {"steps": 3}, "ValueSettings")):
+    for name, given, such in (("method", "EMMET", "EMMET"), ("values", {"steps": 3}, "ValueSettings")):
         with pytest.raises(UserError, match=rf"The setting {name} is .*: give an object, such as {such}\(\)\."):
             edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, name: given})
 

@@ -100,7 +100,7 @@ class Spy(EditCallback):
 def test_one_hard_edit_gives_exactly_its_value(tiny_folder, tmp_path):
     # With slack 0 and one layer the site's output must become v* itself: W k + (v* - W k), read off a whole forward.
     spy = Spy()
-    module = editor(tiny_folder, layers=[1], rule=ROME())
+    module = editor(tiny_folder, layers=[1], method=ROME())
     trainer = fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
     assert trainer.global_step == 1
     wanted = spy.plans[0].targets[0]
@@ -110,7 +110,7 @@ def test_one_hard_edit_gives_exactly_its_value(tiny_folder, tmp_path):
 def test_spreading_reaches_the_same_value_over_two_layers(tiny_folder, tmp_path):
     # The lower layer takes half of the residual, the upper one all that is left of it: the sum is v* again.
     spy = Spy()
-    module = editor(tiny_folder, layers=[0, 2], rule=ROME())
+    module = editor(tiny_folder, layers=[0, 2], method=ROME())
     fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
     assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets[0], atol=1e-4)
     assert set(spy.outcomes[0].updates) == {0, 2}
@@ -122,8 +122,8 @@ def test_each_pass_asks_for_what_the_one_before_left(tiny_folder, tmp_path):
     values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
     shares = []
     for passes in (1, 2):
-        spy, rule = Spy(), MEMIT(covariance_weight=10.0)
-        module = editor(tiny_folder, layers=[1], rule=rule, values=values, passes=passes)
+        spy, method = Spy(), MEMIT(covariance_weight=10.0)
+        module = editor(tiny_folder, layers=[1], method=method, values=values, passes=passes)
         fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
         wanted, now = spy.plans[0].targets[0], site_now(module, FACTS[0])
         with module.unedited():
@@ -332,7 +332,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
         ({"keys": "median"}, "bare, mean, each"),
         ({"preserve_prompt_tokens": -1.0}, "must not be negative"),
         ({"passes": 0}, "model.passes is 0: it must be at least 1"),
-        ({"rule": ROME()}, "set data.batch_size to 1"),
+        ({"method": ROME()}, "set data.batch_size to 1"),
     ],
 )
 def test_settings_that_can_not_be(tiny_folder, tmp_path, changes, message):
@@ -343,7 +343,7 @@ def test_settings_that_can_not_be(tiny_folder, tmp_path, changes, message):
 def test_a_norm_after_the_mlp_is_edited_through(tmp_path):
     tiny_model("gemma2").save_pretrained(tmp_path / "gemma")
     tiny_tokenizer().save_pretrained(tmp_path / "gemma")
-    module = editor(tmp_path / "gemma", layers=[1], rule=ROME())
+    module = editor(tmp_path / "gemma", layers=[1], method=ROME())
     spy = Spy()
     fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
     assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets[0], atol=1e-3)
@@ -351,10 +351,10 @@ def test_a_norm_after_the_mlp_is_edited_through(tmp_path):
 
 def test_memit_leaves_a_residual_and_emmet_none(tiny_folder, tmp_path):
     left = {}
-    for rule in (EMMET(), MEMIT(covariance_weight=100.0)):
+    for method in (EMMET(), MEMIT(covariance_weight=100.0)):
         spy = Spy()
-        fit(tmp_path, editor(tiny_folder, layers=[1], rule=rule), callbacks=[spy], limit=2)
-        left[type(rule)] = spy.outcomes[0].diagnostics["layer_1/residual_left"]
+        fit(tmp_path, editor(tiny_folder, layers=[1], method=method), callbacks=[spy], limit=2)
+        left[type(method)] = spy.outcomes[0].diagnostics["layer_1/residual_left"]
     assert left[EMMET] < 1e-6
     assert left[MEMIT] > 1e-2
 

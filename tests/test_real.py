@@ -17,7 +17,7 @@ def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch, precis
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "real.yaml"
     recipe.write_text(
-        "model:\n  layers: [4, 5, 6]\n  rule: {class_path: EMMET, init_args: {covariance_weight: 300}}\n"
+        "model:\n  layers: [4, 5, 6]\n  method: {class_path: EMMET, init_args: {covariance_weight: 300}}\n"
         "  preserve_prompt_tokens: 1.0\n  moments: {tokens: 2048}\n  contexts: {count: 2}\n"
         "  evaluation: {heldout_tokens: 512, generated_texts: 0}\n"
         "data: {limit: 4, batch_size: 2}\n"

@@ -64,7 +64,7 @@ class MemoryReplay(EditCallback):
         refresh: ``values`` finds the values of replayed facts anew on the current weights.
         cache_keys: use the keys as they were when the edit was made; right only where nothing below the layer changes.
         memory: ``sampled``, ``consolidated`` or ``both``.
-        past_weight: of each past key in the metric; 1 / slack of the rule where not given (1 where that is 0).
+        past_weight: of each past key in the metric; 1 / slack of the method where not given (1 where that is 0).
         forget: what is left of past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
         seed: of sampling and eviction.
 
@@ -149,7 +149,7 @@ class MemoryReplay(EditCallback):
         assert isinstance(pl_module, SequentialEditor)
         self._bare_metric = dict(pl_module.preservation)
         if self.past_weight is None:
-            self.past.weight = 1 / pl_module.rule.slack if pl_module.rule.slack else 1.0
+            self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0
         self._set_metric(pl_module)
 
     def _set_metric(self, editor: SequentialEditor) -> None:

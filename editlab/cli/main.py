@@ -37,7 +37,7 @@ DESCRIPTION = (
 )
 
 PLUGINS = "editlab.plugins"
-"""Entry-point group of packages with callbacks, rules or formats, which YAML may then name by bare class name."""
+"""Entry-point group of packages with callbacks, methods or formats, which YAML may then name by bare class name."""
 
 
 def load_plugins() -> None:

@@ -13,14 +13,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from editlab.data.formats import FactFormat
-from editlab.solver.methods import Rule
+from editlab.solver.methods import Method
 
 _NO_TRAINER = re.compile(
     r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
 )
 """How the Trainer's plain errors about its arguments begin."""
 
-_NAMED_IN_YAML: tuple[type, ...] = (Rule, FactFormat, Callback, Logger)
+_NAMED_IN_YAML: tuple[type, ...] = (Method, FactFormat, Callback, Logger)
 
 
 def explain(error: Exception) -> str | None:

@@ -53,7 +53,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     after the first asks for what is left.
 
     Args:
-        editor: whose rule, metrics and weights are used.
+        editor: whose method, metrics and weights are used.
         outcome: its plan is solved; keys and diagnostics of the last pass and updates of all are put into it.
 
     Yields:
@@ -64,7 +64,9 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     read = [*plan.facts, *(a.fact for a in additions if a.known is None)]
     known = [a.known for a in additions if a.known is not None]
     targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
-    slack = torch.tensor([editor.rule.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64)
+    slack = torch.tensor(
+        [editor.method.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64
+    )
     asked = torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64, device=device)
     for place, layer in editor.passes * list(enumerate(editor.layer_numbers)):
         edited = editor.layers[place]
@@ -93,7 +95,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         outcome.updates[layer], outcome.last_updates[layer] = whole, update
         measured = diagnostics(solution)
         own = each[keys.fact.cpu() < len(plan.facts)]
-        measured["effective_weight"] = effective_weight(own, editor.rule.weight)
+        measured["effective_weight"] = effective_weight(own, editor.method.weight)
         measured["update_norm"] = float(whole.norm() / edited.original.float().norm())
         outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}
         yield edited, update

@@ -1,8 +1,8 @@
 """Which layer to edit, measured: a few facts are edited at candidate layers, one candidate at a time, and compared.
 
 A causal trace (Meng et al. 2022, arXiv:2202.05262) tells where a model recalls a fact, which does not tell where an
-edit of it works best (Hase et al. 2023, arXiv:2301.04213). So the edits themselves are tried, with the run's own rule,
-values and keys, on the unedited weights. A candidate's score is the harmonic mean of three shares between 0 and 1:
+edit of it works best (Hase et al. 2023, arXiv:2301.04213). So the edits themselves are tried, with the run's own
+method, values and keys, on the unedited weights. A candidate's score is the harmonic mean of three shares between 0 and 1:
 
 - efficacy: the probability of the new target after the edit's own prompt (the geometric mean over its tokens);
 - generality: the same after a paraphrase or, where no fact has any, after the prompt behind a prefix that the values
@@ -102,7 +102,7 @@ def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
     The choice depends on the weights, the facts and the settings alone. Several ranks share the work.
 
     Args:
-        editor: whose model, rule, values and keys are used; the model's weights are left as they were.
+        editor: whose model, method, values and keys are used; the model's weights are left as they were.
         facts: up to twice :data:`FACTS`; the first are edited.
 
     Raises:
@@ -191,12 +191,12 @@ class Search:
             return
         trial = self._editor_at(layers)
         for layer, c0 in accumulate(self.lm, layers, self.windows).items():
-            trial.preservation[layer] = trial.rule.preservation(c0.to(trial.solver_device))
+            trial.preservation[layer] = trial.method.preservation(c0.to(trial.solver_device))
         facts, top = self.exam.facts, layers[-1]
         if top not in self.values:
             settings = replace(trial.values, steps=min(STEPS, trial.values.steps))
             self.values[top] = optimize_values(self.lm, facts, trial.site, trial.contexts, settings).target
-        size = trial.rule.largest_batch or len(facts)
+        size = trial.method.largest_batch or len(facts)
         measured = []
         for start in range(0, len(facts), size):
             some = slice(start, start + size)
@@ -220,7 +220,7 @@ class Search:
         """An editor of some layers of the same model, with the settings that make an edit what it is."""
         like = self.editor
         trial = type(like)(
-            like.language_model, list(layers), like.rule, like.values, keys=like.key_mode,
+            like.language_model, list(layers), like.method, like.values, keys=like.key_mode,
             preserve_prompt_tokens=like.preserve_prompt_tokens, passes=like.passes,
             condition_limit=like.condition_limit,
         )  # fmt: skip
@@ -283,7 +283,7 @@ def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     moments = {**asdict(editor.moments), "text": text_fingerprint(editor.moments)}
     what = [
         editor.model_key, tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
-        [f.to_dict() for f in facts], repr(editor.rule), asdict(editor.values), moments,
+        [f.to_dict() for f in facts], repr(editor.method), asdict(editor.values), moments,
         asdict(editor.context_settings), editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
         editor.condition_limit,
         [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],

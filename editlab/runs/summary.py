@@ -140,7 +140,7 @@ def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, chec
     lines = [
         "",
         f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: "
-        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.rule).__name__}",
+        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.method).__name__}",
         "",
         table(summary),
     ]

@@ -1,4 +1,4 @@
-"""Editing rules: each is a metric and a slack for :mod:`editlab.solver.closed_form`, nothing more."""
+"""Editing methods: each is a metric and a slack for :mod:`editlab.solver.closed_form`, nothing more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from editlab.utils.validation import above_zero
 
 
 @dataclass(frozen=True)
-class Rule(ABC):
+class Method(ABC):
     """How much is preserved (the metric made of C0), and how hard an edit is asked for (the slack)."""
 
     def __post_init__(self) -> None:
@@ -39,18 +39,18 @@ class Rule(ABC):
 
     @property
     def largest_batch(self) -> int | None:
-        """The most facts that one step of this rule may edit; None for no limit."""
+        """The most facts that one step of this method may edit; None for no limit."""
         return None
 
 
 @dataclass(frozen=True)
-class EMMET(Rule):
+class EMMET(Method):
     """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric lambda C0, slack gamma."""
 
     covariance_weight: float = 1.0
     """lambda. With gamma = 0 it matters only beside other terms of the metric (``preserve_prompt_tokens``)."""
     gamma: float = 0.0
-    """0 is the paper's hard equality; above 0 it regularizes the Gram matrix, and the rule *is* MEMIT with weight
+    """0 is the paper's hard equality; above 0 it regularizes the Gram matrix, and the method *is* MEMIT with weight
     gamma * lambda."""
     ridge: float = 1e-6
     """Share of C0's mean eigenvalue that is added to its diagonal."""
@@ -66,7 +66,7 @@ class EMMET(Rule):
 
 
 @dataclass(frozen=True)
-class ROME(Rule):
+class ROME(Method):
     """One fact a step by equality (Meng et al. 2022, arXiv:2202.05262): EMMET with a batch of one."""
 
     covariance_weight: float = 1.0
@@ -90,7 +90,7 @@ class ROME(Rule):
 
 
 @dataclass(frozen=True)
-class MEMIT(Rule):
+class MEMIT(Method):
     """Least-squares batch editing (Meng et al. 2022, arXiv:2210.07229): metric lambda C0, slack 1."""
 
     covariance_weight: float = 15000.0
@@ -109,11 +109,11 @@ class MEMIT(Rule):
 
 
 @dataclass(frozen=True)
-class AlphaEdit(Rule):
+class AlphaEdit(Method):
     """Edits inside the null space of C0 (Fang et al. 2024, arXiv:2410.02355).
 
     The metric is ``l2`` times the identity there, and infinite elsewhere; the paper adds past keys to it, which is
-    a memory's business, not the rule's.
+    a memory's business, not the method's.
     """
 
     threshold: float = 2e-2

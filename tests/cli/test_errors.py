@@ -50,7 +50,7 @@ def place(models, tmp_path, monkeypatch):
     """A working directory with good facts, a good recipe, and bad files of many kinds."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(models)
-    settings = {"rule": {"class_path": "EMMET"}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    settings = {"method": {"class_path": "EMMET"}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
     write_recipe(tmp_path, "models/good", model=settings)
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -104,8 +104,8 @@ def facts(name):
     return setting("data.path", name)
 
 
-def rule(name, **settings):
-    return [f"--model.rule={json.dumps({'class_path': name, 'init_args': settings})}"]
+def method(name, **settings):
+    return [f"--model.method={json.dumps({'class_path': name, 'init_args': settings})}"]
 
 
 def callbacks(*names):
@@ -168,13 +168,13 @@ FIT = {
     "a text of another encoding": (setting("model.evaluation.heldout", "latin.txt"), "can not be read as UTF-8"),
     "an unknown measure": (setting("model.evaluation.immediate", "some"), "it must be one of all, edits"),
     "a negative count": (setting("model.evaluation.neighbors", -1), "it must not be negative"),
-    # rules
-    "a misspelt rule": (rule("EMMETT"), "did you mean EMMET?"),
-    "no weight": (rule("EMMET", covariance_weight=0), "EMMET.covariance_weight is 0.0: it must be above 0"),
-    "a negative slack": (rule("EMMET", gamma=-1), "EMMET: the slack is -1.0"),
-    "an argument of another rule": (rule("MEMIT", gamma=1), "MEMIT has no argument 'gamma'"),
-    "ROME in batches": (rule("ROME"), "ROME edits 1 fact a step: set data.batch_size to 1"),
-    "an empty null space": (rule("AlphaEdit", threshold=1e-300), "so the null space is empty: raise the threshold"),
+    # methods
+    "a misspelt method": (method("EMMETT"), "did you mean EMMET?"),
+    "no weight": (method("EMMET", covariance_weight=0), "EMMET.covariance_weight is 0.0: it must be above 0"),
+    "a negative slack": (method("EMMET", gamma=-1), "EMMET: the slack is -1.0"),
+    "an argument of another method": (method("MEMIT", gamma=1), "MEMIT has no argument 'gamma'"),
+    "ROME in batches": (method("ROME"), "ROME edits 1 fact a step: set data.batch_size to 1"),
+    "an empty null space": (method("AlphaEdit", threshold=1e-300), "so the null space is empty: raise the threshold"),
     # callbacks
     "a misspelt callback": (with_callback("MemoryReply"), "did you mean MemoryReplay?"),
     "a misspelt argument": (with_callback("MemoryReplay", rat=1), "no argument 'rat': did you mean rate?"),
@@ -224,7 +224,7 @@ FIT = {
     "a module that is not there": (callbacks("MemoryReplay", "nothing.X"), "nothing.X can not be imported (No module"),
     "a class that is not there": (callbacks("tests.tiny.X"), "tests.tiny.X can not be imported (module 'tests.tiny'"),
     "a class that is no callback": (callbacks("collections.Counter"), "collections.Counter, which is no Callback"),
-    "a rule that is not there": (setting("model.rule", "nothing.X"), "nothing.X can not be imported"),
+    "a method that is not there": (setting("model.method", "nothing.X"), "nothing.X can not be imported"),
     "a class that is no format": (setting("data.format", "collections.Counter"), "which is no FactFormat"),
     "no accelerator": (setting("trainer.accelerator", "abacus"), "abacus"),
     # checkpoints

@@ -19,7 +19,7 @@ def recipe(tiny_folder, tmp_path, monkeypatch):
     """A recipe for the tiny model, in a folder of its own that is also the working directory."""
     monkeypatch.chdir(tmp_path)
     callbacks = [{"class_path": "MemoryReplay"}, {"class_path": "ForgettingCurve"}]
-    settings = {"rule": {"class_path": "EMMET"}, "values": {"steps": 4}}
+    settings = {"method": {"class_path": "EMMET"}, "values": {"steps": 4}}
     write_recipe(tmp_path, tiny_folder, model=settings, trainer={"callbacks": callbacks})
     return tmp_path / "tiny.yaml"
 

@@ -86,7 +86,7 @@ def test_checkpoints_are_editlabs_unless_the_recipe_has_its_own(fit, tmp_path, g
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model.rule", "MEMIT"], "(model.rule, EMMET then and MEMIT now"),
+        (["--model.method", "MEMIT"], "(model.method, EMMET then and MEMIT now"),
         (["--model.values.steps", "3"], "(model.values.steps, 2 then and 3 now)"),
         (["--model.passes", "2"], "(model.passes, 1 then and 2 now)"),
         ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback, absent then and present now"),
@@ -124,8 +124,8 @@ def test_a_checkpoint_by_its_path_is_held_against_its_own_run(fit, tmp_path, cap
     assert fit("--trainer.max_steps", "1") == 0
     shutil.copy("tiny.yaml", "other.yaml")
     going_on = ["fit", "--config", "other.yaml", "--ckpt_path", f"{RUN}/checkpoints/last.ckpt"]
-    assert main([*going_on, "--model.rule", "MEMIT", "--model.keys", "each"]) == 2
-    assert "(model.rule, EMMET then and MEMIT now" in last_line(capsys)
+    assert main([*going_on, "--model.method", "MEMIT", "--model.keys", "each"]) == 2
+    assert "(model.method, EMMET then and MEMIT now" in last_line(capsys)
     assert not list(tmp_path.glob("lightning_logs/other/*"))
     assert main(going_on) == 0
     assert edits_of(tmp_path / "lightning_logs" / "other" / "version_0") == 4

@@ -97,9 +97,9 @@ def test_a_trial_is_what_a_run_would_do(tiny_folder, tmp_path):
     assert search.trials[1,].efficacy == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("rule", [EMMET(), ROME()])
-def test_the_model_is_left_as_it_was(rule):
-    module = automatic(rule=rule)
+@pytest.mark.parametrize("method", [EMMET(), ROME()])
+def test_the_model_is_left_as_it_was(method):
+    module = automatic(method=method)
     with torch.no_grad():  # a sum of nothing would turn it into 0.0
         module.lm.anatomy.edit_module(1).weight[0, 0] = -0.0
     before, rng = fingerprint(module.lm.model), torch.get_rng_state()
@@ -204,7 +204,7 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
     monkeypatch.undo()
     monkeypatch.setenv("EDITLAB_CACHE", str(cache))
     for changed, facts in [
-        (automatic(rule=EMMET(gamma=2)), FACTS),
+        (automatic(method=EMMET(gamma=2)), FACTS),
         (automatic(keys="mean"), FACTS),
         (automatic(values=ValueSettings(steps=2)), FACTS),
         (automatic("qwen2"), FACTS),

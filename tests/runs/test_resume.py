@@ -24,14 +24,14 @@ needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has 
 def shrunk(recipe, folder, tiny, **changes):
     """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; gives its arguments."""
     config = yaml.safe_load(recipe.read_text())
-    one = config["model"]["rule"]["class_path"] == "ROME"
+    one = config["model"]["method"]["class_path"] == "ROME"
     config["model"] |= {
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
         "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 256},
         "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 1},
     }  # fmt: skip
-    if config["model"]["rule"]["class_path"] == "AlphaEdit":
-        config["model"]["rule"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
+    if config["model"]["method"]["class_path"] == "AlphaEdit":
+        config["model"]["method"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
     facts = write_counterfact(folder / "facts.json", FACTS[:4] if one else FACTS[:8])
     config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}

@@ -23,7 +23,7 @@ def test_the_table():
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
     trainer = SimpleNamespace(loggers=[RunLogger()])
-    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], rule=EMMET(), trainer=trainer)
+    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], method=EMMET(), trainer=trainer)
     text = render(summary, editor, Path("lightning_logs/r/version_0"), "x.ckpt")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["ES"] == ["0.000", "1.000", "0.875"]

@@ -174,14 +174,14 @@ def test_the_cases_cover_what_was_asked():
     assert set(ablation.SHOWN) <= set(names)
 
 
-@pytest.mark.parametrize(("name", "rule"), [("memit", "MEMIT"), ("alphaedit", "AlphaEdit"), ("emmet", "EMMET")])
-def test_a_rule_takes_the_place_of_the_recipe_s(name, rule, tmp_path):
+@pytest.mark.parametrize(("name", "method"), [("memit", "MEMIT"), ("alphaedit", "AlphaEdit"), ("emmet", "EMMET")])
+def test_a_rule_takes_the_place_of_the_recipe_s(name, method, tmp_path):
     case = next(case for case in forgetting.cases(2000) if case.name == name)
     recipe = str(sweep.ROOT / forgetting.EXPERIMENT.recipe)
     command = [sys.executable, "-m", "editlab.cli.main", *case.arguments(recipe, 1, tmp_path), "--print_config"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sweep.ROOT).stdout
-    found = yaml.safe_load(printed)["model"]["rule"]
-    assert found["class_path"].rpartition(".")[2] == rule
+    found = yaml.safe_load(printed)["model"]["method"]
+    assert found["class_path"].rpartition(".")[2] == method
     weights = {"memit": 15000, "emmet": 1000}
     assert found["init_args"].get("covariance_weight") == weights.get(name)
 
@@ -192,7 +192,7 @@ def test_the_recipe_for_thousands_is_the_case_that_was_measured(tmp_path):
     def settings(*arguments):
         command = [sys.executable, "-m", "editlab.cli.main", *arguments, "--print_config"]
         found = yaml.safe_load(subprocess.run(command, capture_output=True, check=True, cwd=sweep.ROOT).stdout)
-        return [found["model"][name] for name in ("layers", "rule", "preserve_prompt_tokens", "values")], [
+        return [found["model"][name] for name in ("layers", "method", "preserve_prompt_tokens", "values")], [
             one for one in found["trainer"]["callbacks"] if not one["class_path"].endswith("EditCheckpoint")
         ]
 
@@ -223,7 +223,7 @@ def test_every_baseline_runs_both_ways_and_one_pair_is_one_method(tmp_path):
     command = [sys.executable, "-m", "editlab.cli.main", *found["rome_independent"].arguments(recipe, 1, tmp_path)]
     printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True, cwd=sweep.ROOT)
     config = yaml.safe_load(printed.stdout)
-    assert config["model"]["rule"]["class_path"].endswith("ROME")
+    assert config["model"]["method"]["class_path"].endswith("ROME")
     assert config["model"]["restore_between_batches"] is True
     assert config["data"]["batch_size"] == 1
     assert config["trainer"]["callbacks"] == []

@@ -10,7 +10,7 @@ from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 
 def test_slack_of_each_rule():
     # DESIGN's table: ROME 0, EMMET gamma, MEMIT 1, AlphaEdit its L2 term.
-    assert [rule.slack for rule in (ROME(), EMMET(), EMMET(gamma=2.0), MEMIT(), AlphaEdit())] == [
+    assert [method.slack for method in (ROME(), EMMET(), EMMET(gamma=2.0), MEMIT(), AlphaEdit())] == [
         0,
         0,
         2,
@@ -22,7 +22,7 @@ def test_slack_of_each_rule():
 
 
 @pytest.mark.parametrize(
-    ("rule", "arguments", "message"),
+    ("method", "arguments", "message"),
     [
         (EMMET, {"covariance_weight": 0.0}, "covariance_weight is 0"),
         (MEMIT, {"ridge": -1.0}, "ridge is -1"),
@@ -36,6 +36,6 @@ def test_slack_of_each_rule():
         (AlphaEdit, {"l2": math.nan}, "slack is nan"),
     ],
 )
-def test_values_out_of_range_are_named(rule, arguments, message):
+def test_values_out_of_range_are_named(method, arguments, message):
     with pytest.raises(UserError, match=message):
-        rule(**arguments)
+        method(**arguments)

@@ -164,9 +164,9 @@ def joint_by_hand(module, facts, targets):
     """All facts at once on the unedited weights: the closed form written with the reference's own pieces."""
     with module.unedited():
         keys = read_keys(module.lm, facts, 1, module.site, module.contexts, "bare")
-    metric = Preservation.from_moments(module.c0, module.rule.weight, module.rule.ridge)
+    metric = Preservation.from_moments(module.c0, module.method.weight, module.method.ridge)
     residuals = targets.double().T - keys.current
-    return solve(Constraints(keys.keys, residuals, torch.full((len(facts),), module.rule.slack)), metric).delta
+    return solve(Constraints(keys.keys, residuals, torch.full((len(facts),), module.method.slack)), metric).delta
 
 
 def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
     seen = {}
     monkeypatch.setattr(module_under_test, "second_moments", lambda *a: seen.setdefault("c0", plain(*a)) or seen["c0"])
     spy = Spy()
-    module = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    module = editor(tiny_folder, layers=[1], method=MEMIT(covariance_weight=5.0))
     fit(tmp_path, module, callbacks=[MemoryReplay(memory="consolidated"), spy])
     module.c0 = seen["c0"][1]
     facts = [fact for plan in spy.plans for fact in plan.facts]
@@ -186,7 +186,7 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
     gap = (module.layers[0].total - joint).norm() / joint.norm()
     assert gap < 1e-4  # float32 forward passes and sums
     # Without the memory, the same targets land elsewhere.
-    other = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    other = editor(tiny_folder, layers=[1], method=MEMIT(covariance_weight=5.0))
     fit(tmp_path, other, name="plain")
     assert (other.layers[0].total - joint).norm() / joint.norm() > 100 * gap
 
@@ -196,7 +196,7 @@ def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_pa
     again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]
     path = write_counterfact(tmp_path / "again.json", [*FACTS[:4], *again])
     replay, spy = MemoryReplay(memory="both", rate=10.0), Spy()
-    module = editor(tiny_folder, layers=[1], rule=MEMIT(covariance_weight=5.0))
+    module = editor(tiny_folder, layers=[1], method=MEMIT(covariance_weight=5.0))
     fit(tmp_path, module, callbacks=[replay, spy], path=path, keep_repeats=True)
     assert module.edited_facts == [*FACTS[2:4], *again]
     assert module.ledger.superseded == 2
@@ -226,14 +226,17 @@ def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder,
             if outcome.plan.step == 2 and not outcome.left_out:
                 outcome.leave_out([0], "so says the test")
 
-    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], rule=MEMIT(5.0))
+    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], method=MEMIT(5.0))
     fit(tmp_path, module, callbacks=[replay, LeaveOut()], path=twice(tmp_path), keep_repeats=True)
     expected = past_of(module, FACTS[:4], [1.0] * 4, replay)  # the second's new edit has the key of its old one
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_with_a_key_a_context_all_of_them_go(tiny_folder, tmp_path):
-    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], rule=MEMIT(5.0), keys="each")
+    replay, module = (
+        MemoryReplay(memory="consolidated"),
+        editor(tiny_folder, layers=[1], method=MEMIT(5.0), keys="each"),
+    )
     fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
     expected = past_of(module, FACTS[:4], [1.0] * 4, replay)
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -241,7 +244,7 @@ def test_with_a_key_a_context_all_of_them_go(tiny_folder, tmp_path):
 
 def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
     # Batches 1 and 2 are rolled back; the first batch's keys have faded once when the fourth edits it anew: not at all.
-    replay, module = MemoryReplay(memory="consolidated", forget=0.5), editor(tiny_folder, layers=[1], rule=MEMIT(5.0))
+    replay, module = MemoryReplay(memory="consolidated", forget=0.5), editor(tiny_folder, layers=[1], method=MEMIT(5.0))
     path = twice(tmp_path, *FACTS[4:6])
     fit(tmp_path, module, callbacks=[replay, Spy({1: 0.0, 2: 0.0})], path=path, keep_repeats=True, limit=8)
     expected = past_of(module, FACTS[:2], [1.0, 1.0], replay)
@@ -249,7 +252,7 @@ def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
 
 
 def test_several_layers_edited_anew(tiny_folder, tmp_path):
-    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, rule=MEMIT(5.0))
+    replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, method=MEMIT(5.0))
     fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
     assert module.ledger.superseded == 2  # keys of the upper layer have moved since, and go as far as they can
     for past in replay.past.moments.values():

@@ -60,7 +60,7 @@ def edited(folder, name, lora=None, **model):
     ]
     logger = {"class_path": "RunLogger", "init_args": {"save_dir": str(folder / "runs")}}
     data = {"path": str(folder / "facts.json"), "limit": None, "shuffle": False, "keep_repeats": True}
-    settings = {"rule": {"class_path": "EMMET"}, "values": {"steps": 4}, **model}
+    settings = {"method": {"class_path": "EMMET"}, "values": {"steps": 4}, **model}
     write_recipe(folder, base, EDITS, model=settings, data=data, trainer={"logger": logger, "callbacks": callbacks})
     assert main(["fit", "--config", str(folder / "tiny.yaml")]) == 0
     return Run(base, folder / "runs" / "tiny" / "version_0")

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from editlab.cli.main import main
 from editlab.errors import EditLabError, UserError
-from editlab.lm.loading import gguf as module
 from editlab.lm.loading import builtin
+from editlab.lm.loading import gguf as module
 from editlab.lm.loading.gguf import convert, gguf_folder, is_gguf
 from editlab.lm.loading.load import load
 from tests.cli.commands.runs import files
