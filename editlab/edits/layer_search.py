@@ -2,7 +2,8 @@
 
 A causal trace (Meng et al. 2022, arXiv:2202.05262) tells where a model recalls a fact, which does not tell where an
 edit of it works best (Hase et al. 2023, arXiv:2301.04213). So the edits themselves are tried, with the run's own
-method, values and keys, on the unedited weights. A candidate's score is the harmonic mean of three shares between 0 and 1:
+method, values and keys, on the unedited weights. A candidate's score is the harmonic mean of three fractions between 0
+and 1:
 
 - efficacy: the probability of the new target after the edit's own prompt (the geometric mean over its tokens);
 - generality: the same after a paraphrase or, where no fact has any, after the prompt behind a prefix that the values
