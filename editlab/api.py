@@ -27,13 +27,13 @@ from editlab.lm.language_model import LanguageModel
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import summarize, table
 from editlab.runs.trainer import TRAINER_DEFAULTS
-from editlab.solver.methods import EMMET, Method
+from editlab.solver.methods import MEMIT, Method
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
 from editlab.values.optimize import ValueSettings
 
 RECOMMENDED: dict[str, Any] = {
-    "method": EMMET(covariance_weight=300, gamma=1),
+    "method": MEMIT(covariance_weight=300),
     "values": ValueSettings(reference="original"),
     "preserve_prompt_tokens": 1.0,
 }

@@ -1,4 +1,8 @@
-"""Editing methods: each is a metric and a slack for :mod:`editlab.solver.closed_form`, nothing more."""
+"""Editing methods: each is a metric C and a slack for the one closed form of :mod:`editlab.solver.closed_form`.
+
+With keys K, residuals R and slack s the update is ``R (K^T C^-1 K + s I)^-1 K^T C^-1``. A method only says what C is
+made of and how large s is; values, memory and everything around the solve do not depend on it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from editlab.utils.validation import above_zero
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """How much is preserved (the metric made of C0), and how hard an edit is asked for (the slack)."""
+    """The metric made of C0 (how much is preserved) and the slack (how strictly an edit is enforced)."""
 
     def __post_init__(self) -> None:
         weights = ("covariance_weight", "threshold", "ridge")
@@ -25,86 +29,101 @@ class Method(ABC):
 
     @abstractmethod
     def preservation(self, moments: Tensor) -> Preservation:
-        """The preservation metric, from second moments C0 [d_k, d_k] of keys."""
+        """Return the preservation metric for second moments C0 of keys, [d_k, d_k]."""
 
     @property
     @abstractmethod
     def slack(self) -> float:
-        """Slack of each edit: 0 asks for equality."""
+        """Slack of each edit: 0 enforces equality, larger values trade the edit against preservation."""
 
     @property
     def weight(self) -> float:
-        """Lambda: what multiplies C0 in the metric (1 where C0 is not part of it)."""
+        """Lambda, the factor of C0 in the metric; 1 where C0 is not part of it."""
         return float(getattr(self, "covariance_weight", 1.0))
 
     @property
     def largest_batch(self) -> int | None:
-        """The most facts that one step of this method may edit; None for no limit."""
+        """Largest number of facts that one step of this method may edit; None for no limit."""
         return None
 
 
 @dataclass(frozen=True)
 class EMMET(Method):
-    """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric lambda C0, slack gamma."""
+    """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric ``lambda C0``.
+
+    The authors' code adds a small ridge to the Gram matrix ``K^T C^-1 K``, which is a slack in the closed form. Where
+    the metric is ``lambda C0`` alone, slack s gives the same update as :class:`MEMIT` at weight ``s * lambda``; with
+    slack 1 the two are one method, so EMMET accepts only smaller ones.
+
+    Raises:
+        UserError: for a slack of 1 or above.
+    """
 
     covariance_weight: float = 1.0
-    """lambda. With gamma = 0 it matters only beside other terms of the metric (``preserve_prompt_tokens``)."""
-    gamma: float = 0.0
-    """0 is the paper's hard equality; above 0 it regularizes the Gram matrix, and the method *is* MEMIT with weight
-    gamma * lambda."""
+    """Lambda. At slack 0 it only matters relative to other terms of the metric: context keys and past keys."""
+    gram_ridge: float = 0.1
+    """Ridge on the Gram matrix (``emmet_lambda`` of the authors' code, whose value is 0.1); 0 is exact equality."""
     ridge: float = 1e-6
-    """Share of C0's mean eigenvalue that is added to its diagonal."""
+    """Fraction of C0's mean eigenvalue that is added to its diagonal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gram_ridge >= 1:
+            raise UserError(
+                f"EMMET.gram_ridge is {self.gram_ridge}: from 1 on this is no equality but MEMIT; use MEMIT with "
+                f"covariance_weight {self.gram_ridge * self.covariance_weight:g}."
+            )
 
     def preservation(self, moments: Tensor) -> Preservation:
-        """``lambda C0``."""
+        """Return ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
 
     @property
     def slack(self) -> float:
-        """Gamma."""
-        return self.gamma
+        """The ridge on the Gram matrix."""
+        return self.gram_ridge
 
 
 @dataclass(frozen=True)
 class ROME(Method):
-    """One fact a step by equality (Meng et al. 2022, arXiv:2202.05262): EMMET with a batch of one."""
+    """Rank-one editing by equality (Meng et al. 2022, arXiv:2202.05262): EMMET with one fact a step and no slack."""
 
     covariance_weight: float = 1.0
-    """lambda; see :class:`EMMET`."""
+    """Lambda; see :class:`EMMET`."""
     ridge: float = 1e-6
-    """Share of C0's mean eigenvalue that is added to its diagonal."""
+    """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
     def preservation(self, moments: Tensor) -> Preservation:
-        """``lambda C0``."""
+        """Return ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
 
     @property
     def slack(self) -> float:
-        """0: the new fact holds exactly."""
+        """Zero, so that the new fact holds exactly."""
         return 0.0
 
     @property
     def largest_batch(self) -> int | None:
-        """1."""
+        """One fact a step."""
         return 1
 
 
 @dataclass(frozen=True)
 class MEMIT(Method):
-    """Least-squares batch editing (Meng et al. 2022, arXiv:2210.07229): metric lambda C0, slack 1."""
+    """Least-squares batch editing (Meng et al. 2023, arXiv:2210.07229, eq. 14): metric ``lambda C0``, slack 1."""
 
     covariance_weight: float = 15000.0
-    """lambda, ``mom2_update_weight`` of the reference code."""
+    """Lambda, ``mom2_update_weight`` of the authors' code."""
     ridge: float = 1e-6
-    """Share of C0's mean eigenvalue that is added to its diagonal."""
+    """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
     def preservation(self, moments: Tensor) -> Preservation:
-        """``lambda C0``."""
+        """Return ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
 
     @property
     def slack(self) -> float:
-        """1."""
+        """One: an edit weighs as much as a preserved key of weight 1."""
         return 1.0
 
 
@@ -112,20 +131,20 @@ class MEMIT(Method):
 class AlphaEdit(Method):
     """Edits inside the null space of C0 (Fang et al. 2024, arXiv:2410.02355).
 
-    The metric is ``l2`` times the identity there, and infinite elsewhere; the paper adds past keys to it, which is
-    a memory's business, not the method's.
+    The metric is ``l2`` times the identity inside the null space and infinite outside it. The paper also adds the keys
+    of past edits to the metric: here a consolidated memory does that, for any method.
     """
 
     threshold: float = 2e-2
-    """Eigenvalues of C0 under this span the null space, in C0's own units."""
+    """Eigenvectors of C0 whose eigenvalue lies below this span the null space; in C0's own units."""
     l2: float = 1.0
-    """Weight of the L2 term on the update; slack in the closed form."""
+    """Weight of the L2 term on the update, which is the slack in the closed form."""
 
     def preservation(self, moments: Tensor) -> Preservation:
-        """The identity on C0's null space."""
+        """Return the identity on C0's null space."""
         return Preservation.null_space(moments, self.threshold)
 
     @property
     def slack(self) -> float:
-        """``l2``."""
+        """Weight of the L2 term."""
         return self.l2

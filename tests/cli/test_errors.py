@@ -171,8 +171,9 @@ FIT = {
     # methods
     "a misspelt method": (method("EMMETT"), "did you mean EMMET?"),
     "no weight": (method("EMMET", covariance_weight=0), "EMMET.covariance_weight is 0.0: it must be above 0"),
-    "a negative slack": (method("EMMET", gamma=-1), "EMMET: the slack is -1.0"),
-    "an argument of another method": (method("MEMIT", gamma=1), "MEMIT has no argument 'gamma'"),
+    "a negative slack": (method("EMMET", gram_ridge=-1), "EMMET: the slack is -1.0"),
+    "equality with the slack of MEMIT": (method("EMMET", gram_ridge=1), "use MEMIT with covariance_weight 1"),
+    "an argument of another method": (method("MEMIT", gram_ridge=1), "MEMIT has no argument 'gram_ridge'"),
     "ROME in batches": (method("ROME"), "ROME edits 1 fact a step: set data.batch_size to 1"),
     "an empty null space": (method("AlphaEdit", threshold=1e-300), "so the null space is empty: raise the threshold"),
     # callbacks

@@ -204,7 +204,7 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
     monkeypatch.undo()
     monkeypatch.setenv("EDITLAB_CACHE", str(cache))
     for changed, facts in [
-        (automatic(method=EMMET(gamma=2)), FACTS),
+        (automatic(method=EMMET(gram_ridge=0.5)), FACTS),
         (automatic(keys="mean"), FACTS),
         (automatic(values=ValueSettings(steps=2)), FACTS),
         (automatic("qwen2"), FACTS),

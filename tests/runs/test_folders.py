@@ -17,7 +17,7 @@ def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=
         "seed_everything": seed,
         "model": {
             "layers": list(layers),
-            "method": {"class_path": "editlab.solver.methods.EMMET", "init_args": {"gamma": 1.0}},
+            "method": {"class_path": "editlab.solver.methods.EMMET", "init_args": {"gram_ridge": 0.5}},
         },
         "data": {"seed": seed, "limit": 4},
         "trainer": {
@@ -39,8 +39,8 @@ def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=
 def test_settings_are_flat_and_callbacks_go_by_their_names(tmp_path):
     settings = RunFolder(write_run(tmp_path / "a", rate=0.3)).settings
     assert settings == {
-        "seed_everything": 1, "model.layers": [6], "model.method": "EMMET", "model.method.gamma": 1.0, "data.seed": 1,
-        "data.limit": 4, "MemoryReplay": "MemoryReplay", "MemoryReplay.rate": 0.3,
+        "seed_everything": 1, "model.layers": [6], "model.method": "EMMET", "model.method.gram_ridge": 0.5,
+        "data.seed": 1, "data.limit": 4, "MemoryReplay": "MemoryReplay", "MemoryReplay.rate": 0.3,
     }  # fmt: skip
 
 

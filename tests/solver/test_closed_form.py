@@ -131,12 +131,12 @@ def test_scaling_the_metric_changes_nothing_when_hard(scale, seed):
     )
 
 
-def test_emmet_with_gamma_is_memit_with_gamma_times_lambda():
+def test_emmet_with_a_slack_is_memit_at_slack_times_lambda():
     c0, batch = problem(4)
-    emmet = EMMET(covariance_weight=20.0, gamma=3.0)
-    memit = MEMIT(covariance_weight=60.0)
+    emmet = EMMET(covariance_weight=20.0, gram_ridge=0.75)
+    memit = MEMIT(covariance_weight=15.0)
     slack = torch.full((4,), emmet.slack, dtype=torch.float64)
-    assert effective_weight(slack, emmet.weight) == 60.0
+    assert effective_weight(slack, emmet.weight) == 15.0
     soft = Constraints(batch.keys, batch.residuals, slack)
     ones = Constraints(batch.keys, batch.residuals, torch.ones(4, dtype=torch.float64))
     close(solve(soft, emmet.preservation(c0)).delta, solve(ones, memit.preservation(c0)).delta)

@@ -1,4 +1,4 @@
-"""Rules are a metric and a slack; their parameters are checked where they are given."""
+"""Methods are a metric and a slack; their parameters are checked when an object is made."""
 
 import math
 
@@ -8,12 +8,13 @@ from editlab.errors import UserError
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 
 
-def test_slack_of_each_rule():
-    # DESIGN's table: ROME 0, EMMET gamma, MEMIT 1, AlphaEdit its L2 term.
-    assert [method.slack for method in (ROME(), EMMET(), EMMET(gamma=2.0), MEMIT(), AlphaEdit())] == [
+def test_slack_of_each_method():
+    # ROME is exact; EMMET has the ridge of its authors' code on the Gram matrix (emmet_lambda 0.1); MEMIT is least
+    # squares with unit weight; AlphaEdit's slack is its L2 term.
+    assert [method.slack for method in (ROME(), EMMET(), EMMET(gram_ridge=0.0), MEMIT(), AlphaEdit())] == [
         0,
+        0.1,
         0,
-        2,
         1,
         1,
     ]
@@ -21,18 +22,25 @@ def test_slack_of_each_rule():
     assert EMMET().largest_batch is None
 
 
+@pytest.mark.parametrize("slack", [1.0, 3.0])
+def test_emmet_with_a_slack_of_memit_says_which_memit_it_is(slack):
+    # slack s at lambda 20 is MEMIT at weight 20 s: the identity that test_closed_form.py proves.
+    with pytest.raises(UserError, match=f"use MEMIT with covariance_weight {20 * slack:g}"):
+        EMMET(covariance_weight=20.0, gram_ridge=slack)
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
         (EMMET, {"covariance_weight": 0.0}, "covariance_weight is 0"),
         (MEMIT, {"ridge": -1.0}, "ridge is -1"),
-        (EMMET, {"gamma": -0.5}, "slack is -0.5"),
+        (EMMET, {"gram_ridge": -0.5}, "slack is -0.5"),
         (AlphaEdit, {"threshold": 0.0}, "threshold is 0"),
         (AlphaEdit, {"threshold": math.inf}, "threshold is inf: it must be finite"),
         (MEMIT, {"covariance_weight": math.inf}, "covariance_weight is inf: it must be finite"),
         (ROME, {"ridge": math.nan}, "ridge is nan"),
-        (EMMET, {"gamma": math.nan}, "slack is nan; it must be 0 or above, and finite"),
-        (EMMET, {"gamma": math.inf}, "slack is inf"),
+        (EMMET, {"gram_ridge": math.nan}, "slack is nan; it must be 0 or above, and finite"),
+        (EMMET, {"gram_ridge": math.inf}, "slack is inf"),
         (AlphaEdit, {"l2": math.nan}, "slack is nan"),
     ],
 )
