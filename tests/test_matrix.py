@@ -1,0 +1,107 @@
+"""The common tester: every method with every callback, and every family of models with all callbacks at once.
+
+A new method or callback is covered by one more entry in :data:`METHODS` or :data:`CALLBACKS`; a new family of models by
+one in ``tests/tiny.py``. What each cell must do does not depend on what a method or a callback computes: weights that
+nobody edits stay as they are, each weight is its original plus the sum of its updates, the same seed gives the same
+bits, metrics are numbers in their range, and ``revert`` gives the original model back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
+from editlab import edit_model
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from tests.facts import FACTS
+from tests.lm.test_anatomy import EXPECTED
+from tests.test_api import SMALL, changed, weights
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+METHODS = {
+    "rome": ROME(),
+    "emmet": EMMET(),
+    "emmet exact": EMMET(gram_ridge=0.0),
+    "memit": MEMIT(covariance_weight=10.0),
+    "alphaedit": AlphaEdit(threshold=1e9),  # keys of a random model have a scale of their own
+}
+FRACTIONS = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
+_REPLAY = {"rate": 1.0, "capacity": 4}
+_LORA = {"steps": 2, "every_n_batches": 1, "text_tokens": 64, "tolerance": 1e9}
+CALLBACKS = {
+    "nothing": lambda text: [],
+    "curve": lambda text: [ForgettingCurve(every_n_edits=2)],
+    "replay sampled": lambda text: [MemoryReplay(**_REPLAY)],
+    "replay by loss": lambda text: [MemoryReplay(sampling="loss", **_REPLAY)],
+    "replay consolidated": lambda text: [MemoryReplay(memory="consolidated")],
+    "replay both": lambda text: [MemoryReplay(memory="both", **_REPLAY)],
+    "trust rollback": lambda text: [TrustRollback(heldout=text)],
+    "trust scale": lambda text: [TrustRollback(heldout=text, action="scale")],
+    "trust search, by edit": lambda text: [TrustRollback(heldout=text, action="search", granularity="edit")],
+    "lora merged": lambda text: [LoRAAdjust(**_LORA)],
+    "lora adapter": lambda text: [LoRAAdjust(mode="adapter", **_LORA)],
+    "everything": lambda text: [
+        LoRAAdjust(**_LORA), TrustRollback(heldout=text), MemoryReplay(memory="both", **_REPLAY), ForgettingCurve(),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A held-out text for the callbacks that want one, as all facts are edited."""
+    path = tmp_path / "heldout.txt"
+    path.write_text("The capital of France is Paris. Oslo lies in Norway. " * 9)
+    return str(path)
+
+
+def edit(family, method, callbacks):
+    """Edits four facts with a method and callbacks: the model before and after, and the result."""
+    model = tiny_model(family)
+    before = weights(model)
+    layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
+    settings = {**SMALL, "layers": layers, "batch_size": method.largest_batch or SMALL["batch_size"], "method": method}
+    _, result = edit_model(model, tiny_tokenizer(), FACTS[:4], callbacks=callbacks, **settings)
+    return model, before, result
+
+
+def check(family, method, make):
+    """What must hold whatever the method and the callbacks; ``make`` gives fresh callbacks."""
+    model, before, result = edit(family, method, make())
+    blocks, module, _ = EXPECTED[family]
+    ours = {f"{blocks}.{layer}.{module}.weight" for layer in result.editor.layer_numbers}
+    assert set(changed(before, model)) <= ours
+    for layer in result.editor.changed_layers:
+        total = layer.total if layer.adapter is None else layer.total + layer.adapter
+        assert torch.equal(layer.weight, layer.original + (total.T if layer.transposed else total))
+    assert len(result.facts) + len(result.rolled_back) == 4
+    for group in (result.before, result.retained):
+        assert group.keys() >= FRACTIONS
+        assert all(0 <= group[name] <= 1 for name in FRACTIONS)
+        assert all(map(math.isfinite, group.values()))
+
+    again, _, _ = edit(family, method, make())
+    assert changed(weights(model), again) == []
+    result.revert()
+    assert changed(before, model) == []
+
+
+@pytest.mark.parametrize("callbacks", CALLBACKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_every_callback(method, callbacks, text):
+    check("llama", METHODS[method], lambda: CALLBACKS[callbacks](text))
+
+
+@pytest.mark.parametrize("method", ["emmet", "memit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_all_callbacks(family, method, text):
+    check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
+
+
+def test_facts_are_learnt_by_every_method():
+    """Without callbacks the new target becomes likelier than the truth for all four facts, whatever the method."""
+    for method in METHODS.values():
+        _, _, result = edit("llama", method, [])
+        assert result.retained["ES"] == 1.0, method
