@@ -25,7 +25,7 @@ from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import summarize, table
+from editlab.runs.summary import table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import bars
@@ -159,7 +159,7 @@ def edit_model(
                 **TRAINER_DEFAULTS,
             )
             trainer.fit(editor, datamodule=data)
-            summary = summarize(trainer, editor)
+            summary = editor.summarize()
     except BaseException:
         _revert(editor)  # whoever gets no result can not take the edits out
         raise

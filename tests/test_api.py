@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer
 import editlab
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
+from editlab.callback import EditCallback
 from editlab.data import Fact
-from editlab.edits.plan import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
@@ -143,8 +143,8 @@ def as_in(module):
     return {
         "method": module.method, "values": module.values, "moments": module.moments,
         "contexts": module.context_settings,
-        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.preserve_prompt_tokens,
-        "keys": module.key_mode,
+        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.solve_settings.context_key_weight,
+        "keys": module.solve_settings.key_mode,
     }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from callbacks import ForgettingCurve, MemoryReplay
+from editlab.callback import EditCallback
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import Addition, EditCallback
+from editlab.edits.plan import Addition
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings

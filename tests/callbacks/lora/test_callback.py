@@ -17,7 +17,7 @@ from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.lora.adapter import Adapter, between
 from callbacks.lora.callback import EVENTS, UNFINISHED
 from callbacks.lora.objective import Health, Objective, edit_rows
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from tests.test_editor import Spy, editor, fit, site_now
@@ -200,7 +200,7 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
     tried = iter([1.0, 1.5, 1.0])  # the text set aside: before, with the whole, with half
     monkeypatch.setattr("callbacks.lora.callback.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
     module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
-    assert [(e["decision"], e["share"]) for e in events] == [("keep", 0.5)]
+    assert [(e["decision"], e["fraction"]) for e in events] == [("keep", 0.5)]
     plain = editor(tiny_folder)
     fit(tmp_path, plain, name="plain")
     for layer, without, path in zip(module.changed_layers, plain.changed_layers, lora.paths, strict=True):
@@ -293,7 +293,7 @@ def test_the_adjustment_teaches_the_edits(tiny_folder, tmp_path):
 def test_memories_follow_the_adjustment(tiny_folder, tmp_path):
     # What replay asks for is the value less what the site gives: the adjustment must not change it.
     class Watch(EditCallback):
-        state_key = "ZWatch"
+        priority = 100
 
         def __init__(self):
             self.asked = {}
@@ -317,7 +317,7 @@ def test_memories_follow_the_adjustment(tiny_folder, tmp_path):
     torch.testing.assert_close(watch.asked["after"], watch.asked["before"], atol=1e-4, rtol=1e-3)
     # A map below the edited layer was adjusted too: keys and origins are those of now.
     memories = replay.buffer.memories
-    keys = module.read_keys([m.fact for m in memories], 1)
+    keys = module.solver.read_keys([m.fact for m in memories], 1)
     torch.testing.assert_close(torch.stack([m.key for m in memories]).T, keys.keys.float())
     now = torch.stack([m.origin for m in memories]) + torch.stack([m.key for m in memories]) @ module.layers[0].total.T
     torch.testing.assert_close(now.T, keys.current.float(), atol=1e-4, rtol=1e-4)
