@@ -64,7 +64,7 @@ def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_what_facts_miss_is_measured_before_the_first_pass(tiny_folder, tmp_path, passes):
+def test_residual_norms_are_those_before_the_first_pass(tiny_folder, tmp_path, passes):
     # By hand: values less what a whole forward of the unedited model gives; a replayed fact is not among them.
     module, noted = editor(tiny_folder, passes=passes), Verdict(0, lambda outcome: None)
 

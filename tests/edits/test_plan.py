@@ -21,7 +21,7 @@ def test_the_lowest_factor_counts_whatever_the_order():
         outcome.scale(1.5, "more")
 
 
-def test_facts_may_be_left_out_of_a_batch():
+def test_facts_may_be_dropped_from_a_batch():
     plan = EditPlan(3, FACTS[:3], torch.arange(6.0).view(3, 2))
     outcome = EditOutcome(plan, {1: torch.ones(2, 2)}, {"layer_1/gram_condition": 1.0})
     outcome.drop({1}, "no gain")
@@ -36,7 +36,7 @@ def test_facts_may_be_left_out_of_a_batch():
         outcome.drop({3}, "none such")
 
 
-def test_without_all_of_its_facts_a_batch_is_undone():
+def test_a_batch_without_any_fact_is_rolled_back():
     outcome = EditOutcome(EditPlan(0, FACTS[:2], torch.zeros(2, 2)), {}, {})
     outcome.drop({0}, "no gain")
     outcome.drop({1}, "harm")

@@ -181,7 +181,7 @@ def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path
     before = bits(plain)
     module, lora, events = run(tmp_path, tiny_folder, tolerance=0.0, lr=10.0, mode=mode)
     assert [e["decision"] for e in events] == ["drop", "drop"]
-    assert "set aside went from" in events[0]["reason"]
+    assert "held-out edits went from" in events[0]["reason"]
     assert same(bits(module), before)
     assert lora.adapter is None
     assert all(layer.adapter is None for layer in module.layers)
@@ -197,7 +197,7 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
     )
     run(tmp_path, tiny_folder, name="whole", **settings)
     halves = {name: 0.5 * (learnt["a"][name] + learnt["b"][name]) for name in learnt["b"]}
-    tried = iter([1.0, 1.5, 1.0])  # the text set aside: before, with the whole, with half
+    tried = iter([1.0, 1.5, 1.0])  # the held-out text: before, with the whole, with half
     monkeypatch.setattr("callbacks.lora.callback.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
     module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
     assert [(e["decision"], e["fraction"]) for e in events] == [("keep", 0.5)]
@@ -223,7 +223,7 @@ def test_none_are_set_aside_where_that_is_said(tiny_folder, tmp_path, monkeypatc
     # The text is still looked at.
     _, _, events = run(tmp_path, tiny_folder, every_n_batches=None, probes=0, name="harmful", tolerance=0.0, lr=10.0)
     assert events[0]["decision"] == "drop"
-    assert "the text set aside went from" in events[0]["reason"]
+    assert "the held-out text went from" in events[0]["reason"]
 
 
 def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_checkpoint_with_another_adapter_is_refused(tiny_folder, tmp_path):
 def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
     # Of the 21 facts six are edited and the others are bystanders, so none is left; 0 are there.
     caplog.set_level("INFO")
-    said = "of the 5 prompts asked for, as no more facts are neither edited nor bystanders"
+    said = "of the 5 prompts, as no more facts are neither edited nor bystanders"
     run(tmp_path, tiny_folder, prompts=5)
     assert f"LoRA: 0 {said}" in caplog.text
     caplog.clear()
@@ -271,9 +271,9 @@ def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
 def test_edits_set_aside_are_not_trained_on(tiny_folder, tmp_path):
     module, lora, _ = run(tmp_path, tiny_folder, limit=10)
     lora.last = 2
-    trained, aside = lora._draw(module, random.Random(0))
-    assert len(aside) == 3  # a quarter of ten, rounded up
-    assert not {fact.slot for fact in trained} & {fact.slot for fact in aside}
+    trained, held_out = lora._draw(module, random.Random(0))
+    assert len(held_out) == 3  # a quarter of ten, rounded up
+    assert not {fact.slot for fact in trained} & {fact.slot for fact in held_out}
     assert len(trained) == 7  # replayed is more than there are
     lora.replayed = 1
     trained, _ = lora._draw(module, random.Random(0))

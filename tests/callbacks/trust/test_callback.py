@@ -1,6 +1,7 @@
 """The gate through real runs of a tiny model: what it decides, what it leaves behind, and what it writes down."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -282,6 +283,20 @@ def test_harm_that_adds_up_trips_the_budget(tiny_folder, tmp_path, heldout):
     for event, harm in zip(events[1:], harms[1:], strict=True):
         assert event["decision"] == ("rollback" if harm > 1e-6 else "keep")
     assert events[0]["budget_queue"] == pytest.approx(harms[0] - 1e-6, rel=1e-4)
+
+
+def test_another_callback_that_scales_lower_spends_that_fraction_of_the_harm(
+    tiny_folder, tmp_path, heldout, monkeypatch
+):
+    # Trust keeps every batch, whose harm is 0.4 nats; a quarter of each stays, and a quarter of its harm is spent.
+    metrics = TrustMetrics(certainty=1.0, heldout_ppl_delta=math.expm1(0.4))
+    monkeypatch.setattr(Probes, "measure_after", lambda *_: metrics)
+    quarter = Spy({0: 0.25, 1: 0.25, 2: 0.25})
+    scales = {"heldout_ppl_delta": [9.0, 1.0]}
+    module, _, events = run(tmp_path, tiny_folder, heldout, quarter, scales=scales, budget=[1e-9, 9.0])
+    assert [(event["decision"], event["factor"]) for event in events] == [("keep", 0.25)] * 3
+    assert [event["budget_queue"] for event in events] == pytest.approx([0.1, 0.2, 0.3], rel=1e-6)
+    assert [entry.factor for entry in module.ledger] == [0.25] * 6
 
 
 def test_the_threshold_written_is_the_one_held_against(tiny_folder, tmp_path, heldout):

@@ -226,3 +226,14 @@ def test_infinite_conditions_can_be_written_and_nan_is_refused(lm):
     json.dumps(metrics.gram_condition, allow_nan=False)
     with pytest.raises(ValueError, match="update_norm is nan"):
         probes.measure_after(editor, outcome_of(FACTS[:1], **{**COMMON, "update_norm": math.nan}))
+
+
+def test_a_model_that_is_not_finite_after_a_batch_has_no_signals(lm):
+    # That is harm and no failure of the probe; a model that was not finite before it is the probe's failure.
+    editor, probes = edited(lm), Probes([Sentence((5, 6, 7), 2)], 1, False)
+    probes.measure_before(editor, FACTS[:1])
+    editor.layers[0].add(torch.full_like(editor.layers[0].total, math.inf))
+    assert probes.measure_after(editor, outcome_of(FACTS[:1], **COMMON)) is None
+    probes.measure_before(editor, FACTS[:1])
+    with pytest.raises(ValueError, match="is nan"):
+        probes.measure_after(editor, outcome_of(FACTS[:1], **COMMON))
