@@ -240,7 +240,7 @@ def test_a_seed_out_of_range_is_named(seed):
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(UserError, match="runs, a file: name a folder"):
+    with pytest.raises(UserError, match="runs, a file: give a folder"):
         edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, "folder": tmp_path / "runs"})
     assert (tmp_path / "runs").read_text() == "mine"
 

@@ -56,7 +56,7 @@ def same(a, b):
         ({"dropout": 1.0}, "dropout is 1.0: it must lie between 0 and 1"),
         ({"text_tokens": -1}, "text_tokens is -1: it must not be negative"),
         ({"probes": -1}, "probes is -1: it must not be negative"),
-        ({"probes": 0, "text_tokens": 31}, "give its guard edits, or 32 tokens"),
+        ({"probes": 0, "text_tokens": 31}, "the guard needs held-out edits, or 32 tokens"),
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
         ({"weights": {"edits": -1.0}}, "LoRAAdjust.weights.edits is -1.0: it must not be negative"),
