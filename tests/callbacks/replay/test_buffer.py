@@ -120,7 +120,7 @@ def test_fixed_orders():
 
 def test_samples_spare_what_is_being_replaced_and_the_global_generator():
     busy = [memory(3).fact, memory(4).fact]
-    assert not {3, 4} & set(steps(filled(20).sample(99, but=busy)))
+    assert not {3, 4} & set(steps(filled(20).sample(99, exclude=busy)))
     state = torch.get_rng_state()
     filled(20).sample(5)
     assert torch.equal(torch.get_rng_state(), state)

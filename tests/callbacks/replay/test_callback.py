@@ -40,8 +40,8 @@ def test_out_of_range(arguments, message):
 @pytest.mark.parametrize(
     ("replay", "settings", "message"),
     [
-        ({"cache_keys": True}, {"layers": [1, 2]}, "an edit of a lower layer moves the keys"),
-        ({"cache_keys": True}, {"layers": [1], "keys": "mean"}, "needs model.keys: bare, not mean"),
+        ({"cache_keys": True}, {"layers": [1, 2]}, "an edit of a lower layer changes the keys"),
+        ({"cache_keys": True}, {"layers": [1], "keys": "mean"}, "model.keys is mean: set it to bare"),
         ({}, {"restore_between_batches": True}, "nothing to remember"),
     ],
 )
