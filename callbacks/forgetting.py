@@ -1,4 +1,4 @@
-"""Forgetting curves: how well past edits, and the model's language, hold as edits go on."""
+"""Forgetting curves: retention of past edits and held-out perplexity over the number of edits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import EditCallback, EditOutcome
+from editlab.edits.plan import EditOutcome
 from editlab.runs.figures import forgetting_figure
 from editlab.runs.summary import run_folder
 from editlab.utils.files import atomic_file
@@ -21,21 +22,23 @@ CURVES = ("ES", "accuracy", "PS", "NS")
 
 
 class ForgettingCurve(EditCallback):
-    """Every so many edits, measures a fixed sample of all past edits and the held-out perplexity.
+    """Measures a sample of all past edits and the held-out perplexity after every so many edits.
 
-    The sample is fixed in that a fact's rank in it depends on the fact and the seed alone: from one point of the
-    curve to the next, members only leave when lower-ranked new edits come in. At the end all edits are measured.
-    The curves are logged over the number of edits, beside the values right after each edit and before it, and drawn
-    as one figure, which is also kept as ``forgetting.png`` in the run's folder.
+    A fact's rank in the sample depends on the fact and the seed alone, so from one point of the curve to the next the
+    sample changes only by new edits of a lower rank. At the end all edits are measured. The curves are logged over the
+    number of edits, next to the values before and right after each edit, and drawn as one figure, which is also saved
+    as ``forgetting.png`` in the run's folder.
 
     Args:
-        every_n_edits: edits between two points of the curve.
-        sample: past edits measured at each point.
-        seed: of the sample.
+        every_n_edits: number of edits between two points of the curve.
+        sample: number of past edits measured at each point.
+        seed: seed of the sample.
 
     Raises:
-        UserError: where a count is under 1.
+        UserError: A count is under 1.
     """
+
+    priority = 10
 
     def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0) -> None:
         at_least_one("ForgettingCurve", every_n_edits=every_n_edits, sample=sample)
@@ -44,12 +47,12 @@ class ForgettingCurve(EditCallback):
         self.seed = seed
         self.curve: dict[int, dict[str, float]] = {}
         self._last = 0
-        self._unused = self.state_dict()
+        self._initial_state = self.state_dict()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays out TensorBoard's custom scalars: each metric's curves over one another."""
+        """Sets up TensorBoard's custom scalars: one chart for each metric, with its curves of all groups."""
         assert isinstance(pl_module, SequentialEditor)
-        self.begin_anew(pl_module, self._unused)
+        self.reset_for_new_run(pl_module, self._initial_state)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 groups = ("before", "immediate", "retained")
@@ -63,7 +66,7 @@ class ForgettingCurve(EditCallback):
                 logger.experiment.add_custom_scalars({"forgetting": charts})
 
     def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Measures a point of the curve when enough edits have gone by."""
+        """Measures a point of the curve if enough edits were made since the last one."""
         if editor.edits - self._last < self.every_n_edits:
             return
         self._last = editor.edits
@@ -75,7 +78,7 @@ class ForgettingCurve(EditCallback):
             logger.log_metrics(point, step=editor.edits)
 
     def _sampled(self, facts: list[Fact]) -> list[Fact]:
-        """The facts with the lowest hashes, in their own order."""
+        """The facts with the lowest hashes, in the order of their edits."""
         ranks = {id(f): hashlib.sha256(f"{self.seed}\0{f.subject}\0{f.prompt}".encode()).digest() for f in facts}
         chosen = set(sorted(ranks, key=lambda i: ranks[i])[: self.sample])
         return [fact for fact in facts if id(fact) in chosen]
@@ -91,7 +94,7 @@ class ForgettingCurve(EditCallback):
             pl_module.evaluation.series("immediate"),
             pl_module.evaluation.language_before.get("perplexity/heldout"),
         )
-        folder = run_folder(trainer)  # all ranks have to ask for it
+        folder = run_folder(trainer)  # collective: every rank has to call it
         if trainer.is_global_zero:
             with atomic_file(folder / "forgetting.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
@@ -104,5 +107,5 @@ class ForgettingCurve(EditCallback):
         return {"curve": dict(self.curve), "last": self._last}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up a saved curve."""
+        """Loads what :meth:`state_dict` returned."""
         self.curve, self._last = dict(state_dict["curve"]), int(state_dict["last"])

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer
 import editlab
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
+from editlab.callback import EditCallback
 from editlab.data import Fact
-from editlab.edits.plan import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
@@ -143,8 +143,8 @@ def as_in(module):
     return {
         "method": module.method, "values": module.values, "moments": module.moments,
         "contexts": module.context_settings,
-        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.preserve_prompt_tokens,
-        "keys": module.key_mode,
+        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.solve_settings.context_key_weight,
+        "keys": module.solve_settings.key_mode,
     }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_a_seed_out_of_range_is_named(seed):
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(UserError, match="runs, a file: name a folder"):
+    with pytest.raises(UserError, match="runs, a file: give a folder"):
         edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, "folder": tmp_path / "runs"})
     assert (tmp_path / "runs").read_text() == "mine"
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from callbacks import ForgettingCurve, MemoryReplay
+from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
+from editlab.callback import EditCallback
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import Addition, EditCallback
+from editlab.edits.plan import Addition
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
@@ -208,6 +209,38 @@ def test_every_callback_hears_each_event_before_the_next(tiny_folder, tmp_path):
         heard.clear()
         fit(tmp_path, editor(tiny_folder), callbacks=order, limit=1, batch_size=1)
         assert heard == [(n, e) for e in ("planned", "applied", "settled", "adjust", "done") for n in ("One", "Two")]
+
+
+def test_callbacks_are_called_by_priority_whatever_their_names_and_their_order_in_the_list(tiny_folder, tmp_path):
+    called = []
+
+    class Named(EditCallback):
+        def on_edit_planned(self, trainer, editor, plan):
+            called.append(type(self).__name__)
+
+    class Zeta(Named):
+        priority = -1
+
+    class Beta(Named):
+        pass
+
+    class Alpha(Named):
+        priority = 60
+
+    class Gamma(Named):
+        pass
+
+    callbacks = [Gamma(), Alpha(), Zeta(), Beta()]
+    for order in (callbacks, callbacks[::-1]):
+        called.clear()
+        fit(tmp_path, editor(tiny_folder), callbacks=order, limit=1, batch_size=1)
+        assert called == ["Zeta", "Beta", "Gamma", "Alpha"]  # equal priorities by state_key
+
+
+def test_our_callbacks_have_priorities_of_their_own():
+    order = sorted((ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback), key=lambda kind: kind.priority)
+    assert [kind.__name__ for kind in order] == ["ForgettingCurve", "LoRAAdjust", "MemoryReplay", "TrustRollback"]
+    assert len({EditCallback.priority, *(kind.priority for kind in order)}) == 5
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the run goes on in its folder

@@ -16,8 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from editlab.edits.layer_search import AUTO
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
+from editlab.edits.edited_model import AUTO
 from editlab.errors import UserError
 from editlab.runs.checkpoint import LAST, EditCheckpoint, find_checkpoint, newest_checkpoint, run_version
 from editlab.runs.folders import RunFolder, differing, flat_settings

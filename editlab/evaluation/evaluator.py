@@ -15,7 +15,7 @@ from torch import Tensor
 
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
-from editlab.errors import NotFiniteError, UserError
+from editlab.errors import NonFiniteError, UserError
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
 from editlab.keys.moments import read_file, read_ids
@@ -265,7 +265,7 @@ def _sampled(lm: LanguageModel, openings: Sequence[Sequence[int]], tokens: int) 
     """Texts that begin so; None of a model that edits have broken: its run has to come to its end, and to say so."""
     try:
         return lm.sample(openings, tokens, seed=0)
-    except NotFiniteError as error:
+    except NonFiniteError as error:
         log.warning("The generation entropy is left out. %s", error)
         return None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab.lm.probe import LinearMap, linear_maps
+from editlab.lm.runner import ModelRunner
 
 MATMULS = ("auto", "float32", "bfloat16")
 """How matrices may be multiplied; see :func:`products`."""
@@ -48,6 +49,19 @@ def products(
     if type_of_products(matmul, device) == "float32":
         return nullcontext()
     return bfloat16_products(blocks, edit_path, head)
+
+
+def products_above(lm: ModelRunner, layer: int, matmul: str, head: bool = False) -> AbstractContextManager:
+    """Matrix products of all blocks above ``layer`` as ``matmul`` says; the blocks up to it stay in full precision.
+
+    Args:
+        lm: the model.
+        layer: the highest block that is left alone.
+        matmul: ``float32``, ``bfloat16`` or ``auto``, as for :func:`products`.
+        head: whether the map to the logits is included. That is faster in training, but too coarse to compare answers.
+    """
+    above = list(lm.anatomy.blocks)[layer + 1 :]
+    return products(matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head if head else None)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import editlab
 from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
 from editlab.lm.anatomy import is_transposed
@@ -24,6 +23,7 @@ from editlab.lm.precision import dtype_name, dtype_named
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
 from editlab.runs.resume import KEY, adjusted_path, sums
+from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Delta:
         """Writes a safetensors file: one float32 tensor a module, by its path; the rest is in the metadata."""
         metadata = {
             "format": FORMAT,
-            "editlab": editlab.__version__,
+            "editlab": __version__,
             "base_model": self.language_model,
             "fingerprint": self.fingerprint,
             "dtype": dtype_name(self.dtype),

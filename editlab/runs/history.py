@@ -1,4 +1,4 @@
-"""Where an edited model comes from: its edits, and what its run says of itself."""
+"""History of an edited model: its edits, and its run's metrics, settings and versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LANGUAGE = ("perplexity", "generation_entropy")
 
 @dataclass(frozen=True)
 class Edit:
-    """One line of the ledger, as a reader wants it."""
+    """One line of the ledger, for a reader."""
 
     subject: str
     prompt: str
@@ -29,17 +29,17 @@ class Edit:
     batch: int
     """number of its batch, from 1"""
     fate: str
-    """kept, scaled, rolled back, superseded"""
+    """kept, scaled, rolled back or superseded, in words"""
 
 
 @dataclass(frozen=True)
 class History:
-    """All that a model card says of how the weights came about; what is not known is absent."""
+    """Everything that a model card states about the origin of the weights; unknown fields are empty."""
 
     batches: int
-    """edit batches that went into the weights, or were tried"""
+    """number of edit batches, including those rolled back"""
     adapted: int = 0
-    """modules with an adapter beside their weights, which is not among the sums"""
+    """number of modules with an adapter, which is not part of the sums of updates"""
     edits: tuple[Edit, ...] = ()
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """``before``, ``immediate``, ``retained``, ``perplexity``, ``generation_entropy`` of the run's summary"""
@@ -51,11 +51,11 @@ class History:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> History:
-        """Of a checkpoint read from ``path``, and of the run's folder around it where that is still there."""
+        """The history in a checkpoint read from ``path``, and in the run's folder around it, if that still exists."""
         run, batches = path.resolve().parents[1], checkpoint["global_step"]
         summary = _read(run / "summary.json", json.loads)
         config = _read(run / "config.yaml", yaml.safe_load)
-        # The summary is of the end of the run; of an earlier checkpoint's weights it says nothing.
+        # The summary describes the end of the run, not the weights of an earlier checkpoint.
         measured = summary if summary.get("batches") == batches else {}
         return cls(
             batches,
@@ -69,7 +69,7 @@ class History:
         )
 
     def to_json(self) -> str:
-        """As one line of JSON."""
+        """The history as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -77,7 +77,7 @@ class History:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            UserError: It is something else.
+            UserError: The text is something else.
         """
         try:
             values = json.loads(text)
@@ -95,7 +95,7 @@ def _edits(state: dict[str, Any]) -> list[Edit]:
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """A file of the run's folder; empty where there is none, for a checkpoint may lie alone."""
+    """A file of the run's folder as a dict; {} if it does not exist, since a checkpoint may be copied alone."""
     try:
         found = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -10,18 +10,15 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import editlab
 from editlab.runs.logger import RunLogger
 from editlab.utils.files import atomic_file
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
+from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ def peak_memory_mb() -> float:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"editlab": editlab.__version__, "python": platform.python_version()}
+    found = {"editlab": __version__, "python": platform.python_version()}
     for name in ("torch", "lightning", "transformers", "peft", "torchmetrics"):
         try:
             found[name] = version(name)
@@ -57,30 +54,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
-    """The run in one dict; numbers that were not measured are absent."""
-    evaluation = editor.evaluation
-    groups = {
-        "before": evaluation.compute("before"),
-        "immediate": evaluation.compute("immediate"),
-        "retained": evaluation.retained,
-    }
-    language = {"before": evaluation.language_before, "after": evaluation.language_after}
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Memory, ranks, recipe, seed and versions of a run, for its summary."""
     return {
-        "edits": editor.ledger.kept,
-        "rolled_back": editor.edits - editor.ledger.kept,
-        "superseded": editor.ledger.superseded,
-        "batches": editor.global_step,
-        **groups,
-        **{
-            title: {when: found[name] for when, found in language.items() if name in found}
-            for title, name in (("perplexity", "perplexity/heldout"), ("generation_entropy", "generation/entropy"))
-        },
-        "delta_norm": {
-            str(number): layer.relative_norm()
-            for number, layer in zip(editor.layer_numbers, editor.layers, strict=True)
-        },
-        "seconds": evaluation.stop_clock(),
         "peak_memory_mb": peak_memory_mb(),
         "ranks": trainer.world_size,
         "recipe": trainer.logger.name if trainer.logger else None,
@@ -89,15 +65,20 @@ def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
     }
 
 
-def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
-    """Writes ``summary.json`` into the run's folder, null for what is no finite number, and shows the summary."""
-    summary = summarize(trainer, editor)
+def finish_run(trainer: Trainer, summary: dict[str, Any], title: str) -> None:
+    """Writes ``summary.json`` into the run's folder, with null for numbers that are not finite, and logs the summary.
+
+    Args:
+        trainer: of the run.
+        summary: what was measured.
+        title: what was edited and how, in a few words.
+    """
     folder = run_folder(trainer)
     if trainer.is_global_zero:
         with atomic_file(folder / "summary.json") as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
             Path(temporary).write_text(content + "\n", encoding="utf-8")
-    log.info("%s", render(summary, editor, folder, _checkpoint(trainer)))
+    log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer)))
 
 
 def _finite(value: Any) -> Any:
@@ -134,19 +115,18 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str | None) -> str:
+def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
     """The summary as a table of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
-        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: "
-        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.method).__name__}",
+        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: {title}",
         "",
         table(summary),
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
-    logged = any(isinstance(logger, RunLogger) for logger in editor.trainer.loggers)
+    logged = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
     tables = ["metrics.csv", "summary.json"] if logged else ["summary.json"]
     lines += [
         "",

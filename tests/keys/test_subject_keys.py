@@ -109,8 +109,8 @@ def test_others_leave_out_the_first_token_and_the_subjects_last(lm, mode):
         states, last = naive(lm, fact, "", lm.anatomy.edit_module(LAYER), "input")
         expected += [states[t] for t in range(len(states)) if t not in (0, last)]
     got = read(lm, mode)
-    close(got.others, torch.stack(expected, 1))
-    assert got.others.dtype == torch.float64
+    close(got.context_keys, torch.stack(expected, 1))
+    assert got.context_keys.dtype == torch.float64
 
 
 @pytest.mark.parametrize("mode", ["bare", "mean", "each"])

@@ -11,7 +11,6 @@ from editlab.cli.main import main
 from editlab.edits.edited_layer import EditedLayer
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import peak_memory_mb, render, versions
-from editlab.solver.methods import EMMET
 from tests.recipes import write_recipe
 
 
@@ -23,8 +22,8 @@ def test_the_table():
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
     trainer = SimpleNamespace(loggers=[RunLogger()])
-    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], method=EMMET(), trainer=trainer)
-    text = render(summary, editor, Path("lightning_logs/r/version_0"), "x.ckpt")
+    title = "tiny, layers 5, EMMET"
+    text = render(summary, title, trainer, Path("lightning_logs/r/version_0"), "x.ckpt")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["ES"] == ["0.000", "1.000", "0.875"]
     assert rows["NS"] == ["-", "-", "0.500"]
@@ -40,7 +39,7 @@ def test_the_table():
     assert max(map(len, text.splitlines())) <= 100
     assert "tables       lightning_logs/r/version_0/metrics.csv, lightning_logs/r/version_0/summary.json" in text
     trainer.loggers = []
-    text = render({**summary, "batches": 1}, editor, Path("r"), None)
+    text = render({**summary, "batches": 1}, title, trainer, Path("r"), None)
     assert "tables       r/summary.json\n" in text
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from callbacks.replay.callback import MemoryReplay
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.keys.subject_keys import read_keys
 from editlab.solver.closed_form import Constraints, Preservation, solve
@@ -40,8 +40,8 @@ def test_out_of_range(arguments, message):
 @pytest.mark.parametrize(
     ("replay", "settings", "message"),
     [
-        ({"cache_keys": True}, {"layers": [1, 2]}, "an edit of a lower layer moves the keys"),
-        ({"cache_keys": True}, {"layers": [1], "keys": "mean"}, "needs model.keys: bare, not mean"),
+        ({"cache_keys": True}, {"layers": [1, 2]}, "an edit of a lower layer changes the keys"),
+        ({"cache_keys": True}, {"layers": [1], "keys": "mean"}, "model.keys is mean: set it to bare"),
         ({}, {"restore_between_batches": True}, "nothing to remember"),
     ],
 )
@@ -70,8 +70,6 @@ def test_replay_may_spare_and_not_repair(tiny_folder, tmp_path, repair):
     far = {}
 
     class Watch(Spy):
-        state_key = "A"
-
         def on_edit_planned(self, trainer, editor, plan):
             super().on_edit_planned(trainer, editor, plan)
             if plan.step == 1:
@@ -215,7 +213,7 @@ def twice(tmp_path, *others):
 
 def past_of(module, facts, weights, replay):
     """The metric's part by hand: keys of facts in the contexts that the run reads them in."""
-    read = read_keys(module.lm, facts, 1, module.site, module.contexts, module.key_mode)
+    read = read_keys(module.lm, facts, 1, module.site, module.contexts, module.solve_settings.key_mode)
     each = torch.tensor(weights, dtype=torch.float64)[read.fact]
     return replay.past.weight * (read.keys * each) @ read.keys.T
 
@@ -223,8 +221,8 @@ def past_of(module, facts, weights, replay):
 def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder, tmp_path):
     class LeaveOut(EditCallback):
         def on_edit_applied(self, trainer, editor, outcome):
-            if outcome.plan.step == 2 and not outcome.left_out:
-                outcome.leave_out([0], "so says the test")
+            if outcome.plan.step == 2 and not outcome.dropped:
+                outcome.drop([0], "so says the test")
 
     replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, layers=[1], method=MEMIT(5.0))
     fit(tmp_path, module, callbacks=[replay, LeaveOut()], path=twice(tmp_path), keep_repeats=True)
