@@ -53,4 +53,4 @@ def model_key(weights: str, model: nn.Module) -> str:
 def _hash(tensor: Tensor) -> bytes:
     """Hash the bytes of a tensor in row-major order, without a copy where it lies in the CPU's memory that way."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_digest(memoryview(content.numpy()))
+    return xxhash.xxh3_128_digest(content.numpy().data)
