@@ -18,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from editlab.compat import CheckpointHooks, save_unless_saved
 from editlab.errors import UserError
 from editlab.runs.resume import ENTRIES, KEY, sums
 from editlab.utils.files import atomic_file
@@ -92,7 +93,7 @@ def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
     return checkpoint
 
 
-class EditCheckpoint(ModelCheckpoint):
+class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder: every so many batches, and at the end.
 
     It holds what editing changed (sums of updates, ledger, memories, scores, the stream's position, random states)
@@ -117,12 +118,15 @@ class EditCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def before_save(self, trainer: Trainer) -> None:
+        """Write what the loggers hold: everything that a checkpoint says was logged has to be on the disk."""
         for logger in trainer.loggers:
-            logger.save()  # first: what the checkpoint says was logged has to be on the disk
-        super()._save_checkpoint(trainer, filepath)
+            logger.save()
+
+    def after_save(self, trainer: Trainer, path: str) -> None:
+        """Keep the checkpoint under its own name too, if all are kept."""
         if self.keep_all and trainer.is_global_zero:
-            self._keep(Path(filepath), trainer.global_step)
+            self._keep(Path(path), trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the checkpoint that a run goes on from, too: a kill may have come before that was done."""
@@ -141,8 +145,7 @@ class EditCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last batches, and says how large the file is."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        save_unless_saved(self, trainer)
         if self.best_model_path and trainer.is_global_zero:
             size = Path(self.best_model_path).stat().st_size
             model = sum(p.numel() * p.element_size() for p in pl_module.parameters())

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import transformers
 from gguf import GGUFReader
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
+from transformers import PreTrainedTokenizerBase
 
+from editlab.compat import forget_quantization, gguf_without_bars
 from editlab.errors import UserError
 from editlab.lm.loading.causal import require_causal
 from editlab.lm.memory import require_memory
@@ -89,7 +89,7 @@ def convert(file: Path, folder: Path) -> None:
         model, report = loaded
         if report["missing_keys"]:
             raise UserError(f"{file} is incomplete ({min(report['missing_keys'])} is missing): get the file again")
-        _forget_quantization(model)
+        forget_quantization(model)
         save(model, tokenizer, folder)
         _check_saved(tokenizer, folder, file)
 
@@ -143,13 +143,6 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -
         )
 
 
-def _forget_quantization(model: Any) -> None:
-    """Let transformers save the weights, which are plain numbers by now, though it takes the model for quantized."""
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-
-
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     try:
@@ -164,17 +157,13 @@ def _quiet() -> Iterator[None]:
     """Keep the warnings, messages and progress bars of transformers to itself."""
     chatter = transformers.utils.logging
     verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    # The reader of GGUF files uses tqdm past the switch of transformers.
-    reader: Any = modeling_gguf_pytorch_utils
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
-    reader.tqdm = partial(tqdm, disable=True)
     try:
-        with warnings.catch_warnings():
+        with gguf_without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        reader.tqdm = tqdm
         chatter.set_verbosity(verbosity)
         if bars:
             chatter.enable_progress_bar()
