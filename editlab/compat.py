@@ -121,7 +121,7 @@ def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -
     module._parameters.update(parameters)
 
 
-# ---- transformers, accelerate and peft: models --------------------------------------------------------------------
+# ---- transformers and accelerate: models --------------------------------------------------------------------------
 
 
 def attention_of(config: Any) -> str:
@@ -172,13 +172,3 @@ def gguf_without_bars() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = before
-
-
-def feed_forward_names(model_type: str) -> list[str]:
-    """Return PEFT's names of the MLP's output projections in models of one type, such as ``down_proj``; [] if unknown.
-
-    PEFT keeps the table for its method IA3 and documents no access to it.
-    """
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-
-    return list(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, ()))

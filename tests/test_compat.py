@@ -26,7 +26,7 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import nn
 
 from editlab import compat
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,9 +233,3 @@ def test_the_reader_of_gguf_files_shows_no_bar(capsys):
         assert list(reader.tqdm([1, 2])) == [1, 2]
     assert reader.tqdm is before
     assert capsys.readouterr().err == ""
-
-
-def test_names_of_feed_forward_maps():
-    assert compat.feed_forward_names("no such type") == []
-    known = {family for family in FAMILIES if compat.feed_forward_names(tiny_model(family).config.model_type)}
-    assert {"gpt2", "llama", "mistral", "opt"} <= known

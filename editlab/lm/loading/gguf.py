@@ -1,7 +1,7 @@
-"""GGUF files: what such a file holds is checked, dequantized once, and kept in the cache as a plain folder.
+"""GGUF files: a model in such a file is dequantized once, and kept in the cache as a plain folder.
 
 Reading a GGUF file takes half a minute where a folder of safetensors takes a second. The folder is keyed by the file's
-content, so that a file that was changed is another model, and one that was only moved or renamed is the same.
+content: a file that was changed is another model, and one that was only moved or renamed is the same.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from editlab.utils.files import cache_dir, sha256
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-"""First bytes of every such file."""
+"""First bytes of every GGUF file."""
 
 _PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
 """Files that the folder of a model has; of alternatives, at least one."""
 _SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
-"""Text in which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
+"""A text on which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
 
 
 def is_gguf(file: Path) -> bool:
-    """Tell a GGUF file by how it begins."""
+    """Tell whether a file begins as GGUF files do."""
     with file.open("rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC
 
 
 def gguf_folder(file: Path) -> Path:
-    """Return the folder in the cache that holds the model of a GGUF file; where it is not there, make it first.
+    """Return the folder in the cache that holds the model of a GGUF file; if there is none, make it first.
 
     The weights are dequantized to float32, which takes 4 bytes each in memory and on the disk.
 
     Raises:
-        UserError: The file is damaged, one of several parts, or of a kind that transformers can not read; or the cache
+        UserError: The file is damaged, one of several parts, or of a kind that transformers cannot read; or the cache
             cannot be written to.
         EditLabError: The disk is full, or memory does not suffice.
     """
@@ -114,12 +114,12 @@ def _look_into(file: Path) -> tuple[int, int]:
         split = reader.get_field("split.count")
         parts = int(split.parts[split.data[0]][0]) if split is not None else 1
         return parts, sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except (ValueError, LookupError, OverflowError, TypeError) as error:  # it takes every number at its word
+    except (ValueError, LookupError, OverflowError, TypeError) as error:  # the reader checks no number
         raise UserError(f"{file} is damaged, cut short, or of another version of GGUF: get the file again") from error
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer as one of no family's class: such a class would build its own from the saved vocabulary."""
+    """Return the tokenizer as a PreTrainedTokenizerFast: the class of a family would rebuild it from the saved vocabulary."""
     if type(tokenizer) is transformers.PreTrainedTokenizerFast:
         return tokenizer
     return transformers.PreTrainedTokenizerFast(
@@ -130,10 +130,10 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -> None:
-    """Make sure that whoever loads the folder gets the file's tokenizer; transformers replaces that of some families.
+    """Make sure that loading the folder gives the file's tokenizer, which transformers replaces for some families.
 
     Raises:
-        UserError: It gives other tokens.
+        UserError: It gives another tokenizer.
     """
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
@@ -154,7 +154,7 @@ def _explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the warnings, messages and progress bars of transformers to itself."""
+    """Silence the warnings, messages and progress bars of transformers."""
     chatter = transformers.utils.logging
     verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
     chatter.set_verbosity_error()
