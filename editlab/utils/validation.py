@@ -1,7 +1,7 @@
 """Checks of settings. Each raises one sentence that names the setting, its value, and what it must be.
 
-``where`` is the section or class of the setting as a recipe writes it (``model.values``, ``LoRAAdjust``). None stands for
-a setting that was not given, and passes. NaN and infinity pass no check.
+``where`` is the section or class of the setting as a recipe writes it (``model.values``, ``LoRAAdjust``). None stands
+for a setting that was not given, and passes. NaN and infinity pass no check.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _look_into(file: Path) -> tuple[int, int]:
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer as a PreTrainedTokenizerFast: the class of a family would rebuild it from the saved vocabulary."""
+    """Return the tokenizer as a PreTrainedTokenizerFast; a family's own class would rebuild it from its vocabulary."""
     if type(tokenizer) is transformers.PreTrainedTokenizerFast:
         return tokenizer
     return transformers.PreTrainedTokenizerFast(

@@ -93,7 +93,7 @@ def _source(name: str) -> str:
 
 
 def _require_unquantized(name: str, config: PretrainedConfig) -> None:
-    """Refuse weights of 4 or 8 bits: an edit needs some layers in full precision, and which ones is known only after loading."""
+    """Refuse weights of 4 or 8 bits: an edit needs full precision in layers that are known only after loading."""
     how = getattr(config, "quantization_config", None)
     if how is not None:
         how = how if isinstance(how, dict) else how.to_dict()

@@ -172,7 +172,7 @@ class TestTheDownload:
                 "ERROR: first\nERROR: No matching distribution found for it",
                 "pip says: No matching distribution",
             ),
-            ("", "pip failed without a word"),
+            ("", "pip failed without a message"),
         ],
     )
     def test_a_failure_says_what_to_do(self, pip, cache, said, reason):
