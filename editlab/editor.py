@@ -57,8 +57,7 @@ class SequentialEditor(EditedModel):
         moments: the text of the second moments C0.
         contexts: prefixes in which values (and keys, where asked) are averaged.
         evaluation: what is measured beside the edits themselves.
-        keys: ``bare`` (key in the bare prompt), ``mean`` (averaged over contexts) or ``each`` (one constraint a
-            context).
+        keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
         preserve_prompt_tokens: weight with which the keys of the edited prompts' other tokens enter the metric of
             their batch; the model reads those tokens too, so an edit should not move them. 0 leaves them out.
         passes: times that a batch goes through the layers, each time for what is left undone.

@@ -68,10 +68,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def room_beside(model: nn.Module) -> int | None:
-    """Return the bytes that a model's weights leave on its GPUs; None for a model on no GPU.
+    """Bytes of the GPUs on which a model lies that its weights leave; None where it lies on none.
 
-    They are counted from the GPUs' total memory and not from what is free now, so that a machine always gives the
-    same answer.
+    Of all that they have, not of what is free now, so that one machine always gives the same answer.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if not devices:
@@ -81,7 +80,7 @@ def room_beside(model: nn.Module) -> int | None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Tell whether an error means that a GPU's or the machine's memory did not suffice."""
+    """Whether an error says that memory did not suffice, a GPU's or the machine's."""
     text = str(error)
     return (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -91,24 +90,24 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
-    """Return the results of ``work`` for all items; if memory does not hold them all at once, in two halves.
+    """What ``work`` gives for the items; where memory does not hold them all at once, for one half after the other.
 
-    A half that does not fit is halved again.
+    Halves are halved again where they do not fit either.
 
     Raises:
-        Exception: What ``work`` raised, if one item alone does not fit or the error has nothing to do with memory.
+        Exception: what ``work`` raised, where one item alone does not fit, or where memory was not what it lacked.
     """
     try:
         return work(items)
     except Exception as error:
         if not lacks_memory(error) or len(items) < 2:
             raise
-    # Not in the except clause: until that ends, the error's traceback keeps what was allocated.
+    # Only here: as long as the error was handled, its traceback held on to what had been allocated.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    log.warning("Memory does not hold %d rows at once: they are run in two halves, which takes longer", len(items))
+    log.warning("Memory does not hold %d rows at once: they go through by halves, which takes longer", len(items))
     return [*by_halves(work, items[:half]), *by_halves(work, items[half:])]
 
 

@@ -1,4 +1,4 @@
-"""Data types of weights and of autocast, by name."""
+"""Data types of weights by name."""
 
 from __future__ import annotations
 

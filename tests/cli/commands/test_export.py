@@ -265,7 +265,7 @@ def test_bad_deltas(runs, tmp_path, capsys):
         spoilt(good, tmp_path / "7", {"history": "{}"}): "history is not one that editlab wrote",
         spoilt(
             good, tmp_path / "8", {"modules": json.dumps([name, "model.layers.2.mlp.down_proj", *nine])}, nine
-        ): "model.layers.9.mlp.down_proj, which LlamaForCausalLM has not",
+        ): "model.layers.9.mlp.down_proj, which LlamaForCausalLM does not have",
     }  # fmt: skip
     for path, message in cases.items():
         assert main(["apply", "--delta", str(path), "--model", str(run.base), "--out", str(tmp_path / "no")]) == 2, path
