@@ -58,8 +58,7 @@ class SequentialEditor(EditedModel):
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
         evaluation: what is measured in addition to the edits.
-        keys: ``bare`` (key in the bare prompt), ``mean`` (averaged over contexts) or ``each`` (one constraint for each
-            context).
+        keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
         preserve_prompt_tokens: weight with which the keys of the edited prompts' context tokens enter the metric of
             their batch. The model reads those tokens too, so an edit should not move them. 0 turns it off.
         passes: number of times that a batch goes through the layers, each time for the remaining residual.

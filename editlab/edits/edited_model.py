@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from editlab import compat
 from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer, unedited
 from editlab.errors import UserError
@@ -64,11 +65,12 @@ class EditedModel(lightning.LightningModule):
                 "model.device_map spreads one copy of the model over all devices, and each of several processes has a "
                 "copy: set --trainer.devices 1, or remove model.device_map."
             )
-        if getattr(self._trainer.precision_plugin if self._trainer else None, "scaler", None) is not None:
+        trainer = compat.trainer_of(self)
+        if getattr(trainer.precision_plugin if trainer else None, "scaler", None) is not None:
             raise UserError(
                 "trainer.precision 16-mixed scales gradients, and an edit has none: set bf16-mixed or 16-true."
             )
-        dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
+        dtype, device = torch.get_default_dtype(), trainer.strategy.root_device if trainer else None
         self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
 
     def use(self, lm: LanguageModel) -> None:

@@ -19,12 +19,10 @@ together with the two below it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -41,7 +39,8 @@ from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, t
 from editlab.keys.subject_keys import check_lengths
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode, tokenizer_fingerprint
-from editlab.utils.files import atomic_file, cache_dir
+from editlab.utils.disk_cache import Codec, DiskCache
+from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
@@ -79,13 +78,13 @@ class SearchSetup:
 
     def cache_key(self, facts: Sequence[Fact]) -> str:
         """Hash of everything that a choice of layers on these facts depends on."""
-        content = [
-            self.model_key, tokenizer_fingerprint(self.lm.tokenizer), self.lm.anatomy.edit_path,
-            [fact.to_dict() for fact in facts], repr(self.solve), asdict(self.values),
-            {**asdict(self.moments), "text": text_fingerprint(self.moments)}, asdict(self.contexts),
-            [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return key_of(
+            model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
+            module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
+            values=asdict(self.values), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
+            contexts=asdict(self.contexts),
+            search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
+        )  # fmt: skip
 
 
 class Fractions(NamedTuple):
@@ -126,13 +125,13 @@ def choose_layers(setup: SearchSetup, facts: Sequence[Fact]) -> list[int]:
     Raises:
         UserError: A fact is too long for the model.
     """
-    path = cache_dir() / "layers" / f"{setup.cache_key(facts)}.json"
-    trials = ranks.on_first(lambda: _read(path))
+    kept, key = DiskCache(cache_dir() / "layers", TRIALS), setup.cache_key(facts)
+    trials = ranks.on_first(lambda: kept.read(key))
     if trials:
-        log.info("The layer to edit, from an earlier search (%s):\n%s", path, table(trials))
+        log.info("The layer to edit, from an earlier search (%s):\n%s", kept.path(key), table(trials))
         return list(best(trials).layers)
     trials = Search(setup, facts).run()
-    ranks.on_first(lambda: _keep(path, trials))
+    ranks.on_first(lambda: kept.write(key, trials))
     log.info("The layer to edit, by edits of %d facts:\n%s", min(FACTS, len(facts)), table(trials))
     return list(best(trials).layers)
 
@@ -286,18 +285,13 @@ class TrialEvaluator:
         return float(score_pairs(self.lm, pairs)[0].exp().mean())
 
 
-def _read(path: Path) -> list[Trial]:
-    """Trials of an earlier search; [] if there are none or the file is damaged."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in saved]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError):
-        log.warning("%s cannot be read: the layers are searched again", path)
-        return []
+def _dump(trials: Sequence[Trial]) -> bytes:
+    return json.dumps([asdict(trial) for trial in trials], indent=1).encode()
 
 
-def _keep(path: Path, trials: Sequence[Trial]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n", encoding="utf-8")
+def _load(content: bytes) -> list[Trial]:
+    return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in json.loads(content)]
+
+
+TRIALS: Codec[list[Trial]] = Codec(_dump, _load)
+"""Trials as a cache file holds them."""

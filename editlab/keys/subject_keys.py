@@ -14,7 +14,7 @@ from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
-KEY_MODES = ("bare", "mean", "each")
+KEY_MODES = ("bare", "mean")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Site:
 
 @dataclass
 class Keys:
-    """One layer's view of some facts. Columns are keys; with mode ``each`` a fact has several."""
+    """One layer's view of some facts. Columns are keys."""
 
     keys: Tensor
     """float64 [d_k, n]"""
@@ -160,8 +160,7 @@ def read_keys(
         layer: whose keys.
         site: where targets live; its block is the last that runs.
         contexts: prefixes, the empty one first.
-        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts, ``each`` one key for
-            every context.
+        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts.
     """
     used = [""] if mode == "bare" else list(contexts)
     rows: list[tuple[int, ...]] = []
@@ -184,10 +183,7 @@ def read_keys(
     order = torch.arange(n, device=at_last.device)
     lengths = torch.tensor([len(keys) for keys in of_context], device=at_last.device)
     context_fact = order.repeat_interleave(lengths)
-    if mode == "each":
-        order = order.repeat(len(used))
-    else:
-        at_last = at_last.view(len(used), n, -1).mean(0)
+    at_last = at_last.view(len(used), n, -1).mean(0)
     return Keys(
         keys=at_last.T.contiguous(),
         fact=order,

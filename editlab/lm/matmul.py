@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editlab.compat import replace_parameters
 from editlab.lm.probe import LinearMap, linear_maps
 from editlab.lm.runner import ModelRunner
 
@@ -83,9 +84,9 @@ def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Modu
         for path, module in [*inner, *([("", head)] if isinstance(head, LinearMap) else [])]:
             if module.weight.dtype != torch.float32 or module.weight.is_meta:
                 continue
-            stack.callback(_exchange, module, {k: p for k, p in module.named_parameters(recurse=False)})
+            stack.callback(replace_parameters, module, {k: p for k, p in module.named_parameters(recurse=False)})
             rounded = {k: p.detach().bfloat16() for k, p in module.named_parameters(recurse=False)}
-            _exchange(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
+            replace_parameters(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
             stack.callback(module.register_forward_pre_hook(shared.round_input).remove)
             if path == edit_path or not mlp or path.rpartition(".")[0] != mlp:
                 stack.callback(module.register_forward_hook(_give_float32).remove)
@@ -107,8 +108,3 @@ class _Rounded:
 
 def _give_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.float()
-
-
-def _exchange(module: LinearMap, parameters: dict[str, nn.Parameter]) -> None:
-    # Not setattr: the very Parameter objects have to come back, whatever a parametrization makes of an assignment.
-    module._parameters.update(parameters)

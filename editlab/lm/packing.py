@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from editlab.compat import attention_of, attention_set
 from editlab.lm.forward import cache_of
 from editlab.lm.prefix_cache import Past, read_prefixes
 from editlab.lm.runner import ModelRunner
@@ -250,16 +251,12 @@ def _attending(lm: ModelRunner, layout: InOneRow) -> Iterator[None]:
     """The model's attention is ``layout``'s inside the ``with``."""
     configs = {id(c): c for m in lm.anatomy.blocks.modules() if (c := getattr(m, "config", None)) is not None}
     configs[id(lm.model.config)] = lm.model.config
-    before = [(c, c._attn_implementation) for c in configs.values()]
     _attending_now.append(layout)
     try:
-        for config, _ in before:
-            config._attn_implementation = PACKED
-        yield
+        with attention_set(list(configs.values()), PACKED):
+            yield
     finally:
         _attending_now.pop()
-        for config, name in before:
-            config._attn_implementation = name
 
 
 def _attention(
@@ -305,7 +302,7 @@ def _tolerance(lm: ModelRunner) -> float:
 @torch.no_grad()
 def can_pack(lm: ModelRunner) -> bool:
     """Whether packed rows give what padded rows give, tried on three short ones."""
-    if lm.model.config._attn_implementation != "sdpa":
+    if attention_of(lm.model.config) != "sdpa":
         return False  # its attention does more than the usual (soft caps), which short rows may not show
     past = read_prefixes(lm, [[(1, 2)], [(3,)], [(1, 2)]])
     tails = [(4, 5, 6), (7,), (8, 9)]

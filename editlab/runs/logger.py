@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from editlab import compat
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.utils.files import atomic_file
@@ -41,6 +42,7 @@ class RunLogger(TensorBoardLogger):
         version: int | str | None = None,
     ) -> None:
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
+        self._number = version
         self._rows: dict[int, dict[str, float]] | None = None
         self._read_at: int | None = None
         self._written = True
@@ -54,17 +56,17 @@ class RunLogger(TensorBoardLogger):
         Raises:
             UserError: where the folder of all runs can not be made.
         """
-        if self._version is not None:
-            return self._version
+        if self._number is not None:
+            return self._number
         if rank_zero_only.rank:  # type: ignore[attr-defined]
-            return self._get_next_version()
-        self._version = self._claim()
-        return self._version
+            return compat.next_version(self)
+        self._number = self._claim()
+        return self._number
 
     def _claim(self) -> int:
         """The next number of which no run has a folder, by making it: of two runs that begin at once, one can."""
         runs = Path(os.path.expandvars(self.root_dir)).expanduser()
-        number = int(self._get_next_version())
+        number = compat.next_version(self)
         try:
             runs.mkdir(parents=True, exist_ok=True)
             while True:
@@ -81,7 +83,7 @@ class RunLogger(TensorBoardLogger):
 
     def share(self) -> None:
         """Gives every rank the first one's version; all of them have to call it."""
-        self._version = ranks.on_first(lambda: self.version)
+        self._number = ranks.on_first(lambda: self.version)
 
     @property
     def table_path(self) -> Path:
@@ -117,12 +119,10 @@ class RunLogger(TensorBoardLogger):
 
         TensorBoard is told to leave out later points of event files that are there; call it before anything is logged.
         """
-        if self._experiment is not None:  # Lightning opens an event file early, and only a new one can say it
-            self._experiment.close()
-            self._experiment = None
+        compat.close_event_file(self)  # Lightning opens one early, and only a new one can have a step to purge from
         self._rows = {int(step): dict(row) for step, row in rows.items()}
         self._written = False
-        self._kwargs["purge_step"] = edits + 1
+        compat.purge_events_from(self, edits + 1)
 
     @rank_zero_only
     def save(self) -> None:
@@ -137,9 +137,7 @@ class RunLogger(TensorBoardLogger):
     def finalize(self, status: str) -> None:
         """Writes all that is left, also where the run failed; one that failed with nothing to show leaves no folder."""
         if status == "failed" and not self.rows and self._holds_nothing():
-            if self._experiment is not None:
-                self._experiment.close()
-                self._experiment = None
+            compat.close_event_file(self)
             shutil.rmtree(self.log_dir, ignore_errors=True)
             return
         self.save()

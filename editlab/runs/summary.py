@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,8 +36,8 @@ def peak_memory_mb() -> float:
     """The most memory that this process had in use, in MiB; on a GPU, the most that torch had allocated there."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":  # no resource module there
-        return float("nan")
+    if sys.platform == "win32":  # which has no resource module; elsewhere psutil does not know the peak
+        return psutil.Process().memory_info().peak_wset / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -119,7 +119,7 @@ def with_callback(name, **settings):
 FIT = {
     # files of facts
     "no fact file": (facts("none.json"), "fact file none.json does not exist: check the path"),
-    "a folder of facts": (facts("models"), "models can not be read"),
+    "a folder of facts": (facts("models"), "models cannot be read"),
     "no record": (facts("empty.json"), "holds no record"),
     "no JSON": (facts("broken.json"), "broken.json is not valid JSON"),
     "records that are numbers": (facts("number.json"), "Record 0 of number.json is a int and no object"),
@@ -136,7 +136,7 @@ FIT = {
     "truths missing": (facts("locality.jsonl"), "has 2 locality_prompt but 1 locality_ground_truth: give as many"),
     "no truth to know": ([*facts("no_truth.jsonl"), "--data.only_known=true"], "set data.only_known to false"),
     "a prompt longer than the model": (facts("long.jsonl"), "and the model takes 128: shorten its prompt"),
-    "another encoding": (facts("latin.json"), "latin.json can not be read"),
+    "another encoding": (facts("latin.json"), "latin.json cannot be read"),
     "a table without a header": (facts("headless.csv"), "write subject,prompt,target there"),
     "a table with a cell too many": (facts("wide.csv"), "has 4 cells for 3 columns: put texts with a comma"),
     "an open quote": (facts("quote.csv"), "close every quote"),
@@ -222,10 +222,10 @@ FIT = {
     "gradients to average": (setting("trainer.strategy", "ddp"), "leave it out for one device, or set editlab_ddp"),
     "a strategy of GPUs": (setting("trainer.strategy", "fsdp"), "The strategy `fsdp` requires a GPU"),
     "a callback twice": (callbacks("MemoryReplay", "MemoryReplay"), "has MemoryReplay more than once: leave one"),
-    "a module that is not there": (callbacks("MemoryReplay", "nothing.X"), "nothing.X can not be imported (No module"),
-    "a class that is not there": (callbacks("tests.tiny.X"), "tests.tiny.X can not be imported (module 'tests.tiny'"),
+    "a module that is not there": (callbacks("MemoryReplay", "nothing.X"), "nothing.X cannot be imported (No module"),
+    "a class that is not there": (callbacks("tests.tiny.X"), "tests.tiny.X cannot be imported (module 'tests.tiny'"),
     "a class that is no callback": (callbacks("collections.Counter"), "collections.Counter, which is no Callback"),
-    "a method that is not there": (setting("model.method", "nothing.X"), "nothing.X can not be imported"),
+    "a method that is not there": (setting("model.method", "nothing.X"), "nothing.X cannot be imported"),
     "a class that is no format": (setting("data.format", "collections.Counter"), "which is no FactFormat"),
     "no accelerator": (setting("trainer.accelerator", "abacus"), "abacus"),
     # checkpoints

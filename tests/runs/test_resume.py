@@ -285,7 +285,7 @@ def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.ckpt").write_text("hello world")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:100])
     for name, said in (
-        ("foreign", "is not editlab's"), ("half", "can not be read"), ("text", "can not be read"),
+        ("foreign", "is not editlab's"), ("half", "cannot be read"), ("text", "cannot be read"),
     ):  # fmt: skip
         assert main([*arguments, "--ckpt_path", f"{name}.ckpt"]) == 2
         assert said in capsys.readouterr().err.strip().splitlines()[-1]

@@ -230,16 +230,6 @@ def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder,
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_with_a_key_a_context_all_of_them_go(tiny_folder, tmp_path):
-    replay, module = (
-        MemoryReplay(memory="consolidated"),
-        editor(tiny_folder, layers=[1], method=MEMIT(5.0), keys="each"),
-    )
-    fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
-    expected = past_of(module, FACTS[:4], [1.0] * 4, replay)
-    assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-
-
 def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
     # Batches 1 and 2 are rolled back; the first batch's keys have faded once when the fourth edits it anew: not at all.
     replay, module = MemoryReplay(memory="consolidated", forget=0.5), editor(tiny_folder, layers=[1], method=MEMIT(5.0))
