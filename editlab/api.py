@@ -24,8 +24,10 @@ from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
+from editlab.metrics.names import BEFORE, RETAINED, of_group
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import summarize, table
+from editlab.runs.summary import summarize
+from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import bars
@@ -58,19 +60,19 @@ class EditResult:
     rolled_back: list[Fact]
     """those that a callback refused, or that were edited anew"""
     summary: dict[str, Any]
-    """what a run writes to ``summary.json``: ``before``, ``immediate``, ``retained``, ``perplexity``, ..."""
+    """what a run writes to ``summary.json``; its ``metrics`` are named ``group/metric``, such as ``retained/ES``"""
     editor: SequentialEditor
     """the module that did it: updates, ledger, evaluation"""
 
     @property
     def before(self) -> dict[str, float]:
-        """ES, PS, NS, accuracies, ... of the facts on the unedited model; what facts do not name is absent."""
-        return dict(self.summary["before"])
+        """ES, PS, NS, accuracies and so on of the facts on the unedited model, and its perplexity."""
+        return of_group(self.summary["metrics"], BEFORE)
 
     @property
     def retained(self) -> dict[str, float]:
-        """The same of all edits that are in the weights, after the last of them."""
-        return dict(self.summary["retained"])
+        """The same metrics of all edits that are in the weights, after the last of them."""
+        return of_group(self.summary["metrics"], RETAINED)
 
     def revert(self) -> None:
         """Takes all edits out of the model again, bit for bit."""
@@ -78,7 +80,7 @@ class EditResult:
 
     def __str__(self) -> str:
         """The metrics before, right after, and at the end, as a table."""
-        return table(self.summary)
+        return metric_table(self.summary["metrics"]).to_text()
 
 
 def _revert(editor: SequentialEditor) -> None:

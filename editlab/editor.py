@@ -111,6 +111,7 @@ class SequentialEditor(EditedModel):
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
+        self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
-        rows = {f"before/{k}": v for k, v in before.items()} | {f"immediate/{k}": v for k, v in immediate.items()}
+        rows = before | immediate
         rows |= {f"solve/{k}": v for k, v in outcome.diagnostics.items()}
         rows |= {
             f"weights/layer_{n}/delta_norm": layer.relative_norm()
@@ -236,7 +237,8 @@ class SequentialEditor(EditedModel):
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)
-        bar: dict[str, Any] = {n: immediate[n] for n in ("ES", "accuracy") if n in immediate}  # no ES without a truth
+        shown = ("immediate/ES", "immediate/accuracy")  # there is no ES of facts that name no truth
+        bar: dict[str, Any] = {name: immediate[name] for name in shown if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
@@ -282,7 +284,7 @@ class SequentialEditor(EditedModel):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches."""
-        self.log_dict({f"retained/{k}": v for k, v in self.evaluation.compute("retained").items()})
+        self.log_dict(self.evaluation.compute("retained"))
 
     @_float32
     def test_step(self, batch: FactBatch, batch_idx: int) -> None:
@@ -291,7 +293,7 @@ class SequentialEditor(EditedModel):
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
-        self.log_dict({f"bystanders/{k}": v for k, v in self.evaluation.compute("bystanders").items()})
+        self.log_dict(self.evaluation.compute("bystanders"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what editing changed and not the language model."""

@@ -143,6 +143,9 @@ class EditOutcome:
 class EditCallback(Callback):
     """A Lightning callback that also hears the events of an edit; each does nothing by default."""
 
+    charts: Mapping[str, Sequence[str]] = {}
+    """Charts of what the callback logs, for TensorBoard's custom scalars: title -> patterns of the names in a chart."""
+
     def begin_anew(self, editor: SequentialEditor, unused: Mapping[str, Any]) -> None:
         """Forgets another run that the object was used in; for ``on_fit_start``.
 
