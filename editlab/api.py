@@ -24,8 +24,9 @@ from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
+from editlab.metrics.names import BEFORE, RETAINED, of_group
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import table
+from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import MEMIT, Method
 from editlab.utils.progress import bars
@@ -58,27 +59,27 @@ class EditResult:
     rolled_back: list[Fact]
     """facts that a callback rolled back or dropped, or that a later edit superseded"""
     summary: dict[str, Any]
-    """what a run writes to ``summary.json``: ``before``, ``immediate``, ``retained``, ``perplexity``, ..."""
+    """what a run writes to ``summary.json``; its ``metrics`` are named ``group/metric``, such as ``retained/ES``"""
     editor: SequentialEditor
     """the LightningModule that edited the model, with updates, ledger and evaluation"""
 
     @property
     def before(self) -> dict[str, float]:
-        """ES, PS, NS, accuracies, ... of the facts on the unedited model; metrics without data are absent."""
-        return dict(self.summary["before"])
+        """ES, PS, NS, accuracies and so on of the facts on the unedited model, and its perplexity."""
+        return of_group(self.summary["metrics"], BEFORE)
 
     @property
     def retained(self) -> dict[str, float]:
-        """The same metrics for all edits in the weights, after the last edit."""
-        return dict(self.summary["retained"])
+        """The same metrics of all edits that are in the weights, after the last of them."""
+        return of_group(self.summary["metrics"], RETAINED)
 
     def revert(self) -> None:
         """Removes all edits from the model, bit for bit."""
         _revert(self.editor)
 
     def __str__(self) -> str:
-        """The metrics before the edits, right after each, and at the end, as a table."""
-        return table(self.summary)
+        """The metrics before, right after, and at the end, as a table."""
+        return metric_table(self.summary["metrics"]).to_text()
 
 
 def _revert(editor: SequentialEditor) -> None:

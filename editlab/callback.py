@@ -16,7 +16,7 @@ the order in which the YAML lists them never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -32,6 +32,9 @@ class EditCallback(Callback):
     """Order of the callbacks within an event: lower ones are called first, equal ones by their ``state_key``. editlab's
     own have: ForgettingCurve 10, LoRAAdjust 30, MemoryReplay 40, TrustRollback 50. So a callback with the default 0
     sees a plan before any of them, and one above 50 sees the outcome after trust has judged it."""
+
+    charts: Mapping[str, Sequence[str]] = {}
+    """Charts of what the callback logs, for TensorBoard's custom scalars: title -> patterns of the names in a chart."""
 
     def reset_for_new_run(self, editor: SequentialEditor, initial_state: Mapping[str, Any]) -> None:
         """Forgets an earlier run in which the same object was used; to be called in ``on_fit_start``.

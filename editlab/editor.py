@@ -104,6 +104,7 @@ class SequentialEditor(EditedModel):
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
+        self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
-        rows = {f"before/{k}": v for k, v in before.items()} | {f"immediate/{k}": v for k, v in immediate.items()}
+        rows = before | immediate
         rows |= {f"solve/{k}": v for k, v in outcome.diagnostics.items()}
         rows |= {
             f"weights/layer_{n}/delta_norm": layer.relative_norm()
@@ -248,7 +249,8 @@ class SequentialEditor(EditedModel):
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)
-        bar: dict[str, Any] = {n: immediate[n] for n in ("ES", "accuracy") if n in immediate}  # no ES without a truth
+        shown = ("immediate/ES", "immediate/accuracy")  # there is no ES of facts that name no truth
+        bar: dict[str, Any] = {name: immediate[name] for name in shown if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
@@ -278,24 +280,15 @@ class SequentialEditor(EditedModel):
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
-        evaluation = self.evaluation
-        language = {"before": evaluation.language_before, "after": evaluation.language_after}
-        titles = {"perplexity": "perplexity/heldout", "generation_entropy": "generation/entropy"}
         norms = zip(self.layer_numbers, self.layers, strict=True)
         return {
             "edits": self.ledger.kept,
             "rolled_back": self.edits - self.ledger.kept,
             "superseded": self.ledger.superseded,
             "batches": self.global_step,
-            "before": evaluation.compute("before"),
-            "immediate": evaluation.compute("immediate"),
-            "retained": evaluation.retained,
-            **{
-                title: {when: found[name] for when, found in language.items() if name in found}
-                for title, name in titles.items()
-            },
+            "metrics": self.evaluation.results(),
             "delta_norm": {str(number): layer.relative_norm() for number, layer in norms},
-            "seconds": evaluation.stop_clock(),
+            "seconds": self.evaluation.stop_clock(),
             **provenance(self.trainer),
         }
 
@@ -321,7 +314,7 @@ class SequentialEditor(EditedModel):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches."""
-        self.log_dict({f"retained/{k}": v for k, v in self.evaluation.compute("retained").items()})
+        self.log_dict(self.evaluation.compute("retained"))
 
     @_float32
     def test_step(self, batch: FactBatch, batch_idx: int) -> None:
@@ -330,7 +323,7 @@ class SequentialEditor(EditedModel):
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
-        self.log_dict({f"bystanders/{k}": v for k, v in self.evaluation.compute("bystanders").items()})
+        self.log_dict(self.evaluation.compute("bystanders"))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

@@ -248,7 +248,7 @@ def whole(s: Setting) -> list[Round]:
             editor.configure_model()
             editor.unedited_scores.folder = Path(folder) / "scores"  # found in each round, as the plain way does
             trainer.fit(editor, datamodule=data)
-        return 100 * editor.evaluation.retained["ES"]
+        return 100 * editor.evaluation.retained["retained/ES"]
 
     return [Round(len(s.facts), plain, ours, lambda a, b: abs(a - b))]
 

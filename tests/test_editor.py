@@ -289,10 +289,13 @@ def test_files_of_a_run(tiny_folder, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["edits"] == 6
     assert summary["batches"] == trainer.global_step == 3
-    names = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
-    assert all(names <= set(summary[group]) for group in ("before", "immediate", "retained"))
-    assert set(summary["perplexity"]) == {"before", "after"}
-    assert float(rows[-1]["retained/ES"]) == summary["retained"]["ES"]
+    names = ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy")
+    groups = ("before", "immediate", "retained")
+    metrics = summary["metrics"]
+    assert {f"{group}/{name}" for group in groups for name in names} <= set(metrics)
+    assert {"before/perplexity", "retained/perplexity", "before/generation_entropy"} <= set(metrics)
+    retained = {name: value for name, value in metrics.items() if name.startswith("retained/")}
+    assert {name: float(rows[-1][name]) for name in retained} == retained  # one spelling, one value
 
 
 def test_same_seed_same_bits(tiny_folder, tmp_path):
@@ -354,7 +357,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
     path = trainer.checkpoint_callback.best_model_path
     other = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
     (measured,) = other.validate(editor(tiny_folder), data, ckpt_path=path, verbose=False)
-    assert measured["retained/ES"] == pytest.approx(trainer.model.evaluation.retained["ES"])
+    assert measured["retained/ES"] == pytest.approx(trainer.model.evaluation.retained["retained/ES"])
     (bystanders,) = other.test(editor(tiny_folder), data, ckpt_path=path, verbose=False)
     assert 0 <= bystanders["bystanders/ES"] <= 1
 
@@ -399,7 +402,7 @@ def test_half_precision_is_the_model_s_alone(tiny_folder, tmp_path):
     assert module.lm.model.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32
     assert {outcome.plan.targets.dtype for outcome in spy.outcomes} == {torch.float32}
-    scores = [scores.edit for group in module.evaluation.scores.values() for scores in group]
+    scores = [module.evaluation.scores(group).edit for group in ("before", "immediate", "retained")]
     assert {one.logp_new.dtype for one in scores} == {torch.float32}
     for layer in module.layers:
         assert layer.total.dtype == torch.float32

@@ -143,6 +143,7 @@ class LoRAAdjust(EditCallback):
         self.matmul = matmul
         self.mode = mode
         self.seed = seed
+        self.charts = {"edits around an adjustment": ["^lora/accuracy_(before|after)$"]} if probes else {}
         self.adapter: Adapter | None = None
         self.paths: list[str] = []
         self.last = -1

@@ -39,7 +39,7 @@ from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, t
 from editlab.keys.subject_keys import check_lengths
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode, tokenizer_fingerprint
-from editlab.utils.disk_cache import Codec, DiskCache
+from editlab.utils.disk_cache import Codec, DiskCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings, optimize_values
 

@@ -17,8 +17,8 @@ from tests.recipes import write_recipe
 def test_the_table():
     summary = {
         "edits": 6, "rolled_back": 2, "superseded": 1, "batches": 4,
-        "before": {"ES": 0.0}, "immediate": {"ES": 1.0}, "retained": {"ES": 0.875, "NS": 0.5},
-        "perplexity": {"before": 27.6, "after": 28.25}, "generation_entropy": {},
+        "metrics": {"before/ES": 0.0, "immediate/ES": 1.0, "retained/ES": 0.875, "retained/NS": 0.5,
+                    "before/perplexity": 27.6, "retained/perplexity": 28.25},
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
     trainer = SimpleNamespace(loggers=[RunLogger()])
@@ -28,7 +28,7 @@ def test_the_table():
     assert rows["ES"] == ["0.000", "1.000", "0.875"]
     assert rows["NS"] == ["-", "-", "0.500"]
     assert "PS" not in rows
-    assert "held-out perplexity          27.60           -       28.25" in text
+    assert "held-out perplexity   27.60          -     28.25" in text
     assert "generation" not in text
     assert "6 facts edited, 2 rolled back, 1 superseded in 4 batches: tiny, layers 5, EMMET" in text
     assert "tensorboard --logdir lightning_logs/r" in text
@@ -57,11 +57,12 @@ def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monk
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
     names = ("ES", "PS", "NS", "S", "accuracy")
-    assert [summary["retained"][name] for name in names] == [0.0] * 5
-    assert summary["perplexity"]["before"] > 1
-    assert summary["perplexity"]["after"] is None
+    metrics = summary["metrics"]
+    assert [metrics[f"retained/{name}"] for name in names] == [0.0] * 5
+    assert metrics["before/perplexity"] > 1
+    assert metrics["retained/perplexity"] is None
     assert summary["delta_norm"] == {"1": None}
-    assert set(summary["generation_entropy"]) == {"before"}
+    assert {name for name in metrics if "entropy" in name} == {"before/generation_entropy"}
     (run / "summary.json").unlink()
     for command in (["fit", "--config", "tiny.yaml", "--ckpt_path", "last"], ["report", str(run), "--no_answers"]):
         assert main(command) == 0

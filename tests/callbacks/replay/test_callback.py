@@ -143,9 +143,9 @@ def test_loss_is_minus_the_targets_log_probability(tiny_folder, tmp_path):
     fit(tmp_path, module, callbacks=[replay])
     replay._weigh(module, 0)
     for memory in replay.buffer.memories:
-        measured = module.evaluation.update(memory.fact.subject, module.lm, [memory.fact])
-        assert measured
-        logp = module.evaluation.scores[memory.fact.subject][0].edit.logp_new
+        module.evaluation.begin("bystanders")
+        assert module.evaluation.update("bystanders", module.lm, [memory.fact])
+        logp = module.evaluation.scores("bystanders").edit.logp_new
         assert memory.importance == pytest.approx(-float(logp), abs=1e-4)
 
 

@@ -192,9 +192,9 @@ def test_the_card_tells_what_was_edited(runs, tmp_path):
     for row, fact in zip(rows, EDITS, strict=True):
         assert fact.prompt.replace("{}", f"**{fact.subject}**") in row[1]
         assert [row[2], row[3]] == [fact.target_new, fact.target_true]
-    es = [f"{summary[group]['ES']:.3f}" for group in ("before", "immediate", "retained")]
+    es = [f"{summary['metrics'][f'{group}/ES']:.3f}" for group in ("before", "immediate", "retained")]
     assert f"| ES | {' | '.join(es)} |" in card
-    assert f"{summary['perplexity']['before']:.2f}" in card
+    assert f"| held-out perplexity | {summary['metrics']['before/perplexity']:.2f} |" in card
     for said in (
         "Recipe `tiny`",
         "seed 0",
