@@ -93,7 +93,7 @@ def test_a_context_changes_the_key(lm):
 
 
 @pytest.mark.parametrize("mode", ["bare", "mean"])
-def test_others_leave_out_the_first_token_and_the_subjects_last(lm, mode):
+def test_context_keys_leave_out_the_first_token_and_the_subjects_last(lm, mode):
     """Of the bare prompts alone, whatever the keys are."""
     expected = []
     for fact in FACTS:
@@ -141,7 +141,7 @@ def test_padding_and_company_play_no_part(monkeypatch, mode):
     right, left = (read(lm_of("gpt2", True, side), mode) for side in ("right", "left"))
     monkeypatch.setattr(language_model, "TOKENS_A_PASS", 1)
     alone = read(lm_of("gpt2", True), mode)
-    for name in ("keys", "current", "others", "fact"):
+    for name in ("keys", "current", "context_keys", "fact"):
         assert torch.equal(getattr(left, name), getattr(right, name))
         close(getattr(alone, name), getattr(right, name))
 
