@@ -329,7 +329,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keys": "median"}, "bare, mean, each"),
+        ({"keys": "median"}, "bare, mean"),
         ({"preserve_prompt_tokens": -1.0}, "must not be negative"),
         ({"passes": 0}, "model.passes is 0: it must be at least 1"),
         ({"method": ROME()}, "set data.batch_size to 1"),
