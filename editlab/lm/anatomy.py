@@ -1,16 +1,16 @@
 """The parts of a language model that an edit needs, read from the model's own structure.
 
 No family of models is named here. The blocks are the list of modules that is as long as the model is deep.
-Within a block the MLP's output projection is told from the other linear maps by what it does: a short text
-runs through the block in several copies; all linear maps are held at their undisturbed outputs, and in each
-copy one of them is shifted at the first token (:mod:`editlab.lm.probe`). No shift gets past another linear
-map, so what moves has been moved directly:
+Within a block the MLP's output projection is recognised by what it does: a short text runs through the block
+in several copies; all linear maps are fixed at their undisturbed outputs, and in each copy the output of one of
+them is shifted at the first token (:mod:`editlab.lm.probe`). No shift passes another linear map, so whatever
+changes was changed directly:
 
-- the shift of an MLP's output projection moves the block's output, at the same token only;
-- that of an attention's output projection does so too, but what an attention projects was mixed over the
-  tokens: the shift of the values at the first token moves its input at a later one. Nothing does to an MLP's.
+- the shift of an MLP's output projection changes the block's output, at the same token only;
+- the shift of an attention's output projection does so too, but its input is a mixture over the tokens: a shift
+  of the values at the first token changes it at a later token. Nothing changes an MLP's input at a later token.
 
-Shapes would not do: an attention's output is as wide as an MLP's, and all maps of a block may be square. Neither would
+Shapes do not suffice: an attention's output is as wide as an MLP's, and all maps of a block may be square. Neither does
 a table of names: PEFT's lists some thirty types of models, agrees with the probe on those (a test), and takes more than
 a second to import where the probe takes a tenth.
 """
@@ -29,16 +29,16 @@ from editlab.lm.probe import TOKENS, LinearMap, linear_maps, random_signs, run_b
 
 _LATER = range(1, TOKENS)
 _SAME = 0.05
-"""Relative error up to which a shift has arrived unchanged: bfloat16 rounds by less, a norm changes more."""
+"""Relative error up to which a shift counts as unchanged: bfloat16 rounds by less, a norm changes more."""
 _HOW_TO_NAME = "name the linear map to edit with model.edit_module, as a path inside a block"
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where the blocks, the edited maps and the output embeddings of a model are."""
+    """The blocks, the edited maps and the output embeddings of a model."""
 
     blocks: nn.ModuleList
-    """The transformer blocks, from the input's side."""
+    """The transformer blocks, lowest first."""
     block_path: str
     """Path of :attr:`blocks` in the model, such as ``model.layers``."""
     edit_path: str
@@ -46,7 +46,7 @@ class Anatomy:
     head: nn.Module
     """The output embeddings: from the last hidden state to the logits."""
     additive: bool
-    """Whether adding x to the edited map's output adds x to the block's output (not where a norm follows)."""
+    """Whether adding x to the edited map's output adds x to the block's output (not if a norm follows it)."""
 
     @property
     def editable(self) -> list[int]:
@@ -86,7 +86,7 @@ class Anatomy:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that a model takes; None where its configuration does not say."""
+    """Return the largest number of tokens that a model takes; None if its configuration does not say."""
     longest: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return longest
 
@@ -97,10 +97,10 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anatomy:
-    """Find the parts of ``model`` that an edit needs; the model is left as it was.
+    """Find the parts of ``model`` that an edit needs, without changing the model.
 
-    ``edit_module`` names the map to edit where it is not to be, or cannot be, found: a path inside a block
-    (``mlp.c_proj``) or a whole one with ``{}`` for the number of the layer (``transformer.h.{}.mlp.c_proj``).
+    ``edit_module`` names the map to edit instead of searching for it: a path inside a block (``mlp.c_proj``) or a
+    whole path with ``{}`` for the number of the layer (``transformer.h.{}.mlp.c_proj``).
 
     Raises:
         UserError: The model has no list of blocks or no output embeddings; a block has no single MLP output
@@ -127,7 +127,7 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the one list of modules that is as long as the model is deep, and not inside another such list."""
+    """Find the one list of modules with as many entries as the model has layers, outside of other such lists."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -137,7 +137,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(found) != 1:
         lists = f"{len(found)} lists of {depth} modules" if found else f"no list of {depth} modules"
         raise UserError(
-            f"{type(model).__name__} has {lists}, one for each layer, so that its blocks cannot be told: "
+            f"{type(model).__name__} has {lists}, one for each layer, so its blocks cannot be identified: "
             "choose a model with one stack of transformer blocks"
         )
     return next(iter(found.items()))
@@ -148,12 +148,12 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
     maps = linear_maps(block)
     row = {path: number for number, path in enumerate(maps, start=1)}  # row 0 is left undisturbed
 
-    def hold_and_shift(path: str, output: Tensor, scale: float) -> Tensor:
-        held = output[:1].expand_as(output).clone()
-        held[row[path], 0] += scale * random_signs(output)
-        return held
+    def fix_and_shift(path: str, output: Tensor, scale: float) -> Tensor:
+        fixed = output[:1].expand_as(output).clone()
+        fixed[row[path], 0] += scale * random_signs(output)
+        return fixed
 
-    trace = run_block(model, block, len(maps) + 1, hold_and_shift)
+    trace = run_block(model, block, len(maps) + 1, fix_and_shift)
 
     def reads_a_mixture(path: str) -> bool:
         return any(_moved(trace.inputs[path], other, later) for other in row.values() for later in _LATER)
@@ -167,8 +167,8 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
         for path in trace.inputs
         if _widths(maps[path])[1] == width and writes_to_the_stream(path) and not reads_a_mixture(path)
     ]
-    aside = {path for path in maps if path not in trace.inputs and _widths(maps[path])[1] == width}
-    if len(found) == 1 and not aside and not _has_stacks(block):
+    unused = {path for path in maps if path not in trace.inputs and _widths(maps[path])[1] == width}
+    if len(found) == 1 and not unused and not _has_stacks(block):
         return found[0]
     raise UserError(
         f"{type(model).__name__} has no single MLP output projection in a block (no mixture of experts has): "
@@ -177,15 +177,15 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
 
 
 def _moved(x: Tensor, row: int, token: int) -> bool:
-    """Tell whether more than half of ``x[row, token]`` differs from the undisturbed row 0, rounding aside."""
-    clean, seen = x[0, token].float(), x[row, token].float()
+    """Tell whether more than half of ``x[row, token]`` differs from the undisturbed row 0 by more than rounding."""
+    clean, disturbed = x[0, token].float(), x[row, token].float()
     # Rounding inside a block of 16-bit numbers touches few elements, as its sums are kept in 32 bits.
     rounding = max(1e-5, torch.finfo(x.dtype).eps / 2)
-    return ((seen - clean).abs() > rounding * clean.abs()).float().mean().item() > 0.5
+    return ((disturbed - clean).abs() > rounding * clean.abs()).float().mean().item() > 0.5
 
 
 def _has_stacks(block: nn.Module) -> bool:
-    """Tell whether ``block`` has stacks of weight matrices, as are kept for experts."""
+    """Tell whether ``block`` has stacks of weight matrices, as mixtures of experts have."""
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     owners = (part for part in block.modules() if not isinstance(part, convolutions))
     return any(weight.squeeze().dim() > 2 for owner in owners for weight in owner.parameters(recurse=False))

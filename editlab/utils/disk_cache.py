@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from editlab.utils.files import atomic_file, atomic_folder, remove
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Content = bytes | bytearray | memoryview
+Content = bytes | mmap.mmap
 
 _HEAD = b"editlab-cache-1 %s\n"
 SUFFIX = ".cache"
@@ -302,8 +303,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def _digest_of(file: Path) -> str:
-    hashed = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while piece := opened.read(1 << 22):
-            hashed.update(piece)
-    return hashed.hexdigest()
+    if not file.stat().st_size:  # nothing can be mapped
+        return digest(b"")
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return digest(content)

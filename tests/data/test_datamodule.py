@@ -71,7 +71,7 @@ def test_facts_that_do_not_fit_are_an_error_where_they_are_needed(path):
         data = module(path, limit=3, shuffle=False, only_known=only_known)
         data.fault = unfit(FACTS[2].id)
         with pytest.raises(
-            UserError, match=r"^The fact 'The capital of Norway is'\.\.\. is too long: shorten it, or leave"
+            UserError, match=r"^The fact 'The capital of Norway is'\.\.\. is too long: shorten it, or skip"
         ):
             data.select(lambda facts: [True] * len(facts))
     data = module(path, limit=2, shuffle=False, only_known=False)

@@ -70,7 +70,11 @@ GOOD = {"subject": "A", "prompt": "A is", "target": "B"}
 
 BROKEN = {
     "no object": ("f.jsonl", "5", "is a int and no object with fields: give it subject, prompt and target"),
-    "half a line": ("f.jsonl", '{"subject": "A"', "is not valid JSON (Expecting ',' delimiter at column 16): mend the"),
+    "half a line": (
+        "f.jsonl",
+        '{"subject": "A"',
+        "is not valid JSON (Expecting ',' delimiter at column 16): correct the",
+    ),
     "no target": ("f.jsonl", {"subject": "A", "prompt": "A is"}, "lacks 'target': add it"),
     "number": ("f.jsonl", {**GOOD, "target": 5}, "has a 'target' that is no text: make it a text in quotes"),
     "empty": ("f.jsonl", {**GOOD, "subject": " "}, "has an empty 'subject': fill it in"),

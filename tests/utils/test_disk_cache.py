@@ -190,6 +190,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 def make(folder: Path) -> None:
     (folder / "inner").mkdir()
     (folder / "a.txt").write_text("first")
+    (folder / "empty.txt").touch()
     (folder / "inner" / "b.txt").write_text("second")
 
 
