@@ -301,7 +301,7 @@ class Evaluation:
         facts = sum(len(some.edit) for some in scores)
         for some in scores:
             by_age.update(some.edit, facts - some.edit.record)
-        return {age_name(i): value for i, value in enumerate(by_age.compute().tolist(), start=1)}
+        return {age_name(i): value for i, value in enumerate(by_age.compute().flatten().tolist(), start=1)}
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
