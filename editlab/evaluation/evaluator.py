@@ -301,7 +301,8 @@ class Evaluation:
         facts = sum(len(some.edit) for some in scores)
         for some in scores:
             by_age.update(some.edit, facts - some.edit.record)
-        return {age_name(i): value for i, value in enumerate(by_age.compute().flatten().tolist(), start=1)}
+        values = by_age.compute().reshape(-1).tolist()  # torchmetrics makes a scalar of a single value
+        return {age_name(i): value for i, value in enumerate(values, start=1)}
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
