@@ -52,6 +52,9 @@ class RetentionByAge(PromptMetric):
         self.age.append(age.to(self.device))
 
     def compute(self) -> Tensor:
-        """Mean of each bin, float64 [at most ``bins``], newest first; fewer bins if there are fewer edits."""
+        """Mean of each bin, float64 [at most ``bins``], newest first; fewer bins if there are fewer edits.
+
+        As everywhere in torchmetrics, a result of one number is a scalar.
+        """
         age = dim_zero_cat(self.age) if len(self.age) else torch.empty(0)
         return _retention_by_age_compute(self.scores, age, self.bins, self.kind)

@@ -77,7 +77,7 @@ class RunLogger(TensorBoardLogger):
                     number += 1
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"{runs} cannot be the folder of the runs, because a file of that name is in its way: choose another "
+                f"{runs} cannot be the folder of the runs, because a file is in its way: choose another "
                 "trainer.logger.init_args.save_dir."
             ) from error
 

@@ -150,6 +150,8 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
     without = Evaluation(EvaluationSettings(heldout_tokens=0, age_bins=0))
     monkeypatch.undo()
     assert set(without.measure_retained(lm, FACTS[:1], 1, [])) == set(without.compute("retained"))
+    one = Evaluation(EvaluationSettings(heldout_tokens=0)).measure_retained(lm, FACTS[:1], 1, [])
+    assert one["retained/accuracy_age_1"] == one["retained/accuracy"]
     assert without.measure_retained(lm, [], 2, []) == {}
     json.dumps(logged)
 
@@ -157,7 +159,7 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
 def test_bad_settings(lm, tmp_path):
     with pytest.raises(UserError, match="heldout_tokens is -1"):
         EvaluationSettings(heldout_tokens=-1)
-    with pytest.raises(UserError, match=r"heldout_tokens is 1: .* give at least 2, or 0"):
+    with pytest.raises(UserError, match=r"heldout_tokens is 1, .* set at least 2, or 0"):
         EvaluationSettings(heldout_tokens=1)
     with pytest.raises(UserError, match="neighbors is -2"):
         EvaluationSettings(neighbors=-2)

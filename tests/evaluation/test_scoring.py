@@ -225,7 +225,7 @@ def test_a_model_without_an_answer_misses_everything():
         assert not group.hit_true.any()
     assert scores.edit.logp_true.isnan().tolist() == [False, True, False]
     metrics = EditMetrics()
-    metrics.update(scores.edit, scores.paraphrases, scores.neighbors)
+    metrics.update(edit=scores.edit, paraphrases=scores.paraphrases, neighbors=scores.neighbors)
     names = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
     magnitudes = {"ES_magnitude", "PS_magnitude", "NS_magnitude"}
     assert {name: float(value) for name, value in metrics.compute().items()} == dict.fromkeys(names | magnitudes, 0.0)
@@ -240,7 +240,7 @@ def test_one_answer_that_is_no_number_is_a_miss_of_its_prompt(lm, monkeypatch, l
         torch.ones(len(pairs), dtype=torch.bool),
     ))  # fmt: skip
     metrics = EditMetrics()
-    metrics.update(score_facts(lm, [FACTS[0], FACTS[2]]).edit)
+    metrics.update(edit=score_facts(lm, [FACTS[0], FACTS[2]]).edit, paraphrases=None, neighbors=None)
     found = metrics.compute()
     assert (float(found["ES"]), float(found["accuracy"])) == (0.5, 0.5)
 

@@ -244,6 +244,7 @@ def test_retention_by_age():
     metric.update(rows, torch.tensor([9, 5, 1]))
     assert metric.compute().tolist() == [0.5, 0.0]
     assert RetentionByAge(bins=4)(rows, torch.tensor([9, 5, 1])).tolist() == [1.0, 0.0, 0.0]  # three edits, three bins
+    assert RetentionByAge(bins=1, kind="score")(rows, torch.tensor([9, 5, 1])).item() == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="give one per edit"):
         RetentionByAge().update(rows, torch.tensor([1]))
     with pytest.raises(ValueError, match="bins is 0"):
