@@ -11,9 +11,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Loads :mod:`editlab.api`, and with it torch and Lightning, only where it is asked for."""
+    """Imports :mod:`editlab.api`, and with it torch and Lightning, at the first use of one of its names."""
     if name in ("EditResult", "edit_model"):
-        from editlab import api as edit
+        from editlab import api
 
-        return getattr(edit, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'editlab' has no attribute {name!r}")
