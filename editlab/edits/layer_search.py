@@ -19,12 +19,10 @@ below.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -40,7 +38,8 @@ from editlab.keys.moments import accumulate, text_fingerprint, text_windows
 from editlab.keys.subject_keys import check_lengths
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode, tokenizer_fingerprint
-from editlab.utils.files import atomic_file, cache_dir
+from editlab.utils.disk_cache import Codec, DiskCache, key_of
+from editlab.utils.files import cache_dir
 from editlab.values.optimize import optimize_values
 
 if TYPE_CHECKING:
@@ -109,13 +108,13 @@ def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
     Raises:
         UserError: where a fact does not fit into the model.
     """
-    path = cache_dir() / "layers" / f"{_key(editor, facts)}.json"
-    trials = ranks.on_first(lambda: _read(path))
+    kept, key = DiskCache(cache_dir() / "layers", TRIALS), _key(editor, facts)
+    trials = ranks.on_first(lambda: kept.read(key))
     if trials:
-        log.info("The layer to edit, as measured before (%s):\n%s", path, table(trials))
+        log.info("The layer to edit, as measured before (%s):\n%s", kept.path(key), table(trials))
         return list(best(trials).layers)
     trials = Search(editor, facts).run()
-    ranks.on_first(lambda: _keep(path, trials))
+    ranks.on_first(lambda: kept.write(key, trials))
     log.info("The layer to edit, by edits of %d facts:\n%s", min(FACTS, len(facts)), table(trials))
     return list(best(trials).layers)
 
@@ -282,28 +281,23 @@ class Exam:
 def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
     """What a choice depends on."""
     moments = {**asdict(editor.moments), "text": text_fingerprint(editor.moments)}
-    what = [
-        editor.model_key, tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
-        [f.to_dict() for f in facts], repr(editor.method), asdict(editor.values), moments,
-        asdict(editor.context_settings), editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
-        editor.condition_limit,
-        [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    return key_of(
+        model=editor.model_key, tokenizer=tokenizer_fingerprint(editor.lm.tokenizer),
+        module=editor.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], method=repr(editor.method),
+        values=asdict(editor.values), moments=moments, contexts=asdict(editor.context_settings),
+        keys=editor.key_mode, preserve_prompt_tokens=editor.preserve_prompt_tokens, passes=editor.passes,
+        condition_limit=editor.condition_limit,
+        search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
+    )  # fmt: skip
 
 
-def _read(path: Path) -> list[Trial]:
-    """Trials that were kept; none where there are none, or the file is damaged."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in known]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError):
-        log.warning("%s can not be read: layers are tried again", path)
-        return []
+def _dump(trials: Sequence[Trial]) -> bytes:
+    return json.dumps([asdict(trial) for trial in trials], indent=1).encode()
 
 
-def _keep(path: Path, trials: Sequence[Trial]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n", encoding="utf-8")
+def _load(content: bytes) -> list[Trial]:
+    return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in json.loads(content)]
+
+
+TRIALS: Codec[list[Trial]] = Codec(_dump, _load)
+"""Trials as a cache file holds them."""

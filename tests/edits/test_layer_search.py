@@ -19,6 +19,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET, ROME
+from editlab.utils.disk_cache import read_checked
 from editlab.values.optimize import ValueSettings
 from tests.cli.commands.runs import same_bits
 from tests.facts import FACTS
@@ -198,7 +199,7 @@ def test_generality_is_of_paraphrases_where_there_are_some():
 def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cache):
     found = choose_layers(automatic(), FACTS)
     (kept,) = (cache / "layers").iterdir()
-    assert {"layers", "efficacy", "generality", "locality"} == json.loads(kept.read_text())[0].keys()
+    assert {"layers", "efficacy", "generality", "locality"} == json.loads(read_checked(kept))[0].keys()
     monkeypatch.setattr(Search, "run", lambda self: pytest.fail("tried again"))
     assert choose_layers(automatic(), FACTS) == found
     monkeypatch.undo()
@@ -213,10 +214,11 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
     ]:
         choose_layers(changed, facts)
     assert len(list((cache / "layers").iterdir())) == 7
-    for damaged in ("", "[{}]", "{"):
-        kept.write_text(damaged)
+    whole = kept.read_bytes()
+    for damaged in (b"", b"[{}]", whole[:-1], whole.replace(b"0.", b"1.", 1)):
+        kept.write_bytes(damaged)
         assert choose_layers(automatic(), FACTS) == found  # tried again
-        assert json.loads(kept.read_text())
+        assert kept.read_bytes() == whole
 
 
 # ---- whole runs

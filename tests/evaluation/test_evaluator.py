@@ -84,8 +84,8 @@ def test_products_may_be_rounded_for_all_that_is_measured(lm):
 
 
 def test_scores_with_other_products_are_cached_apart(lm):
-    caches = [Evaluation(EvaluationSettings(matmul=m)).cache(lm, "f" * 64).path for m in ("float32", "bfloat16")]
-    assert [path.name for path in caches] == ["f" * 32 + ".sqlite", "f" * 32 + "-bfloat16.sqlite"]
+    caches = [Evaluation(EvaluationSettings(matmul=m)).cache(lm, "f" * 64).folder for m in ("float32", "bfloat16")]
+    assert [path.name for path in caches] == ["f" * 32, "f" * 32 + "-bfloat16"]
 
 
 @pytest.mark.parametrize("neighbors", [0, 1])

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from editlab.errors import EditLabError, UserError
-from editlab.lm.loading.gguf import convert, kept
+from editlab.lm.loading.gguf import convert, converted_folder
 from editlab.utils.files import cache_dir, sha256
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def smollm2_folder() -> Path:
         UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written
         to.
     """
-    return kept(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
+    return converted_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
 
 def _make(folder: Path) -> None:

@@ -20,11 +20,12 @@ from gguf import GGUFReader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
 
-from editlab.errors import EditLabError, UserError
+from editlab.errors import UserError
 from editlab.lm.loading.causal import require_causal
 from editlab.lm.memory import require_memory
 from editlab.lm.save import save
-from editlab.utils.files import atomic_folder, cache_dir, sha256
+from editlab.utils.disk_cache import cached_folder
+from editlab.utils.files import cache_dir, sha256
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MAGIC = b"GGUF"
 """First bytes of every such file."""
 
 _PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
-"""What a kept folder has; of alternatives, one."""
+"""Files that the folder of a model has; of alternatives, at least one."""
 _SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
 """Text in which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
 
@@ -53,22 +54,19 @@ def gguf_folder(file: Path) -> Path:
             cannot be written to.
         EditLabError: The disk is full, or memory does not suffice.
     """
-    return kept(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
+    return converted_folder(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
 
 
-def kept(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return ``folder`` in the cache, filled by ``make`` where it is not there yet; processes may do so together.
+def converted_folder(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return ``folder`` in the cache, which holds a model; ``make`` fills it where it is missing or damaged.
+
+    Every file is compared with its digest at each call, which takes a tenth of a second for 500 MB.
 
     Raises:
-        EditLabError: It was there and is incomplete; or what :func:`~editlab.utils.files.atomic_folder` raises.
+        EditLabError: The disk is full; or what ``make`` raises.
+        UserError: The cache cannot be written to.
     """
-    if not folder.exists():
-        with atomic_folder(folder) as unfinished:
-            make(unfinished)
-    for names in _PARTS:
-        if not any((folder / name).is_file() for name in names):
-            raise EditLabError(f"{folder} is incomplete ({names[0]} is gone): delete this folder to have it made again")
-    return folder
+    return cached_folder(folder, make, _PARTS)
 
 
 def convert(file: Path, folder: Path) -> None:
