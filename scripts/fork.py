@@ -20,7 +20,7 @@ from editlab.editor import SequentialEditor
 from editlab.edits.batch import solve_batch
 from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
 from editlab.evaluation.scoring import score_pairs, token_log_probs
-from editlab.keys.moments import read_file, read_ids
+from editlab.lm.text import read_file, read_ids
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
 from scripts.faults import InjectFaults
