@@ -219,6 +219,7 @@ class ShippedText:
     tokens: int
     sha256: str
     """digest of the ids as little-endian 16-bit numbers, row by row"""
+    window: int = 128
 
     def ids(self) -> list[int]:
         """Returns the token ids in one piece.
@@ -258,9 +259,10 @@ SHIPPED: tuple[ShippedText, ...] = (
 def _shipped(lm: LanguageModel, tokens: int, seed: int) -> list[int] | None:
     """The ids of the text that ships for this very model and these settings; None where there is none."""
     for text in SHIPPED:
-        if (text.tokens, text.seed) == (tokens, seed) and WINDOW == 128 and text.weights == fingerprint(lm.model):
+        settings_agree = (text.tokens, text.seed, text.window) == (tokens, seed, WINDOW)
+        if settings_agree and text.weights == fingerprint(lm.model):
             made, now = text.made_with()["architecture"], architecture(lm.model)
-            # Other versions of transformers name some entries otherwise; the common ones must agree.
+            # Entries differ between versions of transformers; those that both have must agree.
             if all(made[name] == now[name] for name in made.keys() & now.keys()):
                 log.info("Text sampled from %s comes with editlab", text.file.name.removesuffix(".self.safetensors"))
                 return text.ids()

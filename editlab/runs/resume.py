@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from editlab.errors import UserError
 from editlab.lm.fingerprint import architecture
 from editlab.lm.precision import dtype_name
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import run_folder
 from editlab.utils.files import sweep
+from editlab.utils.machine import restore_threads
 from editlab.utils.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         "evaluation": editor.evaluation.state_dict(),
         "table": loggers[0].rows if loggers else {},
         "rng": rng_state(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -66,6 +70,7 @@ def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
         UserError: where the checkpoint is of another model or other layers.
     """
     saved = checkpoint[KEY]
+    restore_threads(saved.get("threads"))
     if not editor.layer_numbers:  # they were found by the run that is gone on from
         editor.edit_at(saved["layers"])
     if saved["layers"] != editor.layer_numbers:
