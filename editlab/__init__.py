@@ -11,9 +11,9 @@ __all__ = ["EditResult", "__version__", "edit_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads :mod:`editlab.api`, and with it torch and Lightning, at the first use of one of its names."""
+    """Imports :mod:`editlab.api`, and with it torch and Lightning, at the first use of one of its names."""
     if name in ("EditResult", "edit_model"):
-        import editlab.api
+        from editlab import api
 
-        return getattr(editlab.api, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'editlab' has no attribute {name!r}")

@@ -33,6 +33,7 @@ from editlab.runs import resume
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import finish_run, provenance
 from editlab.solver.methods import EMMET, Method
+from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
 from editlab.utils.rng import set_rng_state
 from editlab.values.cache import ValueCache
@@ -355,6 +356,7 @@ class SequentialEditor(EditedModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads the state; Lightning loads the sums of updates, and :meth:`on_train_start` the random states."""
         saved = checkpoint[resume.KEY]
+        restore_threads(saved.get("threads"))
         if not self.layer_numbers:  # ``auto``: the run that the checkpoint is of has chosen them
             self.edit_at(saved["layers"])
         resume.RunIdentity.of(saved).require_model(self.identity)

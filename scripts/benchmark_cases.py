@@ -21,10 +21,11 @@ from editlab.editor import SequentialEditor
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.scoring import prefers_truth, score_facts
 from editlab.keys.contexts import ContextSettings, sample_contexts
-from editlab.keys.moments import WINDOW, MomentSettings, accumulate, sample_text, second_moments
+from editlab.keys.moments import MomentSettings, accumulate, second_moments
 from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.loading.load import load
+from editlab.lm.text import WINDOW, sample_text
 from editlab.solver.closed_form import Constraints, Preservation, solve
 from editlab.solver.methods import EMMET
 from editlab.values.loss import ValueGroup, rows_of

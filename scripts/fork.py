@@ -19,8 +19,8 @@ from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.evaluation.scoring import score_pairs, token_log_probs
-from editlab.keys.moments import read_file, read_ids
 from editlab.lm.matmul import products_above
+from editlab.lm.text import read_file, read_ids
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
 from scripts.faults import InjectFaults

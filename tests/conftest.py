@@ -2,6 +2,7 @@
 
 import os
 
+import lightning.pytorch  # noqa: F401 - its messages keep to the stderr of its import, which must not be one test's
 import pytest
 import torch
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
-from editlab.keys.moments import read_file, read_ids, sample_text
 from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
 from editlab.lm.prefix_cache import Past
+from editlab.lm.text import read_file, read_ids, sample_text
 from editlab.lm.tokens import encode, encode_pair
 from editlab.utils.validation import not_negative
 

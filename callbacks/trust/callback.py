@@ -21,8 +21,8 @@ from editlab.distributed import ranks
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.errors import EditLabError, UserError
-from editlab.keys.moments import read_file
 from editlab.lm.matmul import MATMULS
+from editlab.lm.text import read_file
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
 from editlab.utils.validation import at_least_one, one_of

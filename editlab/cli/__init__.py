@@ -1,1 +1,1 @@
-"""The command line."""
+"""The ``editlab`` command: its verbs, recipes and error messages."""

@@ -1,10 +1,14 @@
 """Facts: the record of one, the readers of fact files, and the stream of batches into training."""
 
-from editlab.data.datamodule import EditDataModule
+from typing import TYPE_CHECKING, Any
+
 from editlab.data.fact import Fact, Neighbor
 from editlab.data.files import read_facts
 from editlab.data.formats import CounterFact, EasyEdit, FactFormat, Plain, ZsRE
 from editlab.data.stream import EditStream
+
+if TYPE_CHECKING:
+    from editlab.data.datamodule import EditDataModule
 
 __all__ = [
     "CounterFact",
@@ -18,3 +22,12 @@ __all__ = [
     "ZsRE",
     "read_facts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the data module, and Lightning with it, at its first use: checking a file of facts needs neither."""
+    if name == "EditDataModule":
+        from editlab.data.datamodule import EditDataModule
+
+        return EditDataModule
+    raise AttributeError(f"module 'editlab.data' has no attribute {name!r}")

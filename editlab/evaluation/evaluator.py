@@ -18,9 +18,9 @@ from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
-from editlab.keys.moments import read_file, read_ids
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import MATMULS, products, type_of_products
+from editlab.lm.text import read_file, read_ids
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, RetentionByAge, TokenPerplexity
 from editlab.metrics.names import (
     BEFORE,

@@ -1,4 +1,4 @@
-"""Contexts: the empty one and a few prefixes sampled from the model, in which an edit must hold as well."""
+"""Contexts: texts before the edit prompt in which an edit must hold too, the empty one and a few sampled ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 @dataclass
 class ContextSettings:
-    """The prefixes that are sampled once a run."""
+    """Which prefixes are sampled from the unedited model, once a run."""
 
     count: int = 5
-    """Prefixes beside the bare prompt; 0 for none."""
+    """Number of prefixes, in addition to the empty one."""
     length: int = 10
-    """Sampled tokens in each."""
+    """Number of sampled tokens in each."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -29,7 +29,11 @@ class ContextSettings:
 
 
 def sample_contexts(lm: LanguageModel, settings: ContextSettings) -> list[str]:
-    """The empty context and the sampled ones, each ended as a sentence; the global random state is untouched."""
+    """Returns the empty context and the sampled ones.
+
+    Each sampled context ends with a full stop and a space, so that an edit prompt can follow it. The global random
+    state stays as it was.
+    """
     contexts = [""]
     for i in range(settings.count):
         opening = encode(lm.tokenizer, OPENINGS[i % len(OPENINGS)]).ids

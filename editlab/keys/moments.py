@@ -6,21 +6,19 @@ ranks share the passes, and the result is cached under a fingerprint of the weig
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from editlab.distributed import ranks
-from editlab.errors import UserError
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.text import WINDOW, read_windows, text_key
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.solver.closed_form import Preservation
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
@@ -30,8 +28,6 @@ from editlab.utils.validation import at_least_one, not_negative
 
 log = logging.getLogger(__name__)
 
-WINDOW = 128
-"""Tokens a window of text; keys in the middle layers hardly see farther."""
 ROWS = 32
 """Windows a forward pass."""
 KEYS_A_FEATURE = 2
@@ -111,84 +107,20 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
 
 
 def text_fingerprint(settings: MomentSettings) -> str:
-    """What identifies the text: the bytes of a file, the seed of sampled text, a data set's name."""
-    if settings.text == "self":
-        return f"self:{settings.seed}:{WINDOW}"
-    if settings.text.startswith("hub:"):
-        return settings.text
-    return hashlib.sha256(read_file(settings.text).encode()).hexdigest()
-
-
-def read_file(path: str) -> str:
-    """A text file's content.
-
-    Raises:
-        UserError: where it does not exist or is no UTF-8 text.
-    """
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"The text {path!r} does not exist: give a file, hub:<data set>, or self.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The text {path!r} can not be read as UTF-8 ({error}): give a text file.") from error
-
-
-def _read_hub(name: str) -> str:
-    """The first texts of a hub data set, ``hub:dataset[:config[:split]]``, enough for any token count asked for."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError("A hub data set needs the package datasets: pip install datasets.") from error
-    source, config, split = [*name.split(":")[1:], "", ""][:3]
-    try:
-        rows = datasets.load_dataset(source, config or None, split=split or "train", streaming=True)
-        return "\n".join(row["text"] for row in rows.take(50_000))
-    except Exception as error:
-        raise UserError(
-            f"The data set {name!r} can not be loaded ({type(error).__name__}): check its name and the network."
-        ) from error
-
-
-def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
-    """The first ``tokens`` token ids of a text, without special tokens.
-
-    Raises:
-        UserError: where the text has fewer.
-    """
-    # 12 characters a token is more than any text needs, and saves tokenizing a whole corpus for its beginning.
-    ids = list(lm.tokenizer(text[: tokens * 12], add_special_tokens=False, verbose=False)["input_ids"])[:tokens]
-    if len(ids) < tokens:
-        raise UserError(f"The text has {len(ids)} tokens, and {tokens} are asked for: lower the number of tokens.")
-    return ids
+    """What identifies the text that the settings name (:func:`editlab.lm.text.text_key`)."""
+    return text_key(settings.text, settings.seed)
 
 
 def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list[list[int]]:
     """Token ids of the text that the settings name, in windows; ``name`` is the model's, for messages.
 
     Raises:
-        UserError: where the text can not be read or is too short.
+        UserError: the text cannot be read or is too short.
     """
-    if settings.text == "self":
-        return sample_text(lm, settings.tokens, settings.seed, f"Sampling text from {name}")
-    text = _read_hub(settings.text) if settings.text.startswith("hub:") else read_file(settings.text)
-    ids = read_ids(lm, text, settings.tokens)
-    return [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
-
-
-def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[list[int]]:
-    """Windows of text sampled from the model: a random first token, then temperature 1 with no cut-off."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    special = set(lm.tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special])
-    count = -(-tokens // WINDOW)
-    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
-    rows = 4 * ROWS  # one token a row at a time: more rows make up for it
-    passes = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
-    windows = ranks.each(passes, lambda some: lm.sample([[firsts[i]] for i in some], WINDOW - 1, seed + some[0]), title)
-    flat = tokens - WINDOW * (count - 1)
-    windows[-1] = windows[-1][:flat]
-    return windows
+    title = f"Sampling text from {name}"
+    return read_windows(
+        lm, settings.text, settings.tokens, seed=settings.seed, title=title, cache=settings.cache
+    )  # fmt: skip
 
 
 @torch.no_grad()

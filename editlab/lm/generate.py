@@ -1,8 +1,9 @@
-"""What a model says to a prompt: its greedy continuation, and the likeliest next tokens."""
+"""Text that a model generates: the one loop behind sampled texts, greedy continuations and answers to prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +11,160 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab.errors import UserError
+from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
+from editlab.lm.placement import runs_on
 from editlab.lm.tokens import encode
+
+Pick = Callable[[Tensor], Tensor]
+"""Chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
+
+ROWS = 64
+"""Prompts that :func:`continue_greedily` continues at a time."""
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The token with the highest logit of each row; logits [rows, vocabulary] -> ids [rows]."""
+    return logits.argmax(1)
+
+
+def drawn(logits: Tensor) -> Tensor:
+    """A token for each row, drawn from its softmax; logits [rows, vocabulary] -> ids [rows].
+
+    The draw is torch's :func:`torch.multinomial` with the global generator of the logits' device.
+
+    Raises:
+        NonFiniteError: the logits are not finite; torch would fail, and on a GPU end the process.
+    """
+    if not bool(logits.logsumexp(1).isfinite().all()):
+        raise NonFiniteError(
+            "The model's logits are not finite, so no text can be drawn from it: use a wider trainer.precision, or "
+            "edit it less strongly."
+        )
+    return torch.multinomial(logits.softmax(1), 1).squeeze(1)
+
+
+@torch.no_grad()
+def continue_rows(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    pick: Pick = most_likely,
+    *,
+    stop: bool = False,
+    tick: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
+    """Generates new tokens after prompts of one length, one forward pass a token over a KV cache.
+
+    The model's own settings for generation (temperature, penalties, beams) play no part.
+
+    Args:
+        model: in eval mode.
+        prompts: token ids, each prompt as long as the others.
+        new_tokens: number of tokens to generate for each prompt; the most there can be where ``stop`` is true.
+        pick: chooses each next token.
+        stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
+            never generated.
+        tick: called after each step with the number of tokens that it generated.
+
+    Returns:
+        The new token ids of each prompt, without the prompt.
+    """
+    device = runs_on(model.get_input_embeddings())
+    ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long, device=device)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    fed = torch.tensor([list(prompt) for prompt in prompts], device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    cache: Any = None
+    steps: list[Tensor] = []
+    for _ in range(new_tokens):
+        out = model(input_ids=fed, past_key_values=cache, use_cache=True, **keep)
+        cache = out.past_key_values
+        logits = out.logits[:, -1].to(device=device, dtype=torch.float32, copy=True)
+        if not stop:
+            logits[:, ends] = -torch.inf
+        token = pick(logits)
+        steps.append(token)
+        if tick is not None:
+            tick(len(prompts))
+        if stop and bool((ended := ended | torch.isin(token, ends)).all()):
+            break
+        fed = token[:, None]
+    if not steps:
+        return [[] for _ in prompts]
+    rows: list[list[int]] = torch.stack(steps, 1).tolist()
+    return [_until(row, ends.tolist()) for row in rows] if stop else rows
+
+
+def _until(row: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens before the first end-of-text token."""
+    return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
+
+
+def continue_greedily(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    stop: bool = False,
+    tick: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
+    """Generates the most likely token at each step after prompts of any lengths.
+
+    Prompts of one length go through the model together, so no padding is needed and each prompt's text is the one that
+    it has alone.
+
+    Args:
+        model: in eval mode.
+        prompts: token ids.
+        new_tokens: as in :func:`continue_rows`.
+        stop: as in :func:`continue_rows`.
+        tick: called after each group of prompts with their number.
+
+    Returns:
+        The new token ids of each prompt, in the order of the prompts.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(index)
+    found: list[list[int]] = [[] for _ in prompts]
+    for _, members in sorted(by_length.items()):
+        for start in range(0, len(members), ROWS):
+            group = members[start : start + ROWS]
+            for index, new in zip(
+                group, continue_rows(model, [prompts[i] for i in group], new_tokens, stop=stop), strict=True
+            ):
+                found[index] = new
+            if tick is not None:
+                tick(len(group))
+    return found
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Ids of the tokens that end a text; empty where the model has none."""
+    settings = getattr(model, "generation_config", None) or model.config
+    ends: Any = getattr(settings, "eos_token_id", None)
+    return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+# ---- answers ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one model to one prompt."""
+    """One model's answer to one prompt."""
 
     continuation: str
+    """the greedy continuation as text"""
     next: tuple[tuple[str, float], ...]
-    """likeliest next tokens, the best first, and their probabilities"""
+    """the most likely next tokens and their probabilities, the best first"""
 
 
 def require_words(prompt: str) -> None:
-    """Refuses a prompt with nothing in it.
+    """Refuses a prompt without any word.
 
     Raises:
-        UserError: It is empty.
+        UserError: it is empty.
     """
     if not prompt.strip():
         raise UserError("A prompt is empty: give each at least one word.")
@@ -37,19 +173,17 @@ def require_words(prompt: str) -> None:
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, top: int
 ) -> Answer:
-    """Continues a prompt by the likeliest token each time, until the text ends or ``new_tokens`` are there.
-
-    Settings of the model's own for generating (temperature, penalties) play no part.
+    """Continues a prompt greedily, until the model ends the text or there are ``new_tokens`` new tokens.
 
     Args:
         model: in eval mode.
         tokenizer: its fast tokenizer.
-        prompt: the text as it stands, special tokens put before it as the model expects.
-        new_tokens: at most so many; 0 or more.
-        top: so many next tokens, and no more than there are.
+        prompt: the text itself; special tokens are put before it as the model expects.
+        new_tokens: the largest number of tokens of the continuation, 0 or more.
+        top: number of next tokens in the answer; fewer where the vocabulary is smaller.
 
     Raises:
-        UserError: The prompt is empty, or too long for the model.
+        UserError: the prompt is empty, or too long for the model.
     """
     require_words(prompt)
     ids = list(encode(tokenizer, prompt).ids)
@@ -59,35 +193,19 @@ def answer(
             f"The prompt {prompt[:40]!r} has {len(ids)} tokens, and with {new_tokens} new ones the model takes "
             f"{longest}: shorten it, or lower --new_tokens."
         )
-    new, probabilities = _continue(model, ids, new_tokens)
-    best = probabilities.topk(min(top, len(probabilities)))
+    first: list[Tensor] = []
+
+    def pick(logits: Tensor) -> Tensor:
+        if not first:
+            first.append(logits[0].softmax(0).cpu())
+        return most_likely(logits)
+
+    (new,) = continue_rows(model, [ids], max(1, new_tokens), pick, stop=True)
+    best = first[0].topk(min(top, len(first[0])))
     tokens = [continued(tokenizer, ids, [token]) for token in best.indices.tolist()]
-    return Answer(continued(tokenizer, ids, new), tuple(zip(tokens, best.values.tolist(), strict=True)))
-
-
-@torch.no_grad()
-def _continue(model: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> tuple[list[int], Tensor]:
-    """New ids, without the one that ends the text, and the probabilities [vocabulary] of the first."""
-    ends = _ends(model)
-    fed, past, first = torch.tensor([list(ids)], device=model.device), None, None
-    new: list[int] = []
-    while first is None or len(new) < new_tokens:
-        out = model(input_ids=fed, past_key_values=past, use_cache=True)
-        logits, past = out.logits[0, -1].float(), out.past_key_values
-        first = logits.softmax(0).cpu() if first is None else first
-        token = int(logits.argmax())
-        if token in ends or not new_tokens:
-            break
-        new.append(token)
-        fed = torch.tensor([[token]], device=model.device)
-    return new, first
-
-
-def _ends(model: PreTrainedModel) -> set[int]:
-    """Tokens that end a text."""
-    settings = getattr(model, "generation_config", None) or model.config
-    ends: Any = getattr(settings, "eos_token_id", None)
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    return Answer(
+        continued(tokenizer, ids, new[:new_tokens]), tuple(zip(tokens, best.values.tolist(), strict=True))
+    )  # fmt: skip
 
 
 def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: Sequence[int]) -> str:

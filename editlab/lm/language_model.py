@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.distributed import ranks
-from editlab.errors import NonFiniteError, UserError
+from editlab.errors import UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.forward import by_row, logits_only_at, reading
+from editlab.lm.generate import continue_rows, drawn, most_likely
 from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.packing import can_pack, lay_out_whole, pads_between
@@ -191,57 +191,34 @@ class LanguageModel(ModelRunner):
 
         return torch.stack(ranks.each(self.passes(rows), partial(by_halves, read)))
 
-    @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        seed: int,
+        greedy: bool = False,
+        tick: Callable[[int], Any] | None = None,
     ) -> list[list[int]]:
-        """Continues prompts of one length by exactly ``new_tokens`` tokens (temperature 1, no cut-offs).
+        """Continues prompts of one length by exactly ``new_tokens`` tokens, drawn at temperature 1 without cut-offs.
 
-        Settings that come with a model for its chats, such as a repetition penalty or beams, play no part; tokens that
-        end its texts are left out. The global random state is left as it was.
+        Tokens that end a text are never generated. The global random state stays as it was.
+
+        Args:
+            prompts: token ids, each prompt as long as the others.
+            new_tokens: number of tokens to generate for each.
+            seed: of the draws.
+            greedy: take the most likely token each time instead of drawing.
+            tick: called after each step with the number of tokens that it generated.
 
         Returns:
             For each prompt, its ids followed by the new ones.
 
         Raises:
-            NonFiniteError: where what the model says is not finite, so that nothing can be drawn from it.
+            NonFiniteError: the model's logits are not finite, so nothing can be drawn from them.
         """
-        ids = torch.tensor([list(p) for p in prompts], device=self.device)
-        with private_draws(seed, self.device), _generating_plainly(self.model):
-            out = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=not greedy,
-                temperature=1.0 if not greedy else None,
-                top_k=0 if not greedy else None,
-                top_p=1.0 if not greedy else None,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                pad_token_id=0,
-                logits_processor=LogitsProcessorList([] if greedy else [_finite]),
-            )
-        return out.tolist()
-
-
-def _finite(ids: Tensor, logits: Tensor) -> Tensor:
-    """Logits [rows, vocabulary] as they are; torch would fail on others, and on a GPU take the process with it."""
-    if not bool(logits.logsumexp(1).isfinite().all()):
-        raise NonFiniteError(
-            "What the model says is not finite, so no text can be drawn from it: use a wider trainer.precision, or "
-            "edit it less strongly."
-        )
-    return logits
-
-
-@contextmanager
-def _generating_plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model has no settings of its own for :meth:`generate`, which would fill in what is not given."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = own
+        with private_draws(seed, self.device):
+            new = continue_rows(self.model, prompts, new_tokens, most_likely if greedy else drawn, tick=tick)
+        return [[*prompt, *more] for prompt, more in zip(prompts, new, strict=True)]
 
 
 def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from editlab.data.fact import Fact
@@ -158,7 +159,13 @@ def save(checkpoint: dict[str, Any], trainer: Trainer, identity: RunIdentity, st
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("lm.")}
     loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
     table = loggers[0].rows if loggers else {}
-    checkpoint[KEY] = {**asdict(identity), **state, "table": table, "rng": rng_state()}
+    checkpoint[KEY] = {
+        **asdict(identity),
+        **state,
+        "table": table,
+        "rng": rng_state(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def sums(layers: Sequence[int]) -> list[str]:

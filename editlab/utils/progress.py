@@ -1,27 +1,43 @@
-"""What a run shows while it goes on: of several ranks one speaks."""
+"""Progress bars and messages of a run; of several processes only rank 0 shows any.
+
+Importing this module imports neither torch nor Lightning, so that commands without a model start at once.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Environment variables in which launchers give a process its rank, in the order in which Lightning reads them."""
 
 _wanted: ContextVar[bool] = ContextVar("_wanted", default=True)
 
 
 def speaks() -> bool:
-    """Whether this process is rank 0, as its launcher has it: also before the ranks have found each other."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    """Whether this process is rank 0, the one that writes messages.
+
+    The answer is Lightning's once Lightning is imported, and the launcher's environment variable before; it is right
+    also before the process group exists.
+    """
+    lightning: Any = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    if lightning is not None:
+        return int(getattr(lightning.rank_zero_only, "rank", 0)) == 0
+    given = [os.environ[name] for name in _RANK_VARIABLES if name in os.environ]
+    return not given or given[0].strip() == "0"
 
 
 @contextmanager
 def bars(wanted: bool) -> Iterator[None]:
-    """Progress bars inside the ``with``, or none at all: neither ours nor those of transformers."""
+    """Shows or hides all progress bars inside the ``with``: editlab's and those of transformers."""
+    from transformers.utils import logging as transformers_logging
+
     before = transformers_logging.is_progress_bar_enabled()
     token = _wanted.set(wanted)
     if not wanted:
@@ -35,11 +51,11 @@ def bars(wanted: bool) -> Iterator[None]:
 
 
 def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> tqdm:
-    """A bar that goes when it is done, on rank 0 and where bars are wanted; else there is only the count.
+    """A progress bar that disappears at its end; it is shown on rank 0 and only where bars are wanted.
 
     Args:
-        iterable: what is gone through; None for a bar that is moved by hand.
-        disable: show none.
-        options: of tqdm.
+        iterable: what to iterate over; None for a bar that is moved by ``update``.
+        disable: show no bar.
+        options: further arguments of tqdm.
     """
     return tqdm(iterable, leave=False, disable=disable or not speaks() or not _wanted.get(), **options)

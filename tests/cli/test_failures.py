@@ -118,7 +118,7 @@ def test_only_what_is_saved_is_said_to_go_on(monkeypatch, capsys, stopped):
 
     monkeypatch.setattr("editlab.cli.main.run", stop)
     main(["fit"])
-    assert "goes on from its last finished batch with --ckpt_path last" in capsys.readouterr().err
+    assert "--ckpt_path last resumes the run after its last finished batch" in capsys.readouterr().err
 
 
 EDITLAB = "import sys; from editlab.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,10 @@ import torch
 
 from editlab.errors import UserError
 from editlab.keys import moments
-from editlab.keys.moments import MomentSettings, accumulate, excess, read_ids, sample_text, second_moments
+from editlab.keys.moments import MomentSettings, accumulate, excess, second_moments
+from editlab.lm import text as corpus
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.text import sample_text
 from editlab.utils.disk_cache import TENSORS, DiskCache
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
@@ -48,7 +48,7 @@ def text(tmp_path):
 @pytest.fixture
 def short(monkeypatch):
     """Make windows of 16 tokens: sampling token by token takes its time."""
-    monkeypatch.setattr(moments, "WINDOW", 16)
+    monkeypatch.setattr(corpus, "WINDOW", 16)
 
 
 @pytest.fixture
@@ -145,6 +145,7 @@ def read_until(lm, text, monkeypatch, said, tolerance):
     """The moments of a run in which new keys are as much longer as is ``said``, part by part."""
     given = iter(said)
     monkeypatch.setattr(moments, "WINDOW", 16)
+    monkeypatch.setattr(corpus, "WINDOW", 16)
     monkeypatch.setattr(moments, "KEYS_A_FEATURE", 1)  # 48 features: 3 windows at first
     monkeypatch.setattr(moments, "excess", lambda *_: next(given))
     settings = MomentSettings(text=text, tokens=16 * 20, tolerance=tolerance, cache=False)
@@ -176,26 +177,6 @@ def test_moments_that_stopped_early_are_no_one_else_s(lm, text, computed, monkey
 def test_a_negative_tolerance_can_not_be_asked_for():
     with pytest.raises(UserError, match=r"model\.moments\.tolerance is -1"):
         MomentSettings(tolerance=-1)
-
-
-# sampled text
-
-
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17])
-def test_sampled_text_has_exactly_so_many_tokens(lm, short, tokens):
-    windows = sample_text(lm, tokens, 0, "title")
-    assert sum(map(len, windows)) == tokens
-    assert all(len(w) == 16 for w in windows[:-1])
-
-
-def test_sampled_text_begins_with_an_ordinary_token_and_leaves_the_random_state(lm, short):
-    torch.manual_seed(9)
-    state = torch.get_rng_state()
-    windows = sample_text(lm, 100, 0, "title")
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not {w[0] for w in windows} & set(lm.tokenizer.all_special_ids)
-    assert sample_text(lm, 100, 0, "title") == windows
-    assert sample_text(lm, 100, 1, "title") != windows
 
 
 # the cache
@@ -282,14 +263,14 @@ def test_a_missing_text_is_the_users_error(lm, tmp_path):
 def test_a_text_that_is_none_is_the_users_error(lm, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00\x80" * 10)
     for path in (tmp_path / "weights.bin", tmp_path):  # bytes, and a folder
-        with pytest.raises(UserError, match="can not be read as UTF-8") as caught:
+        with pytest.raises(UserError, match="cannot be read as UTF-8") as caught:
             second_moments(lm, [0], MomentSettings(text=str(path)), "tiny")
         assert one_sentence(caught)
 
 
 def test_a_short_text_is_the_users_error_and_leaves_no_entry(lm, tmp_path, cache):
     (tmp_path / "short.txt").write_text("The capital of France")
-    with pytest.raises(UserError, match="The text has 4 tokens, and 50 are asked for: lower") as caught:
+    with pytest.raises(UserError, match="The text has 4 tokens, and 50 are needed: lower") as caught:
         second_moments(lm, [0], MomentSettings(text=str(tmp_path / "short.txt"), tokens=50), "tiny")
     assert one_sentence(caught)
     assert files(cache) == []
@@ -298,69 +279,3 @@ def test_a_short_text_is_the_users_error_and_leaves_no_entry(lm, tmp_path, cache
 def test_no_tokens_at_all_can_not_be_asked_for():
     with pytest.raises(UserError, match=r"model\.moments\.tokens is 0"):
         MomentSettings(tokens=0)
-
-
-def test_read_ids_takes_the_first_tokens_without_special_ones():
-    """Also from a text far longer than needed, and from a tokenizer that begins each text with <s>."""
-    plain = lm_of("llama")
-    bos = LanguageModel(tiny_model("llama"), tiny_tokenizer(bos=True))
-    text = " ".join(TEXT * 50)
-    expected = plain.tokenizer(text)["input_ids"][:90]
-    assert read_ids(plain, text, 90) == read_ids(bos, text, 90) == expected
-
-
-# hub data sets
-
-
-def test_a_hub_data_set_needs_its_package(lm, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # what makes Python's import fail
-    with pytest.raises(UserError, match="needs the package datasets: pip install datasets") as caught:
-        second_moments(lm, [0], MomentSettings(text="hub:some/text"), "tiny")
-    assert one_sentence(caught)
-
-
-class Rows(list):
-    """As much of a streamed data set as is used."""
-
-    def take(self, count):
-        return self[:count]
-
-
-def stand_in(monkeypatch, load):
-    module = types.ModuleType("datasets")
-    module.load_dataset = load
-    monkeypatch.setitem(sys.modules, "datasets", module)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("hub:some/text", ("some/text", None, "train")),
-        ("hub:some/text:en", ("some/text", "en", "train")),
-        ("hub:some/text:en:test", ("some/text", "en", "test")),
-        ("hub:some/text::test", ("some/text", None, "test")),
-    ],
-)
-def test_a_hub_data_set_is_named_with_config_and_split(lm, text, monkeypatch, name, expected):
-    asked = []
-
-    def load(path, config, *, split, streaming):
-        asked.append((path, config, split))
-        assert streaming
-        return Rows({"text": line} for line in TEXT * 10)
-
-    stand_in(monkeypatch, load)
-    got = second_moments(lm, [1], MomentSettings(text=name, tokens=TOKENS), "tiny")[1]
-    assert asked == [expected]
-    # The stand-in has the lines of the text file.
-    assert torch.equal(got, second_moments(lm, [1], MomentSettings(text=text, tokens=TOKENS), "tiny")[1])
-
-
-def test_a_hub_data_set_that_does_not_load_is_the_users_error(lm, monkeypatch):
-    def load(*args, **kwargs):
-        raise ConnectionError("no route\nto host")
-
-    stand_in(monkeypatch, load)
-    with pytest.raises(UserError, match=r"'hub:some/text' can not be loaded \(ConnectionError\)") as caught:
-        second_moments(lm, [0], MomentSettings(text="hub:some/text"), "tiny")
-    assert one_sentence(caught)

@@ -1,13 +1,48 @@
-"""The verbs that need no Trainer, one file each."""
+"""The verbs that need no Trainer, one file each, and the list of them.
+
+A verb's file is imported only when the verb runs, as most of them import torch. A new verb is a file with a
+``COMMAND`` (:class:`editlab.cli.commands.command.Command`) and a line in :data:`VERBS`.
+"""
 
 from __future__ import annotations
 
-from editlab.cli.commands import apply, ask, compare, export, facts, report, revert
-from editlab.cli.commands.command import Command
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-COMMANDS: dict[str, Command] = {
-    verb.COMMAND.name: verb.COMMAND for verb in (export, apply, revert, ask, compare, report, facts)
+if TYPE_CHECKING:
+    from editlab.cli.commands.command import Command
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb as ``editlab --help`` lists it."""
+
+    name: str
+    """the word after ``editlab``, and the name of its file"""
+    help: str
+    """one sentence"""
+    needs_model: bool = True
+    """whether it works with models or runs; one that does not starts without importing torch or any plug-in"""
+
+    def load(self) -> Command:
+        """Imports the verb's file and returns its command."""
+        command: Command = import_module(f"{__name__}.{self.name}").COMMAND
+        return command
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb("export", "Write the edited model of a checkpoint as a folder that transformers loads."),
+        Verb("apply", "Put a delta on its base model and write the edited model."),
+        Verb("revert", "Take edits out again, all or those after a batch, and write the model."),
+        Verb("ask", "Show what the model says to prompts before and after its edits."),
+        Verb("compare", "Several runs in one table and one figure, from what they logged."),
+        Verb("report", "Write one run as one HTML page, with the edits that it lost."),
+        Verb("facts", "Look at files of facts.", needs_model=False),
+    )
 }
-"""By the word after ``editlab``, in the order in which ``--help`` lists them."""
+"""The verbs by name, in the order in which ``editlab --help`` lists them."""
 
-__all__ = ["COMMANDS", "Command"]
+__all__ = ["VERBS", "Verb"]

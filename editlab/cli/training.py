@@ -1,0 +1,123 @@
+"""The verbs ``fit``, ``validate`` and ``test``: a LightningCLI with editlab's model, data, logger and defaults."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ParallelStrategy
+from transformers.utils.logging import disable_progress_bar
+
+from editlab import compat
+from editlab.cli.failures import note_saved
+from editlab.cli.main import DESCRIPTION, TRAINER_VERBS
+from editlab.cli.recipe import SaveConfig, can_resume, complete
+from editlab.data import EditDataModule
+from editlab.distributed.strategy import NAME, EditStrategy
+from editlab.editor import SequentialEditor
+from editlab.errors import UserError
+from editlab.runs.trainer import TRAINER_DEFAULTS
+from editlab.utils.progress import bars, speaks
+
+
+class EditLabCLI(compat.CommandHooks, LightningCLI):
+    """``editlab fit | validate | test``, with editlab's model, data, logger and defaults."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The Trainer's verbs that editlab offers, with the arguments that they do not take from the command line."""
+        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb in TRAINER_VERBS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sets the default logger, which YAML or a flag may replace."""
+        parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Reads the recipe.
+
+        Raises:
+            UserError: its file is not text in UTF-8.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save its file as that.") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Names the run's folder, finds the run to resume, and adds the callback that writes checkpoints."""
+        complete(self.config[self.config.subcommand])
+
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        """Runs a verb of the Trainer, and notes on an error of ``fit`` whether the run can be resumed."""
+        with bars(self.config[verb].trainer.enable_progress_bar is not False):
+            try:
+                run()
+            except BaseException as error:  # an interrupt too
+                if verb == "fit" and can_resume(self.trainer):
+                    note_saved(error)
+                raise
+
+    def instantiate_trainer(self, **arguments: Any) -> Trainer:
+        """Makes the Trainer.
+
+        Raises:
+            UserError: its strategy cannot divide an edit among several processes.
+        """
+        trainer = super().instantiate_trainer(**arguments)
+        if isinstance(trainer.strategy, EditStrategy):
+            return trainer
+        if trainer.world_size > 1:
+            raise UserError(
+                f"{trainer.world_size} processes share edits by --trainer.strategy {NAME}: set it, or set "
+                "--trainer.devices 1."
+            )
+        if isinstance(trainer.strategy, ParallelStrategy):
+            raise UserError(
+                f"trainer.strategy is a {type(trainer.strategy).__name__}, which averages gradients, and an edit has "
+                f"none: leave it out for one device, or set {NAME}."
+            )
+        return trainer
+
+
+def run_trainer(arguments: list[str]) -> EditLabCLI:
+    """Runs one of the Trainer's verbs (``fit``, ``validate``, ``test``) and returns the CLI."""
+    return EditLabCLI(
+        SequentialEditor,
+        EditDataModule,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        args=arguments,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"exit_on_error": False, "prog": "editlab", "description": DESCRIPTION},
+    )
+
+
+def configure_libraries() -> None:
+    """Silences warnings and tips of other libraries that are about editlab's own defaults, and other ranks' messages.
+
+    It comes after the imports, as Lightning sets the level of its messages when it is imported.
+    """
+    for message in (
+        ".*does not have many workers.*",
+        ".*Total length of `list` across ranks is zero.*",  # no validation within fit, on purpose
+        r".*module\(s\) in eval mode at the start of training.*",  # the language model stays in eval mode
+        ".*LeafSpec.*is deprecated.*",
+        ".*sync_dist=True.*",  # what is logged is the same on every rank
+        ".*is_gradient_checkpointing.*is deprecated.*",  # PEFT's call of transformers
+        "LightningCLI's args parameter is intended.*",
+        "Checkpoint directory .* exists and is not empty.*",  # a resumed run overwrites its own checkpoint
+        "Using ModelCheckpoint with manual optimization.*",  # saving after the step is what is wanted
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    if not speaks():
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

@@ -1,0 +1,153 @@
+"""How many threads to compute with on this machine, and how they wait for each other.
+
+PyTorch divides each operation among OpenMP threads, which by default keep a core busy while they wait for each other.
+On a machine with other work they then wait for a thread that is not running, and a run takes several times as long.
+Two measures help: threads that sleep while they wait (:func:`wait_passively`, before torch is imported), and no more
+threads than there are free cores (:func:`choose_threads`). What the user has set in the environment is never changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how OpenMP's threads wait: the standard's, GNU's and Intel's."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables with which a user fixes the number of threads."""
+_RANK_VARIABLE = "LOCAL_RANK"
+"""Set in a process that a launcher started as one of several on this machine; the launcher divides the cores."""
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""A container's limit of processor time (control groups, version 2)."""
+_SHORTEST = 0.5
+"""Seconds below which a measurement of the load says little."""
+
+
+def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Makes OpenMP's threads sleep while they wait, unless the environment already says how they shall wait.
+
+    OpenMP reads the setting once, when torch is imported, so this has no effect on the calling process afterwards;
+    processes that it starts inherit the setting.
+    """
+    if not any(name in environment for name in WAIT_VARIABLES):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def usable_cores() -> float:
+    """Number of cores that this process may use: those it is bound to, and no more than its container's quota."""
+    try:
+        bound = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS or Windows
+        bound = os.cpu_count() or 1
+    return min(float(bound), _quota())
+
+
+def _quota() -> float:
+    """Cores' worth of processor time that the container may use; infinity where nothing limits it."""
+    try:
+        limit, period = _QUOTA.read_text().split()
+        return int(limit) / int(period)
+    except (OSError, ValueError):  # no such file, or the word "max" as the limit
+        return float("inf")
+
+
+class _Times(NamedTuple):
+    """Processor seconds since the machine's or the process's start."""
+
+    machine: float
+    """time that all cores may have worked, idle or not"""
+    idle: float
+    """time for which cores had no work, or work only of lower priority than ours"""
+    own: float
+    """time that this process worked"""
+
+
+class LoadMeter:
+    """Measures how many cores other processes leave free, from its construction to each reading.
+
+    What the process does itself in between, such as importing torch, does not count as load.
+    """
+
+    def __init__(self) -> None:
+        self._start = _times()
+
+    def free_cores(self) -> float | None:
+        """Number of cores that were free on average, of those that the process may use.
+
+        None where the time since the construction is too short to tell, or the system does not count such times.
+        """
+        if self._start is None or (now := _times()) is None:
+            return None
+        machine, idle, own = (b - a for a, b in zip(self._start, now, strict=True))
+        cores = os.cpu_count() or 1
+        if machine < _SHORTEST * cores:
+            return None
+        return max(0.0, min(usable_cores(), cores * (idle + own) / machine))
+
+
+def _times() -> _Times | None:
+    try:
+        whole, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    except (psutil.Error, OSError):
+        return None
+    idle = whole.idle + getattr(whole, "iowait", 0.0)
+    if not _is_nice():
+        idle += getattr(whole, "nice", 0.0)  # processes of lower priority give way to this one
+    # The time of virtual machines' guests is part of the user's.
+    counted = sum(whole) - getattr(whole, "guest", 0.0) - getattr(whole, "guest_nice", 0.0)
+    return _Times(counted, idle, own.user + own.system)
+
+
+def _is_nice() -> bool:
+    """Whether this process runs at a lower priority itself."""
+    return hasattr(os, "getpriority") and os.getpriority(os.PRIO_PROCESS, 0) > 0
+
+
+def choose_threads(meter: LoadMeter) -> None:
+    """Lets torch compute with as many threads as there are free cores, at least one and at most its own default.
+
+    Nothing is changed where the user has fixed the number by an environment variable (:data:`THREAD_VARIABLES`), or
+    where the process is one of several that a launcher has started.
+    """
+    if _is_fixed() or _RANK_VARIABLE in os.environ:
+        return
+    import torch
+
+    default = torch.get_num_threads()
+    free = meter.free_cores()
+    threads = max(1, min(default, round(usable_cores() if free is None else free)))
+    if threads < default:
+        log.info(
+            "Other programs are busy or the cores are limited: computing with %d of %d threads (OMP_NUM_THREADS sets "
+            "another number).", threads, default,
+        )  # fmt: skip
+        torch.set_num_threads(threads)
+
+
+def restore_threads(threads: int | None) -> None:
+    """Lets torch compute with the number of threads that a checkpoint was made with.
+
+    On some processors the number of threads moves the last bits of sums, so a resumed run takes the same number,
+    unless the user has fixed another one.
+
+    Args:
+        threads: the number of the earlier run; None where its checkpoint does not tell.
+    """
+    if threads is None or _is_fixed():
+        return
+    import torch
+
+    if threads != torch.get_num_threads() and threads <= (os.cpu_count() or 1):
+        log.info("Computing with %d threads, as before the interruption.", threads)
+        torch.set_num_threads(threads)
+
+
+def _is_fixed() -> bool:
+    return any(name in os.environ for name in THREAD_VARIABLES)
