@@ -1,0 +1,29 @@
+"""A griffe extension: Sphinx's roles in docstrings become links, and its literal blocks become Markdown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(?P<short>~?)(?P<name>[\w.]+)`")
+_LITERAL = re.compile(r"::$", re.MULTILINE)
+
+
+class Roles(griffe.Extension):
+    """Rewrites docstrings when they are loaded."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Rewrites the docstring of one module, class, function or attribute."""
+        if obj.docstring is None:
+            return
+
+        def link(match: re.Match[str]) -> str:
+            name = match["name"]
+            shown = name.rsplit(".", 1)[-1] if match["short"] else name
+            if not name.startswith(("editlab.", "callbacks.")):
+                name = f"{obj.module.path}.{name}"
+            return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
+
+        obj.docstring.value = _LITERAL.sub(":", _ROLE.sub(link, obj.docstring.value))
