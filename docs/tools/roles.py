@@ -1,4 +1,4 @@
-"""A griffe extension: Sphinx's roles in docstrings become links, and its literal blocks become Markdown."""
+"""A griffe extension: Sphinx's roles in docstrings become links, and each object is shown once, where it is defined."""
 
 from __future__ import annotations
 
@@ -27,3 +27,11 @@ class Roles(griffe.Extension):
             return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
 
         obj.docstring.value = _LITERAL.sub(":", _ROLE.sub(link, obj.docstring.value))
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Takes re-exports out of packages, which would be shown a second time under the package's own name."""
+        packages = [pkg]
+        while packages:
+            package = packages.pop()
+            package.exports = None
+            packages += [module for module in package.modules.values() if not module.is_alias]
