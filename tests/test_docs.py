@@ -32,12 +32,12 @@ def public_names(path):
 
 
 def directives():
-    """What the reference pages show: dotted names after ``:::``, with their page."""
-    return {
-        name: page
-        for page in sorted((DOCS / "reference").glob("*.md"))
-        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    }
+    """What the reference pages show: dotted names after ``:::``; ``editlab.*`` are the modules at editlab's root."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
+    named = re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)
+    for package in re.findall(r"^::: (\w+)\.\*$", pages, re.MULTILINE):
+        named += [name for name, path in modules() if path.parent == ROOT / package and path.name != "__init__.py"]
+    return named
 
 
 def navigation(entry):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 SERVED = ("figs/*.png", "results/*.csv", "results/*.jsonl", "configs/**/*.yaml")
 """Files outside docs/ that pages link to."""
 
+_ROOT_MODULES = re.compile(r"^::: (?P<package>\w+)\.\*$", re.MULTILINE)
 _OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)*)\.\./(?P<path>(?:figs|results|configs)/[^)]+\.(?:png|csv|jsonl|yaml))\)")
 
 
@@ -25,10 +26,18 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
     return files
 
 
+def root_modules(match: re.Match[str]) -> str:
+    """One directive for each public module at the root of a package: what ``::: editlab.*`` stands for."""
+    package = match["package"]
+    return "\n\n".join(
+        f"::: {package}.{path.stem}" for path in sorted((ROOT / package).glob("*.py")) if not path.stem.startswith("_")
+    )
+
+
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
-    """Points links that leave docs/ at the copies that :func:`on_files` adds.
+    """Points links that leave docs/ at the copies that :func:`on_files` adds, and expands ``::: editlab.*``.
 
     In the repository ``../../figs/x.png`` is right for a page in ``docs/results/``; on the site the same figure is at
     ``../repository/figs/x.png``.
     """
-    return _OUTSIDE.sub(r"](\g<up>repository/\g<path>)", markdown)
+    return _OUTSIDE.sub(r"](\g<up>repository/\g<path>)", _ROOT_MODULES.sub(root_modules, markdown))
