@@ -1,4 +1,4 @@
-"""Callbacks that a user swaps in YAML (forgetting, replay, trust, LoRA), and the modules that they use."""
+"""Callbacks that a user chooses in YAML: forgetting curves, memory replay, edit trust and LoRA adjustment."""
 
 from callbacks.forgetting import ForgettingCurve
 from callbacks.lora.callback import LoRAAdjust

@@ -1,41 +1,57 @@
-"""Forgetting curves: how well past edits, and the model's language, hold as edits go on."""
+"""Forgetting curves: how well past edits, and the model's language, hold as further edits are made."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import EditCallback, EditOutcome
-from editlab.runs.figures import forgetting_figure
+from editlab.edits.plan import EditOutcome
+from editlab.metrics.names import (
+    BEFORE,
+    GENERATION_ENTROPY,
+    IMMEDIATE,
+    METRICS,
+    PERPLEXITY,
+    RETAINED,
+    TABLE_GROUPS,
+    add_group,
+    full_name,
+)
+from editlab.runs.figures import Series, forgetting_figure
 from editlab.runs.summary import run_folder
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 
-CURVES = ("ES", "accuracy", "PS", "NS")
+CURVES = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
+"""Metrics that get a chart of their own in TensorBoard, as far as the run measures them."""
 
 
 class ForgettingCurve(EditCallback):
-    """Every so many edits, measures a fixed sample of all past edits and the held-out perplexity.
+    """Measures a fixed sample of all past edits and the model's language after every few edits.
 
-    The sample is fixed in that a fact's rank in it depends on the fact and the seed alone: from one point of the
-    curve to the next, members only leave when lower-ranked new edits come in. At the end all edits are measured.
-    The curves are logged over the number of edits, beside the values right after each edit and before it, and drawn
-    as one figure, which is also kept as ``forgetting.png`` in the run's folder.
+    The sample is fixed: a fact's rank in it depends only on the fact and the seed, so from one point of the curve to
+    the next a fact leaves the sample only if a new edit of a lower rank enters. At the end all edits are measured. The
+    values are logged over the number of edits, together with those before each edit and right after it, and drawn as
+    one figure, which is also saved as ``forgetting.png`` in the run's folder.
 
     Args:
-        every_n_edits: edits between two points of the curve.
-        sample: past edits measured at each point.
-        seed: of the sample.
+        every_n_edits: number of edits between two points of the curve.
+        sample: number of past edits measured at each point.
+        seed: seed of the sample.
 
     Raises:
-        UserError: where a count is under 1.
+        UserError: if a count is under 1.
     """
+
+    priority = 10
 
     def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0) -> None:
         at_least_one("ForgettingCurve", every_n_edits=every_n_edits, sample=sample)
@@ -44,54 +60,47 @@ class ForgettingCurve(EditCallback):
         self.seed = seed
         self.curve: dict[int, dict[str, float]] = {}
         self._last = 0
-        self._unused = self.state_dict()
+        self._initial_state = self.state_dict()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays out TensorBoard's custom scalars: each metric's curves over one another."""
+        """Forgets an earlier run in which the object was used."""
         assert isinstance(pl_module, SequentialEditor)
-        self.begin_anew(pl_module, self._unused)
+        self.reset_for_new_run(pl_module, self._initial_state)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lays out TensorBoard's custom scalars: a chart for each metric that the run measures."""
+        assert isinstance(pl_module, SequentialEditor)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                groups = ("before", "immediate", "retained")
-                charts: dict[str, list[Any]] = {
-                    name: ["Multiline", [f"^{group}/{name}$" for group in groups]] for name in CURVES
-                }
-                charts["held-out perplexity"] = ["Multiline", ["^perplexity/heldout$"]]
-                charts["generation entropy"] = ["Multiline", ["^generation/entropy$"]]
-                charts["edits around an adjustment"] = ["Multiline", ["^lora/accuracy_(before|after)$"]]
-                charts["norm of the update"] = ["Multiline", ["^weights/.*delta_norm$"]]
+                charts = {title: ["Multiline", tags] for title, tags in _charts(trainer, pl_module).items()}
                 logger.experiment.add_custom_scalars({"forgetting": charts})
 
     def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Measures a point of the curve when enough edits have gone by."""
+        """Measures a point of the curve if there were enough edits since the last one."""
         if editor.edits - self._last < self.every_n_edits:
             return
         self._last = editor.edits
         facts = self._sampled(editor.edited_facts)
-        point = {f"retained/{k}": v for k, v in editor.evaluation.measure(editor.lm, facts).items()} if facts else {}
-        point |= editor.evaluation.language(editor.lm)
+        found = editor.evaluation.measure(editor.lm, facts) if facts else {}
+        point = add_group(RETAINED, found | editor.evaluation.language(editor.lm))
         self.curve[editor.edits] = point
         for logger in trainer.loggers:
             logger.log_metrics(point, step=editor.edits)
 
     def _sampled(self, facts: list[Fact]) -> list[Fact]:
-        """The facts with the lowest hashes, in their own order."""
+        """The facts with the lowest hashes, in the order of their edits."""
         ranks = {id(f): hashlib.sha256(f"{self.seed}\0{f.subject}\0{f.prompt}".encode()).digest() for f in facts}
         chosen = set(sorted(ranks, key=lambda i: ranks[i])[: self.sample])
         return [fact for fact in facts if id(fact) in chosen]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures all edits, and draws the curves."""
+        """Measures all edits and draws the curves."""
         assert isinstance(pl_module, SequentialEditor)
-        retained = {f"retained/{k}": v for k, v in pl_module.measure_retained().items()}
-        self.curve.setdefault(pl_module.edits, {}).update(retained | pl_module.evaluation.language_after)
-        figure = forgetting_figure(
-            self.curve,
-            pl_module.evaluation.series("before"),
-            pl_module.evaluation.series("immediate"),
-            pl_module.evaluation.language_before.get("perplexity/heldout"),
-        )
-        folder = run_folder(trainer)  # all ranks have to ask for it
+        self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained())
+        evaluation = pl_module.evaluation
+        drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
+        figure = forgetting_figure(drawn, evaluation.language_before.get(full_name(BEFORE, PERPLEXITY)))
+        folder = run_folder(trainer)  # on all ranks, since it has to be agreed on
         if trainer.is_global_zero:
             with atomic_file(folder / "forgetting.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
@@ -104,5 +113,43 @@ class ForgettingCurve(EditCallback):
         return {"curve": dict(self.curve), "last": self._last}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up a saved curve."""
+        """Loads a saved curve."""
         self.curve, self._last = dict(state_dict["curve"]), int(state_dict["last"])
+
+
+def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
+    """Title of each chart -> patterns of the names that it shows; no chart of what the run does not measure."""
+    facts = trainer.datamodule.facts  # type: ignore[attr-defined]
+    settings = editor.evaluation.settings
+    truths = any(fact.target_true is not None for fact in facts)
+    paraphrases = any(fact.paraphrases for fact in facts)
+    neighbors = settings.neighbors != 0 and any(fact.neighbors for fact in facts)
+    measured = {
+        "ES": truths, "accuracy": True, "PS": truths and paraphrases, "paraphrase_accuracy": paraphrases,
+        "NS": neighbors, "neighbor_accuracy": neighbors,
+        PERPLEXITY: settings.heldout_tokens > 0,
+        GENERATION_ENTROPY: min(settings.heldout_tokens, settings.generated_texts) > 0,
+    }  # fmt: skip
+    titles = {metric.name: metric.title for metric in METRICS}
+    charts = {
+        titles[name]: [f"^{re.escape(full_name(group, name))}$" for group in TABLE_GROUPS]
+        for name in CURVES
+        if measured[name]
+    }
+    for name in (PERPLEXITY, GENERATION_ENTROPY):
+        if measured[name]:
+            charts[titles[name]] = [f"^{full_name(RETAINED, name)}$"]
+    charts["norm of the update"] = ["^weights/.*delta_norm$"]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EditCallback):
+            charts |= {title: list(tags) for title, tags in callback.charts.items()}
+    return charts
+
+
+def _merged(*several: Series) -> dict[int, dict[str, float]]:
+    """Several curves as one, by the number of edits."""
+    found: dict[int, dict[str, float]] = {}
+    for curve in several:
+        for edits, row in curve.items():
+            found.setdefault(edits, {}).update(row)
+    return found

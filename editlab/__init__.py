@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
+from editlab.utils.version import __version__
+
 if TYPE_CHECKING:
     from editlab.api import EditResult, edit_model
 
 __all__ = ["EditResult", "__version__", "edit_model"]
 
-__version__ = "0.1.0"
-
 
 def __getattr__(name: str) -> Any:
-    """Loads :mod:`editlab.api`, and with it torch and Lightning, only where it is asked for."""
+    """Loads :mod:`editlab.api`, and with it torch and Lightning, at the first use of one of its names."""
     if name in ("EditResult", "edit_model"):
-        from editlab import api as edit
+        import editlab.api
 
-        return getattr(edit, name)
+        return getattr(editlab.api, name)
     raise AttributeError(f"module 'editlab' has no attribute {name!r}")

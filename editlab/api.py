@@ -1,4 +1,4 @@
-"""Editing a model that is at hand, in one call from Python: no file, no recipe, no Trainer to be named."""
+"""Editing a loaded model in one call from Python, without files, recipes or a Trainer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
+from editlab.metrics.names import BEFORE, RETAINED, of_group
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import summarize, table
+from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import MEMIT, Method
 from editlab.utils.progress import bars
@@ -37,7 +38,7 @@ RECOMMENDED: dict[str, Any] = {
     "values": ValueSettings(reference="original"),
     "preserve_prompt_tokens": 1.0,
 }
-"""What a model is edited with where nothing else is asked for: that of ``configs/emmet.yaml``."""
+"""Default settings of :func:`edit_model`: those of ``configs/emmet.yaml``."""
 
 SETTINGS = {
     "method": Method,
@@ -46,43 +47,43 @@ SETTINGS = {
     "contexts": ContextSettings,
     "evaluation": EvaluationSettings,
 }
-"""What those settings have to be that are objects."""
+"""Settings that are objects -> their classes."""
 
 
 @dataclass
 class EditResult:
-    """What came of :func:`edit_model`."""
+    """Result of :func:`edit_model`."""
 
     facts: list[Fact]
-    """those that the weights hold now, in the order of their edits"""
+    """facts that the weights hold now, in the order of their edits"""
     rolled_back: list[Fact]
-    """those that a callback refused, or that were edited anew"""
+    """facts that a callback rolled back or dropped, or that a later edit superseded"""
     summary: dict[str, Any]
-    """what a run writes to ``summary.json``: ``before``, ``immediate``, ``retained``, ``perplexity``, ..."""
+    """what a run writes to ``summary.json``; its ``metrics`` are named ``group/metric``, such as ``retained/ES``"""
     editor: SequentialEditor
-    """the module that did it: updates, ledger, evaluation"""
+    """the LightningModule that edited the model, with updates, ledger and evaluation"""
 
     @property
     def before(self) -> dict[str, float]:
-        """ES, PS, NS, accuracies, ... of the facts on the unedited model; what facts do not name is absent."""
-        return dict(self.summary["before"])
+        """ES, PS, NS, accuracies and so on of the facts on the unedited model, and its perplexity."""
+        return of_group(self.summary["metrics"], BEFORE)
 
     @property
     def retained(self) -> dict[str, float]:
-        """The same of all edits that are in the weights, after the last of them."""
-        return dict(self.summary["retained"])
+        """The same metrics of all edits that are in the weights, after the last of them."""
+        return of_group(self.summary["metrics"], RETAINED)
 
     def revert(self) -> None:
-        """Takes all edits out of the model again, bit for bit."""
+        """Removes all edits from the model, bit for bit."""
         _revert(self.editor)
 
     def __str__(self) -> str:
         """The metrics before, right after, and at the end, as a table."""
-        return table(self.summary)
+        return metric_table(self.summary["metrics"]).to_text()
 
 
 def _revert(editor: SequentialEditor) -> None:
-    for layer in [*editor.edited.values(), *editor.adjusted.values()]:  # as far as they were found
+    for layer in [*editor.edited.values(), *editor.adjusted.values()]:  # ``auto`` may not have chosen them yet
         assert isinstance(layer, EditedLayer)
         layer.adapter = None
         layer.restore(torch.zeros_like(layer.total))
@@ -101,33 +102,33 @@ def edit_model(
     progress: bool = True,
     **settings: Any,
 ) -> tuple[PreTrainedModel, EditResult]:
-    """Edits facts in a causal language model, in sequence, and measures what became of them.
+    """Edits facts in a causal language model, in sequence, and measures the result.
 
-    The weights of ``model`` itself are changed; :meth:`EditResult.revert` takes the edits out again. Random generators
-    and the model's mode are left as they were.
+    The weights of ``model`` itself change; :meth:`EditResult.revert` removes the edits again. Random generators and the
+    model's train or eval mode do not change.
 
     Args:
         model: any causal language model of transformers, on one device.
         tokenizer: its fast tokenizer.
-        facts: in the order of their edits: :class:`~editlab.data.Fact`, or dicts with ``subject``, ``prompt`` and
-            ``target`` (or in any other schema that fact files may have).
-        layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` finds them by
-            trying (:mod:`editlab.edits.layer_search`), on the first facts.
-        batch_size: facts a step.
+        facts: the facts in the order of their edits: :class:`~editlab.data.Fact`, or dicts with ``subject``, ``prompt``
+            and ``target`` (or in any other schema of a fact file).
+        layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` chooses
+            them by trying (:mod:`editlab.edits.layer_search`), on the first facts.
+        batch_size: facts in a step.
         callbacks: such as ``MemoryReplay()``, ``TrustRollback(heldout="some_text.txt")``, ``LoRAAdjust()``. All facts
-            are edited, so none is left for a gate to hold out: give it a text. What editlab's callbacks know of an
-            earlier call they forget; what they know of this one can be read off them afterwards.
-        folder: where curves, tables and event logs go, as of ``editlab fit``; nothing is written where not given.
-        seed: of all that is drawn.
+            are edited, so trust has no facts to hold out and needs a text. editlab's callbacks forget earlier calls;
+            their state after this call can be read from them.
+        folder: folder for curves, tables and event logs, as of ``editlab fit``; default: nothing is written.
+        seed: seed of all random draws.
         progress: whether to show progress bars.
         settings: further arguments of :class:`~editlab.editor.SequentialEditor`: ``method``, ``values``, ``moments``,
-            ``evaluation``, ``keys``, ...; :data:`RECOMMENDED` holds for those not given.
+            ``evaluation``, ``keys``, ...; default: :data:`RECOMMENDED`.
 
     Returns:
-        The model, edited, and what was measured.
+        The edited model, and the result.
 
     Raises:
-        UserError: for a model, tokenizer, facts, layers, seed, folder or settings that can not be.
+        UserError: The model, tokenizer, facts, layers, seed, folder or settings are not valid.
 
     Example::
 
@@ -159,9 +160,9 @@ def edit_model(
                 **TRAINER_DEFAULTS,
             )
             trainer.fit(editor, datamodule=data)
-            summary = summarize(trainer, editor)
+            summary = editor.summarize()
     except BaseException:
-        _revert(editor)  # whoever gets no result can not take the edits out
+        _revert(editor)  # without a result the caller cannot remove the edits
         raise
     finally:
         set_rng_state(generators)
@@ -173,25 +174,25 @@ def edit_model(
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where words end: give the "
+            f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets: give the "
             "fast one that AutoTokenizer loads, or convert it to a PreTrainedTokenizerFast."
         )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise UserError(
-            "Values are found by gradients, which torch.inference_mode() rules out: load the model and call edit_model "
-            "outside of it (torch.no_grad() does no harm)."
+            "Values are found by gradients, which torch.inference_mode() forbids: load the model and call edit_model "
+            "outside of it (torch.no_grad() is fine)."
         )
     for name, kind in SETTINGS.items():
         if name in settings and not isinstance(settings[name], kind):
-            such = "EMMET" if kind is Method else kind.__name__
-            raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {such}().")
+            example = "EMMET" if kind is Method else kind.__name__
+            raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {example}().")
 
 
 def _check_run(seed: int, folder: str | Path | None) -> None:
     if not min_seed_value <= seed <= max_seed_value:
         raise UserError(f"seed is {seed}: it must lie between {min_seed_value} and {max_seed_value}.")
     if folder is not None and Path(folder).is_file():
-        raise UserError(f"folder is {folder}, a file: name a folder, which need not be there yet.")
+        raise UserError(f"folder is {folder}, a file: give a folder, which need not exist yet.")
 
 
 def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
@@ -210,7 +211,7 @@ def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode and without gradients inside; its modes, gradients and device are put back."""
+    """Puts the model into eval mode without gradients inside the ``with``; afterwards restores modes and device."""
     device = model.device
     training = {module: module.training for module in model.modules()}
     with_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -227,7 +228,7 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What Lightning's seeding leaves in the environment would seed whatever else the process does later."""
+    """Removes the variables that Lightning's seeding sets, which would seed whatever the process does later."""
     names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:

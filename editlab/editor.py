@@ -14,63 +14,66 @@ from torch import Tensor
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
-from editlab.edits.batch import StepState, carry_out, solve_again, solve_batch
+from editlab.edits.batch import BatchSolver, SolveSettings
 from editlab.edits.edited_layer import ClosedFormOptimizer
 from editlab.edits.edited_model import EditedModel
-from editlab.edits.layer_search import find_layers
+from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
-from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
-from editlab.keys.subject_keys import KEY_MODES, Keys, read_keys, too_long
-from editlab.lm.precision import default_dtype
+from editlab.keys.subject_keys import too_long
+from editlab.lm.fingerprint import architecture
+from editlab.lm.precision import default_dtype, dtype_name
 from editlab.runs import resume
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import finish_run
-from editlab.solver.closed_form import Preservation
+from editlab.runs.summary import finish_run, provenance
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import progress
-from editlab.utils.validation import at_least_one, not_negative, one_of
+from editlab.utils.rng import set_rng_state
 from editlab.values.cache import ValueCache
 from editlab.values.optimize import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
 
 _float32 = default_dtype(torch.float32)
-"""With ``trainer.precision bf16-true`` Lightning makes bfloat16 the type of all new tensors in a step. It is meant for
-the model alone: values, scores and solves stay as wide as they are everywhere else."""
+"""With ``trainer.precision bf16-true`` Lightning creates all new tensors of a step in bfloat16. That is meant for the
+model alone: values, scores and solves keep their full width."""
 
 
 class SequentialEditor(EditedModel):
-    """Edits facts in a causal language model, one closed-form batch update a training step.
+    """Edits facts in a causal language model; each training step is one closed-form update for a batch of facts.
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
-        layers: blocks whose MLP output projection is edited; the target lives at the highest, and MEMIT's spreading
-            shares it out over all of them, from the lowest up. ``auto`` finds them by trying
+        layers: blocks whose MLP output projection is edited. Values are found at the highest; MEMIT's spreading
+            divides the update among all of them, from the lowest up. ``auto`` chooses them by trying
             (:mod:`editlab.edits.layer_search`).
-        method: the closed form's metric and slack: ROME, MEMIT, EMMET or AlphaEdit.
-        values: how targets v* are found.
-        moments: the text of the second moments C0.
-        contexts: prefixes in which values (and keys, where asked) are averaged.
-        evaluation: what is measured beside the edits themselves.
-        keys: ``bare`` (key in the bare prompt), ``mean`` (averaged over contexts) or ``each`` (one constraint a
-            context).
-        preserve_prompt_tokens: weight with which the keys of the edited prompts' other tokens enter the metric of
-            their batch; the model reads those tokens too, so an edit should not move them. 0 leaves them out.
-        passes: times that a batch goes through the layers, each time for what is left undone.
-        edit_module: path of the edited module inside a block, where it is not found by structure.
-        device_map: transformers' own (``auto``, or module path -> device), for a model that one device can not hold;
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
+        values: how the values v* are found.
+        moments: the text that the second moments C0 are computed from.
+        contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
+        evaluation: what is measured in addition to the edits.
+        keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
+        preserve_prompt_tokens: weight with which the keys of the edited prompts' context tokens enter the metric of
+            their batch. The model reads those tokens too, so an edit should not move them. 0 turns it off.
+        passes: number of times that a batch goes through the layers, each time for the remaining residual.
+        edit_module: path of the edited module inside a block; default: found by structure.
+        device_map: transformers' own (``auto``, or module path -> device), for a model that one device cannot hold;
             the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
-        condition_limit: the Gram matrix' condition number above which the slack is raised (see the solver).
+        condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
 
     Raises:
-        UserError: for layers, keys or weights that can not be.
+        UserError: The layers, keys or weights are not valid.
     """
+
+    solver: BatchSolver
+    """solves the batches; set when the fit starts"""
 
     def __init__(
         self,
@@ -90,50 +93,54 @@ class SequentialEditor(EditedModel):
         condition_limit: float = 1e10,
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map)
-        one_of("model", KEY_MODES, keys=keys)
-        not_negative("model", preserve_prompt_tokens=preserve_prompt_tokens)
-        if not condition_limit > 1:
-            raise UserError(f"model.condition_limit is {condition_limit}: a condition number is above 1.")
-        at_least_one("model", passes=passes)
-        self.method = method
+        self.solve_settings = SolveSettings(method, keys, preserve_prompt_tokens, passes, condition_limit)
         self.values = values
         self.moments = moments
         self.context_settings = contexts
-        self.key_mode = keys
-        self.preserve_prompt_tokens = preserve_prompt_tokens
-        self.passes = passes
         self.restore_between_batches = restore_between_batches
-        self.condition_limit = condition_limit
         self.automatic_optimization = False
-        self.preservation: dict[int, Preservation] = {}
         self.contexts: list[str] = []
         self.ledger = Ledger(restore_between_batches)
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
+        self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """The data module asks what does not fit into the model, whatever the verb."""
+        """Lets the data module check whether a fact fits into the model."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             data.fault = self.too_long
 
     def too_long(self, fact: Fact) -> str | None:
-        """What of a fact, as far as it is measured, the model can not take; as the end of a sentence."""
+        """The text of a fact that is too long for the model, as :func:`~editlab.keys.subject_keys.too_long` has it."""
         measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
         return too_long(self.lm, measured, self.contexts)
 
     def configure_optimizers(self) -> ClosedFormOptimizer:
-        """The optimizer whose step adds the solved updates; layers that nothing has named are found first."""
+        """The optimizer whose step runs the solve; with ``layers: auto`` the layers are chosen first."""
         if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
-            self.edit_at(find_layers(self))
+            self.edit_at(self.find_layers(self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
         return ClosedFormOptimizer(self.layers)
+
+    def find_layers(self, facts: Sequence[Fact]) -> list[int]:
+        """The layers at which editing these facts works best (:func:`~editlab.edits.layer_search.choose_layers`)."""
+        setup = SearchSetup(
+            self.lm, self.language_model, self.model_key, self.solve_settings, self.values, self.moments,
+            self.context_settings,
+        )  # fmt: skip
+        return choose_layers(setup, facts)
+
+    @property
+    def method(self) -> Method:
+        """The editing method."""
+        return self.solve_settings.method
 
     @property
     def edits(self) -> int:
-        """Facts that went through a step so far: the x-axis of every curve."""
+        """Number of facts that went through a step so far: the x-axis of every curve."""
         return len(self.ledger)
 
     @property
@@ -143,11 +150,11 @@ class SequentialEditor(EditedModel):
 
     @cached_property
     def unedited_scores(self) -> ScoreCache:
-        """What the unedited weights score, kept in the cache folder."""
+        """Scores of the unedited weights, kept in the cache folder."""
         return self.evaluation.cache(self.lm, self.model_key)
 
     def on_fit_start(self) -> None:
-        """Contexts, second moments, the facts to edit, and what the unedited model scores."""
+        """Prepares the solver, selects the facts to edit, and measures the unedited model."""
         self.evaluation.start_clock()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         largest = self.method.largest_batch
@@ -156,48 +163,63 @@ class SequentialEditor(EditedModel):
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
         with self.unedited():
-            if not self.contexts:
-                self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
-                self.preservation[layer] = self.method.preservation(c0.to(self.solver_device))
+            self.prepare_solver()
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
-        resume.begin(self)
+        if self.resumed is not None:
+            resume.RunIdentity.of(self.resumed).require_settings(self.identity)
+            resume.require_facts(self.ledger, data.facts, data.path)
+        resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
+
+    def prepare_solver(self) -> None:
+        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model."""
+        with self.unedited():
+            if not self.contexts:
+                self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
+            layers = dict(zip(self.layer_numbers, self.layers, strict=True))
+            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, layers, self.contexts)
+            self.solver.set_moments(second_moments(self.lm, self.layer_numbers, self.moments, self.language_model))
 
     def on_train_start(self) -> None:
-        """All set-up is done: a resumed run's random generators take up their states."""
-        resume.restore_rng(self)
+        """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
+        if self.resumed is not None:
+            set_rng_state(self.resumed["rng"])
 
     # ---- one batch of edits -----------------------------------------------------------------------------------
 
     @_float32
     def training_step(self, batch: FactBatch, batch_idx: int) -> None:
-        """Values, plan, solve, verdict, measurement: one batch of edits."""
+        """Edits one batch: values, plan, solve, verdict, measurement."""
         facts = latest(batch.facts)
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
-        before = StepState(self.layers)
+        before = Snapshot(self.layers)
         plan = EditPlan(self.global_step, facts, self.find_values(facts))
-        self._tell("on_edit_planned", plan)
-        outcome = EditOutcome(plan, {}, {})
-        self.optimizers().step(lambda: solve_batch(self, outcome))  # type: ignore[union-attr]
-        self._tell("on_edit_applied", outcome)
+        self._notify("on_edit_planned", plan)
+        outcome = EditOutcome(plan)
+        self.optimizers().step(lambda: self.solver.solve(outcome))  # type: ignore[union-attr]
+        self._notify("on_edit_applied", outcome)
         while outcome.needs_solving:
-            solve_again(self, outcome, before)
-            self._tell("on_edit_applied", outcome)
-        carry_out(self, outcome, before)
-        stayed = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
-        self.ledger.add(batch.facts, plan.step, [stayed[fact.slot] for fact in batch.facts])
-        self._tell("on_edit_settled", outcome)
-        self._tell("on_edit_adjust", outcome)
-        self._tell("on_edit_done", outcome)
+            self.solver.solve_without_dropped(outcome, before)
+            self._notify("on_edit_applied", outcome)
+        self.solver.apply_verdict(outcome, before)
+        factors = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
+        self.ledger.add(batch.facts, plan.step, [factors[fact.slot] for fact in batch.facts])
+        for event in ("on_edit_settled", "on_edit_adjust", "on_edit_done"):
+            self._notify(event, outcome)
         self._log_step(batch.facts, outcome)
+
+    def _notify(self, event: str, subject: EditPlan | EditOutcome) -> None:
+        """Calls this hook of :class:`~editlab.callback.EditCallback` on all callbacks that have it, by priority."""
+        listeners = [c for c in self.trainer.callbacks if hasattr(c, event)]  # type: ignore[attr-defined]
+        for callback in sorted(listeners, key=lambda c: (getattr(c, "priority", 0), c.state_key)):
+            getattr(callback, event)(self.trainer, self, subject)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
 
-        Those on the original weights do not depend on the run, so they are kept in the cache folder.
+        Values on the original weights do not depend on the run, so they are kept in the cache folder.
         """
         if self.values.reference == "current":
             return self.optimize_values(facts)
@@ -207,69 +229,79 @@ class SequentialEditor(EditedModel):
             return self._value_cache.fetch(facts, self.optimize_values)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], found on the weights as they are."""
+        """Values v* of facts, float32 [n, d_v], on the weights as they are."""
         with progress(total=len(facts), desc="Values", unit="fact") as bar:
             return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
-
-    def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
-        """Keys of facts at an edited layer with the weights as they are, and what their site gives now."""
-        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.key_mode)
-
-    def _tell(self, event: str, what: EditPlan | EditOutcome) -> None:
-        listeners = [c for c in self.trainer.callbacks if isinstance(c, EditCallback)]  # type: ignore[attr-defined]
-        for callback in sorted(listeners, key=lambda c: c.state_key):
-            getattr(callback, event)(self.trainer, self, what)
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():
             before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
-        rows = {f"before/{k}": v for k, v in before.items()} | {f"immediate/{k}": v for k, v in immediate.items()}
+        rows = before | immediate
         rows |= {f"solve/{k}": v for k, v in outcome.diagnostics.items()}
         rows |= {
             f"weights/layer_{n}/delta_norm": layer.relative_norm()
             for n, layer in zip(self.layer_numbers, self.layers, strict=True)
         }
-        rows |= {"edit/factor": outcome.factor, "edit/left_out": float(len(outcome.left_out))}
+        rows |= {"edit/factor": outcome.factor, "edit/dropped": float(len(outcome.dropped))}
         rows |= {"edit/additions": float(len(outcome.plan.additions)), "edit/superseded": float(self.ledger.superseded)}
         rows |= outcome.measured
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)
-        bar: dict[str, Any] = {n: immediate[n] for n in ("ES", "accuracy") if n in immediate}  # no ES without a truth
+        shown = ("immediate/ES", "immediate/accuracy")  # there is no ES of facts that name no truth
+        bar: dict[str, Any] = {name: immediate[name] for name in shown if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
 
     def measure_retained(self) -> dict[str, float]:
-        """ES, PS, NS and company of all edits that are in the weights, measured once for a state and logged.
+        """ES, PS, NS, S and accuracies of all edits that are in the weights, measured once for a state and logged.
 
-        Independent batches are not in the weights together, so there nothing is retained and nothing measured.
+        Independent batches are never in the weights together, so for them nothing is measured.
         """
         if self.restore_between_batches:
             return {}
         return self.evaluation.measure_retained(self.lm, self.edited_facts, self.edits, self.trainer.loggers)
 
     def on_train_end(self) -> None:
-        """All edits measured on the final weights, while the model is on its device and the ranks are together."""
+        """Measures all edits on the final weights, while the model is on its device and all ranks are here."""
         self.measure_retained()
 
     def on_fit_end(self) -> None:
-        """The summary, on the screen and in the run's folder."""
-        resume.end(self)
-        self.measure_retained()  # of a finished run that was resumed
-        finish_run(self.trainer, self)
+        """Logs the summary and writes it into the run's folder."""
+        if self.resumed is not None:
+            given = len(self.trainer.datamodule.facts)  # type: ignore[attr-defined]
+            resume.require_unfinished(self.trainer, self.resumed, self.edits, given)
+        self.measure_retained()  # for a finished run that was resumed: its training did not start
+        layers = ", ".join(map(str, self.layer_numbers))
+        title = f"{self.language_model}, layers {layers}, {type(self.method).__name__}"
+        finish_run(self.trainer, self.summarize(), title)
+
+    def summarize(self) -> dict[str, Any]:
+        """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
+        norms = zip(self.layer_numbers, self.layers, strict=True)
+        return {
+            "edits": self.ledger.kept,
+            "rolled_back": self.edits - self.ledger.kept,
+            "superseded": self.ledger.superseded,
+            "batches": self.global_step,
+            "metrics": self.evaluation.results(),
+            "delta_norm": {str(number): layer.relative_norm() for number, layer in norms},
+            "seconds": self.evaluation.stop_clock(),
+            **provenance(self.trainer),
+        }
 
     def on_validation_start(self) -> None:
-        """Past edits are asked for anew."""
-        self._look_at("retained")
+        """Clears what was measured of past edits before."""
+        self._begin("retained")
 
     def on_test_start(self) -> None:
-        """Bystanders are asked for anew."""
-        self._look_at("bystanders")
+        """Clears what was measured of bystanders before."""
+        self._begin("bystanders")
 
-    def _look_at(self, group: str) -> None:
-        """What is measured of a checkpoint goes to its number of edits."""
+    def _begin(self, group: str) -> None:
+        """Starts a measurement of a checkpoint, whose numbers are logged at its number of edits."""
         self.evaluation.begin(group)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
@@ -277,26 +309,58 @@ class SequentialEditor(EditedModel):
 
     @_float32
     def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
-        """Retention: past edits on the weights as they are."""
+        """Measures past edits on the weights as they are (retention)."""
         self.evaluation.update("retained", self.lm, batch.facts)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches."""
-        self.log_dict({f"retained/{k}": v for k, v in self.evaluation.compute("retained").items()})
+        self.log_dict(self.evaluation.compute("retained"))
 
     @_float32
     def test_step(self, batch: FactBatch, batch_idx: int) -> None:
-        """Bystanders: facts that were never edited and should still be as true."""
+        """Measures bystanders: facts that were never edited and should not change."""
         self.evaluation.update("bystanders", self.lm, batch.facts)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
-        self.log_dict({f"bystanders/{k}": v for k, v in self.evaluation.compute("bystanders").items()})
+        self.log_dict(self.evaluation.compute("bystanders"))
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> resume.RunIdentity:
+        """What must agree for a run to resume from a checkpoint of this one."""
+        return resume.RunIdentity(
+            language_model=self.language_model,
+            weights=self.fingerprint,
+            dtype=dtype_name(self.lm.model.dtype),
+            layers=self.layer_numbers,
+            batch_size=getattr(self.trainer.datamodule, "batch_size", 0),  # type: ignore[attr-defined]
+            architecture=architecture(self.lm.model),
+            precision=self.trainer.precision,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what editing changed and not the language model."""
-        resume.save(self, checkpoint)
+        """Saves what editing changed, without the language model."""
+        state = {
+            "modules": [self.lm.anatomy.edit_name(layer) for layer in self.layer_numbers],
+            "adapted": sum(layer.adapter is not None for layer in self.changed_layers),
+            "independent": self.restore_between_batches,
+            "ledger": self.ledger.state_dict(),
+            "contexts": self.contexts,
+            "evaluation": self.evaluation.state_dict(),
+        }
+        resume.save(checkpoint, self.trainer, self.identity, state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up what was kept; Lightning loads the updates."""
-        resume.load(self, checkpoint)
+        """Loads the state; Lightning loads the sums of updates, and :meth:`on_train_start` the random states."""
+        saved = checkpoint[resume.KEY]
+        if not self.layer_numbers:  # ``auto``: the run that the checkpoint is of has chosen them
+            self.edit_at(saved["layers"])
+        resume.RunIdentity.of(saved).require_model(self.identity)
+        for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
+            self.changed_layer(path)  # it has to exist for Lightning to load its sum
+        self.ledger.load_state_dict(saved["ledger"])
+        self.contexts = list(saved["contexts"])
+        self.evaluation.load_state_dict(saved["evaluation"])
+        self.resumed = saved

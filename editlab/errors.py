@@ -1,4 +1,4 @@
-"""The errors that a user sees: one sentence each, saying what is wrong and how to mend it."""
+"""The errors that a user sees: each is one sentence that says what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Iterator
 
 
 class EditLabError(Exception):
-    """A failure that is not the user's doing; the command line prints its one sentence and exits with 1."""
+    """A failure that the user did not cause; the command line prints its sentence and exits with code 1."""
 
     exit_code = 1
 
 
 class UserError(EditLabError):
-    """A mistake in what was asked for (a path, a field, a layer); the command line exits with 2."""
+    """A setting or input that the user can fix (a path, a field, a layer); the command line exits with code 2."""
 
     exit_code = 2
 
 
-class NotFiniteError(EditLabError):
-    """What a model says is NaN or infinite: edits have broken it, or its type is too narrow."""
+class NonFiniteError(EditLabError):
+    """Numbers that a run cannot do without are NaN or infinite: edits broke the model, or its dtype is too narrow.
+
+    It ends the run, unless whoever asked for the numbers can do without them.
+    """
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, the outermost first: libraries wrap what they are told in errors of their own."""
+    """The error and the errors that led to it, the outermost first: libraries wrap the errors of code they call."""
     link: BaseException | None = error
     while link is not None:
         yield link

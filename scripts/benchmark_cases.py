@@ -246,9 +246,9 @@ def whole(s: Setting) -> list[Round]:
                 default_root_dir=folder,
             )
             editor.configure_model()
-            editor.unedited_scores.path = Path(folder) / "scores.sqlite"  # found in each round, as the plain way does
+            editor.unedited_scores.folder = Path(folder) / "scores"  # found in each round, as the plain way does
             trainer.fit(editor, datamodule=data)
-        return 100 * editor.evaluation.retained["ES"]
+        return 100 * editor.evaluation.retained["retained/ES"]
 
     return [Round(len(s.facts), plain, ours, lambda a, b: abs(a - b))]
 

@@ -34,7 +34,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
 from editlab.runs.figures import BLACK, BLUE, GREEN, new_figure, save_figure
 from editlab.solver.closed_form import Constraints, Preservation, solve
-from editlab.solver.methods import EMMET
+from editlab.solver.methods import MEMIT
 from editlab.values.optimize import ValueSettings
 
 D_K, D_V, BATCH = 1536, 576, 32
@@ -119,7 +119,7 @@ def _edit_many(tokenizer: Any, count: int, callbacks: list[Any]) -> None:
     ]
     edit_model(
         model, tokenizer, facts, layers=[1], batch_size=BATCH, callbacks=callbacks, progress=False,
-        method=EMMET(covariance_weight=1000, gamma=1), values=ValueSettings(steps=2),
+        method=MEMIT(covariance_weight=1000), values=ValueSettings(steps=2),
         contexts=ContextSettings(count=1, length=3),
         moments=MomentSettings(tokens=4096, cache=False),
         evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, immediate="edits"),

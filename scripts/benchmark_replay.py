@@ -15,11 +15,8 @@ from typing import Any, cast
 from callbacks import MemoryReplay
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.edits.batch import solve_batch
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.evaluation.scoring import prefers_truth
-from editlab.keys.contexts import sample_contexts
-from editlab.keys.moments import second_moments
 
 TRAINER = cast(Any, None)
 """MemoryReplay does not look at it."""
@@ -30,9 +27,8 @@ def step(editor: SequentialEditor, replay: MemoryReplay, number: int, facts: Any
     start = time.perf_counter()
     plan = EditPlan(number, facts, editor.optimize_values(facts))
     replay.on_edit_planned(TRAINER, editor, plan)
-    outcome = EditOutcome(plan, {}, {})
-    for layer, update in solve_batch(editor, outcome):
-        layer.add(update)
+    outcome = EditOutcome(plan)
+    editor.solver.solve(outcome)
     replay.on_edit_settled(TRAINER, editor, outcome)
     return time.perf_counter() - start, outcome
 
@@ -48,9 +44,7 @@ def main() -> None:
 
     editor = SequentialEditor()
     editor.configure_model()
-    editor.contexts = sample_contexts(editor.lm, editor.context_settings)
-    c0 = second_moments(editor.lm, editor.layer_numbers, editor.moments, editor.language_model)
-    editor.preservation = {layer: editor.method.preservation(moments) for layer, moments in c0.items()}
+    editor.prepare_solver()
     data = EditDataModule(limit=arguments.batch_size * (arguments.batches + 1))
     data.setup()
     data.select(lambda facts: prefers_truth(editor.lm, facts, editor.unedited_scores))

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.evaluation.scoring import score_facts
 from editlab.runs.summary import run_folder
 from editlab.utils.files import atomic_file
@@ -42,6 +43,8 @@ class InjectFaults(EditCallback):
         sample: facts asked for at each point, spread over all that went before.
         kinds: of faults; all where not given.
     """
+
+    priority = 20  # before replay and trust see the plan
 
     def __init__(
         self,

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.trust.probes import quick
+from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.batch import solve_batch
-from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.evaluation.scoring import score_pairs, token_log_probs
 from editlab.keys.moments import read_file, read_ids
+from editlab.lm.matmul import products_above
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
 from scripts.faults import InjectFaults
@@ -59,7 +59,7 @@ class ForkLabels(EditCallback):
         matmul: how the probes multiply above the edited layers, as the gate's.
     """
 
-    state_key = "ZForkLabels"  # hears each event after the gate
+    priority = 90  # after trust (50): the verdict is in when it compares the branches
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class ForkLabels(EditCallback):
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Keeps the whole update, before anyone's verdict is carried out."""
-        if not outcome.left_out:
+        if not outcome.dropped:
             self._updates = [outcome.updates[number] for number in editor.layer_numbers]
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
@@ -130,8 +130,7 @@ class ForkLabels(EditCallback):
             for layer, total in zip(editor.layers, totals, strict=True):
                 layer.restore(total)
             for plan in waiting.plans:
-                for layer, update in solve_batch(editor, EditOutcome(plan, {}, {})):
-                    layer.add(update)
+                editor.solver.solve(EditOutcome(plan))
             found.append(self._ask(editor, waiting, [layer.total.clone() for layer in editor.layers]))
         self._write(waiting, len(waiting.plans), *found)
 
@@ -141,7 +140,7 @@ class ForkLabels(EditCallback):
         own = [(p, fact) for fact in batch.intended for p in fact.paraphrases[:1]]
         pairs = [(p, fact.target_new) for p, fact in own] + [(p, str(fact.target_true)) for p, fact in own]
         pairs += [(fact.question, fact.target_new) for fact in batch.past]
-        with quick(editor, self.matmul):
+        with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
             logp, hit = score_pairs(editor.lm, pairs)
         own_new, own_true, _ = logp.split([len(own), len(own), len(batch.past)])
         return {
@@ -159,7 +158,7 @@ class ForkLabels(EditCallback):
                 return numbers
         beside = [(fact.neighbors[0], fact) for fact in self.bystanders]
         pairs = [(n.prompt, n.truth) for n, _ in beside] + [(n.prompt, fact.target_new) for n, fact in beside]
-        with quick(editor, self.matmul):
+        with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
             near_true, near_new = score_pairs(editor.lm, pairs)[0].split(len(beside))
             nll = float(-token_log_probs(editor.lm, self.ids).mean())
         numbers = {"NS": float((near_true > near_new).float().mean()) if beside else float("nan"), "nll": nll}

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, ByT5Tokenizer
 import editlab
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
+from editlab.callback import EditCallback
 from editlab.data import Fact
-from editlab.edits.plan import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
+from editlab.metrics.names import add_group
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.test_editor import editor, fit
@@ -84,7 +85,7 @@ def test_the_same_bits_as_a_run_of_the_command(tiny_folder, tmp_path):
         tiny_model("llama"), tiny_tokenizer(), FACTS[:4], layers=[1], batch_size=2, progress=False, **as_in(module)
     )  # fmt: skip
     assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
-    assert result.retained == module.evaluation.retained
+    assert add_group("retained", result.retained) == module.evaluation.retained
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,7 +117,7 @@ def test_half_precision_gives_the_bits_of_the_command(tiny_folder, tmp_path):
         **as_in(module),
     )  # fmt: skip
     assert torch.equal(result.editor.layers[0].total, module.layers[0].total)
-    assert result.retained == module.evaluation.retained
+    assert add_group("retained", result.retained) == module.evaluation.retained
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -143,8 +144,8 @@ def as_in(module):
     return {
         "method": module.method, "values": module.values, "moments": module.moments,
         "contexts": module.context_settings,
-        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.preserve_prompt_tokens,
-        "keys": module.key_mode,
+        "evaluation": module.evaluation.settings, "preserve_prompt_tokens": module.solve_settings.context_key_weight,
+        "keys": module.solve_settings.key_mode,
     }  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def test_a_seed_out_of_range_is_named(seed):
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(UserError, match="runs, a file: name a folder"):
+    with pytest.raises(UserError, match="runs, a file: give a folder"):
         edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, "folder": tmp_path / "runs"})
     assert (tmp_path / "runs").read_text() == "mine"
 

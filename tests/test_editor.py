@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from callbacks import ForgettingCurve, MemoryReplay
+from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
+from editlab.callback import EditCallback
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import Addition, EditCallback
+from editlab.edits.plan import Addition
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
@@ -210,6 +211,38 @@ def test_every_callback_hears_each_event_before_the_next(tiny_folder, tmp_path):
         assert heard == [(n, e) for e in ("planned", "applied", "settled", "adjust", "done") for n in ("One", "Two")]
 
 
+def test_callbacks_are_called_by_priority_whatever_their_names_and_their_order_in_the_list(tiny_folder, tmp_path):
+    called = []
+
+    class Named(EditCallback):
+        def on_edit_planned(self, trainer, editor, plan):
+            called.append(type(self).__name__)
+
+    class Zeta(Named):
+        priority = -1
+
+    class Beta(Named):
+        pass
+
+    class Alpha(Named):
+        priority = 60
+
+    class Gamma(Named):
+        pass
+
+    callbacks = [Gamma(), Alpha(), Zeta(), Beta()]
+    for order in (callbacks, callbacks[::-1]):
+        called.clear()
+        fit(tmp_path, editor(tiny_folder), callbacks=order, limit=1, batch_size=1)
+        assert called == ["Zeta", "Beta", "Gamma", "Alpha"]  # equal priorities by state_key
+
+
+def test_our_callbacks_have_priorities_of_their_own():
+    order = sorted((ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback), key=lambda kind: kind.priority)
+    assert [kind.__name__ for kind in order] == ["ForgettingCurve", "LoRAAdjust", "MemoryReplay", "TrustRollback"]
+    assert len({EditCallback.priority, *(kind.priority for kind in order)}) == 5
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the run goes on in its folder
 def test_other_weights_may_be_changed_and_are_part_of_a_checkpoint(tiny_folder, tmp_path):
     path = "model.layers.0.self_attn.q_proj"
@@ -256,10 +289,13 @@ def test_files_of_a_run(tiny_folder, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["edits"] == 6
     assert summary["batches"] == trainer.global_step == 3
-    names = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
-    assert all(names <= set(summary[group]) for group in ("before", "immediate", "retained"))
-    assert set(summary["perplexity"]) == {"before", "after"}
-    assert float(rows[-1]["retained/ES"]) == summary["retained"]["ES"]
+    names = ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy")
+    groups = ("before", "immediate", "retained")
+    metrics = summary["metrics"]
+    assert {f"{group}/{name}" for group in groups for name in names} <= set(metrics)
+    assert {"before/perplexity", "retained/perplexity", "before/generation_entropy"} <= set(metrics)
+    retained = {name: value for name, value in metrics.items() if name.startswith("retained/")}
+    assert {name: float(rows[-1][name]) for name in retained} == retained  # one spelling, one value
 
 
 def test_same_seed_same_bits(tiny_folder, tmp_path):
@@ -321,7 +357,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
     path = trainer.checkpoint_callback.best_model_path
     other = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
     (measured,) = other.validate(editor(tiny_folder), data, ckpt_path=path, verbose=False)
-    assert measured["retained/ES"] == pytest.approx(trainer.model.evaluation.retained["ES"])
+    assert measured["retained/ES"] == pytest.approx(trainer.model.evaluation.retained["retained/ES"])
     (bystanders,) = other.test(editor(tiny_folder), data, ckpt_path=path, verbose=False)
     assert 0 <= bystanders["bystanders/ES"] <= 1
 
@@ -366,7 +402,7 @@ def test_half_precision_is_the_model_s_alone(tiny_folder, tmp_path):
     assert module.lm.model.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32
     assert {outcome.plan.targets.dtype for outcome in spy.outcomes} == {torch.float32}
-    scores = [scores.edit for group in module.evaluation.scores.values() for scores in group]
+    scores = [module.evaluation.scores(group).edit for group in ("before", "immediate", "retained")]
     assert {one.logp_new.dtype for one in scores} == {torch.float32}
     for layer in module.layers:
         assert layer.total.dtype == torch.float32

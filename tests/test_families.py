@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from editlab.cli.main import main
+from editlab.metrics.names import LANGUAGE, of_group
 from tests.cli.commands.runs import edited
 from tests.lm.test_anatomy import EXPECTED
 from tests.tiny import OTHERS
@@ -41,7 +42,10 @@ def test_the_whole_path(family, tmp_path):
     run = edited(tmp_path, family, layers=layers)
     summary = json.loads((run.folder / "summary.json").read_text())
     assert (summary["edits"], summary["rolled_back"]) == (6, 2)  # Verdicts rolls one batch of four back
-    assert summary["before"].keys() == summary["immediate"].keys() == summary["retained"].keys()
+    measured = {group: of_group(summary["metrics"], group).keys() for group in ("before", "immediate", "retained")}
+    assert "ES" in measured["before"]
+    assert measured["before"] - set(LANGUAGE) == measured["immediate"]
+    assert measured["before"] == {name for name in measured["retained"] if not name.startswith("accuracy_age")}
     recipe = ["--config", str(tmp_path / "tiny.yaml"), "--ckpt_path", str(run.checkpoint)]
     assert main(["validate", *recipe]) == 0
     out = tmp_path / "out"

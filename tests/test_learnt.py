@@ -75,9 +75,9 @@ def test_what_a_model_has_learnt_is_edited_where_it_finds_it(tmp_path, monkeypat
     (summary,) = (tmp_path / "lightning_logs").rglob("summary.json")
     found = json.loads(summary.read_text())
     assert found["edits"] >= 49  # all that it knows
-    assert found["before"]["accuracy"] == 0
-    assert found["immediate"]["accuracy"] >= 0.95
+    assert found["metrics"]["before/accuracy"] == 0
+    assert found["metrics"]["immediate/accuracy"] >= 0.95
     assert main(["export", "--ckpt_path", str(summary.parent), "--out", "edited"]) == 0
     edited = type(model).from_pretrained("edited")
     right = sum(says(edited, tokenizer, person) == moves[person] for person in PEOPLE)
-    assert right >= round(50 * found["retained"]["accuracy"]) - (50 - found["edits"])
+    assert right >= round(50 * found["metrics"]["retained/accuracy"]) - (50 - found["edits"])

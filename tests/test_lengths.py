@@ -1,4 +1,4 @@
-"""Texts longer than the context of a model whose positions are learnt: named or left out before any verb meets them."""
+"""Texts longer than the context of a model whose positions are learnt: named or skipped before any verb meets them."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ def test_a_long_text_is_named(place, capsys, case, only_known):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("editlab:")]
     assert message in line
     assert "and the model takes 128: shorten" in line
-    assert line.endswith("or leave the fact out (data.skip_bad).")
+    assert line.endswith("or skip the fact (data.skip_bad).")
 
 
 def test_facts_with_long_texts_are_left_out_by_every_verb(place, capsys):
@@ -67,7 +67,7 @@ def test_facts_with_long_texts_are_left_out_by_every_verb(place, capsys):
     write(place, capital("France", **paraphrase), *map(capital, COUNTRIES[1:]), capital("Brazil", **prompt))
     recipe = ["--config", "tiny.yaml", "--data.skip_bad=true"]
     assert main(["fit", *recipe]) == 0
-    assert "Left out: the fact 'The capital of France is'... has a paraphrase with " in capsys.readouterr().out
+    assert "Skipped: the fact 'The capital of France is'... has a paraphrase with " in capsys.readouterr().out
     run = place / "lightning_logs" / "tiny" / "version_0"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["edits"], set(summary["perplexity"])) == (2, {"before", "after"})
@@ -75,7 +75,7 @@ def test_facts_with_long_texts_are_left_out_by_every_verb(place, capsys):
     assert main(["validate", *recipe, *checkpoint]) == 0
     capsys.readouterr()
     assert main(["test", *recipe, *checkpoint]) == 0
-    assert "Left out: the fact 'Paris is Paris. " in capsys.readouterr().out
+    assert "Skipped: the fact 'Paris is Paris. " in capsys.readouterr().out
     assert main(["test", "--config", "tiny.yaml", *checkpoint]) == 2
     assert "and the model takes 128: shorten its prompt, or leave" in capsys.readouterr().err
 

@@ -25,12 +25,12 @@ def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch, precis
     )
     assert main(["fit", "--config", str(recipe), "--trainer.precision", precision]) == 0
     run = tmp_path / "lightning_logs" / "real" / "version_0"
-    summary = json.loads((run / "summary.json").read_text())
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
     # Four facts are no sequence: all of them must be there, argmax and all, and the language must not have suffered.
-    assert summary["before"]["ES"] == 0  # known facts: the truth was likelier
-    assert summary["immediate"]["ES"] == summary["retained"]["ES"] == 1
-    assert summary["retained"]["accuracy"] == 1
-    assert summary["perplexity"]["after"] < 1.03 * summary["perplexity"]["before"]
+    assert metrics["before/ES"] == 0  # known facts: the truth was likelier
+    assert metrics["immediate/ES"] == metrics["retained/ES"] == 1
+    assert metrics["retained/accuracy"] == 1
+    assert metrics["retained/perplexity"] < 1.03 * metrics["before/perplexity"]
     assert main(["export", "--ckpt_path", str(run), "--out", "edited"]) == 0
     model = AutoModelForCausalLM.from_pretrained("edited")
     assert model.dtype == dtype

@@ -1,7 +1,7 @@
-"""A LoRA adapter by PEFT on some linear maps of a model: in place while it is trained, and out of the way otherwise.
+"""A LoRA adapter by PEFT on some linear maps of a model, which is in the model only while it is trained.
 
-Between two trainings the model's modules are its own: what the adapter adds is a dense update of each map, which is
-added to the weight or kept beside it (:class:`~editlab.edits.edited_layer.EditedLayer`).
+Between two trainings the model has its own modules: the adapter's effect is then a dense update of each map, which is
+added to the weight or kept apart from it (:class:`~editlab.edits.edited_layer.EditedLayer`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ GROUPS = ("edited", "mlp", "attention")
 
 
 def find_targets(anatomy: Anatomy, targets: str, layers: Sequence[int]) -> list[str]:
-    """Paths in the model of the linear maps that an adapter goes to, layer by layer.
+    """Paths in the model of the linear maps that get the adapter, layer by layer.
 
     Args:
-        anatomy: of the model.
-        targets: ``edited``: the MLP's output projection; ``mlp``: all maps of the MLP; ``attention``: those outside of
-            it; or a regular expression that a path inside a block matches as a whole (``mlp[.](up|down)_proj``).
+        anatomy: anatomy of the model.
+        targets: ``edited``: the MLP's output projection; ``mlp``: all maps of the MLP; ``attention``: all maps outside
+            of it; or a regular expression that has to match the whole path inside a block (``mlp[.](up|down)_proj``).
         layers: blocks, counted from 0.
 
     Raises:
-        UserError: for a layer that is not there, an expression that is none, or one that matches nothing.
+        UserError: A layer does not exist, the regular expression is invalid, or it matches nothing.
     """
     mlp = anatomy.edit_path.rpartition(".")[0]
     found: list[str] = []
@@ -55,7 +55,7 @@ def find_targets(anatomy: Anatomy, targets: str, layers: Sequence[int]) -> list[
             chosen = [path for path in paths if _expression(targets).fullmatch(path)]
         if not chosen:
             raise UserError(
-                f"LoRAAdjust.targets is {targets!r}, which names no linear map of layer {layer}: say "
+                f"LoRAAdjust.targets is {targets!r}, which names no linear map of layer {layer}: set "
                 f"{', '.join(GROUPS)}, or match some of {', '.join(paths)}."
             )
         found += [f"{anatomy.block_path}.{layer}.{path}" for path in chosen]
@@ -66,19 +66,21 @@ def _expression(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise UserError(f"LoRAAdjust.targets is {text!r}, which is no regular expression ({error}).") from error
+        raise UserError(
+            f"LoRAAdjust.targets is {text!r}, which is not a valid regular expression ({error}): correct it."
+        ) from error
 
 
 class Adapter:
-    """One adapter, as PEFT makes it (Hu et al. 2022, arXiv:2106.09685): it starts out adding nothing.
+    """One adapter of PEFT (Hu et al. 2022, arXiv:2106.09685); its initial update is zero.
 
     Args:
-        lm: the model that it is for.
-        paths: of its linear maps in the model.
-        rank: of what it adds to each.
-        alpha: what it adds is scaled by alpha / rank.
-        dropout: on its inputs, while it is trained.
-        seed: of its first factors.
+        lm: the model.
+        paths: paths in the model of the linear maps that get it.
+        rank: rank of its update of each map.
+        alpha: its update is scaled by alpha / rank.
+        dropout: dropout on its inputs in training.
+        seed: seed of its initial factors.
     """
 
     def __init__(
@@ -91,13 +93,13 @@ class Adapter:
             task_type="CAUSAL_LM",
         )  # fmt: skip
         self.factors: dict[str, Tensor] | None = None
-        """PEFT's state of it, on the CPU; None before its first training"""
+        """its factors as PEFT's state dict, on the CPU; None before its first training"""
 
     @contextmanager
     def in_place(self) -> Iterator[PeftModel]:
-        """The model with the adapter in it, which is trained in the ``with``; afterwards the model's modules are back.
+        """Puts the adapter into the model inside the ``with``; afterwards the model has its own modules again.
 
-        Dropout is on in the adapter alone: the model stays in eval mode.
+        Only the adapter's dropout is in training mode: the model stays in eval mode.
         """
         with private_draws(self.seed):
             model = get_peft_model(self.lm.model, self.config)
@@ -111,7 +113,7 @@ class Adapter:
             model.unload()
 
     def updates(self, model: PeftModel) -> dict[str, Tensor]:
-        """What it adds to each map, by path: float32 [d_v, d_k]; ``model`` is what :meth:`in_place` gave."""
+        """Path -> the adapter's dense update, float32 [d_v, d_k]; ``model`` is what :meth:`in_place` yields."""
         found = {}
         with torch.no_grad():
             for path, part in _lora_layers(model).items():
@@ -120,22 +122,22 @@ class Adapter:
         return found
 
     def state(self, model: PeftModel) -> dict[str, Tensor]:
-        """The factors as they are trained now; as :attr:`factors` they are taken up again."""
-        # With embeddings to be looked for, PEFT would ask a hub whether the vocabulary has grown.
+        """The factors as trained so far, which can be set as :attr:`factors`."""
+        # Otherwise PEFT queries a model hub for the size of the vocabulary.
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
-        """Writes it in PEFT's format (``adapter_config.json``, safetensors), for the model without it."""
+        """Saves the adapter in PEFT's format (``adapter_config.json``, safetensors), for use with the edited model."""
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent) as temporary, self.in_place() as model:
             model.save_pretrained(temporary, save_embedding_layers=False)
             for file in sorted(Path(temporary).iterdir()):
-                os.replace(file, folder / file.name)  # whole, or not there
+                os.replace(file, folder / file.name)  # atomic: no reader sees half a file
 
 
 def parameters(model: PeftModel) -> list[nn.Parameter]:
-    """The adapter's own, which alone are trained."""
+    """The adapter's parameters: the only ones that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -144,6 +146,6 @@ def _lora_layers(model: PeftModel) -> dict[str, Any]:
     return {n.removeprefix(prefix): part for n, part in model.named_modules() if isinstance(part, LoraLayer)}
 
 
-def between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Factors that lie a share of the way from some to others, which are given back as they are at share 1."""
-    return {name: last if share == 1 else torch.lerp(start[name], last, share) for name, last in end.items()}
+def between(start: dict[str, Tensor], end: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Factors interpolated between two states; at fraction 1 exactly those of ``end``."""
+    return {name: last if fraction == 1 else torch.lerp(start[name], last, fraction) for name, last in end.items()}

@@ -1,6 +1,6 @@
-"""The objective of an adjustment: edits are learnt while the rest stays as it was; and what the guard looks at.
+"""The objective of an adjustment (learn the edits, keep everything else), and the measurements of its guard.
 
-No callback and no PEFT here: a model, rows of tokens, and the parameters to train.
+This module knows neither the callback nor PEFT, only a model and rows of tokens.
 """
 
 from __future__ import annotations
@@ -26,42 +26,49 @@ from editlab.lm.tokens import encode, encode_pair
 from editlab.utils.validation import not_negative
 
 LOSSES = {"edits": 1.0, "before": 2.0, "unedited": 0.0}
-"""What the parts of the loss weigh where nothing else is said."""
+"""Parts of the loss -> their default weights."""
 WINDOW = 32
-"""Tokens in a window of the text that shall stay as likely as it was."""
+"""Tokens in a window of the text whose likelihood should not change."""
 
 
 class Row(NamedTuple):
-    """Tokens, and the places whose next token matters."""
+    """Token ids, and the positions whose next-token predictions count."""
 
     ids: tuple[int, ...]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
+    """the positions"""
     following: tuple[int, ...]
-    """the token after each place"""
+    """the token after each position"""
 
 
 def edit_rows(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Row]:
-    """Each fact's question in each context, up to the last token of its new target; the target's places matter."""
+    """Each fact's question in each context, up to the last token of its new target; the target's tokens count."""
     rows = []
     for fact in facts:
         for context in contexts:
             encoding, start = encode_pair(lm.tokenizer, context + fact.question, fact.target_new)
-            places = tuple(range(start - 1, len(encoding.ids) - 1))
-            rows.append(Row(tuple(encoding.ids[:-1]), places, tuple(encoding.ids[start:])))
+            indices = tuple(range(start - 1, len(encoding.ids) - 1))
+            rows.append(Row(tuple(encoding.ids[:-1]), indices, tuple(encoding.ids[start:])))
     return rows
 
 
 def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
-    """The questions of facts; what would come next matters, and no answer is known."""
+    """The questions of facts; the next-token distribution at their end counts."""
     encoded = [tuple(encode(lm.tokenizer, fact.question).ids) for fact in facts]
     return [Row(ids, (len(ids) - 1,), (-1,)) for ids in encoded]
 
 
 def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[list[int]]:
-    """So many windows of a text file, or of text sampled from the model with its weights as they are (``self``).
+    """Windows of a text file, or of text sampled from the model with its present weights (``self``).
+
+    Args:
+        lm: the model.
+        text: a path, or ``self``.
+        count: number of windows.
+        seed: seed of the sampling.
 
     Raises:
-        UserError: where the file can not be read, or is too short.
+        UserError: The file cannot be read, or is too short.
     """
     if text == "self":
         flat = [token for window in sample_text(lm, count * WINDOW, seed, "Sampling text") for token in window]
@@ -71,17 +78,17 @@ def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[l
 
 
 def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:
-    """Windows of text; each token after the first matters."""
+    """Windows of text; each token after the first counts."""
     return [Row(tuple(w[:-1]), tuple(range(len(w) - 1)), tuple(w[1:])) for w in windows if len(w) > 1]
 
 
 def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
-    """Float32 logits at the places of the rows, one row after the other, [places, vocabulary]; gradients flow.
+    """Float32 logits at the rows' positions, one row after the other, [positions, vocabulary], with gradients.
 
-    Rows are packed where the model runs them so.
+    Rows are packed if the model supports it.
     """
     layout = lay_out(lm, [row.ids for row in rows], Past.none(len(rows)))
-    index = torch.tensor([(r, place) for r, row in enumerate(rows) for place in row.places], device=lm.device)
+    index = torch.tensor([(r, i) for r, row in enumerate(rows) for i in row.indices], device=lm.device)
     with logits_only_at(lm.anatomy.head, *layout.place(index[:, 0], index[:, 1])):
         logits: Tensor = layout.run().logits[0].float()
     return logits
@@ -89,24 +96,24 @@ def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def distributions(lm: LanguageModel, rows: Sequence[Row], size: int = 16) -> list[Tensor]:
-    """Log-probabilities at each row's places with the weights as they are: float32 [places, vocabulary] a row."""
+    """Log-probabilities at each row's positions with the weights as they are, float32 [positions, vocabulary] each."""
     found: list[Tensor] = []
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
-        found += logits_of(lm, some).log_softmax(1).split([len(row.places) for row in some])
+        found += logits_of(lm, some).log_softmax(1).split([len(row.indices) for row in some])
     return found
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model), the mean over places, in nats; of log-probabilities [places, vocabulary]."""
+    """KL(reference || model) in nats, the mean over positions; ``reference`` holds log-probabilities."""
     return nn.functional.kl_div(logits.log_softmax(1), reference, reduction="batchmean", log_target=True)
 
 
 def loss_weights(where: str, weights: dict[str, float]) -> dict[str, float]:
-    """A weight for each of :data:`LOSSES`; ``where`` names the setting in errors.
+    """Adds the default weights of :data:`LOSSES` to those given; ``where`` names the setting in errors.
 
     Raises:
-        UserError: for an unknown part, or a weight that is negative or no number.
+        UserError: A part is unknown, or a weight is negative or not a number.
     """
     if set(weights) - set(LOSSES):
         raise UserError(f"{where} is {weights}: give {', '.join(LOSSES)}, or some of them.")
@@ -116,93 +123,93 @@ def loss_weights(where: str, weights: dict[str, float]) -> dict[str, float]:
 
 @dataclass
 class Objective:
-    """What is trained on: cross-entropy of edits, and divergence from what the model said elsewhere.
+    """The loss of an adjustment: cross-entropy of edits, and divergence from earlier distributions elsewhere.
 
     ``loss = w_edits CE(edits) + w_before KL(before || now) + w_unedited KL(unedited || now)``
     """
 
     edits: Sequence[Row]
-    others: Sequence[Row]
+    other_rows: Sequence[Row]
     before: Sequence[Tensor]
-    """what the model said on :attr:`others` before the adjustment; only looked at where it weighs anything"""
+    """distributions at :attr:`other_rows` before the adjustment; unused if their weight is 0"""
     unedited: Sequence[Tensor]
-    """what the unedited model said there"""
+    """distributions of the unedited model there; unused if their weight is 0"""
     weights: dict[str, float]
 
-    def loss(self, lm: LanguageModel, edits: Sequence[int], others: Sequence[int]) -> dict[str, Tensor]:
-        """The parts of the loss, unweighted, on the named edit rows and other rows."""
+    def loss(self, lm: LanguageModel, edits: Sequence[int], other_rows: Sequence[int]) -> dict[str, Tensor]:
+        """The unweighted parts of the loss on the edit rows and other rows with these indices."""
         rows = [self.edits[i] for i in edits]
         following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
         parts = {"edits": nn.functional.cross_entropy(logits_of(lm, rows), following)}
-        asked = {"before": self.before, "unedited": self.unedited}
-        asked = {name: said for name, said in asked.items() if self.weights[name] > 0}
-        if asked and others:
-            logits = logits_of(lm, [self.others[i] for i in others])
-            for name, said in asked.items():
-                parts[name] = divergence(torch.cat([said[i] for i in others]), logits)
+        references = {"before": self.before, "unedited": self.unedited}
+        references = {name: reference for name, reference in references.items() if self.weights[name] > 0}
+        if references and other_rows:
+            logits = logits_of(lm, [self.other_rows[i] for i in other_rows])
+            for name, reference in references.items():
+                parts[name] = divergence(torch.cat([reference[i] for i in other_rows]), logits)
         return parts
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted sum."""
+        """The weighted sum of the parts."""
         return sum((self.weights[name] * part for name, part in parts.items()), torch.zeros(()))
 
 
 def draw_edits(
     edits: Sequence[Fact], recent: Sequence[bool], replayed: int, probes: int, draw: random.Random
 ) -> tuple[list[Fact], list[Fact]]:
-    """Edits to train on, and edits that the guard sets aside: up to ``probes``, at most a quarter, none of only one.
+    """Draws edits to train on, and held-out edits for the guard: at most a quarter of all, and none of a single edit.
 
     Args:
-        edits: that stand.
-        recent: for each, whether it was made since the last adjustment; those are all trained on.
-        replayed: of the others, how many are drawn to be trained on.
-        probes: how many are set aside; 0 leaves all to be trained on.
-        draw: what they are drawn by.
+        edits: all edits that are in the weights.
+        recent: for each, whether it was made since the last adjustment; all such edits are trained on.
+        replayed: number of earlier edits to train on.
+        probes: largest number of held-out edits.
+        draw: generator of the draws.
     """
     count = min(probes, -(-len(edits) // 4)) if len(edits) > 1 else 0
-    aside = set(draw.sample(range(len(edits)), count))
-    left = [(fact, new) for i, (fact, new) in enumerate(zip(edits, recent, strict=True)) if i not in aside]
-    earlier = [fact for fact, new in left if not new]
+    held_out = set(draw.sample(range(len(edits)), count))
+    rest = [(fact, new) for i, (fact, new) in enumerate(zip(edits, recent, strict=True)) if i not in held_out]
+    earlier = [fact for fact, new in rest if not new]
     drawn = draw.sample(earlier, min(replayed, len(earlier)))
-    return [fact for fact, new in left if new] + drawn, [edits[i] for i in sorted(aside)]
+    return [fact for fact, new in rest if new] + drawn, [edits[i] for i in sorted(held_out)]
 
 
 @dataclass(frozen=True)
 class Health:
-    """What the guard looks at."""
+    """The guard's measurements on held-out edits and text."""
 
     edits: float | None
-    """mean log-probability per token of edits' targets, in nats; None where none are set aside"""
+    """mean log-probability per token of edits' targets, in nats; None if none are held out"""
     accuracy: float | None
-    """share of edits whose targets are the argmax at every token; None where none are set aside"""
+    """fraction of edits whose targets are the argmax at every token; None if none are held out"""
     text: float | None
-    """mean negative log-probability per token of the texts, in nats; None where there are none"""
+    """mean negative log-probability per token of the texts, in nats; None if there are none"""
     ES: float | None = None
-    """share of edits whose new target is likelier than the truth; None where no truth is known"""
+    """fraction of edits whose new target is likelier than the truth; None if no truth is given"""
 
     def numbers(self) -> dict[str, float]:
-        """What was measured, by name; what is no number (a model that is beyond saying anything) is left out."""
+        """The measured numbers by name, without those that are not finite."""
         return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
 
     def worse_than(self, before: Health, tolerance: float) -> str:
-        """What has become worse by more than ``tolerance`` nats per token, as a sentence; "" where nothing has."""
+        """What got worse by more than ``tolerance`` nats per token, as a sentence; "" if nothing did."""
         if before.edits is not None and self.edits is not None and not self.edits >= before.edits - tolerance:
-            return f"edits set aside went from {before.edits:.3f} to {self.edits:.3f} nats per token"
+            return f"held-out edits went from {before.edits:.3f} to {self.edits:.3f} nats per token"
         if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:
-            return f"the text set aside went from {before.text:.3f} to {self.text:.3f} nats per token"
+            return f"the held-out text went from {before.text:.3f} to {self.text:.3f} nats per token"
         return ""
 
 
 def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> Health:
-    """The model on some edits and texts, with the weights as they are."""
+    """Measures the model on some edits and texts, with the weights as they are."""
     scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit if facts else None
-    wanted = [list(zip(row.places, row.following, strict=True)) for row in texts]
+    wanted = [list(zip(row.indices, row.following, strict=True)) for row in texts]
     logps = lm.next_token_scores([row.ids for row in texts], wanted).logps
     text = float(-torch.cat(logps).mean()) if logps else None
     if scores is None:
         return Health(None, None, text)
-    told = ~scores.logp_true.isnan()
-    success = (scores.logp_new > scores.logp_true)[told].float()
+    with_truth = ~scores.logp_true.isnan()
+    success = (scores.logp_new > scores.logp_true)[with_truth].float()
     return Health(
         edits=float(scores.logp_new.mean()),
         accuracy=float(scores.hit_new.float().mean()),
@@ -213,14 +220,14 @@ def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> H
 
 @dataclass
 class Adjustment:
-    """What became of one."""
+    """Result of one adjustment."""
 
     before: Health
     after: Health | None = None
     losses: dict[str, float] = field(default_factory=dict)
     """parts of the loss at the end of the training"""
-    share: float = 1.0
-    """of what was learnt that is kept"""
+    fraction: float = 1.0
+    """fraction of the trained adapter that is kept"""
     reason: str = ""
-    """why it is dropped"""
+    """why it is dropped; "" if it is kept"""
     seconds: float = 0.0

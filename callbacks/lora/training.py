@@ -1,6 +1,6 @@
-"""The training of an adjustment, which is kept on the way, so that a killed run goes on in the middle of it.
+"""The training of an adjustment, whose state is saved from time to time, so that a killed run resumes in its middle.
 
-No callback and no PEFT here: an objective, and an optimizer of the parameters to train.
+This module knows neither the callback nor PEFT, only an objective and an optimizer of the parameters to train.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from editlab.utils.rng import rng_state, set_rng_state
 log = logging.getLogger(__name__)
 
 SECONDS = 60.0
-"""At least so long between two times that a training is kept: a killed run does this much again."""
+"""Least time between two saves of the training's state: a killed run repeats at most about this much."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A file in which a training is kept while it goes on.
+    """A file that holds the state of a training in progress.
 
     Args:
-        path: of the file.
-        key: tells this training from others: what was kept under another key is none of its own.
+        path: path of the file.
+        key: identifies the training: a state saved under another key is ignored.
     """
 
     path: Path
     key: str
 
     def read(self) -> dict[str, Any] | None:
-        """What was kept of this very training, on all ranks; None where nothing is."""
+        """The saved state of this training, on all ranks; None if there is none."""
         return ranks.on_first(self._read)
 
     def _read(self) -> dict[str, Any] | None:
@@ -52,16 +52,16 @@ class Unfinished:
         except FileNotFoundError:
             return None
         except (RuntimeError, EOFError, pickle.UnpicklingError):
-            log.warning("%s can not be read: the adjustment is trained from its start", self.path)
+            log.warning("%s cannot be read: the adjustment is trained from its start", self.path)
             return None
         return kept if kept.get("key") == self.key else None
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Keeps a training's state in place of what was kept before.
+        """Saves a training's state in place of the last one.
 
         Raises:
             EditLabError: The disk is full.
-            UserError: The place can not be written to.
+            UserError: The file cannot be written.
         """
         with atomic_file(self.path) as temporary:
             torch.save({"key": self.key, **state}, temporary)
@@ -69,7 +69,7 @@ class Unfinished:
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast: the learning rate falls from ``lr`` to 0, which costs the rest of the model less."""
+    """Settings of a training. The learning rate falls linearly from ``lr`` to 0, which harms the model less."""
 
     steps: int
     lr: float
@@ -84,33 +84,36 @@ class Training:
         unfinished: Unfinished | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """Takes the steps; gives each part of the loss, the mean over the last quarter of them.
+        """Runs the training.
 
         Args:
             lm: the model, with the parameters to train in it.
-            objective: what they are trained for.
-            optimizer: of them.
-            draw: what rows are drawn by.
-            unfinished: where the training is kept on the way; what is found there of it is gone on with.
-            stopped: whether the process was told to stop, which is asked after each step.
+            objective: the loss.
+            optimizer: optimizer of those parameters.
+            draw: generator that rows are drawn by.
+            unfinished: the file of the training's state; if it holds one, the training resumes from it.
+            stopped: whether the process should stop; called after each step.
+
+        Returns:
+            Each part of the loss, the mean over the last quarter of the steps.
 
         Raises:
-            FloatingPointError: where a loss is not finite.
-            SIGTERMException: where it was stopped, with the training kept.
+            FloatingPointError: A loss is not finite.
+            SIGTERMException: It was stopped; the state is saved.
         """
         course = _Course(objective, optimizer, draw)
         if unfinished is not None:
-            course.go_on(unfinished.read())
-        kept = time.monotonic()
+            course.resume(unfinished.read())
+        saved = time.monotonic()
         done = len(course.seen)
         for number in progress(range(done, self.steps), desc="LoRA", unit="step", initial=done, total=self.steps):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - number / self.steps)
             course.step(lm, self.batch_size)
             stop = stopped()
-            if unfinished is not None and ranks.number() == 0 and (stop or time.monotonic() - kept >= SECONDS):
+            if unfinished is not None and ranks.number() == 0 and (stop or time.monotonic() - saved >= SECONDS):
                 unfinished.write(course.state())
-                kept = time.monotonic()
+                saved = time.monotonic()
             if stop:  # the Trainer would wait for the end of the batch, which may be an hour away
                 raise SIGTERMException
         last = course.seen[-max(1, self.steps // 4) :]
@@ -118,16 +121,16 @@ class Training:
 
 
 class _Course:
-    """A training as far as it has come."""
+    """The state of a training."""
 
     def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, draw: random.Random) -> None:
         self.objective, self.optimizer, self.draw = objective, optimizer, draw
-        self.decks = {"edits": Deck(len(objective.edits), draw), "others": Deck(len(objective.others), draw)}
+        self.decks = {"edits": Deck(len(objective.edits), draw), "others": Deck(len(objective.other_rows), draw)}
         self.seen: list[dict[str, float]] = []
         """the parts of each step's loss"""
 
     def step(self, lm: LanguageModel, size: int) -> None:
-        """One step on so many edits, and as many others."""
+        """Takes one step on up to ``size`` edit rows and up to ``size`` other rows."""
         with torch.enable_grad():
             parts = self.objective.loss(lm, self.decks["edits"].deal(size), self.decks["others"].deal(size))
             loss = self.objective.total(parts)
@@ -139,7 +142,7 @@ class _Course:
         self.seen.append({name: float(part.detach()) for name, part in parts.items()})
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of it depends on."""
+        """Everything that the rest of the training depends on."""
         return {
             "parameters": [parameter.detach() for parameter in self._parameters()],
             "optimizer": self.optimizer.state_dict(),
@@ -149,8 +152,8 @@ class _Course:
             "seen": self.seen,
         }
 
-    def go_on(self, state: Mapping[str, Any] | None) -> None:
-        """From what :meth:`state` gave; from the start where there is none."""
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Loads what :meth:`state` returned; with None, the training starts from its beginning."""
         if state is None:
             return
         with torch.no_grad():
@@ -162,24 +165,24 @@ class _Course:
         self.draw.setstate(state["draw"])
         set_rng_state(state["random"])
         self.seen = state["seen"]
-        log.info("An adjustment goes on after %d steps", len(self.seen))
+        log.info("An adjustment resumes after %d steps", len(self.seen))
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 class Deck:
-    """Deals numbers below ``count`` in random order, all of them before any comes again."""
+    """Deals numbers below ``count`` in random order; each is dealt once before any is dealt again."""
 
     def __init__(self, count: int, draw: random.Random) -> None:
         self.count, self.draw, self.left = count, draw, list[int]()
 
     def deal(self, size: int) -> list[int]:
-        """So many numbers, no two alike; all there are where there are fewer."""
+        """Deals up to ``size`` different numbers: all, if there are fewer."""
         dealt: list[int] = []
         while len(dealt) < min(size, self.count):
             if not self.left:
-                # Those of this hand go to the bottom, so that it has none twice.
+                # Numbers of this hand go to the bottom, so that none is dealt to it twice.
                 self.left = sorted(self.draw.sample(range(self.count), self.count), key=lambda i: i not in dealt)
             dealt.append(self.left.pop())
         return dealt

@@ -1,7 +1,7 @@
-"""The replay buffer: edits that were made, which of them leave when it is full, and which come back.
+"""The replay buffer: earlier edits, with policies for sampling them and for evicting one when the buffer is full.
 
-Pure data and arithmetic, no model. A policy is one function in :data:`SAMPLING` or :data:`EVICTION`; adding one there
-makes it known to YAML by its name.
+Data and arithmetic only, no model. A policy is one function in :data:`SAMPLING` or :data:`EVICTION`; a function added
+there can be named in YAML.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Memory:
     value: Tensor
     """v*, [d_v]"""
     key: Tensor
-    """k at the topmost edited layer when the edit was made, [d_k]"""
+    """k at the highest edited layer when the edit was made, [d_k]"""
     origin: Tensor
-    """what the site gave at the subject's last token but for the topmost layer's updates, [d_v]"""
+    """output of the site at the subject's last token without the highest layer's updates, [d_v]"""
     step: int
-    """batch that made the edit"""
+    """number of the batch that made the edit"""
     replayed: int = -1
-    """batch in which it was last replayed; that of the edit where it never was"""
+    """number of the batch in which it was last replayed; that of the edit if it never was"""
     importance: float = 0.0
-    """how much it needs replaying: its drift or its loss, as the sampling policy has it"""
+    """its drift or its loss, depending on the sampling policy"""
     weighed: bool = False
     """whether its importance has been measured"""
-    others: Tensor | None = None
-    """keys of its prompt's other tokens, [m, d_k]; only where keys are cached and such tokens are preserved"""
+    context_keys: Tensor | None = None
+    """keys of its prompt's context tokens, [m, d_k]; only if keys are cached and context keys are preserved"""
 
     def __post_init__(self) -> None:
         if self.replayed < 0:
@@ -46,16 +46,16 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """Bytes of its tensors."""
-        tensors = (self.value, self.key, self.origin, self.others)
+        """Size of its tensors in bytes."""
+        tensors = (self.value, self.key, self.origin, self.context_keys)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 Sampling = Callable[[Sequence[Memory], int, torch.Generator], Sequence[int]]
-"""Memories (oldest first), how many to choose of them (no more than there are), the generator -> indices chosen."""
+"""Memories (oldest first), number to choose (at most all), generator -> indices of the chosen ones."""
 
 Eviction = Callable[[Sequence[Memory], int, torch.Generator], int]
-"""Memories (oldest first, the newcomer last), how many edits have ever come, the generator -> index to drop."""
+"""Memories (oldest first, the new one last), number of edits ever added, generator -> index of the one to drop."""
 
 
 def _random(memories: Sequence[Memory], count: int, generator: torch.Generator) -> Sequence[int]:
@@ -73,7 +73,7 @@ def _oldest(memories: Sequence[Memory], count: int, generator: torch.Generator) 
 def _priority(memories: Sequence[Memory], count: int, generator: torch.Generator) -> Sequence[int]:
     """Without replacement, with probability proportional to importance (Schaul et al. 2016, arXiv:1511.05952)."""
     weights = torch.tensor([m.importance for m in memories], dtype=torch.float64).clamp_min(0)
-    weights += 1e-9 * max(1.0, float(weights.max()))  # one that has not drifted at all can still be drawn
+    weights += 1e-9 * max(1.0, float(weights.max()))  # a memory without drift can still be drawn
     return torch.multinomial(weights, count, replacement=False, generator=generator).tolist()
 
 
@@ -88,17 +88,17 @@ SAMPLING: dict[str, Sampling] = {
     "priority": _priority,
     "loss": _most_important,
 }
-"""``loss`` is what importance stands for there: minus the target's log-probability, the worst first."""
+"""Name -> policy. For ``loss``, importance is minus the target's log-probability; the highest come first."""
 
 
 def _least_important(memories: Sequence[Memory], seen: int, generator: torch.Generator) -> int:
-    """Of those whose importance is known; the oldest where it is of none."""
-    known = [i for i, memory in enumerate(memories) if memory.weighed]
-    return min(known, key=lambda i: memories[i].importance, default=0)
+    """The least important of those whose importance was measured; the oldest if none was."""
+    measured = [i for i, memory in enumerate(memories) if memory.weighed]
+    return min(measured, key=lambda i: memories[i].importance, default=0)
 
 
 def _reservoir(memories: Sequence[Memory], seen: int, generator: torch.Generator) -> int:
-    """Every edit ever made is equally likely to be in the buffer (Vitter 1985, algorithm R)."""
+    """Reservoir sampling: every edit ever made is equally likely to be in the buffer (Vitter 1985, algorithm R)."""
     draw = int(torch.randint(seen, (1,), generator=generator))
     return draw if draw < len(memories) - 1 else len(memories) - 1
 
@@ -114,16 +114,16 @@ EVICTION: dict[str, Eviction] = {
 class ReplayBuffer:
     """At most ``capacity`` edits with their values and keys.
 
-    A fact with the same subject and prompt as one that is there takes its place: the user changed their mind.
+    A new edit replaces an earlier one of the same subject and prompt.
 
     Args:
-        capacity: the most memories kept.
+        capacity: the largest number of memories.
         sampling: a name in :data:`SAMPLING`.
         eviction: a name in :data:`EVICTION`.
         seed: of the buffer's own generator.
 
     Raises:
-        UserError: for a capacity under 1, or an unknown policy.
+        UserError: The capacity is under 1, or a policy is unknown.
     """
 
     def __init__(self, capacity: int, sampling: str = "random", eviction: str = "fifo", seed: int = 0) -> None:
@@ -143,16 +143,16 @@ class ReplayBuffer:
 
     @property
     def memories(self) -> list[Memory]:
-        """What is remembered, oldest first."""
+        """All memories, oldest first."""
         return list(self._memories.values())
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(memory.size for memory in self._memories.values())
 
     def add(self, memory: Memory) -> None:
-        """Remembers an edit as the newest, in the place of an older one of the same subject and prompt."""
+        """Adds an edit as the newest one; it replaces an older one of the same subject and prompt."""
         if self._memories.pop(memory.fact.slot, None) is not None:
             self.replaced += 1
         else:
@@ -163,17 +163,17 @@ class ReplayBuffer:
             drop = EVICTION[self.eviction](list(self._memories.values()), self.seen, self._generator)
             del self._memories[slots[drop]]
 
-    def sample(self, count: int, but: Collection[Fact] = (), step: int | None = None) -> list[Memory]:
-        """Up to ``count`` different memories by the sampling policy, none that ``but`` is about to replace.
+    def sample(self, count: int, exclude: Collection[Fact] = (), step: int | None = None) -> list[Memory]:
+        """Samples up to ``count`` different memories, none of a subject and prompt that is edited now.
 
-        They come oldest first, so the order of the draw leaves no trace in the solve.
+        They are returned oldest first, so the order of the draw does not affect the solve.
 
         Args:
-            count: how many.
-            but: facts of the batch being edited.
-            step: the batch they are replayed in, which is noted; None notes nothing.
+            count: number of memories.
+            exclude: facts of the batch being edited.
+            step: number of the batch in which they are replayed, which is noted in them; None notes nothing.
         """
-        taken = {fact.slot for fact in but}
+        taken = {fact.slot for fact in exclude}
         free = [memory for slot, memory in self._memories.items() if slot not in taken]
         chosen = SAMPLING[self.sampling](free, min(count, len(free)), self._generator) if free and count > 0 else []
         memories = [free[i] for i in sorted(chosen)]
@@ -182,7 +182,7 @@ class ReplayBuffer:
         return memories
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as tensors, numbers and strings."""
+        """The whole buffer as tensors, numbers and strings."""
         plain = [f.name for f in fields(Memory) if f.name != "fact"]
         return {
             "memories": [{"fact": m.fact.to_dict(), **{n: getattr(m, n) for n in plain}} for m in self.memories],
@@ -192,7 +192,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         memories = [Memory(**{**saved, "fact": Fact.from_dict(saved["fact"])}) for saved in state["memories"]]
         self._memories = OrderedDict((m.fact.slot, m) for m in memories)
         self.seen, self.replaced = state["seen"], state["replaced"]

@@ -1,4 +1,4 @@
-"""Memory replay: earlier edits take part in the solve of later ones, as samples or as past keys in the metric."""
+"""Memory replay: earlier edits take part in later solves, as sampled constraints or as past keys in the metric."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys
+from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.batch import StepState
-from editlab.edits.plan import Addition, EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import Addition, EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
@@ -31,46 +32,48 @@ REFRESH = ("none", "values")
 
 
 class _Released(NamedTuple):
-    """Keys at one layer of facts that are edited anew."""
+    """Keys at one layer of facts that this batch edits again."""
 
     keys: Tensor
     """[d_k, n]"""
     ages: Tensor
-    """long [n]: batches that were kept since theirs"""
-    places: Tensor
-    """long [n]: of their facts in the batch"""
+    """long [n]: number of batches kept since the one that edited the fact before"""
+    indices: Tensor
+    """long [n]: index in the batch of each key's fact"""
 
 
 class MemoryReplay(EditCallback):
-    """Makes later batches spare, or repair, earlier edits. Only edits that were kept are remembered.
+    """Makes later batches preserve, or repair, earlier edits. Only edits that were kept are remembered.
 
-    ``sampled`` adds earlier edits to each batch's constraints. Their residuals are taken against the current weights:
-    where nothing has drifted, replay asks for nothing. ``consolidated`` keeps the keys of all past edits (and of their
-    prompts' other tokens, where ``model.preserve_prompt_tokens`` asks for them) in each layer's metric: all of history
-    at constant memory, which in one layer with soft constraints is the same as one joint batch.
+    ``sampled`` adds earlier edits to each batch's constraints. Their residuals are computed with the current weights,
+    so an edit that has not drifted adds no change. ``consolidated`` adds the keys of all past edits (and their context
+    keys, if ``model.preserve_prompt_tokens`` is set) to each layer's metric: all of history at constant memory, which
+    for one layer with soft constraints is the same as one joint batch.
 
     Args:
-        rate: replayed facts as a share of the batch (0.3 of a batch of 32 is 10).
-        capacity: edits in the buffer.
-        weight: of a replayed constraint, whose slack is 1 / weight; ``.inf`` makes it an equality.
-        repair: share of the way back to its value that a replayed fact is asked to go; 0 only spares it where it is,
-            which bends the weights less.
-        age_decay: factor on the weight for each batch since the edit was made; 1 leaves it as it is.
+        rate: number of replayed facts as a fraction of the batch (0.3 of a batch of 32 is 10).
+        capacity: largest number of edits in the buffer.
+        weight: weight of a replayed constraint, whose slack is 1 / weight; ``.inf`` makes it an equality.
+        repair: fraction of a replayed fact's residual to remove; 0 only keeps its output where it is, which changes
+            the weights less.
+        age_decay: factor on the weight for each batch since the edit was made; 1 keeps the weight.
         sampling: ``random``, ``recent``, ``oldest``, ``priority`` (by drift from the value) or ``loss`` (the least
             likely targets).
-        eviction: what leaves a full buffer: ``fifo``, ``lru`` (the longest not replayed), ``reservoir`` (all of
-            history equally likely to be there) or ``least_important``.
-        refresh_every: batches between two measurements of loss, or of drift where it takes a forward pass.
-        refresh: ``values`` finds the values of replayed facts anew on the current weights.
-        cache_keys: use the keys as they were when the edit was made; right only where nothing below the layer changes.
+        eviction: which edit a full buffer drops: ``fifo``, ``lru`` (the longest not replayed), ``reservoir`` (all of
+            history equally likely to be in the buffer) or ``least_important``.
+        refresh_every: number of batches between two measurements of loss, or of drift if that takes a forward pass.
+        refresh: ``values`` recomputes the values of replayed facts on the current weights; ``none`` keeps them.
+        cache_keys: use the keys from the time of the edit; exact only if nothing below the layer changes.
         memory: ``sampled``, ``consolidated`` or ``both``.
-        past_weight: of each past key in the metric; 1 / slack of the method where not given (1 where that is 0).
-        forget: what is left of past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
-        seed: of sampling and eviction.
+        past_weight: weight of each past key in the metric; default: 1 / slack of the method (1 if that is 0).
+        forget: factor on the past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
+        seed: seed of sampling and eviction.
 
     Raises:
-        UserError: for a setting out of range or an unknown name.
+        UserError: A setting is out of range, or a name is unknown.
     """
+
+    priority = 40
 
     def __init__(
         self,
@@ -111,33 +114,34 @@ class MemoryReplay(EditCallback):
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
-        self._again: dict[int, _Released] = {}
-        self._unused = self.state_dict()
+        self._released: dict[int, _Released] = {}
+        self._initial_state = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses what can not be exact, and says how large the memory may grow.
+        """Checks the settings against the editor's, and logs how large the memory may grow.
 
         Raises:
-            UserError: where keys are to be cached although they move, or batches are independent.
+            UserError: Keys would be cached although they change, or batches are independent.
         """
         editor = pl_module
         assert isinstance(editor, SequentialEditor)
         if editor.restore_between_batches:
             raise UserError(
-                "MemoryReplay has nothing to remember where model.restore_between_batches is set: drop one."
+                "MemoryReplay has nothing to remember with model.restore_between_batches: remove one of the two."
             )
         if self.cache_keys and len(editor.layer_numbers) > 1:
             raise UserError(
-                f"MemoryReplay.cache_keys can not be used with layers {editor.layer_numbers}: an edit of a lower layer "
-                "moves the keys of the higher ones. Edit one layer, or leave it out."
+                f"MemoryReplay.cache_keys cannot be used with layers {editor.layer_numbers}: an edit of a lower layer "
+                "changes the keys of the higher ones. Edit one layer, or remove cache_keys."
             )
-        if self.cache_keys and editor.key_mode != "bare":
+        if self.cache_keys and editor.solve_settings.key_mode != "bare":
             raise UserError(
-                f"MemoryReplay.cache_keys needs model.keys: bare, not {editor.key_mode}: it keeps one key a fact."
+                f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
+                f"{editor.solve_settings.key_mode}: set it to bare."
             )
-        self.begin_anew(editor, self._unused)
+        self.reset_for_new_run(editor, self._initial_state)
         if self.samples:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + 2 * anatomy.value_size(top)
@@ -147,7 +151,7 @@ class MemoryReplay(EditCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Past keys of a resumed run enter the metric."""
         assert isinstance(pl_module, SequentialEditor)
-        self._bare_metric = dict(pl_module.preservation)
+        self._bare_metric = dict(pl_module.solver.preservation)
         if self.past_weight is None:
             self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0
         self._set_metric(pl_module)
@@ -155,12 +159,12 @@ class MemoryReplay(EditCallback):
     def _set_metric(self, editor: SequentialEditor) -> None:
         for layer, moments in self.past.moments.items():
             bare = self._bare_metric[layer]
-            editor.preservation[layer] = bare.plus_moments(moments.to(bare.factor))
+            editor.solver.preservation[layer] = bare.plus_moments(moments.to(bare.factor))
 
     # ---- the events of an edit --------------------------------------------------------------------------------
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Adds the sampled memories to the batch; facts that are edited anew are taken out of the past."""
+        """Adds sampled memories to the batch; past keys of facts that are edited again leave the metric."""
         self._before = self.buffer.state_dict(), dict(self.past.moments)
         if self.consolidates:
             self._release(editor, plan)
@@ -168,47 +172,49 @@ class MemoryReplay(EditCallback):
             return
         self._weigh(editor, plan.step)
         count = math.floor(self.rate * len(plan.facts) + 0.5)
-        memories = [m for m in self.buffer.sample(count, but=plan.facts, step=plan.step) if self._weight(m, plan.step)]
+        memories = [
+            m for m in self.buffer.sample(count, exclude=plan.facts, step=plan.step) if self._weight(m, plan.step)
+        ]
         if self.refresh == "values" and memories:
             for memory, value in zip(memories, editor.optimize_values([m.fact for m in memories]), strict=True):
                 memory.value = value.clone()
         plan.add([self._addition(memory, plan.step) for memory in memories])
 
     def _addition(self, memory: Memory, step: int) -> Addition:
-        known = CachedKey(memory.key, memory.origin, memory.others) if self.cache_keys else None
-        return Addition(memory.fact, memory.value, self._weight(memory, step), self.repair, known)
+        cached = CachedKey(memory.key, memory.origin, memory.context_keys) if self.cache_keys else None
+        return Addition(memory.fact, memory.value, self._weight(memory, step), self.repair, cached)
 
     def _weight(self, memory: Memory, step: int) -> float:
-        """Of its constraint; 0 where it has faded beyond what a float holds."""
+        """Weight of a memory's constraint; 0 if it has decayed below the smallest normal float."""
         weight = self.weight * self.age_decay ** (step - memory.step)
         return weight if weight > sys.float_info.min else 0.0
 
     def _release(self, editor: SequentialEditor, plan: EditPlan) -> None:
-        """The user changed their mind about these facts: the metric must not hold them where they were."""
+        """Removes past keys of facts that this batch edits again: the metric would preserve the old edits."""
         batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
-        places = [place for place, fact in enumerate(plan.facts) if fact.slot in batches]
-        self._again = {}
-        if not places:
+        indices = [index for index, fact in enumerate(plan.facts) if fact.slot in batches]
+        self._released = {}
+        if not indices:
             return
-        again = [plan.facts[place] for place in places]
-        kept = {entry.batch for entry in editor.ledger if entry.kept}  # the past fades with these, and with no others
+        again = [plan.facts[index] for index in indices]
+        kept = {entry.batch for entry in editor.ledger if entry.kept}  # the past keys decay once for each of these
         ages = torch.tensor([sum(later > batches[fact.slot] for later in kept) for fact in again])
         for layer in editor.layer_numbers:
-            keys = editor.read_keys(again, layer)
+            keys = editor.solver.read_keys(again, layer)
             which = keys.fact.cpu()
-            self._again[layer] = _Released(keys.keys, ages[which], torch.tensor(places)[which])
-        self._take_out(())
+            self._released[layer] = _Released(keys.keys, ages[which], torch.tensor(indices)[which])
+        self._remove_released(())
         self._set_metric(editor)
 
-    def _take_out(self, left_out: Collection[int]) -> None:
-        """Takes the released keys out of the past as it was before the batch, but for facts that are left out of it."""
+    def _remove_released(self, dropped: Collection[int]) -> None:
+        """Removes the released keys from the past as before the batch; those of facts dropped from it stay."""
         self.past.moments = dict(self._before[1])
-        for layer, released in self._again.items():
-            going = torch.tensor([int(place) not in left_out for place in released.places])
-            self.past.remove(layer, released.keys[:, going.to(released.keys.device)], released.ages[going])
+        for layer, released in self._released.items():
+            edited = torch.tensor([int(index) not in dropped for index in released.indices])
+            self.past.remove(layer, released.keys[:, edited.to(released.keys.device)], released.ages[edited])
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Remembers the batch if it was kept; else all is as it was before the batch was planned."""
+        """Remembers the batch if it was kept; otherwise restores the state from before the batch was planned."""
         if not outcome.kept:
             buffer, self.past.moments = self._before
             self.buffer.load_state_dict(buffer)
@@ -217,12 +223,12 @@ class MemoryReplay(EditCallback):
         if outcome.kept and self.samples:
             self._remember(editor, outcome)
         if outcome.kept and self.consolidates:
-            if outcome.left_out and self._again:
-                self._take_out(outcome.left_out)  # what was not edited anew is held as before
+            if outcome.dropped and self._released:
+                self._remove_released(outcome.dropped)  # facts not edited again are preserved as before
             count = len(outcome.plan.facts)
             for layer, keys in outcome.keys.items():
-                own = keys.keys[:, keys.fact < count], keys.others[:, keys.others_fact < count]
-                self.past.add(layer, *own, editor.preserve_prompt_tokens)
+                own = keys.keys[:, keys.fact < count], keys.context_keys[:, keys.context_fact < count]
+                self.past.add(layer, *own, editor.solve_settings.context_key_weight)
             self._set_metric(editor)
         if self.samples:
             outcome.measured["replay/buffer"] = float(len(self.buffer))
@@ -233,43 +239,42 @@ class MemoryReplay(EditCallback):
         keys = outcome.keys[top]
         count = len(plan.facts)
         whole, last = outcome.updates[top].double(), outcome.last_updates[top].double()
-        # What was there when the keys were read: passes before the last one were, and none of them was scaled yet.
+        # The sum when the keys were read: with the passes before the last one, none of which was scaled yet.
         before = editor.layers[-1].total.double() + (1 - outcome.factor) * whole - last
         bare = keys.keys[:, :count]
         origins = keys.current[:, :count] - before @ bare
         for i, fact in enumerate(plan.facts):
-            others = (
-                keys.others[:, keys.others_fact == i].T if self.cache_keys and editor.preserve_prompt_tokens else None
-            )
             tensors = (plan.targets[i], bare[:, i], origins[:, i])
             value, key, origin = (t.float().cpu().clone() for t in tensors)
-            kept = None if others is None else others.float().cpu().contiguous()
-            self.buffer.add(Memory(fact, value, key, origin, plan.step, others=kept))
+            context = None
+            if self.cache_keys and editor.solve_settings.context_key_weight:
+                context = keys.context_keys[:, keys.context_fact == i].T.float().cpu().contiguous()
+            self.buffer.add(Memory(fact, value, key, origin, plan.step, context_keys=context))
 
     def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """After an adjustment memories are as the model has them now: replay must not pull back against it."""
+        """After an adjustment, updates the memories to the adjusted model, so that replay does not undo it."""
         before, memories = outcome.before_adjustment, self.buffer.memories
         if before is None or not memories:
             return
         facts, top = [memory.fact for memory in memories], editor.layer_numbers[-1]
-        now = StepState(editor.changed_layers)
+        now = Snapshot(editor.changed_layers)
         before.restore_weights()
-        was = editor.read_keys(facts, top).current
+        unadjusted = editor.solver.read_keys(facts, top).current
         now.restore_weights()
-        keys = editor.read_keys(facts, top)
+        keys = editor.solver.read_keys(facts, top)
         bare = keys.keys[:, : len(facts)]
-        shifts = (keys.current - was).T.float().cpu()
+        shifts = (keys.current - unadjusted).T.float().cpu()
         origins = (keys.current - editor.layers[-1].total.double() @ bare).T.float().cpu()
         for i, memory in enumerate(memories):
             memory.value = memory.value + shifts[i]
             memory.key, memory.origin = bare[:, i].float().cpu().clone(), origins[i].clone()
-            if memory.others is not None:
-                memory.others = keys.others[:, keys.others_fact == i].T.float().cpu().contiguous()
+            if memory.context_keys is not None:
+                memory.context_keys = keys.context_keys[:, keys.context_fact == i].T.float().cpu().contiguous()
 
     # ---- importance -------------------------------------------------------------------------------------------
 
     def _weigh(self, editor: SequentialEditor, step: int) -> None:
-        """Keeps the memories' importance up to date, where a policy looks at it."""
+        """Updates the memories' importance, if a policy uses it."""
         memories = self.buffer.memories
         if not memories or not {"priority", "loss", "least_important"} & {self.buffer.sampling, self.buffer.eviction}:
             return
@@ -278,19 +283,19 @@ class MemoryReplay(EditCallback):
             if due:
                 scores = score_facts(editor.lm, [m.fact for m in memories], paraphrases=False, neighbors=0)
                 _set_importance(memories, -scores.edit.logp_new)
-        elif len(editor.layer_numbers) == 1 and editor.key_mode == "bare":
+        elif len(editor.layer_numbers) == 1 and editor.solve_settings.key_mode == "bare":
             total = editor.layers[-1].total.cpu()
             now = torch.stack([m.origin for m in memories]) + torch.stack([m.key for m in memories]) @ total.T
             _set_importance(memories, _drift(memories, now))
         elif due:
             facts: Sequence[Fact] = [m.fact for m in memories]
-            now = editor.read_keys(facts, editor.layer_numbers[-1]).current.T.float().cpu()
+            now = editor.solver.read_keys(facts, editor.layer_numbers[-1]).current.T.float().cpu()
             _set_importance(memories, _drift(memories, now))
 
     # ---- the end, and checkpoints -----------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what the memory holds."""
+        """Logs the size of the memory."""
         if self.samples:
             log.info(
                 "Replay buffer: %d of at most %d edits, %.1f MiB, %d replaced",
@@ -301,17 +306,17 @@ class MemoryReplay(EditCallback):
             log.info("Past keys: %.1f MiB in the metrics of layers %s", size, list(self.past.moments))
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffer and the past keys."""
+        """The buffer and the past keys, for a checkpoint."""
         return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         self.buffer.load_state_dict(state_dict["buffer"])
         self.past.load_state_dict(state_dict["past"])
 
 
 def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:
-    """``||v - what the site gives now|| / ||v||`` of each memory, [n]; ``now`` is float32 [n, d_v]."""
+    """Drift ``||v - now|| / ||v||`` of each memory, [n]; ``now`` is the site's present output, float32 [n, d_v]."""
     values = torch.stack([m.value for m in memories])
     return (values - now).norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)
 

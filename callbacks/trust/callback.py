@@ -1,4 +1,4 @@
-"""Edit trust: every batch of edits is scored by what it did, and kept, scaled down, cut or rolled back."""
+"""Edit trust: every batch of edits is scored by its effects, and kept, scaled, reduced or rolled back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.trust.probes import NotFiniteError, Probes, sentences_of_facts, sentences_of_text
+from callbacks.trust.probes import Probes, sentences_of_facts, sentences_of_text
 from callbacks.trust.score import FACT_SCALES, GAIN, HarmBudget, Threshold, TrustMetrics, TrustScorer
+from editlab.callback import EditCallback
 from editlab.distributed import ranks
 from editlab.editor import SequentialEditor
-from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.errors import EditLabError, UserError
 from editlab.keys.moments import read_file
 from editlab.lm.matmul import MATMULS
@@ -32,53 +33,72 @@ EVENTS = "trust_events.jsonl"
 ACTIONS = ("rollback", "scale", "search")
 GRANULARITIES = ("batch", "edit")
 FACT_SIGNALS = (GAIN, "certainty", *FACT_SCALES)
-SEARCHED = (0.5, 0.25, 0.125)
-"""Shares of the update that ``search`` tries, the largest first."""
+FACTORS = (0.5, 0.25, 0.125)
+"""Fractions of the update that ``search`` tries, the largest first."""
 
 
-@dataclass
-class _Verdict:
-    decision: str
+@dataclass(frozen=True)
+class Verdict:
+    """What trust asks for a batch. What stays of it is the outcome's factor: the lowest that any callback asked for."""
+
     reason: str
+    """why not all of the update should stay; "" if it should"""
     score: float | None
+    """trust in the batch, 0 to 1; None if it was not measured"""
     metrics: TrustMetrics | None
+    """signals of the batch; None if they were not measured"""
     threshold: float
+    """the score that was required"""
     factor: float = 1.0
+    """fraction of the update that should stay"""
     harm: float = 0.0
-    """nats by which what stays of the batch makes held-out sentences less likely"""
+    """nats by which the whole update makes held-out sentences less likely; a fraction of it is taken to do that
+    fraction of the harm"""
+    low: tuple[int, ...] = ()
+    """indices in the batch of facts to drop; the batch is solved again and judged once more"""
+
+    @property
+    def decision(self) -> str:
+        """``keep``, ``scale`` or ``rollback``."""
+        return "keep" if self.factor == 1 else "scale" if self.factor else "rollback"
 
 
 class TrustRollback(EditCallback):
-    """Scores each batch between the solve and the moment it counts, and acts on those that score low.
+    """Scores each batch after its solve, and scales it or rolls it back if the score is low.
 
     The score is that of :class:`~callbacks.trust.score.TrustScorer`: gain minus penalties, 0 to 1. A batch under the
-    threshold is rolled back bit for bit, or scaled down. What can not be measured is kept, and the event says so.
+    threshold is rolled back bit for bit, or scaled down. A batch that cannot be measured is kept, and its event says
+    so.
 
     Args:
-        enable: False leaves every edit alone and measures nothing.
-        threshold: score under which a batch is not kept as it is.
-        weights: of the signals (:data:`~callbacks.trust.score.WEIGHTS` where not named).
-        heldout_samples: true statements of facts that this run does not edit (or windows of ``heldout``).
-        heldout: a text file in their place.
-        neighbor_samples: neighbor statements asked for in each batch, one a fact; a fact's last neighbor is taken.
-        granularity: ``batch``, or ``edit``: first the facts that score low are left out and the batch is solved again.
-        action: what becomes of a batch under the threshold: ``rollback``; ``scale``: its update is scaled linearly
+        enable: False keeps every edit and measures nothing.
+        threshold: score under which a batch is not kept whole.
+        weights: weights of the signals; default: :data:`~callbacks.trust.score.WEIGHTS`.
+        heldout_samples: number of true statements of facts that this run does not edit (or of windows of ``heldout``).
+        heldout: a text file to use in place of such statements.
+        neighbor_samples: neighbor statements measured in each batch, one for each fact: its last neighbor.
+        granularity: ``batch``, or ``edit``: first the facts that score low are dropped and the batch is solved again.
+        action: what is done with a batch under the threshold: ``rollback``; ``scale``: its update is scaled linearly
             from 1 at the threshold to 0 at half of it; ``search``: the largest of 1/2, 1/4, 1/8 of the update that
-            scores high enough, if any does.
-        calibrate: first batches from which the scales are taken, where ``scales`` does not give them; 0 keeps the
-            built-in ones.
+            scores high enough; if none does, a rollback.
+        calibrate: number of first batches from which those scales are computed that ``scales`` does not give; 0 keeps
+            the built-in ones.
         scales: signal -> ``[free, half]``: a penalty is 0 up to ``free`` and 1/2 at ``free + half``.
-        quantile: share of the last ``window`` scores under a moving threshold, which is never above ``threshold``.
-        window: scores that the moving threshold looks back on.
-        budget: ``[allowance, limit]`` in nats of held-out log-perplexity: harm that may go on in every batch, and how
-            far a run may go beyond it; null sets no budget.
-        attribution: also measure where the model's attention to the subject went; costs two backward passes a fact.
+        quantile: fraction of the last ``window`` scores that lie under a moving threshold, which is never above
+            ``threshold``; null keeps it fixed.
+        window: number of scores that the moving threshold is computed from.
+        budget: ``[allowance, limit]`` in nats of held-out log-perplexity: the harm that every batch may do, and how
+            far a run may exceed it in total; null sets no budget.
+        attribution: also measure how much attribution the subject's last token loses; two backward passes for each
+            fact.
         matmul: how the probes multiply above the edited layers: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on
             CPUs with instructions for it, which halves the gate's time.
 
     Raises:
-        UserError: for a setting out of range, an unknown signal or name.
+        UserError: A setting is out of range, or a signal or name is unknown.
     """
+
+    priority = 50
 
     def __init__(
         self,
@@ -119,21 +139,21 @@ class TrustRollback(EditCallback):
         self.decisions: Counter[str] = Counter()
         self.probes: Probes | None = None
         self._singular: dict[int, Tensor] = {}
-        self._unused = self.state_dict()
+        self._initial_state = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the run's events; a finished run that is gone on from comes to its end without a start."""
+        """Opens the event log. It is done here because a resumed run that was finished never starts its training."""
         assert isinstance(pl_module, SequentialEditor)
-        self.begin_anew(pl_module, self._unused)
+        self.reset_for_new_run(pl_module, self._initial_state)
         self._events = EventLog(run_folder(trainer) / EVENTS)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Chooses the held-out sentences, and drops events that a resumed run makes anew.
+        """Chooses the held-out sentences, and removes events after the checkpoint, which a resumed run writes again.
 
         Raises:
-            UserError: where nothing is left to be held out.
+            UserError: There is nothing to hold out.
         """
         if not self.enable:
             return
@@ -149,7 +169,7 @@ class TrustRollback(EditCallback):
         if not sentences:
             raise UserError(
                 "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or, in a "
-                "run from a file of facts, lower data.limit or data.bystanders so that some are left over."
+                "run from a file of facts, lower data.limit or data.bystanders so that some facts remain."
             )
         self.probes = Probes(sentences, self.neighbor_samples, self.attribution, self.matmul)
         self.probes.singular_vectors = dict(self._singular)
@@ -157,136 +177,135 @@ class TrustRollback(EditCallback):
     # ---- the events of an edit --------------------------------------------------------------------------------
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Asks the probes before the batch."""
-        self._verdict: _Verdict | None = None
+        """Measures the model before the batch."""
+        self._verdict: Verdict | None = None
         self._fact_events: list[dict[str, Any]] = []
         self._error: str | None = None
         self._seconds = 0.0
         if self.probes is not None:
-            self._try(self.probes.ask_before, editor, plan.facts)
+            self._try(self.probes.measure_before, editor, plan.facts)
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Asks them after it, and decides; comes a second time where facts were left out."""
+        """Measures the model after the batch, and decides; called a second time if facts were dropped."""
         if self.probes is None or self._error is not None:
             return
-        self._low: list[int] = []
-        self._try(self._decide, self.probes, editor, outcome)
-        if self._error is None:
-            self._act(outcome)
-        elif not outcome.left_out:
-            self._fact_events = []  # what they say of facts left out did not come to pass
+        self._verdict = self._try(self._decide, self.probes, editor, outcome)
+        if self._verdict is None:
+            if not outcome.dropped:
+                self._fact_events = []  # the facts that they would drop are kept
+        elif self._verdict.low:
+            outcome.drop(self._verdict.low, self._verdict.reason)
+        elif self._verdict.factor < 1:
+            outcome.scale(self._verdict.factor, self._verdict.reason)
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Writes down what was decided, and what it means for the batches to come."""
+        """Records the verdict and updates threshold, scales and budget for the batches to come."""
         if self.probes is None:
             return
-        verdict = self._verdict or _Verdict("keep", f"not measured: {self._error}", None, None, self.threshold.value)
+        verdict = self._verdict or Verdict(f"not measured: {self._error}", None, None, self.threshold.value)
         self.decisions[verdict.decision] += 1
         if verdict.score is not None:
             self.threshold.note(verdict.score)
         if verdict.metrics is not None:
             self.scorer.observe(verdict.metrics)
         if self.budget:
-            self.budget.spend(verdict.harm * outcome.factor / verdict.factor if verdict.factor else 0.0)
-        if verdict.score is not None and outcome.factor == 1:  # else they are asked anew, or those of before
-            self.probes.weights_stay()
+            self.budget.spend(verdict.harm * outcome.factor)
+        if verdict.score is not None and outcome.factor == 1:  # else the weights are not those last measured
+            self.probes.reuse_heldout()
         self._record(trainer, editor, outcome, verdict)
 
-    def _try(self, what: Any, *arguments: Any) -> None:
-        """A probe that fails must not cost the run: the edit is then kept, on all ranks, and the event says why.
+    def _try(self, probe: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a probe; if it fails on any rank, the batch is kept on all ranks and its event gives the error.
+
+        Returns:
+            What the probe returned; None if it failed.
 
         Raises:
-            EditLabError: what is no probe's trouble, or ends all ranks.
+            EditLabError: The failure is not the probe's, or ends all ranks.
         """
         start = time.perf_counter()
-        failed = ""
+        failed, result = "", None
         try:
-            what(*arguments)
-        except Exception as error:  # whatever it is, it is the gate's trouble and not the edit's
+            result = probe(*arguments)
+        except Exception as error:  # whatever it is, a failing probe must not end the run
             if isinstance(error, EditLabError) or ranks.heard(error):
                 raise  # the ranks may be at different places by now
             failed = f"{type(error).__name__}: {error}"
-        # Where a rank can not tell, none acts: else some would keep a batch that others roll back.
-        told = ranks.each([[rank] for rank in range(ranks.count())], lambda mine: [failed])
-        failed = next((one for one in told if one), "")
+        # If one rank cannot measure, none acts: else some would keep a batch that others roll back.
+        errors = ranks.each([[rank] for rank in range(ranks.count())], lambda mine: [failed])
+        failed = next((error for error in errors if error), "")
         if failed:
-            self._verdict, self._error = None, failed
+            self._error, result = failed, None
             if self.probes is not None:
-                self.probes.forget()
+                self.probes.clear()
             log.warning("TrustRollback could not measure a batch, which is kept: %s", failed)
         self._seconds += time.perf_counter() - start
+        return result
 
     # ---- deciding ---------------------------------------------------------------------------------------------
 
-    def _decide(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """What should become of the batch; nothing of it changes yet."""
-        try:
-            if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
-                raise NotFiniteError("the update is not finite")
-            metrics = asked.ask_after(editor, outcome)
-        except NotFiniteError as broken:
-            self._verdict = _Verdict("rollback", str(broken), 0.0, None, self.threshold.value, 0.0)
-            return
-        if self.granularity == "edit" and not outcome.left_out:
-            self._cut(outcome, asked.of_facts(outcome))
-            if self._low:
-                return  # it comes again, solved without them; or all are gone
-        self._verdict = self._judge(asked, editor, outcome, metrics)
+    def _decide(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome) -> Verdict:
+        """The verdict on a batch whose update is in the weights; the outcome does not change yet."""
+        threshold = self.threshold.value
+        if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
+            return Verdict("the update is not finite", 0.0, None, threshold, 0.0)
+        metrics = probes.measure_after(editor, outcome)
+        if metrics is None:
+            return Verdict("the model's log-probabilities are not finite after the batch", 0.0, None, threshold, 0.0)
+        if self.granularity == "edit" and not outcome.dropped:
+            low = self._low_facts(outcome, probes.measure_facts(outcome))
+            if low:
+                facts = len(outcome.plan.facts)
+                reason = f"{len(low)} of {facts} facts score under {threshold:.2f}"
+                if len(low) == facts:
+                    return Verdict(reason, 0.0, None, threshold, 0.0, low=low)
+                return Verdict(reason, None, None, threshold, low=low)
+        return self._judge(probes, editor, outcome, metrics)
 
-    def _act(self, outcome: EditOutcome) -> None:
-        if self._low:
-            facts = len(outcome.plan.facts)
-            reason = f"{len(self._low)} of {facts} facts score under {self.threshold.value:.2f}"
-            outcome.leave_out(self._low, reason)
-            if not outcome.kept:
-                self._verdict = _Verdict("rollback", reason, 0.0, None, self.threshold.value, 0.0)
-        elif self._verdict is not None and self._verdict.factor < 1:
-            outcome.scale(self._verdict.factor, self._verdict.reason)
-
-    def _cut(self, outcome: EditOutcome, signals: Sequence[TrustMetrics]) -> None:
+    def _low_facts(self, outcome: EditOutcome, signals: Sequence[TrustMetrics]) -> tuple[int, ...]:
+        """Indices in the batch of the facts that score under the threshold; notes an event for every fact."""
         facts, threshold = outcome.plan.facts, self.threshold.value
         scores = [self.scorer.score_fact(metrics) for metrics in signals]
         self._fact_events = [
             {"fact": {"subject": fact.subject, "prompt": fact.prompt, "target_new": fact.target_new},
              "signals": {name: getattr(metrics, name) for name in FACT_SIGNALS}, "score": score,
-             "threshold": threshold, "decision": "keep" if score >= threshold else "leave_out"}
+             "threshold": threshold, "decision": "keep" if score >= threshold else "drop"}
             for fact, metrics, score in zip(facts, signals, scores, strict=True)
         ]  # fmt: skip
-        self._low = [place for place, score in enumerate(scores) if score < threshold]
+        return tuple(index for index, score in enumerate(scores) if score < threshold)
 
-    def _judge(self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> _Verdict:
+    def _judge(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> Verdict:
+        """The verdict on a whole batch by its signals."""
         score, threshold = self.scorer.score(metrics), self.threshold.value
         harm = math.log1p(metrics.heldout_ppl_delta)
         if self.budget and self.budget.refuses(harm):
             reason = f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
-            return _Verdict("rollback", reason, score, metrics, threshold, 0.0)
+            return Verdict(reason, score, metrics, threshold, 0.0, harm)
         if score >= threshold:
-            return _Verdict("keep", "", score, metrics, threshold, 1.0, harm)
-        reason = f"score {score:.2f} is under {threshold:.2f} ({_culprit(self.scorer, metrics)})"
+            return Verdict("", score, metrics, threshold, 1.0, harm)
+        reason = f"score {score:.2f} is under {threshold:.2f} ({_costliest_signal(self.scorer, metrics)})"
         factor = 0.0
         if self.action == "scale":
             factor = max(0.0, 2 * score / max(threshold, 1e-12) - 1)
-            harm *= factor  # as if it grew evenly: measuring it would cost as much as the search does
         elif self.action == "search":
-            factor, harm = self._search(asked, editor, outcome, threshold)
-        return _Verdict("scale" if factor else "rollback", reason, score, metrics, threshold, factor, harm)
+            factor, harm = self._search(probes, editor, outcome, threshold)
+        return Verdict(reason, score, metrics, threshold, factor, harm)
 
     def _search(
-        self, asked: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float
+        self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float
     ) -> tuple[float, float]:
-        """The largest share that scores high enough, and its harm; (0, 0) where none does."""
+        """The largest factor that scores high enough, and the harm measured there over the factor; else (0, 0)."""
         totals = [layer.total.clone() for layer in editor.layers]
         try:
-            for factor in SEARCHED:
+            for factor in FACTORS:
                 for number, layer, total in zip(editor.layer_numbers, editor.layers, totals, strict=True):
                     layer.restore(total - (1 - factor) * outcome.updates[number])
-                try:
-                    metrics = asked.ask_after(editor, outcome)
-                except NotFiniteError:
-                    continue  # a smaller share may be
+                metrics = probes.measure_after(editor, outcome)
+                if metrics is None:
+                    continue  # a smaller fraction may leave the model finite
                 metrics = replace(metrics, update_norm=factor * metrics.update_norm)
                 if self.scorer.score(metrics) >= threshold:
-                    return factor, math.log1p(metrics.heldout_ppl_delta)
+                    return factor, math.log1p(metrics.heldout_ppl_delta) / factor
             return 0.0, 0.0
         finally:
             for layer, total in zip(editor.layers, totals, strict=True):
@@ -294,9 +313,9 @@ class TrustRollback(EditCallback):
 
     # ---- recording --------------------------------------------------------------------------------------------
 
-    def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, verdict: _Verdict) -> None:
+    def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, verdict: Verdict) -> None:
         batches = sum(self.decisions.values())
-        numbers = {"factor": outcome.factor, "left_out": float(len(outcome.left_out)), "seconds": self._seconds}
+        numbers = {"factor": outcome.factor, "dropped": float(len(outcome.dropped)), "seconds": self._seconds}
         numbers |= {f"{name}_rate": self.decisions[name] / batches for name in ("rollback", "scale")}
         if verdict.score is not None:
             numbers |= {"score": verdict.score, "threshold": verdict.threshold}
@@ -304,7 +323,7 @@ class TrustRollback(EditCallback):
             numbers |= asdict(verdict.metrics)
         if self.budget:
             numbers["budget_queue"] = self.budget.queue
-        # Time differs from run to run, and the table does not: it goes into the events alone.
+        # Times differ from run to run, which the table must not: they go into the events alone.
         outcome.measured.update({f"trust/{k}": v for k, v in numbers.items() if k != "seconds"})
         if not trainer.is_global_zero:
             return
@@ -314,18 +333,18 @@ class TrustRollback(EditCallback):
         self._events.append(
             {**common, "kind": "batch", "signals": asdict(verdict.metrics) if verdict.metrics else None,
              "score": verdict.score, "threshold": verdict.threshold, "decision": verdict.decision,
-             "reason": verdict.reason, "factor": outcome.factor, "left_out": sorted(outcome.left_out),
+             "reason": verdict.reason, "factor": outcome.factor, "dropped": sorted(outcome.dropped),
              "budget_queue": self.budget.queue if self.budget else None, "seconds": round(self._seconds, 4)}
         )  # fmt: skip
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what was decided."""
+        """Logs how many batches were kept, scaled and rolled back."""
         if self.enable and self.decisions:
-            told = ", ".join(f"{count} {decision}" for decision, count in sorted(self.decisions.items()))
-            log.info("Trust: %s (see %s)", told, self._events.path)
+            counts = ", ".join(f"{count} {decision}" for decision, count in sorted(self.decisions.items()))
+            log.info("Trust: %s (see %s)", counts, self._events.path)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later decisions depend on."""
+        """Everything that later decisions depend on."""
         return {
             "calibration": self.scorer.state_dict(),
             "scores": list(self.threshold.scores),
@@ -335,7 +354,7 @@ class TrustRollback(EditCallback):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         self.scorer.load_state_dict(state_dict["calibration"])
         self.threshold.scores.clear()
         self.threshold.scores.extend(state_dict["scores"])
@@ -345,8 +364,8 @@ class TrustRollback(EditCallback):
         self._singular = dict(state_dict["singular"])
 
 
-def _culprit(scorer: TrustScorer, metrics: TrustMetrics) -> str:
-    """The signal that costs a batch the most."""
+def _costliest_signal(scorer: TrustScorer, metrics: TrustMetrics) -> str:
+    """Name and value of the signal that lowers a batch's score the most."""
     lost = {name: scorer.weights[name] * scorer.scales[name](getattr(metrics, name)) for name in scorer.scales}
     lost[GAIN] = scorer.weights[GAIN] * (1 - max(scorer.scales[GAIN](metrics.edit_success_gain), metrics.certainty))
     name = max(lost, key=lambda n: lost[n])

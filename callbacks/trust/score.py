@@ -1,4 +1,4 @@
-"""How far a batch of edits can be trusted, from what was measured around it. Nothing here knows of a model."""
+"""The trust score of a batch of edits, its threshold and its harm budget: arithmetic on signals, without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from editlab.errors import UserError
 from editlab.utils.validation import not_negative, shares
 
 GAIN = "edit_success_gain"
-"""The one signal of which more is better."""
+"""The signal of which more is better."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class TrustMetrics:
     edit_success_gain: float = 0.0
     """rise of the target's mean log-probability per token, in nats; the mean over the facts"""
     certainty: float = 0.0
-    """the target's probability per token after the edit, 0 to 1: a fact that the model states already can not rise"""
+    """the target's probability per token after the edit, 0 to 1; a fact that is certain before the edit cannot gain"""
     heldout_ppl_delta: float = 0.0
     """relative rise of the perplexity on held-out sentences: 0.02 is 2%"""
     neighbor_flip_rate: float = 0.0
-    """share of neighbor statements that were right before and are wrong after"""
+    """fraction of the neighbor statements right before that are wrong after"""
     confidence_shift: float = 0.0
     """rise of the largest next-token probability, mean over unrelated prompts"""
     update_norm: float = 0.0
-    """Frobenius norm of the update over that of the original weight, the largest over layers; of one fact: the norm of
-    its residual over the batch's median"""
+    """Frobenius norm of the update over that of the original weight, the largest over layers; for one fact: the norm
+    of its residual over the batch's median"""
     singular_growth: float = 0.0
     """relative growth of the weight's largest singular value, the largest over layers"""
     gram_condition: float = 0.0
@@ -40,7 +40,7 @@ class TrustMetrics:
     effective_weight: float = 0.0
     """slack times lambda: how soft the constraints are against the metric"""
     attribution_focus_delta: float = 0.0
-    """share of the attribution (gradient times input at the edited layer) that the subject's last token lost"""
+    """fraction of the attribution (gradient times input at the edited layer) that the subject's last token lost"""
 
 
 PENALTIES = tuple(f.name for f in fields(TrustMetrics) if f.name not in (GAIN, "certainty"))
@@ -69,7 +69,7 @@ SCALES: dict[str, Scale] = {
     "effective_weight": Scale(1e4, 1e4),
     "attribution_focus_delta": Scale(0.1, 0.2),
 }
-"""Used until a run's own are known."""
+"""Scales that are used until a run's own are calibrated."""
 
 NARROWEST: dict[str, float] = {
     GAIN: 0.5,
@@ -82,7 +82,7 @@ NARROWEST: dict[str, float] = {
     "effective_weight": 1e3,
     "attribution_focus_delta": 0.1,
 }
-"""The least width that calibration gives: a few probes answer in steps, and a few batches can agree by chance."""
+"""Least width that calibration gives: few probes give coarse signals, and few batches can agree by chance."""
 
 WEIGHTS: dict[str, float] = {
     GAIN: 1.0,
@@ -93,7 +93,7 @@ WEIGHTS: dict[str, float] = {
 }
 
 FACT_SCALES: dict[str, Scale] = {"update_norm": Scale(3.0, 2.0), "neighbor_flip_rate": Scale(0.5, 1.0)}
-"""Of single facts: a residual up to three times the batch's median is nothing unusual."""
+"""Scales for single facts: a residual norm of up to three times the batch's median is usual."""
 
 
 class TrustScorer:
@@ -101,16 +101,16 @@ class TrustScorer:
 
     A signal ``x`` is a penalty ``1 - 2^(-(x - free) / half)``. After ``calibrate`` batches ``free`` is their median
     plus three robust standard deviations (1.4826 times the median absolute deviation; :data:`NARROWEST` at least) and
-    ``half`` three more, so that what is usual in this run costs nothing; ``half`` of the gain is half the median gain.
+    ``half`` three more, so that usual values in this run cost nothing; ``half`` of the gain is half the median gain.
 
     Args:
-        weights: of the signals; those not named keep their :data:`WEIGHTS`, or 0.
-        scales: signals whose scale is given as ``[free, half]`` and not calibrated.
-        calibrate: batches after which the scales are fixed; 0 keeps :data:`SCALES`.
+        weights: weights of the signals; those not named keep their :data:`WEIGHTS`, or 0.
+        scales: signal -> ``[free, half]``, for signals that are not calibrated.
+        calibrate: number of batches after which the scales are fixed; 0 keeps :data:`SCALES`.
 
     Raises:
-        UserError: for an unknown signal, a weight that is negative or not finite, or a scale that is not two finite
-            numbers, the second above 0.
+        UserError: A signal is unknown, a weight is negative or not finite, or a scale is not two finite numbers of
+            which the second is above 0.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class TrustScorer:
         self.seen: list[TrustMetrics] = []
 
     def observe(self, metrics: TrustMetrics) -> None:
-        """Takes one of the first batches into the calibration."""
+        """Adds one of the first batches to the calibration; later batches are ignored."""
         if len(self.seen) >= self.calibrate:
             return
         self.seen.append(metrics)
@@ -146,7 +146,7 @@ class TrustScorer:
             self.scales = {name: self.given.get(name) or _calibrated(name, column) for name, column in columns.items()}
 
     def score(self, metrics: TrustMetrics) -> float:
-        """Trust in a batch, 0 to 1: it never falls with more gain, and never rises with more of anything else."""
+        """Trust in a batch, 0 to 1: non-decreasing in the gain, non-increasing in every other signal."""
         return self._score(metrics, self.scales)
 
     def score_fact(self, metrics: TrustMetrics) -> float:
@@ -159,11 +159,11 @@ class TrustScorer:
         return min(1.0, max(0.0, self.weights[GAIN] * gain - penalty))
 
     def state_dict(self) -> list[dict[str, float]]:
-        """The batches of the calibration."""
+        """The signals of the calibration batches."""
         return [asdict(metrics) for metrics in self.seen]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         self.seen, self.scales = [], {**SCALES, **self.given}
         for metrics in state:
             self.observe(TrustMetrics(**metrics))
@@ -179,18 +179,18 @@ def _calibrated(name: str, values: Sequence[float]) -> Scale:
 
 
 class HarmBudget:
-    """Harm that is small each time but adds up: a virtual queue, as in Lyapunov optimization (Neely 2010).
+    """Budget for harm that is small in each batch but adds up: a virtual queue of Lyapunov optimization (Neely 2010).
 
     The queue grows by what a batch's harm exceeds the allowance, ``Q <- max(0, Q + harm - allowance)``. While it is
     over the limit, batches that harm more than the allowance are not kept, so the harm kept over any stretch of ``n``
     batches is at most ``n * allowance + limit`` and one batch more.
 
     Args:
-        allowance: harm a batch, in nats of held-out log-perplexity, that may go on for ever.
-        limit: of the queue.
+        allowance: harm that every batch may do, in nats of held-out log-perplexity.
+        limit: length of the queue above which batches that exceed the allowance are refused.
 
     Raises:
-        UserError: where one is not above 0.
+        UserError: One of them is not above 0.
     """
 
     def __init__(self, allowance: float, limit: float) -> None:
@@ -201,24 +201,24 @@ class HarmBudget:
         self.queue = 0.0
 
     def refuses(self, harm: float) -> bool:
-        """Whether a batch that does this harm would be one too many."""
+        """Whether a batch that does this harm exceeds the budget."""
         return self.queue > self.limit and harm > self.allowance
 
     def spend(self, harm: float) -> None:
-        """Enters what stayed of a batch's harm; 0 for one that was rolled back."""
+        """Adds the harm of what stayed of a batch; 0 for one that was rolled back."""
         self.queue = max(0.0, self.queue + harm - self.allowance)
 
 
 class Threshold:
-    """The score under which a batch is not kept: fixed, or also a quantile of the scores before.
+    """The score under which a batch is not kept: fixed, or the lower of that and a quantile of earlier scores.
 
     Args:
-        value: the fixed threshold, 0 to 1, which the moving one never goes above.
-        quantile: share of the last ``window`` scores that lie under the moving threshold; None keeps it fixed.
-        window: scores looked back on.
+        value: the fixed threshold, 0 to 1; the moving one is never above it.
+        quantile: fraction of the last ``window`` scores that lie under the moving threshold; None keeps it fixed.
+        window: number of scores that the moving threshold is computed from.
 
     Raises:
-        UserError: for a share out of range, or a window under 2.
+        UserError: A fraction is out of range, or the window is under 2.
     """
 
     def __init__(self, value: float, quantile: float | None = None, window: int = 20) -> None:
@@ -235,11 +235,11 @@ class Threshold:
         if self.quantile is None or len(self.scores) < 2:
             return self.fixed
         ordered = sorted(self.scores)
-        place = self.quantile * (len(ordered) - 1)
-        low = int(place)
+        position = self.quantile * (len(ordered) - 1)
+        low = int(position)
         high = min(low + 1, len(ordered) - 1)
-        return min(self.fixed, ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+        return min(self.fixed, ordered[low] + (position - low) * (ordered[high] - ordered[low]))
 
     def note(self, score: float) -> None:
-        """Takes a score into the window."""
+        """Adds a score to the window."""
         self.scores.append(score)

@@ -1,4 +1,4 @@
-"""Failures that are no mistake of the user's: a full disk, no permission, too little memory, a fault in a program."""
+"""Explaining failures that are not the user's mistake: a full disk, no permission, too little memory, a bug."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from editlab.lm.memory import lacks_memory
 from editlab.utils.files import FORBIDDEN, FULL
 
 _SAVED = "_run_is_saved"
-"""Attribute of an exception whose run has a checkpoint."""
+"""Attribute that marks an exception whose run has a checkpoint."""
 
 
 def note_saved(error: BaseException) -> None:
-    """Notes that the run which an error ended has a checkpoint for ``--ckpt_path last`` to go on from."""
+    """Mark an error whose run has a checkpoint that ``--ckpt_path last`` resumes."""
     setattr(error, _SAVED, True)
 
 
 def is_saved(error: BaseException) -> bool:
-    """Whether :func:`note_saved` was called of it."""
+    """Tell whether :func:`note_saved` has marked an error."""
     return getattr(error, _SAVED, False)
 
 
 def describe(error: BaseException, editing: bool = True, saved: bool = True) -> str | None:
-    """One sentence, with the mend; None where the error tells of nothing but a fault in a program.
+    """Return one sentence with a fix for a failure of the system; None for any other error.
 
-    Looks through what led to the error as well.
+    The causes of the error are examined too.
 
     Args:
         error: what was raised.
-        editing: by one of the Trainer's verbs, which has settings.
-        saved: with a checkpoint to go on from.
+        editing: whether one of the Trainer's verbs raised it, which have settings.
+        saved: whether the run can be resumed from a checkpoint.
     """
     for link in causes(error):
         found = _of_system(link, editing, saved) or _of_memory(link, editing, saved)
@@ -42,9 +42,9 @@ def describe(error: BaseException, editing: bool = True, saved: bool = True) -> 
 
 
 def surprise(error: Exception, editing: bool = True, saved: bool = True) -> EditLabError:
-    """What to say of an error that editlab can not name; arguments as of :func:`describe`."""
+    """Return the sentence for an unexpected error; the arguments are those of :func:`describe`."""
     first = (str(error).strip() or "no message").splitlines()[0]
-    written = " What is written so far is whole, and --ckpt_path last goes on from it." if editing and saved else ""
+    written = " What was written so far is complete, and --ckpt_path last resumes it." if editing and saved else ""
     return EditLabError(
         f"{type(error).__name__}: {first.rstrip('.')}. This should not happen: run it again with --debug and report "
         f"what it shows.{written}"
@@ -52,14 +52,14 @@ def surprise(error: Exception, editing: bool = True, saved: bool = True) -> Edit
 
 
 def _of_system(error: BaseException, editing: bool, saved: bool) -> str | None:
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # what pathlib makes of ~nobody
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's error for ~nobody
         return "A path begins with ~ and the name of a user that this machine does not have: write it in full."
     if not isinstance(error, OSError):
         return None
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in FULL:
         place = "trainer.logger.init_args.save_dir" if editing else "--out"
-        after = "what was written is whole" + (", and --ckpt_path last goes on from it" if editing and saved else "")
+        after = "what was written is complete" + (", and --ckpt_path last resumes it" if editing and saved else "")
         return (
             f"The disk is full{where}: free some space, or write elsewhere ({place}, EDITLAB_CACHE, HF_HOME); {after}."
         )
@@ -79,10 +79,10 @@ def _of_memory(error: BaseException, editing: bool, saved: bool) -> str | None:
         place, more = "Memory", "model.values.batch_tokens or data.batch_size, or take a smaller model"
     else:
         return None
-    wanted = f" ({_readable(asked.group(1))} more were asked for)" if asked else ""
+    wanted = f" ({_readable(asked.group(1))} more were requested)" if asked else ""
     if not editing:
         return f"{place} does not suffice{wanted}: close other programs, or take a machine with more."
-    after = "; --ckpt_path last goes on from the last finished batch" if saved else ""
+    after = "; --ckpt_path last resumes after the last finished batch" if saved else ""
     return f"{place} does not suffice{wanted}: lower {more}{after}."
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from io import TextIOWrapper
 from typing import Any
@@ -19,10 +20,11 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
+from editlab import compat
 from editlab.cli.commands import COMMANDS
 from editlab.cli.failures import describe, is_saved, note_saved, surprise
 from editlab.cli.messages import explain
-from editlab.cli.recipe import SaveConfig, goes_on, settle
+from editlab.cli.recipe import SaveConfig, can_resume, complete
 from editlab.data import EditDataModule
 from editlab.distributed import ranks
 from editlab.distributed.strategy import NAME, EditStrategy
@@ -55,7 +57,7 @@ def load_plugins() -> None:
             ) from error
 
 
-class EditLabCLI(LightningCLI):
+class EditLabCLI(compat.CommandHooks, LightningCLI):
     """``editlab fit | validate | test``, with editlab's model, data, logger and defaults."""
 
     @staticmethod
@@ -66,7 +68,7 @@ class EditLabCLI(LightningCLI):
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         """Lists the other verbs beside the Trainer's; :func:`run` takes them before they come here."""
         super().setup_parser(*args, **kwargs)
-        verbs: Any = self.parser._subcommands_action  # jsonargparse has no other way to those that are there
+        verbs = compat.verbs_of(self.parser)
         for name, command in COMMANDS.items():
             verbs.add_subcommand(name, ArgumentParser(), help=command.help)
 
@@ -85,22 +87,17 @@ class EditLabCLI(LightningCLI):
         except UnicodeDecodeError as error:
             raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save its file as that.") from error
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning looks for settings in a checkpoint, and editlab's hold none.
-
-        What is no checkpoint is named where it is read.
-        """
-
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, finds the run to go on from, and sees to checkpoints."""
-        settle(self.config[self.config.subcommand])
+        complete(self.config[self.config.subcommand])
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        with bars(self.config[subcommand].trainer.enable_progress_bar is not False):
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        """Run a verb of the Trainer, and note on an error of ``fit`` whether the run can be resumed."""
+        with bars(self.config[verb].trainer.enable_progress_bar is not False):
             try:
-                super()._run_subcommand(subcommand)
+                run()
             except BaseException as error:  # an interrupt too
-                if subcommand == "fit" and goes_on(self.trainer):
+                if verb == "fit" and can_resume(self.trainer):
                     note_saved(error)
                 raise
 

@@ -1,4 +1,4 @@
-"""What the configuration parser and the Trainer say of a mistake, as one sentence that names the mend."""
+"""Messages of the configuration parser and the Trainer about a mistake, replaced by one sentence with a fix."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from editlab.solver.methods import Method
 _NO_TRAINER = re.compile(
     r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
 )
-"""How the Trainer's plain errors about its arguments begin."""
+"""Beginnings of the Trainer's plain errors about its arguments."""
 
 _NAMED_IN_YAML: tuple[type, ...] = (Method, FactFormat, Callback, Logger)
 
 
 def explain(error: Exception) -> str | None:
-    """One sentence for a mistake in the configuration; None where the error is of another kind."""
+    """Return one sentence for a mistake in the configuration; None for an error of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
     if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
         return _line(str(error)) + "."
     text, known = str(error), isinstance(error, ArgumentError)
-    for pattern, sentence in _SENTENCES if known else _OF_TRAINER:
+    for pattern, sentence in _SENTENCES if known else _TRAINER_SENTENCES:
         found = re.search(pattern, text, re.DOTALL)
         if found is not None:
             return sentence(found)
@@ -38,7 +38,7 @@ def explain(error: Exception) -> str | None:
 
 
 def _wrong_argument(found: re.Match[str]) -> str:
-    """A class that there is, with an argument that it has not."""
+    """Explain an unknown argument of a known class."""
     path, argument = found.groups()
     name = path.rsplit(".", 1)[-1]
     cls = _classes().get(name)
@@ -53,7 +53,7 @@ def _unknown_class(found: re.Match[str]) -> str:
     return f"There is no class named {name!r}{near or '; name a class of editlab, Lightning or a plug-in'}."
 
 
-def _no_kind(found: re.Match[str]) -> str:
+def _wrong_kind(found: re.Match[str]) -> str:
     key, path, kind = found.groups()
     return f"{key} names {path or 'a class'}, which is no {kind}: name one of editlab, Lightning or a plug-in."
 
@@ -85,13 +85,13 @@ def _missing(found: re.Match[str]) -> str:
 
 
 def _listed(text: str) -> list[str]:
-    """The names in a list that argparse has written."""
+    """Return the names in a list that argparse has printed."""
     return re.findall(r"[\w-]+", text)
 
 
 def _either(text: str) -> str:
-    *others, last = _listed(text)
-    return f"{', '.join(others)} or {last}" if others else last
+    *first, last = _listed(text)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
@@ -101,8 +101,8 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),
     (r"Problem with given class_path '([^']+)':\s*(No module named '[^']+'|module '[^']+' has no attribute '[^']+')",
-     lambda m: f"{m.group(1)} can not be imported ({_line(m.group(2))}): check the path, or install its package."),
-    (r'Parser key "([^"]+)".*Import path (?:(\S+) )?does not correspond to a subclass of (\w+)', _no_kind),
+     lambda m: f"{m.group(1)} cannot be imported ({_line(m.group(2))}): check the path, or install its package."),
+    (r'Parser key "([^"]+)".*Import path (?:(\S+) )?does not correspond to a subclass of (\w+)', _wrong_kind),
     (r"Expected a dot import path string: (\S+)", _unknown_class),
     (r"unrecognized arguments: (\S+)", _unknown_setting),
     (r"does not accept option '([^']+)'", _unknown_setting),
@@ -114,10 +114,10 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"following arguments are required: (.*)", _missing),
     (r'Parser key "([^"]+)":?\s*(.*)', _wrong_value),
 )  # fmt: skip
-"""What to look for, the most telling first, and what to say of it."""
+"""Patterns of the parser's messages, the most specific first, and the sentence for each."""
 
 
-_OF_TRAINER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+_TRAINER_SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"^Found more than one stateful callback of type `(\w+)`",
      lambda m: f"trainer.callbacks has {m.group(1)} more than once: leave one of them."),
     (r"^(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
@@ -125,16 +125,16 @@ _OF_TRAINER: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"^`Trainer\(barebones=True",
      lambda m: "trainer.barebones does without what keeps a run, its logger and checkpoints: leave it out."),
 )  # fmt: skip
-"""The same of plain errors that Lightning raises about a recipe."""
+"""Patterns of plain errors that Lightning raises about a recipe, and the sentence for each."""
 
 
 def _line(text: str) -> str:
-    """The beginning of a message, on one line."""
+    """Return the first 300 characters of a message, on one line."""
     return " ".join(text.split())[:300].rstrip(".")
 
 
 def _classes() -> dict[str, type]:
-    """Every class that YAML may name, by its bare name."""
+    """Return every class that YAML may name, by its bare name."""
 
     def below(base: type) -> Iterable[type]:
         sub: type

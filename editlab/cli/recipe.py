@@ -1,6 +1,7 @@
-"""What the command line settles in a recipe before it is carried out, and ``config.yaml``: the recipe as it was.
+"""Completing a recipe before it runs, and ``config.yaml``, the complete recipe in the run's folder.
 
-That is the run's folder, the checkpoint that it goes on from, and the checkpoints that it writes.
+What is completed is the name of the run's folder, the checkpoint to resume from, and the callback that writes
+checkpoints.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from editlab.edits.layer_search import AUTO
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
+from editlab.edits.edited_model import AUTO
 from editlab.errors import UserError
 from editlab.runs.checkpoint import LAST, EditCheckpoint, find_checkpoint, newest_checkpoint, run_version
 from editlab.runs.folders import RunFolder, differing, flat_settings
@@ -25,22 +26,22 @@ from editlab.runs.logger import RunLogger
 from editlab.runs.summary import run_folder
 from editlab.utils.validation import at_least_one
 
-FREE = (
+MAY_DIFFER = (
     "model.language_model", "model.layers", "model.device_map", "model.values.batch_tokens",
     "model.evaluation.age_bins",
 )  # fmt: skip
-"""Settings of the model in which a run that goes on may differ: a checkpoint tells other weights and layers by
-themselves, and the rest changes no edit."""
+"""Settings of the model that may change when a run is resumed: other weights and layers are recognised from the
+checkpoint itself, and the remaining settings do not change an edit."""
 
 
-def settle(verb: Namespace) -> None:
-    """Names the run's folder after the recipe, finds the run to go on from, and sees to checkpoints.
+def complete(verb: Namespace) -> None:
+    """Name the run's folder after the recipe, find the checkpoint to resume from, and add the callback that writes one.
 
     Args:
         verb: the settings of ``fit``, ``validate`` or ``test``; changed in place.
 
     Raises:
-        UserError: where ``--ckpt_path`` finds no checkpoint, and for what a run of edits can not have.
+        UserError: ``--ckpt_path`` finds no checkpoint, or a setting makes no sense for a run of edits.
     """
     _check(verb)
     loggers = list(_loggers(verb.trainer.logger))
@@ -48,7 +49,7 @@ def settle(verb: Namespace) -> None:
         if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
             logger["name"] = Path(str(verb.config[0])).stem
     if verb.get("ckpt_path") is not None:
-        _go_on(verb, loggers)
+        _find_run(verb, loggers)
     _add_checkpoint(verb.trainer)
 
 
@@ -59,13 +60,13 @@ def _check(verb: Namespace) -> None:
     if verb.trainer.max_epochs not in (None, 1):
         raise UserError(
             f"trainer.max_epochs is {verb.trainer.max_epochs}: a run edits each of its facts once, in one pass; leave "
-            "it out, and set model.passes for a batch that is to go through its layers again."
+            "it out, and set model.passes to let each batch go through its layers several times."
         )
     at_least_one("trainer", check_val_every_n_epoch=verb.trainer.check_val_every_n_epoch)
 
 
 def _loggers(given: Any) -> Iterator[Namespace]:
-    """The settings of the recipe's loggers that have a folder, the one of the run's files first."""
+    """Yield the settings of the loggers that write into a folder; the first one's folder is the run's."""
     for logger in given if isinstance(given, list) else [given]:
         settings = getattr(logger, "init_args", None)
         if settings is not None and "save_dir" in settings:
@@ -73,20 +74,20 @@ def _loggers(given: Any) -> Iterator[Namespace]:
 
 
 def _runs(logger: Namespace) -> Path:
-    """The folder in which a logger makes one for each run."""
+    """Return the folder in which a logger creates a folder for each run."""
     return Path(logger.get("save_dir") or "lightning_logs") / (logger.get("name") or "")
 
 
-def _go_on(verb: Namespace, loggers: list[Namespace]) -> None:
-    """Finds the checkpoint that is meant; one from this recipe's runs goes on in its own run's folder."""
+def _find_run(verb: Namespace, loggers: list[Namespace]) -> None:
+    """Resolve ``--ckpt_path``; a run of this very recipe is resumed in its own folder."""
     verb.ckpt_path = str(_newest(loggers) if verb.ckpt_path == LAST else find_checkpoint(str(verb.ckpt_path)))
-    for logger in loggers:  # elsewhere a run of that number may be another one
+    for logger in loggers:  # in another folder, that number may be of another run
         if logger.get("version") is None and _runs(logger) == _runs(loggers[0]):
             logger["version"] = run_version(Path(verb.ckpt_path), _runs(logger))
 
 
 def _newest(loggers: list[Namespace]) -> Path:
-    """The newest run's checkpoint; that of the run which the recipe names, where it names one."""
+    """Return the checkpoint of the run that the recipe names; default: of the newest run."""
     if not loggers:
         raise UserError(
             f"--ckpt_path {LAST} looks for the newest run in a logger's folder, and trainer.logger has none: name "
@@ -98,25 +99,25 @@ def _newest(loggers: list[Namespace]) -> Path:
     return find_checkpoint(str(_runs(loggers[0]) / (version if isinstance(version, str) else f"version_{version}")))
 
 
-def goes_on(trainer: Trainer) -> bool:
-    """Whether this run has a checkpoint that ``--ckpt_path last`` goes on from."""
+def can_resume(trainer: Trainer) -> bool:
+    """Tell whether this run has a checkpoint, so that ``--ckpt_path last`` resumes it."""
     folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return bool(trainer.loggers) and any(folder and (Path(folder) / f"{LAST}.ckpt").is_file() for folder in folders)
 
 
 def _run_of(checkpoint: Path) -> list[RunFolder]:
-    """The run that wrote a checkpoint; none where it lies by itself."""
+    """Return the run that wrote a checkpoint, as a list; [] for a checkpoint outside of a run's folder."""
     folder = checkpoint.resolve().parent
     return [RunFolder(folder.parent)] if folder.name == "checkpoints" and not _is_users(folder.parent) else []
 
 
 def _is_users(folder: Path) -> bool:
-    """Whether it is the working directory, as of a run without a logger: a config.yaml there is the user's own."""
+    """Tell whether this is the working directory, where a run without a logger writes and config.yaml is the user's."""
     return folder.resolve() == Path.cwd()
 
 
 def _add_checkpoint(trainer: Namespace) -> None:
-    """Adds editlab's checkpoints, unless the recipe has some of its own or wants none."""
+    """Add the callback that writes checkpoints, unless the recipe has one or switches checkpoints off."""
     given = trainer.callbacks or []
     callbacks = given if isinstance(given, list) else [given]
     own = any(_is_a(str(callback.get("class_path", "")), ModelCheckpoint) for callback in callbacks)
@@ -131,26 +132,26 @@ def _is_a(path: str, kind: type) -> bool:
 
 
 def _names(kind: type[Any]) -> Iterator[str]:
-    """The names of a class' subclasses, and of theirs."""
-    for one in kind.__subclasses__():
-        yield one.__name__
-        yield from _names(one)
+    """Yield the names of all direct and indirect subclasses."""
+    for subclass in kind.__subclasses__():
+        yield subclass.__name__
+        yield from _names(subclass)
 
 
-def _said(name: str, settings: Mapping[str, Any]) -> str:
-    """A setting's value in words; that of a callback is whether it is there."""
+def _in_words(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a setting's value in words; for a callback, whether the recipe has it."""
     value = settings.get(name)
     return "absent" if value is None else "present" if value == name else str(value)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder; a run that goes on keeps the one that it was started with."""
+    """Writes ``config.yaml`` into the run's folder; a resumed run keeps the one that it was started with."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes it, unless there is one and a checkpoint is gone on from, or the run has no folder of its own.
+        """Write the file, unless a resumed run has one already or the run has no folder of its own.
 
         Raises:
-            UserError: where a run would go on with other edits than it was started with.
+            UserError: A resumed run's settings would make other edits than those it was started with.
         """
         folder, checkpoint = RunFolder(run_folder(trainer)), self.config.get("ckpt_path")
         own = [folder] if trainer.loggers and not _is_users(folder.path) else []
@@ -165,18 +166,18 @@ class SaveConfig(SaveConfigCallback):
         then, now = folder.settings, flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         callbacks = set(_names(EditCallback))
         changed = [
-            f"{name}, {_said(name, then)} then and {_said(name, now)} now"
+            f"{name}: {_in_words(name, then)} then, {_in_words(name, now)} now"
             for name in differing([then, now])
-            if name not in FREE and (name.startswith("model.") or name.partition(".")[0] in callbacks)
+            if name not in MAY_DIFFER and (name.startswith("model.") or name.partition(".")[0] in callbacks)
         ]
         if changed:
             raise UserError(
-                f"The run in {folder.path} would go on with other edits than it was started with "
-                f"({'; '.join(changed[:3])}): set what differs as it was, or start a new run without --ckpt_path."
+                f"The run in {folder.path} was started with other settings of its edits "
+                f"({'; '.join(changed[:3])}): set them as they were, or start a new run without --ckpt_path."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the layers that were found in the place of ``auto``, so that the file runs the same edits again."""
+        """Replace ``layers: auto`` by the layers that were found, so that the file runs the same edits again."""
         path = run_folder(trainer) / self.config_filename
         if trainer.is_global_zero and self.already_saved and self.config.model.layers == AUTO:
             self.config.model.layers = pl_module.layer_numbers

@@ -1,4 +1,4 @@
-"""Facts: what one is, where they are read from, and how they stream into training."""
+"""Facts: the record of one, the readers of fact files, and the stream of batches into training."""
 
 from editlab.data.datamodule import EditDataModule
 from editlab.data.fact import Fact, Neighbor

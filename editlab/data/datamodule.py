@@ -1,4 +1,4 @@
-"""Facts for a run: which are edited, in which order, and which must stay as they are."""
+"""The facts of a run: which are edited, in which order, and which serve as bystanders."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from editlab.utils.validation import at_least_one
 log = logging.getLogger(__name__)
 
 CHUNK = 64
-"""Facts that the model is asked about at a time."""
+"""Number of facts that are scored at a time."""
 
 
 class EditDataModule(LightningDataModule):
-    """The facts of one file, ordered, chosen and cut into batches.
+    """The facts of one file: ordered, filtered, and split into batches.
 
     Args:
         path: a JSON, JSONL, CSV or TSV file of facts, or ``worldfacts`` (built in).
-        limit: facts to edit; all where not given.
-        batch_size: facts a step.
-        only_known: edit only facts whose truth the unedited model finds likelier than the new target; an edit of a
-            fact that the model never knew shows little.
-        shuffle: order the facts by ``seed`` and not as in the file.
-        seed: of the order.
-        bystanders: facts for ``editlab test``, never edited and on other subjects.
-        format: the file's schema, by class name; found by looking at the file where not given.
-        keep_repeats: edit every fact of one subject and prompt, the later ones superseding the earlier; otherwise only
+        limit: number of facts to edit; default: all.
+        batch_size: number of facts edited in one step.
+        only_known: edit only facts for which the unedited model prefers the truth, P(true) > P(new); editing a fact
+            that the model did not prefer shows little.
+        shuffle: order the facts at random by ``seed``; otherwise as in the file.
+        seed: seed of the order.
+        bystanders: number of facts for ``editlab test``, which are never edited and are about other subjects.
+        format: class name of the file's schema; default: the one that the first record looks like.
+        keep_repeats: edit all facts with the same subject and prompt, each superseding the one before; otherwise only
             the first is edited.
-        skip_bad: leave out records that do not fit, into their schema or into the model, and say which; without it they
-            are an error.
+        skip_bad: skip and log records that do not fit their schema or the model; otherwise they are an error.
 
     Raises:
-        UserError: for sizes under 1.
+        UserError: A size is below 1.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class EditDataModule(LightningDataModule):
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
         self.fault: Callable[[Fact], str | None] = lambda fact: None
-        """What makes a fact unfit for the model, as the end of a sentence; None for one that is fit. Whoever has the
-        model sets it."""
-        self._left_out: set[Fact] = set()
+        """Why a fact does not fit the model, as a predicate such as ``has no token ...``; None for one that fits. The
+        owner of the model sets it."""
+        self._skipped: set[Fact] = set()
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and orders the facts; of those with one subject and prompt the first is kept, or all."""
+        """Read and order the facts; of several with the same subject and prompt keep the first, or all."""
         if self.candidates:
             return
         facts = read_facts(self.path, self.format, self.skip_bad)
@@ -90,18 +89,18 @@ class EditDataModule(LightningDataModule):
             first.setdefault(fact.slot, fact)
         self.candidates = facts if self.keep_repeats else list(first.values())
         if len(first) < len(facts):
-            what = "supersede earlier ones" if self.keep_repeats else "are left out (data.keep_repeats keeps them)"
+            what = "supersede earlier ones" if self.keep_repeats else "are skipped (data.keep_repeats keeps them)"
             log.info("%d records of %s repeat a subject and prompt and %s", len(facts) - len(first), self.path, what)
 
     def select(self, is_known: Callable[[Sequence[Fact]], Sequence[bool]]) -> None:
-        """Fixes the facts to edit.
+        """Fix the facts to edit.
 
         Args:
-            is_known: whether the unedited model knows each of some facts; asked in the facts' order, and only until
-                the limit is reached.
+            is_known: tells for each of some facts whether the unedited model prefers the truth; it is called with the
+                facts in order, and only until the limit is reached.
 
         Raises:
-            UserError: where facts name no truth to know, or none is known, or one does not fit into the model.
+            UserError: Facts have no true target, the model prefers the truth of none, or one does not fit the model.
         """
         wanted = self.limit or len(self.candidates)
         fitting = self.fitting(self.candidates)
@@ -112,7 +111,7 @@ class EditDataModule(LightningDataModule):
             return
         if any(fact.target_true is None for fact in self.candidates):
             raise UserError(
-                f"{self.path} has facts without a true target, so what the model knows can not be told: set "
+                f"{self.path} has facts without a true target, so it is unknown which the model knows: set "
                 "data.only_known to false."
             )
         kept: list[Fact] = []
@@ -124,16 +123,16 @@ class EditDataModule(LightningDataModule):
                         looked += 1
                         kept += [fact] if known else []
                 bar.update(len(kept) - bar.n)
-        log.info("The model knows %d of the %d facts looked at in %s", len(kept), looked, self.path)
+        log.info("The model prefers the truth of %d of the first %d facts of %s", len(kept), looked, self.path)
         if not kept:
             raise UserError(f"The model knows none of the facts in {self.path}: set data.only_known to false.")
         self.facts = kept
 
     def fitting(self, facts: Iterable[Fact]) -> Iterator[Fact]:
-        """Those that fit into the model, each looked at when it is asked for; with ``skip_bad`` others are left out.
+        """Yield the facts that fit the model, checking each when it is needed; ``skip_bad`` skips the others.
 
         Raises:
-            UserError: for one that does not, without ``skip_bad``.
+            UserError: A fact does not fit, and ``skip_bad`` is off.
         """
         for fact in facts:
             fault = self.fault(fact)
@@ -142,17 +141,17 @@ class EditDataModule(LightningDataModule):
                 continue
             named = f"fact {fact.question[:40]!r}... {fault}"
             if not self.skip_bad:
-                raise UserError(f"The {named}, or leave the fact out (data.skip_bad).")
-            if fact not in self._left_out:
-                log.warning("Left out: the %s.", named)
-            self._left_out.add(fact)
+                raise UserError(f"The {named}, or skip the fact (data.skip_bad).")
+            if fact not in self._skipped:
+                log.warning("Skipped: the %s.", named)
+            self._skipped.add(fact)
 
     def train_dataloader(self) -> EditStream:
-        """The batches to edit."""
+        """Return the batches to edit."""
         return EditStream(self.facts, self.batch_size)
 
     def val_dataloader(self) -> Any:
-        """For ``editlab validate``: the facts that the checkpoint has edited. Empty within ``fit``."""
+        """Return the edited facts of the checkpoint for ``editlab validate``; nothing during ``fit``."""
         if self.trainer is None or self.trainer.state.fn != "validate":
             return []
         edited = getattr(self.trainer.lightning_module, "edited_facts", [])
@@ -161,24 +160,24 @@ class EditDataModule(LightningDataModule):
         return EditStream(list(self.fitting(edited)), CHUNK)
 
     def test_dataloader(self) -> EditStream:
-        """For ``editlab test``: facts about subjects that are not edited."""
+        """Return the bystanders for ``editlab test``: facts about subjects that are not edited."""
         others = list(islice(self.fitting(self._others()), self.bystanders))
         if not others:
             raise UserError(f"Every subject of {self.path} is edited, so no bystander is left: lower data.limit.")
         return EditStream(others, CHUNK)
 
     def spare_facts(self, count: int) -> list[Fact]:
-        """Up to ``count`` facts on subjects that are not edited, none of them among the bystanders of ``test``.
+        """Return up to ``count`` facts about subjects that are not edited, none of them a bystander of ``test``.
 
-        What a run looks at on its way must not be what ``test`` measures, so bystanders are no reserve.
+        What a run measures on its way must not be what ``test`` measures, so bystanders are excluded.
         """
         return list(islice(self.fitting(self._others()), self.bystanders, self.bystanders + count))
 
     def facts_to_try(self, count: int) -> list[Fact]:
-        """Up to ``count`` facts to try something on before those to edit are fixed.
+        """Return up to ``count`` facts for trials before the facts to edit are fixed.
 
-        They come from beyond the limit, and from before the bystanders of ``test``, as far as there are such facts;
-        otherwise they are the first ones, which are edited too.
+        They are taken after the limit and before the bystanders of ``test``. If there are too few of those, the first
+        facts fill up, which are edited too.
         """
         candidates = list(self.fitting(self.candidates)) if self.skip_bad else self.candidates
         beyond = candidates[self.limit :] if self.limit else []
@@ -192,5 +191,5 @@ class EditDataModule(LightningDataModule):
         return [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Batches are lists of facts, which stay as they are."""
+        """Return the batch itself: facts have no tensors."""
         return batch

@@ -1,4 +1,4 @@
-"""The unit of editing: one fact, and what its edit is measured on."""
+"""The unit of editing: one fact, with the prompts on which its edit is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Neighbor(NamedTuple):
-    """A prompt about something else, whose answer an edit must leave alone."""
+    """A prompt about another subject, whose answer an edit must not change."""
 
     prompt: str
     truth: str
@@ -22,28 +22,28 @@ class Fact:
     """
 
     subject: str
-    """What the fact is about; its last token is where the edit acts."""
+    """The entity that the fact is about; the edit acts at its last token."""
     prompt: str
     """Template with exactly one ``{}`` for the subject."""
     target_new: str
-    """The continuation to be learnt."""
+    """The continuation that the edit teaches."""
     target_true: str | None = None
-    """The continuation that was right before; None where the data set names none."""
+    """The continuation that was right before the edit; None if the data set names none."""
     paraphrases: tuple[str, ...] = ()
-    """Whole prompts that ask the same in other words."""
+    """Complete prompts that ask the same in other words."""
     neighbors: tuple[Neighbor, ...] = ()
-    """Prompts on other subjects, with their own truths."""
+    """Prompts about other subjects, with their own answers."""
     id: int | str = 0
     """The record's name in its file."""
 
     @property
     def question(self) -> str:
-        """The edit prompt with the subject put in."""
+        """The edit prompt with the subject in the place of ``{}``."""
         return self.prompt.replace("{}", self.subject)  # other braces are the prompt's own text
 
     @property
     def slot(self) -> tuple[str, str]:
-        """Subject and prompt: of two facts that share it, the later replaces the earlier."""
+        """Subject and prompt; of two facts with the same ones, the later replaces the earlier."""
         return self.subject, self.prompt
 
     @property
@@ -53,17 +53,17 @@ class Fact:
         return start, start + len(self.subject)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fact as plain strings and lists, which a checkpoint may hold."""
+        """Return the fact as plain strings and lists, as a checkpoint may hold them."""
         return {**asdict(self), "neighbors": [list(n) for n in self.neighbors]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Fact:
-        """The inverse of :meth:`to_dict`."""
+        """Return the fact that :meth:`to_dict` was called on."""
         neighbors = tuple(Neighbor(*n) for n in values["neighbors"])
         return cls(**{**values, "paraphrases": tuple(values["paraphrases"]), "neighbors": neighbors})
 
 
 def latest(facts: Sequence[Fact]) -> list[Fact]:
-    """Of facts with one subject and prompt the last, in the order in which those stand."""
-    last = {fact.slot: place for place, fact in enumerate(facts)}
-    return [facts[place] for place in sorted(last.values())]
+    """Return the last fact of each subject and prompt, in the order of ``facts``."""
+    last = {fact.slot: index for index, fact in enumerate(facts)}
+    return [facts[index] for index in sorted(last.values())]

@@ -1,4 +1,4 @@
-"""Files of facts: JSON, JSONL, CSV and TSV, read record by record, so that a bad one can be named and passed over."""
+"""Files of facts: JSON, JSONL, CSV and TSV, read record by record, so that a bad one can be named and skipped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from editlab.errors import UserError
 log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).with_name("worldfacts.json")
-"""The facts that ship with editlab; in YAML their path is ``worldfacts``."""
+"""The built-in facts; in YAML their path is ``worldfacts``."""
 
 TABLES = (".csv", ".tsv")
 _DELIMITERS = ",;\t"
@@ -25,13 +25,13 @@ _OVER = "more cells than columns"
 
 
 class Found(NamedTuple):
-    """What a record gives: a fact, or what is wrong with it."""
+    """The result of reading one record: a fact, or its fault."""
 
     where: str
     """such as ``Record 3 (line 4)``; records count from 0, lines from 1"""
     fact: Fact | None
     fault: str | None
-    """the end of a sentence, with the mend"""
+    """what is wrong and how to correct it, as a predicate whose subject is :attr:`where`"""
 
 
 class _Raw(NamedTuple):
@@ -41,15 +41,15 @@ class _Raw(NamedTuple):
 
 
 def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool = False) -> list[Fact]:
-    """The facts of a file.
+    """Return the facts of a file.
 
     Args:
         path: a JSON array, JSONL, CSV or TSV file, or ``worldfacts`` for the built-in facts.
-        fact_format: its schema; found from the first record where not given.
-        skip_bad: leave out records that do not fit, and log them.
+        fact_format: its schema; default: the one that the first record looks like.
+        skip_bad: skip records that cannot be read as facts, and log them.
 
     Raises:
-        UserError: where the file can not be read, or a record does not fit; the record's index is named.
+        UserError: The file cannot be read, or a record is no fact; the record's index is named.
     """
     facts: list[Fact] = []
     bad: list[str] = []
@@ -59,19 +59,19 @@ def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool 
         elif skip_bad:
             bad.append(f"{where} {fault}")
         else:
-            raise UserError(f"{where} of {path} {fault}, or set data.skip_bad to true to leave it out.")
+            raise UserError(f"{where} of {path} {fault}, or set data.skip_bad to true to skip it.")
     if bad:
-        log.warning("%d records of %s are left out: %s", len(bad), path, "; ".join(bad[:5]))
+        log.warning("%d records of %s are skipped: %s", len(bad), path, "; ".join(bad[:5]))
     if not facts:
         raise UserError(f"The fact file {path} holds no record that can be used.")
     return facts
 
 
 def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Found]:
-    """What each record of a file gives; arguments as for :func:`read_facts`.
+    """Yield the fact or the fault of each record of a file; the arguments are those of :func:`read_facts`.
 
     Raises:
-        UserError: where the file as a whole can not be read, or holds no record.
+        UserError: The file as a whole cannot be read, or holds no record.
     """
     file = BUILTIN if path == "worldfacts" else Path(path).expanduser()
     empty = True
@@ -102,17 +102,17 @@ def _records(path: Path, name: str) -> Iterable[_Raw]:
     try:
         array = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"The fact file {name} is not valid JSON ({error}): mend it there.") from error
+        raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it there.") from error
     return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
 
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before the text
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark before the text
     except FileNotFoundError as error:
         raise UserError(f"The fact file {name} does not exist: check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The fact file {name} can not be read ({error}): give a UTF-8 file of JSON or CSV.") from error
+        raise UserError(f"The fact file {name} cannot be read ({error}): give a UTF-8 file of JSON or CSV.") from error
 
 
 def _is_one_object(text: str) -> bool:
@@ -123,19 +123,19 @@ def _is_one_object(text: str) -> bool:
 
 
 def _lines(text: str) -> Iterator[_Raw]:
-    """JSONL: a record a line."""
-    # Not splitlines(): inside a JSON string there may be other characters that it takes for ends of lines.
+    """Yield the records of a JSONL text, one from each line."""
+    # Not splitlines(): it also splits at characters that may stand inside a JSON string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for index, (number, line) in enumerate(lines):
         where = f"Record {index} (line {number})"
         try:
             yield _Raw(where, json.loads(line))
         except json.JSONDecodeError as error:
-            yield _Raw(where, None, f"is not valid JSON ({error.msg} at column {error.colno}): mend the line")
+            yield _Raw(where, None, f"is not valid JSON ({error.msg} at column {error.colno}): correct the line")
 
 
 def _table(text: str, name: str) -> Iterator[_Raw]:
-    """CSV or TSV: the first line names the columns; an empty cell is an absent field."""
+    """Yield the records of a CSV or TSV text; the first line names the columns, and an empty cell is no field."""
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=_OVER, strict=True)
@@ -153,7 +153,7 @@ def _table(text: str, name: str) -> Iterator[_Raw]:
             row = next(rows)
         except StopIteration:
             return
-        except csv.Error as error:  # where the next record begins can not be told
+        except csv.Error as error:  # where the next record begins is unknown
             yield _Raw(
                 f"Record {index} (line {begin})",
                 None,

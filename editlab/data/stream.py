@@ -1,4 +1,4 @@
-"""The stream of batches, which knows how far it has come."""
+"""The stream of batches, whose position is part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from editlab.data.fact import Fact
 class FactBatch:
     """The facts of one step.
 
-    No list, tuple or dataclass, for those Lightning takes apart to convert the tensors in them (``trainer.precision``
-    ``bf16-true`` and company), and facts are frozen.
+    It is no list, tuple or dataclass, because Lightning rebuilds those to convert the tensors in them (for example with
+    ``trainer.precision: bf16-true``), and facts are frozen.
 
     Args:
         facts: in the order of editing.
@@ -31,12 +31,12 @@ class FactBatch:
 class EditStream:
     """A sized iterable over batches of facts, whose position Lightning saves and restores.
 
-    Lightning fetches nothing ahead of an iterable that has a length, so the position is that of the batches that
-    have gone through a training step.
+    Lightning does not prefetch from an iterable that has a length, so the position counts the batches that went
+    through a training step.
 
     Args:
         facts: in the order of editing.
-        batch_size: facts a batch; the last may be smaller.
+        batch_size: number of facts in a batch; the last batch may be smaller.
     """
 
     def __init__(self, facts: Sequence[Fact], batch_size: int) -> None:
@@ -55,9 +55,9 @@ class EditStream:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in batches handed out."""
+        """Return the position: the number of batches that were handed out."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved position."""
+        """Continue from a saved position."""
         self.position = int(state["position"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
+from editlab import compat
 from editlab.distributed import ranks
 
 NAME = "editlab_ddp"
@@ -25,7 +26,7 @@ class EditStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         """Joins the ranks as soon as there is a process group."""
         super().setup_distributed()
-        ranks.join(self._timeout)
+        ranks.join(compat.timeout_of(self))
 
     def configure_ddp(self) -> None:
         """Leaves the module as it is."""

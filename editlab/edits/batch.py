@@ -1,125 +1,197 @@
-"""One batch of edits on its way through the closed form: solved layer by layer, then carried out as the verdict is."""
+"""The closed-form solve of one batch of edits, layer by layer, and what the verdict makes of it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from editlab.data.fact import Fact
 from editlab.edits.edited_layer import EditedLayer
-from editlab.edits.plan import EditOutcome
-from editlab.solver.closed_form import Constraints, diagnostics, effective_weight, solve
-from editlab.utils.rng import rng_state, set_rng_state
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
+from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
+from editlab.errors import UserError
+from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_keys
+from editlab.lm.language_model import LanguageModel
+from editlab.solver.closed_form import Constraints, Preservation, diagnostics, effective_weight, solve
+from editlab.solver.methods import Method
+from editlab.utils.validation import at_least_one, not_negative, one_of
 
 log = logging.getLogger(__name__)
 
 
-class StepState:
-    """What a step may change of the weights and the random generators, as it was before.
+@dataclass(frozen=True)
+class SolveSettings:
+    """The settings of a solve that do not depend on which layers are edited.
 
-    Args:
-        layers: the edited layers.
+    Raises:
+        UserError: A setting is out of range.
     """
 
-    def __init__(self, layers: Sequence[EditedLayer]) -> None:
-        self.layers = layers
-        self.totals = [layer.total.clone() for layer in layers]
-        self.adapters = [layer.adapter for layer in layers]  # they are exchanged, never written into
-        self.rng = rng_state()
+    method: Method
+    """metric and slack of the closed form"""
+    key_mode: str = "bare"
+    """how keys are read (:func:`~editlab.keys.subject_keys.read_keys`)"""
+    context_key_weight: float = 0.0
+    """weight with which the keys of the edited prompts' context tokens enter the metric of their batch; 0: they do
+    not"""
+    passes: int = 1
+    """number of times that a batch goes through the layers, each time for the remaining residual"""
+    condition_limit: float = 1e10
+    """condition number of the Gram matrix above which the slack is raised"""
 
-    def restore_weights(self) -> None:
-        """The weights as they were, bit for bit."""
-        for layer, total, adapter in zip(self.layers, self.totals, self.adapters, strict=True):
-            layer.adapter = adapter
-            layer.restore(total)
-
-    def restore(self) -> None:
-        """Weights and random generators as they were, bit for bit."""
-        self.restore_weights()
-        set_rng_state(self.rng)
+    def __post_init__(self) -> None:
+        one_of("model", KEY_MODES, keys=self.key_mode)
+        not_negative("model", preserve_prompt_tokens=self.context_key_weight)
+        if not self.condition_limit > 1:
+            raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
+        at_least_one("model", passes=self.passes)
 
 
-def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tuple[EditedLayer, Tensor]]:
-    """Each layer's update, solved against the weights below it as already edited; add it before the next is asked for.
+@dataclass
+class BatchSolver:
+    """Solves batches of edits at some layers of a model and adds the updates to the weights."""
 
-    Residuals are spread over the layers from the lowest up, MEMIT's way (Meng et al. 2023, arXiv:2210.07229, eq. 20).
-    Blocks between the layers bend what lower ones add, and slack leaves a part undone; each of the editor's ``passes``
-    after the first asks for what is left.
+    lm: LanguageModel
+    settings: SolveSettings
+    site: Site
+    """where targets live: at the highest of the layers"""
+    layers: Mapping[int, EditedLayer]
+    """layer number -> the edited layer, from the lowest up"""
+    contexts: Sequence[str]
+    """prefixes in which keys are read, the empty one first"""
+    preservation: dict[int, Preservation] = field(default_factory=dict)
+    """layer -> its metric; callbacks may replace it between batches (consolidated replay)"""
 
-    Args:
-        editor: whose method, metrics and weights are used.
-        outcome: its plan is solved; keys and diagnostics of the last pass and updates of all are put into it.
+    @classmethod
+    def at(
+        cls, lm: LanguageModel, layers: Sequence[int], contexts: Sequence[str], settings: SolveSettings
+    ) -> BatchSolver:
+        """A solver with layers of its own, whose sums of updates start at zero.
 
-    Yields:
-        The layer and its update in this pass, float32 [d_v, d_k].
-    """
-    plan, device = outcome.plan, editor.solver_device
-    additions = sorted(plan.additions, key=lambda a: a.known is not None)  # those to be read stand first
-    read = [*plan.facts, *(a.fact for a in additions if a.known is None)]
-    known = [a.known for a in additions if a.known is not None]
-    targets = torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)])
-    slack = torch.tensor(
-        [editor.method.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64
-    )
-    asked = torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64, device=device)
-    for place, layer in editor.passes * list(enumerate(editor.layer_numbers)):
-        edited = editor.layers[place]
-        keys = editor.read_keys(read, layer).plus(known, edited.total)
-        if outcome.missing is None:  # later layers and passes see what is left of it
-            now = keys.current[:, : len(plan.facts)].T
-            outcome.missing = (plan.targets.to(now) - now).norm(dim=1)
-        share = len(editor.layer_numbers) - place
-        residuals = (targets.double().T.to(keys.current) - keys.current) * asked.to(keys.current) / share
-        each = slack[keys.fact.cpu()]
+        Args:
+            lm: the model.
+            layers: numbers of the layers to edit, from the lowest up.
+            contexts: prefixes in which keys are read, the empty one first.
+            settings: the settings of the solve.
+        """
+        edited = {layer: EditedLayer.of(lm, layer) for layer in layers}
+        return cls(lm, settings, Site.of(lm, layers[-1]), edited, contexts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the closed form is solved: the CPU if the model's device has no float64."""
+        return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")
+
+    def set_moments(self, moments: Mapping[int, Tensor]) -> None:
+        """Makes each layer's metric of its second moments C0, float64 [d_k, d_k]."""
+        for layer, c0 in moments.items():
+            self.preservation[layer] = self.settings.method.preservation(c0.to(self.device))
+
+    def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
+        """Keys of facts at an edited layer and what the site outputs for them, with the weights as they are."""
+        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.settings.key_mode)
+
+    @torch.no_grad()
+    def solve(self, outcome: EditOutcome) -> None:
+        """Solves the outcome's plan layer by layer and adds each update before the next layer is solved.
+
+        The residual is spread over the layers from the lowest up (MEMIT, Meng et al. 2023, arXiv:2210.07229, eq. 20).
+        Blocks between the layers distort what lower updates contribute, and slack leaves a part of the residual; each
+        further pass solves for the remaining residual.
+
+        Args:
+            outcome: its plan is solved; updates of all passes, keys and diagnostics of the last pass are put into it.
+        """
+        system = _System.of(outcome.plan, self.settings.method.slack)
+        for _ in range(self.settings.passes):
+            for index, (number, layer) in enumerate(self.layers.items()):
+                update = self._solve_layer(outcome, system, number, len(self.layers) - index)
+                layer.add(update)
+
+    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, layers_left: int) -> Tensor:
+        """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
+        plan, layer, facts = outcome.plan, self.layers[number], len(outcome.plan.facts)
+        keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
+        if outcome.residual_norm is None:  # later layers and passes see what remains of it
+            now = keys.current[:, :facts].T
+            outcome.residual_norm = (plan.targets.to(now) - now).norm(dim=1)
+        repair = system.repair.to(self.device).to(keys.current)
+        residuals = (system.targets.double().T.to(keys.current) - keys.current) * repair / layers_left
+        slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(
-            keys.keys.to(device),
-            residuals[:, keys.fact].to(device),
-            each.to(device),
-            (keys.fact >= len(plan.facts)).to(device),
+            keys.keys.to(self.device),
+            residuals[:, keys.fact].to(self.device),
+            slack.to(self.device),
+            (keys.fact >= facts).to(self.device),
         )
-        preservation = editor.preservation[layer]
-        if editor.preserve_prompt_tokens:
-            preservation = preservation.plus(keys.others.to(device), editor.preserve_prompt_tokens)
-        solution = solve(constraints, preservation, editor.condition_limit)
+        preservation = self.preservation[number]
+        if self.settings.context_key_weight:
+            preservation = preservation.plus(keys.context_keys.to(self.device), self.settings.context_key_weight)
+        solution = solve(constraints, preservation, self.settings.condition_limit)
         for note in solution.notes:
-            log.info("Batch %d, layer %d: %s", plan.step, layer, note)
-        outcome.keys[layer] = keys
-        update = solution.delta.to(edited.total)
-        whole = outcome.updates[layer] + update if layer in outcome.updates else update
-        outcome.updates[layer], outcome.last_updates[layer] = whole, update
+            log.info("Batch %d, layer %d: %s", plan.step, number, note)
+        update = solution.delta.to(layer.total)
+        whole = outcome.updates[number] + update if number in outcome.updates else update
+        outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
-        own = each[keys.fact.cpu() < len(plan.facts)]
-        measured["effective_weight"] = effective_weight(own, editor.method.weight)
-        measured["update_norm"] = float(whole.norm() / edited.original.float().norm())
-        outcome.diagnostics |= {f"layer_{layer}/{name}": value for name, value in measured.items()}
-        yield edited, update
+        own = slack[keys.fact.cpu() < facts]
+        measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
+        measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
+        outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
+        return update
 
-
-def solve_again(editor: SequentialEditor, outcome: EditOutcome, before: StepState) -> None:
-    """The batch without the facts that were left out, on the weights of before."""
-    before.restore_weights()
-    outcome.drop_left_out()
-    for layer, update in solve_batch(editor, outcome):
-        layer.add(update)
-
-
-def carry_out(editor: SequentialEditor, outcome: EditOutcome, before: StepState) -> None:
-    """What the callbacks made of a batch: kept, scaled down, or taken back without a bit left in weights and draws."""
-    if outcome.factor == 1 and not outcome.left_out:
-        return
-    what = f"kept without {len(outcome.left_out)} of its facts"
-    if not outcome.kept:
-        before.restore()
-        what = "rolled back"
-    elif outcome.factor < 1:
+    def solve_without_dropped(self, outcome: EditOutcome, before: Snapshot) -> None:
+        """Solves the batch again without its dropped facts, on the weights of ``before``."""
         before.restore_weights()
-        for number, layer in zip(editor.layer_numbers, editor.layers, strict=True):
-            layer.add(outcome.factor * outcome.updates[number])
-        what = f"scaled by {outcome.factor:.3g}"
-    log.info("Batch %d %s: %s", outcome.plan.step, what, "; ".join(outcome.reasons))
+        outcome.remove_dropped()
+        self.solve(outcome)
+
+    def apply_verdict(self, outcome: EditOutcome, before: Snapshot) -> None:
+        """Keeps the batch, scales it, or rolls it back, as the outcome's factor says.
+
+        A rollback leaves no bit of the batch in the weights or the random generators.
+        """
+        if outcome.factor == 1 and not outcome.dropped:
+            return
+        what = f"kept without {len(outcome.dropped)} of its facts"
+        if not outcome.kept:
+            before.restore()
+            what = "rolled back"
+        elif outcome.factor < 1:
+            before.restore_weights()
+            for number, layer in self.layers.items():
+                layer.add(outcome.factor * outcome.updates[number])
+            what = f"scaled by {outcome.factor:.3g}"
+        log.info("Batch %d %s: %s", outcome.plan.step, what, "; ".join(outcome.reasons))
+
+
+@dataclass(frozen=True)
+class _System:
+    """A plan's facts and additions in the order of the solve: facts, additions to read, additions with cached keys."""
+
+    to_read: list[Fact]
+    """facts whose keys have to be read in a forward pass"""
+    cached: list[CachedKey]
+    """keys of the additions that follow them"""
+    targets: Tensor
+    """[n, d_v]"""
+    slack: Tensor
+    """float64 [n]"""
+    repair: Tensor
+    """float64 [n]: fraction of each residual to remove"""
+
+    @classmethod
+    def of(cls, plan: EditPlan, slack: float) -> _System:
+        """The system of a plan whose own facts have this slack."""
+        additions = sorted(plan.additions, key=lambda a: a.cached_key is not None)
+        return cls(
+            [*plan.facts, *(a.fact for a in additions if a.cached_key is None)],
+            [a.cached_key for a in additions if a.cached_key is not None],
+            torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)]),
+            torch.tensor([slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64),
+            torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64),
+        )

@@ -1,4 +1,4 @@
-"""The optimizer whose step adds a solved update, so that Lightning's global_step counts edit batches."""
+"""Edited weights, and the optimizer through which Lightning's global_step counts batches of edits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from editlab.distributed import ranks
 from editlab.lm.placement import settle
+from editlab.lm.runner import ModelRunner
 
 
 class EditedLayer(nn.Module):
     """One edited weight: the original, the running sum of updates in float32, and the parameter made of both.
 
     ``W = (W0 + sum).to(dtype)``, so that thousands of small updates are not rounded away in a 16-bit weight. The
-    sum is in mathematical orientation [d_v, d_k] whatever way round the module stores its weight. An adapter may
-    stand beside the sum: it is part of the weight, can be switched off, and whoever set it keeps it.
+    sum is in mathematical orientation [d_v, d_k] whichever way the module stores its weight. An adapter may be added
+    on top of the sum; it is not saved with this layer but by the callback that set it.
 
     Args:
         module: a Linear or GPT-2's Conv1D; its weight is written in place.
@@ -30,7 +31,7 @@ class EditedLayer(nn.Module):
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         super().__init__()
-        self._modules_outside = (module,)  # in a tuple: it belongs to the model and is not registered here again
+        self._modules_outside = (module,)  # in a tuple, so that it is not registered here as well
         self.transposed = transposed
         settle(module)
         weight = self.weight.detach()
@@ -38,11 +39,16 @@ class EditedLayer(nn.Module):
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_buffer("original", weight.clone(), persistent=False)
         self.adapter: Tensor | None = None
-        self.set_aside = False  # while it is True the weight is the original one: see unedited()
+        self.set_aside = False  # while True the weight is the original one: see unedited()
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
+    @classmethod
+    def of(cls, lm: ModelRunner, layer: int) -> EditedLayer:
+        """The MLP output projection of a model's layer."""
+        return cls(lm.anatomy.edit_module(layer), lm.anatomy.transposed(layer))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
-        """As of any module, but the sum only moves: ``trainer.precision bf16-true`` would round it."""
+        """Moves the module; the sum keeps its dtype, since ``trainer.precision bf16-true`` would round it."""
         total = self.total
         super()._apply(fn, recurse)
         self.total = total.to(self.total.device)
@@ -50,17 +56,17 @@ class EditedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The module's parameter."""
+        """The weight parameter of the module."""
         return self._modules_outside[0].weight  # type: ignore[return-value]
 
     @property
     def edited(self) -> bool:
-        """Whether the sum or an adapter makes the weight another than the original."""
+        """Whether the sum or an adapter changes the weight."""
         return self.adapter is not None or bool(self.total.any())
 
     @torch.no_grad()
     def write(self) -> None:
-        """Sets the parameter to the original plus the running sum and the adapter; to the original if set aside."""
+        """Sets the parameter to original + sum + adapter, or to the original while edits are set aside."""
         if self.set_aside or not self.edited:
             self.weight.copy_(self.original)  # to the bit: -0.0 plus nothing is 0.0
             return
@@ -71,7 +77,7 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
-        """Adds an update [d_v, d_k] to the sum and writes the weight; of several ranks' updates the first one's."""
+        """Adds an update [d_v, d_k] to the sum and writes the weight; with several ranks, the first rank's update."""
         self.total.add_(ranks.same(update.to(self.total)))
         self.write()
 
@@ -82,9 +88,9 @@ class EditedLayer(nn.Module):
         self.write()
 
     def set_adapter(self, adapter: Tensor | None) -> None:
-        """Puts what an adapter adds, float32 [d_v, d_k], beside the sum, or takes it away; writes the weight.
+        """Sets or removes the adapter's dense update, float32 [d_v, d_k], and writes the weight.
 
-        Of several ranks' adapters the first one's is taken.
+        With several ranks, the first rank's adapter is used.
         """
         self.adapter = None if adapter is None else ranks.same(adapter)
         self.write()
@@ -96,7 +102,10 @@ class EditedLayer(nn.Module):
 
 
 class ClosedFormOptimizer(torch.optim.Optimizer):
-    """Applies updates that a closed form gives, layer by layer; needs no gradient.
+    """An optimizer without gradients: its step runs one closed-form solve, which adds the updates to the weights.
+
+    It exists because Lightning counts optimizer steps: ``global_step`` is then the number of batches, and checkpoints
+    and ``max_steps`` work.
 
     Args:
         layers: the edited layers.
@@ -108,26 +117,24 @@ class ClosedFormOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Adds each update that ``closure()`` gives.
+        """Runs the closure once.
 
         Args:
-            closure: returns an iterable of (layer, update [d_v, d_k]). It may be a generator: each update is added
-                before the next is asked for, so a layer's solve sees the layers below it already edited.
+            closure: solves a batch and adds its updates to the layers.
 
         Raises:
-            ValueError: without a closure; there is no gradient to step along.
+            ValueError: No closure is given; there is no gradient to step along.
         """
         if closure is None:
-            raise ValueError("ClosedFormOptimizer.step needs a closure that gives (layer, update) pairs")
-        for layer, update in closure():
-            layer.add(update)
+            raise ValueError("ClosedFormOptimizer.step needs a closure that solves a batch and adds its updates")
+        closure()
 
 
 @contextmanager
 def unedited(layers: Iterable[EditedLayer]) -> Iterator[None]:
-    """Within it the weights are the original ones; afterwards they are as edited, bit for bit.
+    """Puts the original weights in place inside the ``with``; afterwards the edited ones are back, bit for bit.
 
-    It may be entered again inside itself: the edits come back where the outermost one is left.
+    It may be nested: the edits come back when the outermost ``with`` ends.
     """
     layers = [layer for layer in layers if not layer.set_aside]
     if not any(layer.edited for layer in layers):

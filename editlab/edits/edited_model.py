@@ -1,24 +1,27 @@
-"""EditedModel: a language model, loaded once, with the layers that are edited and the original weights at hand."""
+"""A language model with its edited layers and its original weights, as a LightningModule without training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 import lightning
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from editlab import compat
 from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer, unedited
-from editlab.edits.layer_search import AUTO
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+
+AUTO: Final = "auto"
+"""Setting of ``layers`` that leaves the choice to :mod:`editlab.edits.layer_search`."""
 
 
 class EditedModel(lightning.LightningModule):
@@ -26,12 +29,12 @@ class EditedModel(lightning.LightningModule):
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
-        layers: blocks whose MLP output projection is edited, or ``auto``: :meth:`edit_at` names them later.
-        edit_module: path of the edited module inside a block, where it is not found by structure.
-        device_map: transformers' own; the Trainer then does not move the model.
+        layers: blocks whose MLP output projection is edited, or ``auto``: :meth:`edit_at` sets them later.
+        edit_module: path of the edited module inside a block; default: found by structure.
+        device_map: transformers' ``device_map``; the Trainer then does not move the model.
 
     Raises:
-        UserError: for layers that can not be.
+        UserError: ``layers`` is empty or has a layer twice.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class EditedModel(lightning.LightningModule):
         super().__init__()
         named = [] if isinstance(layers, str) else layers
         if layers != AUTO and (not named or len(set(named)) != len(named)):
-            raise UserError(f"model.layers is {layers}: name at least one layer, and each once, or say {AUTO}.")
+            raise UserError(f"model.layers is {layers}: give at least one layer, and each once, or {AUTO}.")
         self.language_model = language_model
         self.layer_numbers = sorted(named)
         self.edit_module = edit_module
@@ -59,36 +62,36 @@ class EditedModel(lightning.LightningModule):
             return
         if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
             raise UserError(
-                "model.device_map spreads one copy of the model over a machine's devices, and each process has a copy "
-                "of its own: set --trainer.devices 1, or leave it out."
+                "model.device_map spreads one copy of the model over all devices, and each of several processes has a "
+                "copy: set --trainer.devices 1, or remove model.device_map."
             )
-        if getattr(self._trainer.precision_plugin if self._trainer else None, "scaler", None) is not None:
+        trainer = compat.trainer_of(self)
+        if getattr(trainer.precision_plugin if trainer else None, "scaler", None) is not None:
             raise UserError(
-                "trainer.precision 16-mixed scales gradients, of which an edit has none: set bf16-mixed or 16-true."
+                "trainer.precision 16-mixed scales gradients, and an edit has none: set bf16-mixed or 16-true."
             )
-        dtype, device = torch.get_default_dtype(), self._trainer.strategy.root_device if self._trainer else None
+        dtype, device = torch.get_default_dtype(), trainer.strategy.root_device if trainer else None
         self.use(LanguageModel.from_name(self.language_model, dtype, self.edit_module, self.device_map, device))
 
     def use(self, lm: LanguageModel) -> None:
-        """Takes this model to edit; what :meth:`configure_model` does with the one that it loads.
+        """Sets the model to edit; :meth:`configure_model` does this with the model that it loads.
 
         Raises:
-            UserError: where ``layers`` are not its own, or can not share an edit.
+            UserError: The model does not have these layers, or an edit cannot be spread over them.
         """
         self.lm = lm
         if self.layer_numbers:
             self.edit_at(self.layer_numbers)
 
     def edit_at(self, layers: Sequence[int]) -> None:
-        """Takes these of the model's layers to edit; raises as :meth:`use` does."""
+        """Sets the layers to edit; raises as :meth:`use` does."""
         self.layer_numbers = sorted(layers)
-        anatomy = self.lm.anatomy
         for layer in self.layer_numbers:
-            self.edited[str(layer)] = EditedLayer(anatomy.edit_module(layer), anatomy.transposed(layer))
+            self.edited[str(layer)] = EditedLayer.of(self.lm, layer)
         self.site = Site.of(self.lm, self.layer_numbers[-1])
         if not self.site.in_stream and len(self.layer_numbers) > 1:
             raise UserError(
-                f"{self.language_model} has a norm after its MLP, so an edit can not be spread over several layers: "
+                f"{self.language_model} has a norm after its MLP, so an edit cannot be spread over several layers: "
                 "give one layer in model.layers."
             )
 
@@ -99,16 +102,16 @@ class EditedModel(lightning.LightningModule):
 
     @property
     def changed_layers(self) -> list[EditedLayer]:
-        """Every weight that may differ from the original: the edited ones, and others that a callback adjusts."""
+        """Every weight that may differ from the original: the edited layers, and maps that a callback adjusts."""
         return [*self.layers, *self.adjusted.values()]  # type: ignore[list-item]
 
     def changed_layer(self, path: str) -> EditedLayer:
-        """The linear map at ``path`` in the language model as one that may be changed; made so where it is not yet."""
+        """The linear map at ``path`` in the language model, as a layer whose weight may be changed."""
         anatomy = self.lm.anatomy
         paths = {anatomy.edit_name(n): n for n in self.layer_numbers}
         if path in paths:
             return self.edited[str(paths[path])]  # type: ignore[return-value]
-        key = path.replace(".", "/")  # a dot can not be in a module's name
+        key = path.replace(".", "/")  # a module's name cannot contain a dot
         if key not in self.adjusted:
             module = self.lm.model.get_submodule(path)
             self.adjusted[key] = EditedLayer(module, isinstance(module, Conv1D))
@@ -116,20 +119,15 @@ class EditedModel(lightning.LightningModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the unedited weights."""
+        """Fingerprint of the unedited weights."""
         with self.unedited():
             return fingerprint(self.lm.model)
 
     @cached_property
     def model_key(self) -> str:
-        """Of the unedited model: what is found with it and kept in the cache folder is kept under this."""
+        """Key of the unedited model in the cache folder."""
         return model_key(self.fingerprint, self.lm.model)
 
     def unedited(self) -> AbstractContextManager[None]:
-        """Within it the model is the original one."""
+        """Puts the original weights in place inside the ``with``."""
         return unedited(self.changed_layers)
-
-    @property
-    def solver_device(self) -> torch.device:
-        """Where the closed form is solved: float64 is not to be had on every accelerator."""
-        return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")

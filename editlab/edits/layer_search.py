@@ -1,132 +1,148 @@
-"""Which layer to edit, measured: a few facts are edited at candidate layers, one candidate at a time, and compared.
+"""Choice of the layers to edit: a few facts are edited at candidate layers, one candidate at a time, and compared.
 
-A causal trace (Meng et al. 2022, arXiv:2202.05262) tells where a model recalls a fact, which does not tell where an
+A causal trace (Meng et al. 2022, arXiv:2202.05262) shows where a model recalls a fact, which does not show where an
 edit of it works best (Hase et al. 2023, arXiv:2301.04213). So the edits themselves are tried, with the run's own
 method, values and keys, on the unedited weights. A candidate's score is the harmonic mean of three fractions between 0
 and 1:
 
 - efficacy: the probability of the new target after the edit's own prompt (the geometric mean over its tokens);
-- generality: the same after a paraphrase or, where no fact has any, after the prompt behind a prefix that the values
-  were not found in;
-- locality: the share of the next token's probabilities that stays where it was (1 - total variation), after the facts'
-  neighbors or, where no fact has any, after the prompts of other facts.
+- generality: the same after a paraphrase or, if no fact has one, after the prompt behind a prefix that was not used to
+  find the values;
+- locality: 1 minus the total variation between the next-token distributions before and after the edit, at the facts'
+  neighbor prompts or, if no fact has one, at the prompts of other facts.
 
-They are means over the facts. Candidates lie evenly over the depth and are tried from below until the score has fallen
-twice; then one to either side of the best, half-way to the next. Closer neighbors differ by less than ten facts can
-tell. Where a target may be spread over several layers (MEMIT), the best one's is at last spread over it and the two
-below.
+All are means over the facts. Candidates are evenly spaced over the depth and tried from the lowest up until the score
+has fallen twice; then two more are tried, halfway from the best to its neighbors. Layers closer than that differ by
+less than ten facts can show. If a target may be spread over several layers (MEMIT), the best layer is finally tried
+together with the two below it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
-from editlab.edits.batch import StepState, solve_batch
+from editlab.edits.batch import BatchSolver, SolveSettings
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
 from editlab.evaluation.scoring import score_pairs
-from editlab.keys.contexts import sample_contexts
-from editlab.keys.moments import accumulate, text_fingerprint, text_windows
+from editlab.keys.contexts import ContextSettings, sample_contexts
+from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, text_windows
 from editlab.keys.subject_keys import check_lengths
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode, tokenizer_fingerprint
-from editlab.utils.files import atomic_file, cache_dir
-from editlab.values.optimize import optimize_values
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
+from editlab.utils.disk_cache import Codec, DiskCache, key_of
+from editlab.utils.files import cache_dir
+from editlab.values.optimize import ValueSettings, optimize_values
 
 log = logging.getLogger(__name__)
 
-AUTO: Final = "auto"
-"""In the place of layers: those that :func:`find_layers` finds."""
 FACTS = 10
 """Facts that are edited in a trial."""
 COARSE = 6
 """Candidates of the first round."""
 SPREAD = 3
-"""Layers over which the best candidate's target is spread at last."""
+"""Layers over which the best candidate's target is spread in the last trial."""
 STEPS = 8
-"""The most evaluations of a value's loss; where it goes shows before it is there."""
+"""The most optimization steps of a value: short runs are enough to rank layers."""
 CONTEXTS = 1
-"""Prefixes in which values are found; another is kept for the measurement."""
+"""Prefixes used to find values; one more is kept for the measurement."""
 TOKENS_A_FEATURE = 2
 """Tokens of text for each feature of a key, for second moments that are good enough to compare layers."""
 PROMPTS = 20
-"""The most prompts after which locality is measured."""
+"""The most prompts at which locality is measured."""
 
 
-class Shares(NamedTuple):
-    """What is measured of some facts."""
+@dataclass(frozen=True)
+class SearchSetup:
+    """A run's model and settings, as far as the choice of layers depends on them."""
+
+    lm: LanguageModel
+    """the unedited model"""
+    name: str
+    """its name, for messages"""
+    model_key: str
+    """its key in the cache folder"""
+    solve: SolveSettings
+    values: ValueSettings
+    moments: MomentSettings
+    contexts: ContextSettings
+
+    def cache_key(self, facts: Sequence[Fact]) -> str:
+        """Hash of everything that a choice of layers on these facts depends on."""
+        return key_of(
+            model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
+            module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
+            values=asdict(self.values), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
+            contexts=asdict(self.contexts),
+            search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
+        )  # fmt: skip
+
+
+class Fractions(NamedTuple):
+    """Efficacy, generality and locality of some edits, each between 0 and 1."""
 
     efficacy: float
     generality: float
     locality: float | None
-    """None where there is nothing that should stay as it is"""
+    """None if there is no prompt to measure it at"""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of editing the facts at some layers; all shares between 0 and 1."""
+    """Result of editing the facts at some layers; all fractions between 0 and 1."""
 
     layers: tuple[int, ...]
     efficacy: float
     generality: float
     locality: float | None
-    """None where there is nothing that should stay as it is"""
+    """None if there is no prompt to measure it at"""
 
     @property
     def score(self) -> float:
-        """Harmonic mean of the shares that were measured; 0 where one of them is."""
-        shares = [share for share in (self.efficacy, self.generality, self.locality) if share is not None]
-        return len(shares) / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
+        """Harmonic mean of the fractions that were measured; 0 if one of them is 0."""
+        fractions = [f for f in (self.efficacy, self.generality, self.locality) if f is not None]
+        return len(fractions) / sum(1 / f for f in fractions) if min(fractions) > 0 else 0.0
 
 
-def find_layers(editor: SequentialEditor) -> list[int]:
-    """The layers that suit a run's model best, tried on facts of its data module; see :func:`choose_layers`."""
-    return choose_layers(editor, editor.trainer.datamodule.facts_to_try(2 * FACTS))  # type: ignore[attr-defined]
-
-
-def choose_layers(editor: SequentialEditor, facts: Sequence[Fact]) -> list[int]:
-    """The layers at which editing some facts works best; shown as a table, and kept in the cache folder.
+def choose_layers(setup: SearchSetup, facts: Sequence[Fact]) -> list[int]:
+    """The layers at which editing some facts works best; logged as a table and kept in the cache folder.
 
     The choice depends on the weights, the facts and the settings alone. Several ranks share the work.
 
     Args:
-        editor: whose model, method, values and keys are used; the model's weights are left as they were.
-        facts: up to twice :data:`FACTS`; the first are edited.
+        setup: the model and the settings; the model's weights do not change.
+        facts: up to twice :data:`FACTS`; the first ones are edited.
 
     Raises:
-        UserError: where a fact does not fit into the model.
+        UserError: A fact is too long for the model.
     """
-    path = cache_dir() / "layers" / f"{_key(editor, facts)}.json"
-    trials = ranks.on_first(lambda: _read(path))
+    kept, key = DiskCache(cache_dir() / "layers", TRIALS), setup.cache_key(facts)
+    trials = ranks.on_first(lambda: kept.read(key))
     if trials:
-        log.info("The layer to edit, as measured before (%s):\n%s", path, table(trials))
+        log.info("The layer to edit, from an earlier search (%s):\n%s", kept.path(key), table(trials))
         return list(best(trials).layers)
-    trials = Search(editor, facts).run()
-    ranks.on_first(lambda: _keep(path, trials))
+    trials = Search(setup, facts).run()
+    ranks.on_first(lambda: kept.write(key, trials))
     log.info("The layer to edit, by edits of %d facts:\n%s", min(FACTS, len(facts)), table(trials))
     return list(best(trials).layers)
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The trial with the highest score; of equal ones that of fewer layers, then of lower ones."""
+    """The trial with the highest score; of equal ones that with fewer layers, then that with lower ones."""
     return min(trials, key=lambda trial: (-trial.score, len(trial.layers), trial.layers))
 
 
 def table(trials: Sequence[Trial]) -> str:
-    """One line a trial, from the lowest layer up; the best has a star."""
+    """One line for each trial, from the lowest layer up; a star marks the best."""
     chosen = best(trials)
     lines = [f"  {'layers':12}{'efficacy':>10}{'generality':>12}{'locality':>10}{'score':>8}"]
     for trial in sorted(trials, key=lambda t: (t.layers[-1], len(t.layers))):
@@ -143,167 +159,139 @@ def coarse(layers: Sequence[int]) -> list[int]:
 
 
 class Search:
-    """The trials of one choice.
+    """The trials that one choice of layers is made from.
 
     Args:
-        editor: as in :func:`choose_layers`.
+        setup: as in :func:`choose_layers`.
         facts: as in :func:`choose_layers`.
     """
 
-    def __init__(self, editor: SequentialEditor, facts: Sequence[Fact]) -> None:
-        self.editor, self.lm = editor, editor.lm
-        self.exam = Exam(self.lm, facts, editor)
-        settings = editor.moments
+    def __init__(self, setup: SearchSetup, facts: Sequence[Fact]) -> None:
+        self.setup, self.lm = setup, setup.lm
+        self.evaluator = TrialEvaluator(self.lm, facts, setup.contexts)
         width = max(self.lm.anatomy.key_size(layer) for layer in self.lm.anatomy.editable)
-        tokens = min(settings.tokens, TOKENS_A_FEATURE * width)
-        self.windows = text_windows(self.lm, replace(settings, tokens=tokens), editor.language_model)
+        tokens = min(setup.moments.tokens, TOKENS_A_FEATURE * width)
+        self.windows = text_windows(self.lm, replace(setup.moments, tokens=tokens), setup.name)
         self.values: dict[int, Tensor] = {}
         self.trials: dict[tuple[int, ...], Trial] = {}
 
     def run(self) -> list[Trial]:
-        """Tries layer after layer, until it goes downhill; then beside the best, and spread over those below it."""
-        # What is edited in the last block at a subject's last token is read by no later token.
+        """Tries layers from the lowest up until the score falls, then around the best, then several layers at once."""
+        # No later token reads what is edited in the last block at a subject's last token.
         layers = self.lm.anatomy.editable
         layers = [layer for layer in layers if layer < len(self.lm.anatomy.blocks) - 1] or layers
         for layer in coarse(layers):
             self.try_at((layer,))
-            if self._goes_downhill():
+            if self._fell_twice():
                 break
-        place, step = self._best_place(layers), max(1, len(layers) // COARSE // 2)
-        for near in (place - step, place + step):
+        index, step = self._best_index(layers), max(1, len(layers) // COARSE // 2)
+        for near in (index - step, index + step):
             if 0 <= near < len(layers):
                 self.try_at((layers[near],))
-        place = self._best_place(layers)
-        if self.lm.anatomy.additive and place:
-            self.try_at(tuple(layers[max(0, place - SPREAD + 1) : place + 1]))
+        index = self._best_index(layers)
+        if self.lm.anatomy.additive and index:
+            self.try_at(tuple(layers[max(0, index - SPREAD + 1) : index + 1]))
         return list(self.trials.values())
 
-    def _goes_downhill(self) -> bool:
-        """Whether the last two trials were each worse than the one before."""
+    def _fell_twice(self) -> bool:
+        """Whether the last two trials each scored lower than the one before."""
         scores = [trial.score for trial in self.trials.values()][-3:]
         return len(scores) == 3 and scores[0] > scores[1] > scores[2]
 
-    def _best_place(self, layers: Sequence[int]) -> int:
+    def _best_index(self, layers: Sequence[int]) -> int:
         return layers.index(best(list(self.trials.values())).layers[-1])
 
     def try_at(self, layers: tuple[int, ...]) -> None:
-        """Edits the facts at some layers, measures what came of it, and takes the edits out again."""
+        """Edits the facts at some layers, measures the edits, and removes them again."""
         if layers in self.trials:
             return
-        trial = self._editor_at(layers)
-        for layer, c0 in accumulate(self.lm, layers, self.windows).items():
-            trial.preservation[layer] = trial.method.preservation(c0.to(trial.solver_device))
-        facts, top = self.exam.facts, layers[-1]
-        if top not in self.values:
-            settings = replace(trial.values, steps=min(STEPS, trial.values.steps))
-            self.values[top] = optimize_values(self.lm, facts, trial.site, trial.contexts, settings).target
-        size = trial.method.largest_batch or len(facts)
+        solver = BatchSolver.at(self.lm, layers, self.evaluator.contexts, self.setup.solve)
+        solver.set_moments(accumulate(self.lm, layers, self.windows))
+        facts, targets = self.evaluator.facts, self._find_values(solver)
+        size = self.setup.solve.method.largest_batch or len(facts)
         measured = []
         for start in range(0, len(facts), size):
-            some = slice(start, start + size)
-            outcome = EditOutcome(EditPlan(0, facts[some], self.values[top][some]), {}, {})
-            before = StepState(trial.layers)
+            batch = slice(start, start + size)
+            before = Snapshot(list(solver.layers.values()))
             try:
-                for edited, update in solve_batch(trial, outcome):
-                    edited.add(update)
-                measured.append(self.exam.take(some))
+                solver.solve(EditOutcome(EditPlan(0, facts[batch], targets[batch])))
+                measured.append(self.evaluator.evaluate(batch))
             finally:
                 before.restore_weights()
-        kept = [shares.locality for shares in measured if shares.locality is not None]
+        locality = [fractions.locality for fractions in measured if fractions.locality is not None]
         self.trials[layers] = Trial(
             layers,
-            fmean(shares.efficacy for shares in measured),
-            fmean(shares.generality for shares in measured),
-            fmean(kept) if kept else None,
+            fmean(fractions.efficacy for fractions in measured),
+            fmean(fractions.generality for fractions in measured),
+            fmean(locality) if locality else None,
         )
 
-    def _editor_at(self, layers: Sequence[int]) -> SequentialEditor:
-        """An editor of some layers of the same model, with the settings that make an edit what it is."""
-        like = self.editor
-        trial = type(like)(
-            like.language_model, list(layers), like.method, like.values, keys=like.key_mode,
-            preserve_prompt_tokens=like.preserve_prompt_tokens, passes=like.passes,
-            condition_limit=like.condition_limit,
-        )  # fmt: skip
-        trial.use(self.lm)
-        trial.contexts = self.exam.contexts
-        return trial
+    def _find_values(self, solver: BatchSolver) -> Tensor:
+        """Values of the facts at a solver's site, float32 [n, d_v]; they depend on the highest layer alone."""
+        top, settings = solver.site.layer, self.setup.values
+        if top not in self.values:
+            settings = replace(settings, steps=min(STEPS, settings.steps))
+            found = optimize_values(self.lm, self.evaluator.facts, solver.site, solver.contexts, settings)
+            self.values[top] = found.target
+        return self.values[top]
 
 
-class Exam:
-    """What edits of some facts are measured on: prompts, and what the unedited model says to those of locality.
+class TrialEvaluator:
+    """Measures the edits of a trial at prompts that are chosen once.
 
     Args:
         lm: the unedited model.
-        facts: the first are edited; without neighbors, the prompts of the others should stay as they are.
-        editor: whose contexts are used.
+        facts: the first ones are edited; if none has neighbors, locality is measured at the prompts of the rest.
+        contexts: settings of the prefixes.
     """
 
-    def __init__(self, lm: LanguageModel, facts: Sequence[Fact], editor: SequentialEditor) -> None:
+    def __init__(self, lm: LanguageModel, facts: Sequence[Fact], contexts: ContextSettings) -> None:
         self.lm = lm
         neighbors = any(fact.neighbors for fact in facts)
         count = min(FACTS, len(facts) if neighbors or len(facts) < 2 else len(facts) // 2)
         self.facts = list(facts[:count])
-        settings = editor.context_settings
-        self.contexts = sample_contexts(lm, replace(settings, count=CONTEXTS + 1))
+        self.contexts = sample_contexts(lm, replace(contexts, count=CONTEXTS + 1))
         self.unseen = self.contexts.pop()
         check_lengths(lm, facts, [*self.contexts, self.unseen])
-        self.watched = self._watched(facts[count:], neighbors)
-        self.before = self._said()
+        self.locality_prompts = self._locality_prompts(facts[count:], neighbors)
+        self.before = self._distributions()
 
-    def _watched(self, others: Sequence[Fact], neighbors: bool) -> list[str]:
+    def _locality_prompts(self, unedited: Sequence[Fact], neighbors: bool) -> list[str]:
         if not neighbors:
-            return [fact.question for fact in others][:PROMPTS]
+            return [fact.question for fact in unedited][:PROMPTS]
         each = -(-PROMPTS // len(self.facts))
         return [neighbor.prompt for fact in self.facts for neighbor in fact.neighbors[:each]]
 
-    def _said(self) -> Tensor | None:
-        """Probabilities of the next token after each watched prompt, float32 [prompts, vocabulary]."""
-        if not self.watched:
+    def _distributions(self) -> Tensor | None:
+        """Next-token distribution at each locality prompt, float32 [prompts, vocabulary]."""
+        if not self.locality_prompts:
             return None
-        return self.lm.next_token_probabilities([encode(self.lm.tokenizer, prompt).ids for prompt in self.watched])
+        rows = [encode(self.lm.tokenizer, prompt).ids for prompt in self.locality_prompts]
+        return self.lm.next_token_probabilities(rows)
 
-    def take(self, some: slice) -> Shares:
-        """Efficacy and generality of some of the facts, and locality, on the weights as they are."""
-        facts = self.facts[some]
+    def evaluate(self, batch: slice) -> Fractions:
+        """Efficacy and generality of some of the facts, and locality, with the weights as they are."""
+        facts = self.facts[batch]
         paraphrased = [(prompt, fact.target_new) for fact in facts for prompt in fact.paraphrases[:1]]
         prefixed = [(self.unseen + fact.question, fact.target_new) for fact in facts]
         efficacy = self._probability([(fact.question, fact.target_new) for fact in facts])
         generality = self._probability(paraphrased or prefixed)
-        said = self._said()
-        if said is None or self.before is None:
-            return Shares(efficacy, generality, None)
-        return Shares(efficacy, generality, 1 - float((said - self.before).abs().sum(1).mean()) / 2)
+        now = self._distributions()
+        if now is None or self.before is None:
+            return Fractions(efficacy, generality, None)
+        return Fractions(efficacy, generality, 1 - float((now - self.before).abs().sum(1).mean()) / 2)
 
     def _probability(self, pairs: Sequence[tuple[str, str]]) -> float:
         return float(score_pairs(self.lm, pairs)[0].exp().mean())
 
 
-def _key(editor: SequentialEditor, facts: Sequence[Fact]) -> str:
-    """What a choice depends on."""
-    moments = {**asdict(editor.moments), "text": text_fingerprint(editor.moments)}
-    what = [
-        editor.model_key, tokenizer_fingerprint(editor.lm.tokenizer), editor.lm.anatomy.edit_path,
-        [f.to_dict() for f in facts], repr(editor.method), asdict(editor.values), moments,
-        asdict(editor.context_settings), editor.key_mode, editor.preserve_prompt_tokens, editor.passes,
-        editor.condition_limit,
-        [FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+def _dump(trials: Sequence[Trial]) -> bytes:
+    return json.dumps([asdict(trial) for trial in trials], indent=1).encode()
 
 
-def _read(path: Path) -> list[Trial]:
-    """Trials that were kept; none where there are none, or the file is damaged."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in known]
-    except FileNotFoundError:
-        return []
-    except (ValueError, TypeError, KeyError):
-        log.warning("%s can not be read: layers are tried again", path)
-        return []
+def _load(content: bytes) -> list[Trial]:
+    return [Trial(**{**one, "layers": tuple(one["layers"])}) for one in json.loads(content)]
 
 
-def _keep(path: Path, trials: Sequence[Trial]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps([asdict(trial) for trial in trials], indent=1) + "\n", encoding="utf-8")
+TRIALS: Codec[list[Trial]] = Codec(_dump, _load)
+"""Trials as a cache file holds them."""

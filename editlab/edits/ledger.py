@@ -1,4 +1,4 @@
-"""The ledger: what became of each fact that went through a step."""
+"""The ledger: each fact that went through a step, and which fraction of its edit stayed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from editlab.data.fact import Fact
 
 @dataclass
 class LedgerEntry:
-    """What became of one fact."""
+    """One fact that went through a step."""
 
     fact: Fact
     batch: int
     """number of the batch that edited it, from 0"""
     factor: float
-    """share of its edit that stayed: 1 kept, 0 rolled back or left out"""
+    """fraction of its edit that stayed: 1 kept, 0 rolled back or dropped"""
 
     @property
     def kept(self) -> bool:
@@ -28,12 +28,12 @@ class LedgerEntry:
 class Ledger:
     """All edits in the order in which they were made.
 
-    A later kept edit of the same subject and prompt *supersedes* an earlier one: the user changed their mind, and the
-    earlier fact is no longer one that should be retained. Of a batch's own edits of one subject and prompt the last
-    alone goes into the weights: it supersedes the others where it is kept, and is rolled back with them.
+    A later kept edit of the same subject and prompt *supersedes* an earlier one, and the earlier fact is no longer one
+    that should be retained. If one batch has several edits of a subject and prompt, only the last goes into the
+    weights: it supersedes the others if it is kept, and they are rolled back with it otherwise.
 
     Args:
-        independent: each batch is edited on the original weights, so that only the last one's edits are in them.
+        independent: each batch is edited on the original weights, so only the last batch is in them.
     """
 
     def __init__(self, independent: bool = False) -> None:
@@ -42,7 +42,7 @@ class Ledger:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Ledger:
-        """That of an editor's entry in a checkpoint (:mod:`editlab.runs.resume`)."""
+        """The ledger in an editor's entry of a checkpoint (:mod:`editlab.runs.resume`)."""
         ledger = cls(saved.get("independent", False))
         ledger.load_state_dict(saved["ledger"])
         return ledger
@@ -54,44 +54,44 @@ class Ledger:
         return iter(self._entries)
 
     def add(self, facts: Sequence[Fact], batch: int, factors: Sequence[float]) -> None:
-        """Enters the facts of a batch and what stayed of each fact's edit."""
+        """Adds the facts of a batch and the fraction of each fact's edit that stayed."""
         self._entries += [LedgerEntry(fact, batch, factor) for fact, factor in zip(facts, factors, strict=True)]
 
     @property
     def standing(self) -> list[Fact]:
-        """Facts that the weights should hold: kept, not superseded and not taken out; in the order of their edits."""
+        """Facts that the weights should hold: kept, not superseded, not removed; in the order of their edits."""
         return [self._entries[i].fact for i in sorted(self._latest.values())]
 
     @property
     def kept(self) -> int:
-        """Edits that were kept, the superseded ones too."""
+        """Number of edits that were kept, including superseded ones."""
         return sum(entry.kept for entry in self._entries)
 
     @property
     def superseded(self) -> int:
-        """Kept edits whose place a later one took."""
+        """Number of kept edits that a later one superseded."""
         latest = self._latest
-        there = [i for i, entry in enumerate(self._entries) if entry.kept and not self._taken_out(entry)]
-        return sum(latest[self._entries[i].fact.slot] > i for i in there)
+        present = [i for i, entry in enumerate(self._entries) if entry.kept and not self._removed(entry)]
+        return sum(latest[self._entries[i].fact.slot] > i for i in present)
 
     @property
     def fates(self) -> list[str]:
-        """What became of each edit, in words; a later one that superseded it is named by its number, from 1."""
+        """The fate of each edit in words; a later edit that superseded it is named by its number, from 1."""
         latest = self._latest
         return [self._fate(i, latest.get(entry.fact.slot, i)) for i, entry in enumerate(self._entries)]
 
     @property
     def _latest(self) -> dict[tuple[str, str], int]:
-        return {e.fact.slot: i for i, e in enumerate(self._entries) if e.kept and not self._taken_out(e)}
+        return {e.fact.slot: i for i, e in enumerate(self._entries) if e.kept and not self._removed(e)}
 
-    def _taken_out(self, entry: LedgerEntry) -> bool:
+    def _removed(self, entry: LedgerEntry) -> bool:
         return self.independent and entry.batch < self._entries[-1].batch
 
     def _fate(self, index: int, latest: int) -> str:
         entry = self._entries[index]
         if not entry.kept:
             return "rolled back"
-        if self._taken_out(entry):
+        if self._removed(entry):
             return "taken out before the next batch"
         if latest > index:
             return f"superseded by edit {latest + 1}"
@@ -102,5 +102,5 @@ class Ledger:
         return [{"fact": e.fact.to_dict(), "batch": e.batch, "factor": e.factor} for e in self]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads the entries that :meth:`state_dict` returned."""
         self._entries = [LedgerEntry(Fact.from_dict(e["fact"]), e["batch"], e["factor"]) for e in state]

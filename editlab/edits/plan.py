@@ -1,45 +1,30 @@
-"""The moments of an edit at which callbacks may take part, and what they are given.
-
-    on_edit_planned   before the solve: constraints may be added (replay)
-    on_edit_applied   the weights have changed: the edit may be scaled, cut or rolled back (trust)
-    on_edit_settled   the verdict is in: kept edits may be remembered (replay)
-    on_edit_adjust    the weights may be adjusted by other means (LoRA)
-    on_edit_done      the weights are as the next batch finds them: measure
-
-Every callback hears each event before any hears the next, in an order that does not depend on the YAML, so the
-order in which callbacks are listed never changes a result.
-"""
+"""One batch of edits before its solve (:class:`EditPlan`) and after it (:class:`EditOutcome`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from editlab.data.fact import Fact
+from editlab.edits.snapshot import Snapshot
 from editlab.keys.subject_keys import CachedKey, Keys
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
-    from editlab.edits.batch import StepState
 
 
 @dataclass
 class Addition:
-    """A constraint that a callback adds: an earlier fact that shall (still) have its value."""
+    """A constraint that a callback adds to a batch: an earlier fact that should have its value after the solve."""
 
     fact: Fact
     target: Tensor
-    """[d_v]: what the site should give at the subject's last token"""
+    """[d_v]: what the edited site should output at the subject's last token"""
     weight: float = 1.0
-    """its slack is 1 / weight; ``inf`` makes it as hard as an equality"""
+    """the slack of the constraint is 1 / weight; ``inf`` makes it an equality"""
     repair: float = 1.0
-    """share of the way back to its value that is asked for; 0 only asks that it stay where it is"""
-    known: CachedKey | None = None
-    """its key, where it is known and need not be read; only for a single edited layer"""
+    """fraction of the residual to remove: 1 asks for the target, 0 asks that the output stay as it is now"""
+    cached_key: CachedKey | None = None
+    """its key, if known, so that no forward pass is needed; only for a single edited layer"""
 
 
 @dataclass
@@ -47,43 +32,43 @@ class EditPlan:
     """One batch of edits before its solve."""
 
     step: int
-    """batches before this one"""
+    """number of batches before this one"""
     facts: Sequence[Fact]
-    """those of the batch, of one subject and prompt the last alone; "places in the batch" count these"""
+    """facts of the batch; of several with the same subject and prompt only the last. Batch indices refer to these"""
     targets: Tensor
-    """float32 [n, d_v]: values of the facts"""
+    """float32 [n, d_v]: values v* of the facts"""
     additions: list[Addition] = field(default_factory=list)
 
     def add(self, additions: Sequence[Addition]) -> None:
-        """Adds constraints to the batch's own; they are the first to go where the system is ill-conditioned."""
+        """Adds constraints to the batch; they are relaxed before its own where the system is ill-conditioned."""
         self.additions.extend(additions)
 
 
 @dataclass
 class EditOutcome:
-    """One batch of edits after its solve."""
+    """One batch of edits after its solve, and what the callbacks decide about it."""
 
     plan: EditPlan
-    updates: dict[int, Tensor]
+    updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> what was added to its weight, float32 [d_v, d_k]"""
-    diagnostics: dict[str, float]
-    """what the step logs: ``layer_6/gram_condition`` and the like"""
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    """numbers of the solve to log, such as ``layer_6/gram_condition``"""
     keys: dict[int, Keys] = field(default_factory=dict)
-    """layer -> keys of the plan's facts and then its additions (set by the solve), as its last pass found them"""
+    """layer -> keys of the plan's facts followed by its additions, as the last pass read them"""
     last_updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the part of its update that the last pass added, after those keys were read"""
-    missing: Tensor | None = None
-    """[n]: length of what each of the plan's facts had to go to its value when its solve began (set by the solve)"""
+    residual_norm: Tensor | None = None
+    """norm of each fact's residual before the solve, [n]; set by the solve"""
     measured: dict[str, float] = field(default_factory=dict)
-    """what callbacks have to log of this step, by full name: ``replay/buffer`` and the like"""
+    """numbers that callbacks log for this step, by full name, such as ``replay/buffer``"""
     factor: float = 1.0
-    """share of the update that stays: 1 kept, 0 rolled back"""
+    """fraction of the update that stays in the weights: 1 keeps it, 0 rolls it back"""
     reasons: list[str] = field(default_factory=list)
-    """why it was scaled, solved without some facts, or rolled back"""
-    left_out: set[int] = field(default_factory=set)
-    """places in the batch of facts without which it is solved again"""
-    before_adjustment: StepState | None = None
-    """the weights before they were adjusted; None where they were not"""
+    """why the update was scaled, solved again without some facts, or rolled back"""
+    dropped: set[int] = field(default_factory=set)
+    """indices in the batch of the facts without which it is solved again"""
+    before_adjustment: Snapshot | None = None
+    """the weights before a callback adjusted them; None if none did"""
 
     def __post_init__(self) -> None:
         self._batch = len(self.plan.facts)
@@ -91,79 +76,61 @@ class EditOutcome:
 
     @property
     def kept(self) -> bool:
-        """Whether any of the update stays."""
+        """Whether any fraction of the update stays in the weights."""
         return self.factor > 0
 
     @property
-    def stays(self) -> list[int]:
-        """Places in the batch of the facts that are not left out."""
-        return [place for place in range(self._batch) if place not in self.left_out]
+    def remaining(self) -> list[int]:
+        """Indices in the batch of the facts that are not dropped."""
+        return [index for index in range(self._batch) if index not in self.dropped]
 
     @property
     def factors(self) -> list[float]:
-        """The share that stays of each fact of the batch, those left out included."""
-        return [0.0 if place in self.left_out else self.factor for place in range(self._batch)]
+        """For each fact of the batch, the fraction of its edit that stays: 0 for dropped facts."""
+        return [0.0 if index in self.dropped else self.factor for index in range(self._batch)]
 
     def scale(self, factor: float, reason: str) -> None:
-        """Asks that only ``factor`` (0 to 1) of the update stay; the lowest that any callback asks for counts."""
+        """Requests that only ``factor`` (0 to 1) of the update stay; of several requests the lowest holds.
+
+        Raises:
+            ValueError: The factor is not between 0 and 1.
+        """
         if not 0 <= factor <= 1:
             raise ValueError(f"factor is {factor}: it must lie between 0 and 1")
         self.factor = min(self.factor, factor)
         self.reasons.append(reason)
 
-    def leave_out(self, places: Collection[int], reason: str) -> None:
-        """Asks that the batch be solved again without the facts at ``places`` of it; without all it is undone.
+    def drop(self, indices: Collection[int], reason: str) -> None:
+        """Requests that the batch be solved again without some facts; if none remains, it is rolled back.
 
-        Solved again, it is told to ``on_edit_applied`` once more.
+        After the second solve the callbacks get ``on_edit_applied`` again.
+
+        Args:
+            indices: indices in the batch.
+            reason: why, for the log.
+
+        Raises:
+            ValueError: The batch has no such index.
         """
-        if not set(places) <= set(range(self._batch)):
-            raise ValueError(f"places are {sorted(places)}: the batch has {self._batch} facts")
-        self.left_out |= set(places)
+        if not set(indices) <= set(range(self._batch)):
+            raise ValueError(f"indices are {sorted(indices)}: the batch has {self._batch} facts")
+        self.dropped |= set(indices)
         self.reasons.append(reason)
-        if len(self.left_out) == self._batch:
+        if len(self.dropped) == self._batch:
             self.factor = 0.0
+
+    def roll_back(self, reason: str) -> None:
+        """Requests that the update be undone, bit for bit."""
+        self.scale(0.0, reason)
 
     @property
     def needs_solving(self) -> bool:
-        """Whether facts were left out since it was solved, and some stay."""
-        return self.kept and len(self.plan.facts) > len(self.stays)
+        """Whether facts were dropped since the last solve, and some remain."""
+        return self.kept and len(self.plan.facts) > len(self.remaining)
 
-    def drop_left_out(self) -> None:
-        """The plan becomes that of the facts that stay, and nothing is solved yet; for the editor."""
-        stay = [i for i, place in enumerate(self._planned) if place not in self.left_out]
-        self._planned = [self._planned[i] for i in stay]
-        self.plan = replace(self.plan, facts=[self.plan.facts[i] for i in stay], targets=self.plan.targets[stay])
-        self.updates, self.last_updates, self.keys, self.diagnostics, self.missing = {}, {}, {}, {}, None
-
-    def roll_back(self, reason: str) -> None:
-        """Asks that the edit be undone, bit for bit."""
-        self.scale(0.0, reason)
-
-
-class EditCallback(Callback):
-    """A Lightning callback that also hears the events of an edit; each does nothing by default."""
-
-    def begin_anew(self, editor: SequentialEditor, unused: Mapping[str, Any]) -> None:
-        """Forgets another run that the object was used in; for ``on_fit_start``.
-
-        Args:
-            editor: what it knows is kept where this one has edits: those of the run that is gone on with.
-            unused: its ``state_dict`` as it was made.
-        """
-        if not editor.edits:
-            self.load_state_dict(dict(unused))
-
-    def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Values are found, nothing is solved yet: add constraints by :meth:`EditPlan.add`."""
-
-    def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """The weights have changed: the outcome may be asked to ``scale``, ``leave_out`` facts, or ``roll_back``."""
-
-    def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Every callback has had its say and the weights are as they stay."""
-
-    def on_edit_adjust(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """All have remembered what they need: the weights may be changed, by ``outcome.before_adjustment`` at first."""
-
-    def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """The weights stay as they are until the next batch: measure, or follow what an adjustment changed."""
+    def remove_dropped(self) -> None:
+        """Reduces the plan to the remaining facts and clears the results of the last solve."""
+        rows = [row for row, index in enumerate(self._planned) if index not in self.dropped]
+        self._planned = [self._planned[row] for row in rows]
+        self.plan = replace(self.plan, facts=[self.plan.facts[row] for row in rows], targets=self.plan.targets[rows])
+        self.updates, self.last_updates, self.keys, self.diagnostics, self.residual_norm = {}, {}, {}, {}, None

@@ -1,8 +1,8 @@
-"""Scoring facts: how likely the new and the true continuation are after each of a fact's prompts.
+"""Scoring facts: the probability of the new and of the true target after each of a fact's prompts.
 
-P(x) is the probability of the whole string after the prompt, as its mean log-probability per token. Both
-continuations of a prompt, and prompts that repeat between facts, are read off one forward pass where one row is the
-beginning of another.
+The score of a target is its mean log-probability per token after the prompt. Each distinct prompt with its target is
+run once, and a row of tokens with which a longer row begins is not run at all: in a causal model the longer row gives
+the same scores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from editlab.metrics.scores import PromptScores
 
 @dataclass
 class FactScores:
-    """The scores of some facts; a group is None where no fact has such prompts or it was not asked for."""
+    """The scores of some facts.
+
+    Attributes:
+        edit: scores of the edit prompts, one row per fact.
+        paraphrases: scores of the paraphrases; None if they were not scored or no fact has any.
+        neighbors: scores of the neighbor prompts; None if they were not scored or no fact has any.
+    """
 
     edit: PromptScores
     paraphrases: PromptScores | None = None
@@ -33,15 +39,15 @@ class FactScores:
 def score_pairs(
     lm: LanguageModel, pairs: Sequence[tuple[str, str]], cache: ScoreCache | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean log-probability per token of each continuation after its prompt, and whether it is the argmax.
+    """Mean log-probability per token of each target after its prompt, and whether the argmax is right.
 
     Args:
         lm: the model.
-        pairs: (prompt, continuation).
-        cache: of the weights as they are; None measures everything.
+        pairs: (prompt, target).
+        cache: cache of the scores of the current weights; None measures everything.
 
     Returns:
-        float32 [n] in nats, and bool [n]: the argmax is right at every token of the continuation.
+        float32 [n] in nats, and bool [n]: whether the argmax is right at every token of the target.
     """
     encoded = {pair: encode_pair(lm.tokenizer, *pair) for pair in dict.fromkeys(pairs)}
     requests: list[Request] = [(encoding.ids, start) for encoding, start in encoded.values()]
@@ -54,29 +60,30 @@ def score_pairs(
 
 
 def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[Score]:
-    wanted = [[(p - 1, ids[p]) for p in range(start, len(ids))] for ids, start in requests]
+    # Each token of a target, as (index at which it is predicted, token id).
+    targets = [[(p - 1, ids[p]) for p in range(start, len(ids))] for ids, start in requests]
     longest = _covering({ids[:-1] for ids, _ in requests})
-    asked: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
-    for (ids, _), places in zip(requests, wanted, strict=True):
-        asked.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(places))
-    rows = list(asked)
-    logps, hits, _ = lm.next_token_scores(rows, [list(asked[row]) for row in rows])
+    by_row: dict[tuple[int, ...], dict[tuple[int, int], None]] = {}
+    for (ids, _), tokens in zip(requests, targets, strict=True):
+        by_row.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(tokens))
+    rows = list(by_row)
+    logps, hits, _ = lm.next_token_scores(rows, [list(by_row[row]) for row in rows])
     tables = {
-        row: {place: (float(logp[i]), bool(hit[i])) for i, place in enumerate(asked[row])}
+        row: {token: (float(logp[i]), bool(hit[i])) for i, token in enumerate(by_row[row])}
         for row, logp, hit in zip(rows, logps, hits, strict=True)
     }
     scores: list[Score] = []
-    for (ids, _), places in zip(requests, wanted, strict=True):
-        each = [tables[longest[ids[:-1]]][place] for place in places]
+    for (ids, _), tokens in zip(requests, targets, strict=True):
+        each = [tables[longest[ids[:-1]]][token] for token in tokens]
         scores.append((sum(logp for logp, _ in each) / len(each), all(hit for _, hit in each)))
     return scores
 
 
 def _covering(rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each row, a row that begins with it: in a causal model the longer one's states serve both."""
+    """For each row, the longest row that begins with it; in a causal model that one's scores hold for both."""
     cover: dict[tuple[int, ...], tuple[int, ...]] = {}
     last: tuple[int, ...] = ()
-    for row in sorted(rows, reverse=True):  # a row stands right after those that extend it
+    for row in sorted(rows, reverse=True):  # in this order a row follows those that extend it
         if last[: len(row)] != row:
             last = row
         cover[row] = last
@@ -92,11 +99,19 @@ def score_facts(
     first_record: int = 0,
     cache: ScoreCache | None = None,
 ) -> FactScores:
-    """Scores of the facts' edit prompts and, where asked for and present, paraphrases and neighbors.
+    """Scores of the facts' edit prompts, paraphrases and neighbors.
 
-    Neighbors are scored on their own truth, each fact's first ``neighbors`` or all. Records are numbered from
-    ``first_record`` on. ``cache`` has to be that of the weights as they are. A prompt at which the model gives no
-    number (NaN) for one of its continuations is missed: neither is said, and neither is likelier.
+    If the model gives NaN for one of the targets of a prompt, both targets count as missed: neither is the argmax, and
+    neither is more likely.
+
+    Args:
+        lm: the model.
+        facts: facts to score.
+        paraphrases: whether to score paraphrases.
+        neighbors: number of neighbors scored for each fact, the first ones; None for all. The true target of a
+            neighbor is its own truth.
+        first_record: record number of the first fact.
+        cache: cache of the scores of the current weights; None measures everything.
     """
     groups: list[list[tuple[int, str, str, str | None]]] = [[], [], []]
     for i, fact in enumerate(facts, start=first_record):
@@ -108,18 +123,18 @@ def score_facts(
     pairs += [(p, true) for group in groups for _, p, _, true in group if true is not None]
     logp, hit = score_pairs(lm, pairs, cache)
     table = {pair: (float(a), bool(b)) for pair, a, b in zip(pairs, logp, hit, strict=True)}
-    unknown, unsaid = (float("nan"), False), (float("-inf"), False)
+    no_truth, missed = (float("nan"), False), (float("-inf"), False)
 
-    def answers(prompt: str, new: str, true: str | None) -> tuple[Score, Score]:
+    def both(prompt: str, new: str, true: str | None) -> tuple[Score, Score]:
         found = [table[prompt, text] for text in (new, true) if text is not None]
         if any(math.isnan(logp) for logp, _ in found):
-            # NaN stands for a truth that no one knows, and would leave a broken model's prompts out of every mean.
-            found = [unsaid] * len(found)
-        return found[0], found[1] if true is not None else unknown
+            # NaN means that there is no truth: the means would not count the prompts of a broken model.
+            found = [missed] * len(found)
+        return found[0], found[1] if true is not None else no_truth
 
     def scores(group: list[tuple[int, str, str, str | None]]) -> PromptScores:
-        said = [answers(p, n, t) for _, p, n, t in group]
-        new, true = [a for a, _ in said], [b for _, b in said]
+        found = [both(prompt, new, true) for _, prompt, new, true in group]
+        new, true = [a for a, _ in found], [b for _, b in found]
         return PromptScores(
             torch.tensor([a for a, _ in new]),
             torch.tensor([a for a, _ in true]),
@@ -132,7 +147,7 @@ def score_facts(
 
 
 def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
-    """Whether the model finds each fact's truth likelier than its new target: it knows the fact."""
+    """Whether the model prefers each fact's truth: P(true) > P(new) on the edit prompt."""
     edit = score_facts(lm, facts, paraphrases=False, neighbors=0, cache=cache).edit
     return (edit.logp_true > edit.logp_new).tolist()
 
@@ -140,13 +155,17 @@ def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | 
 def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> Tensor:
     """Log-probability of each token after the tokens before it in its window, float32 [n - windows], in nats.
 
-    Windows do not overlap, so the first token of each has nothing to be predicted from and is left out. None is longer
-    than what the model takes.
+    Windows do not overlap, so the first token of each has no context and is not counted.
+
+    Args:
+        lm: the model.
+        ids: token ids of the text.
+        window: tokens in a window; at most the model's maximum length.
     """
     window = min(window, lm.longest or window)
     windows = [list(ids[i : i + window]) for i in range(0, len(ids), window)]
     windows = [w for w in windows if len(w) > 1]
     wanted = [[(p - 1, w[p]) for p in range(1, len(w))] for w in windows]
-    # 4 x 256 positions x the vocabulary in float32 is what a laptop can hold.
+    # Logits of 4 x 256 positions in float32 fit into a laptop's memory.
     logps = lm.next_token_scores(windows, wanted, tokens_a_pass=4 * window).logps
     return torch.cat([torch.empty(0), *logps])

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,8 @@ from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.solver.closed_form import Preservation
-from editlab.utils.files import atomic_file, cache_dir, read_tensors
+from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
+from editlab.utils.files import cache_dir
 from editlab.utils.progress import progress
 from editlab.utils.validation import at_least_one, not_negative
 
@@ -73,45 +73,41 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
     Raises:
         UserError: where the text can not be read or is too short.
     """
-    text_key, tokenizer = text_fingerprint(settings), tokenizer_fingerprint(lm.tokenizer)
-    amount = str(settings.tokens)
-    if settings.tolerance:  # where reading stops depends on all layers
-        amount += f":{settings.tolerance}:{sorted(layers)}"
-    model = model_key(fingerprint(lm.model), lm.model)
-    paths = {
-        layer: cache_dir()
-        / "moments"
-        / f"{_digest(model, tokenizer, str(layer), lm.anatomy.edit_path, text_key, amount)}.safetensors"
+    model, text_key = model_key(fingerprint(lm.model), lm.model), text_fingerprint(settings)
+    kept = DiskCache(cache_dir() / "moments", TENSORS)
+    keys = {
+        layer: key_of(
+            model=model, tokenizer=tokenizer_fingerprint(lm.tokenizer), layer=layer, module=lm.anatomy.edit_path,
+            text=text_key, tokens=settings.tokens,
+            # With a tolerance, the keys of all layers decide where reading stops.
+            stop=[settings.tolerance, sorted(layers)] if settings.tolerance else None,
+        )
         for layer in layers
-    }
-    here = ranks.on_first(lambda: [layer for layer, path in paths.items() if settings.cache and path.exists()])
-    found = {layer: _read_cached(paths[layer], lm.anatomy.key_size(layer)) for layer in here}
+    }  # fmt: skip
+    read: dict[int, Tensor] = {}  # on the first rank alone
+
+    def look() -> list[int]:
+        entries = {layer: kept.read(key) for layer, key in keys.items()} if settings.cache else {}
+        read.update({layer: entry["moments"] for layer, entry in entries.items() if entry is not None})
+        return list(read)
+
+    found: dict[int, Tensor] = {}
+    for layer in ranks.on_first(look):
+        size = lm.anatomy.key_size(layer)
+        found[layer] = ranks.read_on_first(partial(read.__getitem__, layer), (size, size), dtype=torch.float64)
     missing = [layer for layer in layers if layer not in found]
     if missing:
         if settings.tolerance:
-            missing = list(layers)  # where reading stops depends on all of them
+            missing = list(layers)  # the keys of all layers decide where reading stops
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = text_windows(lm, settings, name)
         for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance).items():
             found[layer] = moments
             if settings.cache:
-                ranks.on_first(partial(_keep, paths[layer], moments))
+                ranks.on_first(partial(kept.write, keys[layer], {"moments": moments}))
     else:
-        log.info("Second moments of layers %s taken from %s", list(layers), cache_dir() / "moments")
+        log.info("Second moments of layers %s taken from %s", list(layers), kept.folder)
     return found
-
-
-def _read_cached(path: Path, size: int) -> Tensor:
-    return ranks.read_on_first(lambda: read_tensors(path)["moments"], (size, size), dtype=torch.float64)
-
-
-def _keep(path: Path, moments: Tensor) -> None:
-    with atomic_file(path) as temporary:
-        safetensors.torch.save_file({"moments": moments}, temporary)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def text_fingerprint(settings: MomentSettings) -> str:

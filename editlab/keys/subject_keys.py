@@ -14,7 +14,7 @@ from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
-KEY_MODES = ("bare", "mean", "each")
+KEY_MODES = ("bare", "mean")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Site:
 
 @dataclass
 class Keys:
-    """One layer's view of some facts. Columns are keys; with mode ``each`` a fact has several."""
+    """One layer's view of some facts. Columns are keys."""
 
     keys: Tensor
     """float64 [d_k, n]"""
@@ -47,10 +47,10 @@ class Keys:
     """long [n]: which fact each key belongs to"""
     current: Tensor
     """float64 [d_v, facts]: what the site gives now at the subject's last token in the bare prompt"""
-    others: Tensor
-    """float64 [d_k, m]: keys of the bare prompts' other tokens, without each prompt's first"""
-    others_fact: Tensor
-    """long [m]: whose prompt each of these is in"""
+    context_keys: Tensor
+    """float64 [d_k, m]: keys of the bare prompts' context tokens: all but the first and the subject's last"""
+    context_fact: Tensor
+    """long [m]: the fact whose prompt each context key is in"""
 
     def plus(self, cached: Sequence[CachedKey], total: Tensor) -> Keys:
         """These and the keys of further facts, which are known; ``total`` [d_v, d_k] is the layer's sum of updates."""
@@ -59,15 +59,15 @@ class Keys:
         count = self.current.shape[1]
         more = torch.stack([c.key for c in cached]).to(self.keys).T
         origin = torch.stack([c.origin for c in cached]).to(self.keys).T
-        others = [c.others if c.others is not None else c.key.new_zeros(0, len(c.key)) for c in cached]
+        context = [c.context_keys if c.context_keys is not None else c.key.new_zeros(0, len(c.key)) for c in cached]
         number = torch.arange(count, count + len(cached)).to(self.fact)
-        lengths = torch.tensor([len(o) for o in others]).to(self.fact)
+        lengths = torch.tensor([len(keys) for keys in context]).to(self.fact)
         return Keys(
             keys=torch.cat([self.keys, more], 1),
             fact=torch.cat([self.fact, number]),
             current=torch.cat([self.current, origin + total.to(more) @ more], 1),
-            others=torch.cat([self.others, torch.cat(others).to(self.keys).T], 1),
-            others_fact=torch.cat([self.others_fact, number.repeat_interleave(lengths)]),
+            context_keys=torch.cat([self.context_keys, torch.cat(context).to(self.keys).T], 1),
+            context_fact=torch.cat([self.context_fact, number.repeat_interleave(lengths)]),
         )
 
 
@@ -79,8 +79,8 @@ class CachedKey:
     """[d_k]: in the bare prompt"""
     origin: Tensor
     """[d_v]: what the site gives but for the layer's updates"""
-    others: Tensor | None = None
-    """[m, d_k]: keys of its prompt's other tokens; None where they are not preserved"""
+    context_keys: Tensor | None = None
+    """[m, d_k]: keys of its prompt's context tokens; None if they are not preserved"""
 
 
 def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, int]:
@@ -160,8 +160,7 @@ def read_keys(
         layer: whose keys.
         site: where targets live; its block is the last that runs.
         contexts: prefixes, the empty one first.
-        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts, ``each`` one key for
-            every context.
+        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts.
     """
     used = [""] if mode == "bare" else list(contexts)
     rows: list[tuple[int, ...]] = []
@@ -180,24 +179,21 @@ def read_keys(
 
     found = ranks.each(lm.passes(rows), read)
     at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
-    others = [some for _, some, _ in found[:n]]
+    of_context = [keys for _, keys, _ in found[:n]]
     order = torch.arange(n, device=at_last.device)
-    lengths = torch.tensor([len(o) for o in others], device=at_last.device)
-    others_fact = order.repeat_interleave(lengths)
-    if mode == "each":
-        order = order.repeat(len(used))
-    else:
-        at_last = at_last.view(len(used), n, -1).mean(0)
+    lengths = torch.tensor([len(keys) for keys in of_context], device=at_last.device)
+    context_fact = order.repeat_interleave(lengths)
+    at_last = at_last.view(len(used), n, -1).mean(0)
     return Keys(
         keys=at_last.T.contiguous(),
         fact=order,
         current=torch.stack([site for _, _, site in found[:n]]).to(lm.device).double().T,
-        others=torch.cat(others).to(lm.device).double().T,
-        others_fact=others_fact,
+        context_keys=torch.cat(of_context).to(lm.device).double().T,
+        context_fact=context_fact,
     )
 
 
 def _picked(seen: dict[str, Tensor], last: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one row, on the CPU: the key at its ``last`` token, those at its other ``tokens``, the site's output."""
-    others = [t for t in range(1, tokens) if t != last]
-    return seen["key"][last].cpu().clone(), seen["key"][others].cpu(), seen["site"][last].cpu().clone()
+    """Of one row, on the CPU: the key at its ``last`` token, those of its context ``tokens``, the site's output."""
+    context = [t for t in range(1, tokens) if t != last]
+    return seen["key"][last].cpu().clone(), seen["key"][context].cpu(), seen["site"][last].cpu().clone()

@@ -10,7 +10,9 @@ map, so what moves has been moved directly:
 - that of an attention's output projection does so too, but what an attention projects was mixed over the
   tokens: the shift of the values at the first token moves its input at a later one. Nothing does to an MLP's.
 
-Shapes would not do: an attention's output is as wide as an MLP's, and all maps of a block may be square.
+Shapes would not do: an attention's output is as wide as an MLP's, and all maps of a block may be square. Neither would
+a table of names: PEFT's lists some thirty types of models, agrees with the probe on those (a test), and takes more than
+a second to import where the probe takes a tenth.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,14 +12,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.distributed import ranks
-from editlab.errors import NotFiniteError, UserError
-from editlab.lm.anatomy import Anatomy, context_length, read_anatomy
+from editlab.errors import NonFiniteError, UserError
+from editlab.lm.anatomy import context_length
 from editlab.lm.forward import by_row, logits_only_at, reading
 from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.packing import can_pack, lay_out_whole, pads_between
-from editlab.lm.placement import DeviceMap, runs_on
+from editlab.lm.placement import DeviceMap
 from editlab.lm.probe import remembers_by_attention
+from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import by_beginning, by_length
 from editlab.utils.rng import private_draws
 
@@ -39,7 +39,7 @@ class NextTokenScores(NamedTuple):
     """log-probabilities of the argmax in their places, float32"""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(ModelRunner):
     """A transformers model in eval mode without gradients, with what editlab needs to know of it.
 
     Args:
@@ -60,21 +60,16 @@ class LanguageModel(nn.Module):
         edit_module: str | None = None,
         placed: bool = False,
     ) -> None:
-        super().__init__()
-        self.placed = placed or getattr(model, "hf_device_map", None) is not None
-        self.model = model
+        super().__init__(model, edit_module, placed)
         self.tokenizer = tokenizer
-        self.anatomy: Anatomy = read_anatomy(model, edit_module)
         self.longest = context_length(model)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.blocks_give_tuples = self._probe_tuples()
         if not remembers_by_attention(model):
             raise UserError(
                 f"{type(model).__name__} keeps something else of earlier tokens than their keys and values, such as a "
                 "recurrent state: choose a model whose blocks all attend."
             )
-        self.packs: bool = can_pack(self)
-        """whether rows may be packed (:mod:`editlab.lm.packing`)"""
+        self.packs = can_pack(self)
         if not self.packs and not pads_between(self):
             raise UserError(
                 f"{type(model).__name__} counts padding among the places between two tokens, so prompts of different "
@@ -93,15 +88,6 @@ class LanguageModel(nn.Module):
         """Loads a model by name, folder or file; see :func:`editlab.lm.loading.load.load` for arguments and errors."""
         return cls(*load(name, dtype, device_map, device), edit_module, placed=device_map is not None)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
-        # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.
-        return self if self.placed else super()._apply(fn, recurse)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: the device of the input embeddings."""
-        return runs_on(self.model.get_input_embeddings())
-
     @torch.no_grad()
     def _probe_tuples(self) -> bool:
         kinds: list[bool] = []
@@ -117,15 +103,6 @@ class LanguageModel(nn.Module):
                 "(trainer.precision)."
             )
         return kinds[0]
-
-    def run(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, **arguments: Any) -> Any:
-        """The model's own forward on ids [rows, tokens]; masks and positions go along where the model takes them."""
-        if positions is not None and self._takes_positions:
-            arguments["position_ids"] = positions.to(self.device)
-        if mask is not None:
-            arguments["attention_mask"] = mask.to(self.device)
-        arguments.setdefault("use_cache", False)
-        return self.model(input_ids=ids.to(self.device), **arguments)
 
     def passes(self, rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
         """Numbers of the rows that go through the model together.
@@ -227,7 +204,7 @@ class LanguageModel(nn.Module):
             For each prompt, its ids followed by the new ones.
 
         Raises:
-            NotFiniteError: where what the model says is not finite, so that nothing can be drawn from it.
+            NonFiniteError: where what the model says is not finite, so that nothing can be drawn from it.
         """
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
         with private_draws(seed, self.device), _generating_plainly(self.model):
@@ -249,7 +226,7 @@ class LanguageModel(nn.Module):
 def _finite(ids: Tensor, logits: Tensor) -> Tensor:
     """Logits [rows, vocabulary] as they are; torch would fail on others, and on a GPU take the process with it."""
     if not bool(logits.logsumexp(1).isfinite().all()):
-        raise NotFiniteError(
+        raise NonFiniteError(
             "What the model says is not finite, so no text can be drawn from it: use a wider trainer.precision, or "
             "edit it less strongly."
         )

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editlab.compat import replace_parameters
 from editlab.lm.probe import LinearMap, linear_maps
+from editlab.lm.runner import ModelRunner
 
 MATMULS = ("auto", "float32", "bfloat16")
 """How matrices may be multiplied; see :func:`products`."""
@@ -50,6 +52,19 @@ def products(
     return bfloat16_products(blocks, edit_path, head)
 
 
+def products_above(lm: ModelRunner, layer: int, matmul: str, head: bool = False) -> AbstractContextManager:
+    """Matrix products of all blocks above ``layer`` as ``matmul`` says; the blocks up to it stay in full precision.
+
+    Args:
+        lm: the model.
+        layer: the highest block that is left alone.
+        matmul: ``float32``, ``bfloat16`` or ``auto``, as for :func:`products`.
+        head: whether the map to the logits is included. That is faster in training, but too coarse to compare answers.
+    """
+    above = list(lm.anatomy.blocks)[layer + 1 :]
+    return products(matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head if head else None)
+
+
 @contextmanager
 def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Module | None = None) -> Iterator[None]:
     """The float32 linear maps of ``blocks`` multiply in bfloat16 inside the ``with``; others are left alone.
@@ -69,9 +84,9 @@ def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Modu
         for path, module in [*inner, *([("", head)] if isinstance(head, LinearMap) else [])]:
             if module.weight.dtype != torch.float32 or module.weight.is_meta:
                 continue
-            stack.callback(_exchange, module, {k: p for k, p in module.named_parameters(recurse=False)})
+            stack.callback(replace_parameters, module, {k: p for k, p in module.named_parameters(recurse=False)})
             rounded = {k: p.detach().bfloat16() for k, p in module.named_parameters(recurse=False)}
-            _exchange(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
+            replace_parameters(module, {k: nn.Parameter(p, requires_grad=False) for k, p in rounded.items()})
             stack.callback(module.register_forward_pre_hook(shared.round_input).remove)
             if path == edit_path or not mlp or path.rpartition(".")[0] != mlp:
                 stack.callback(module.register_forward_hook(_give_float32).remove)
@@ -93,8 +108,3 @@ class _Rounded:
 
 def _give_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.float()
-
-
-def _exchange(module: LinearMap, parameters: dict[str, nn.Parameter]) -> None:
-    # Not setattr: the very Parameter objects have to come back, whatever a parametrization makes of an assignment.
-    module._parameters.update(parameters)

@@ -1,6 +1,6 @@
-"""Memory: whether a model fits, how much is left beside it, and what to do where a pass does not fit.
+"""Memory: whether a model fits, how much is left next to it, and what to do if a pass does not fit.
 
-That a model does not fit is said before its weights are read: a killed process says nothing.
+A model that does not fit is refused before its weights are read: a killed process prints no message.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -23,20 +24,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 2**30
 
 
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of a causal model's weights in ``dtype``, tied ones counted once; nothing is read or allocated."""
+    """Return the bytes of a causal model's weights in ``dtype``, tied ones counted once, without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def require_memory(what: str, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Make sure that ``needed`` bytes of weights in ``dtype`` fit on a device, as far as it tells what is free.
+    """Make sure that ``needed`` bytes of weights in ``dtype`` fit on a device whose free memory is known.
 
     Raises:
         EditLabError: They do not.
@@ -57,13 +57,12 @@ def require_memory(what: str, needed: int, dtype: torch.dtype, device: torch.dev
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a device, swap included; None where that can not be told."""
+    """Return the bytes that are free on a device, swap included; None for a device that does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu" or not _MEMINFO.exists():
+    if device.type != "cpu":
         return None
-    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in _MEMINFO.read_text().splitlines()}
-    of_machine = fields.get("MemAvailable", fields["MemFree"]) + fields.get("SwapFree", 0)
+    of_machine = psutil.virtual_memory().available + psutil.swap_memory().free
     of_container = _free_in_container()
     return of_machine if of_container is None else min(of_machine, of_container)
 
@@ -113,10 +112,10 @@ def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> lis
 
 
 def _free_in_container() -> int | None:
-    """Bytes that a container's own limit leaves (control groups, version 2); None where there is no limit."""
+    """Return the bytes below a container's own limit (control groups, version 2), or None; psutil does not know it."""
     limit, used, stat = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
         return None
     kept = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    # Files that were read count as used, and give way.
+    # The page cache counts as used, and is given up on demand.
     return int(limit.read_text()) - int(used.read_text()) + int(kept.get("inactive_file", 0))

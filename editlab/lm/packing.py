@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from editlab.compat import attention_of, attention_set
 from editlab.lm.forward import cache_of
 from editlab.lm.prefix_cache import Past, read_prefixes
+from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import by_length, pad
-
-if TYPE_CHECKING:
-    from editlab.lm.language_model import LanguageModel
 
 PACKED = "editlab_packed"
 """Name of our attention function among transformers'."""
@@ -59,7 +58,7 @@ class Layout(Rows, Protocol):
 class Padded:
     """Rows padded on the right."""
 
-    def __init__(self, lm: LanguageModel, tails: Sequence[Sequence[int]], past: Past) -> None:
+    def __init__(self, lm: ModelRunner, tails: Sequence[Sequence[int]], past: Past) -> None:
         ids, mask = pad(tails)
         self.lm, self.past = lm, past
         self.ids, self.mask = ids.to(lm.device), torch.cat([past.mask, mask], 1).to(lm.device)
@@ -89,7 +88,7 @@ class InOneRow(ABC):
     """Rows whose tokens lie in one row of the tensor, so that attention has to take them apart."""
 
     rows = 1
-    lm: LanguageModel
+    lm: ModelRunner
     ids: Tensor
     """[tokens]"""
     positions: Tensor
@@ -122,7 +121,7 @@ class InOneRow(ABC):
 class Packed(InOneRow):
     """Rows one after the other."""
 
-    def __init__(self, lm: LanguageModel, tails: Sequence[Sequence[int]], past: Past) -> None:
+    def __init__(self, lm: ModelRunner, tails: Sequence[Sequence[int]], past: Past) -> None:
         self.lm, self.past = lm, past
         self.ids = torch.tensor([token for tail in tails for token in tail], device=lm.device)
         self._lay_out(torch.tensor([len(tail) for tail in tails], device=lm.device))
@@ -193,7 +192,7 @@ def _attention_of_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor |
 class Merged(InOneRow):
     """Rows with nothing before them; what several begin with in common is there once."""
 
-    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, lm: ModelRunner, rows: Sequence[Sequence[int]]) -> None:
         self.lm = lm
         paths, steps = _paths(rows)
         depth = [0] * len(steps)
@@ -248,20 +247,16 @@ _attending_now: list[InOneRow] = []
 
 
 @contextmanager
-def _attending(lm: LanguageModel, layout: InOneRow) -> Iterator[None]:
+def _attending(lm: ModelRunner, layout: InOneRow) -> Iterator[None]:
     """The model's attention is ``layout``'s inside the ``with``."""
     configs = {id(c): c for m in lm.anatomy.blocks.modules() if (c := getattr(m, "config", None)) is not None}
     configs[id(lm.model.config)] = lm.model.config
-    before = [(c, c._attn_implementation) for c in configs.values()]
     _attending_now.append(layout)
     try:
-        for config, _ in before:
-            config._attn_implementation = PACKED
-        yield
+        with attention_set(list(configs.values()), PACKED):
+            yield
     finally:
         _attending_now.pop()
-        for config, name in before:
-            config._attn_implementation = name
 
 
 def _attention(
@@ -277,18 +272,18 @@ AttentionInterface.register(PACKED, _attention)
 AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
-def lay_out(lm: LanguageModel, tails: Sequence[Sequence[int]], past: Past) -> Layout:
+def lay_out(lm: ModelRunner, tails: Sequence[Sequence[int]], past: Past) -> Layout:
     """Rows packed where the model runs them so, else padded."""
     return (Packed if lm.packs else Padded)(lm, tails, past)
 
 
-def lay_out_whole(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Rows:
+def lay_out_whole(lm: ModelRunner, rows: Sequence[Sequence[int]]) -> Rows:
     """Rows with nothing before them, merged where the model runs packed rows, else padded."""
     return Merged(lm, rows) if lm.packs else Padded(lm, rows, Past.none(len(rows)))
 
 
 @torch.no_grad()
-def pads_between(lm: LanguageModel) -> bool:
+def pads_between(lm: ModelRunner) -> bool:
     """Whether a row says the same with padding in its middle, tried on a short one.
 
     Models that bias attention by the distance of two places in a row, padding counted (MPT), do not.
@@ -299,15 +294,15 @@ def pads_between(lm: LanguageModel) -> bool:
     return bool((padded - whole).abs().max() <= _tolerance(lm) * whole.abs().max())
 
 
-def _tolerance(lm: LanguageModel) -> float:
+def _tolerance(lm: ModelRunner) -> float:
     """What rounding makes of logits in the model's type, in proportion to the largest."""
     return max(1e-4, 4 * torch.finfo(lm.model.dtype).eps)
 
 
 @torch.no_grad()
-def can_pack(lm: LanguageModel) -> bool:
+def can_pack(lm: ModelRunner) -> bool:
     """Whether packed rows give what padded rows give, tried on three short ones."""
-    if lm.model.config._attn_implementation != "sdpa":
+    if attention_of(lm.model.config) != "sdpa":
         return False  # its attention does more than the usual (soft caps), which short rows may not show
     past = read_prefixes(lm, [[(1, 2)], [(3,)], [(1, 2)]])
     tails = [(4, 5, 6), (7,), (8, 9)]

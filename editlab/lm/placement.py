@@ -7,11 +7,11 @@ device that the module runs on. Nothing here needs accelerate to be installed wh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from editlab.compat import offload_hook, replace_parameters
 from editlab.errors import UserError
 
 DeviceMap = str | dict[str, int | str]
@@ -20,7 +20,7 @@ DeviceMap = str | dict[str, int | str]
 
 def runs_on(module: nn.Module) -> torch.device:
     """The device that a module with parameters runs on, which is not where its weights are while it is offloaded."""
-    device = getattr(_hook(module), "execution_device", None)
+    device = getattr(offload_hook(module), "execution_device", None)
     return torch.device(device) if device is not None else next(module.parameters()).device
 
 
@@ -30,13 +30,13 @@ def settle(module: nn.Module) -> None:
     Raises:
         UserError: where weights are offloaded as part of a larger module.
     """
-    hook = _hook(module)
+    hook = offload_hook(module)
     if getattr(hook, "offload", False):
         hook.pre_forward(module)
         hook.offload = False
         for name, weight in module.named_parameters(recurse=False):
             # What was brought may be the offloaded original itself, or a file that must not be written to.
-            module._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            replace_parameters(module, {name: nn.Parameter(weight.detach().clone(), requires_grad=False)})
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
         raise UserError("An edited module's weights are offloaded in one with others: place its block on a device.")
 
@@ -48,9 +48,5 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue  # a module may put an extra state of its own beside the tensors; that is no weight
         if tensor.is_meta:
             path, _, last = name.rpartition(".")
-            tensor = _hook(model.get_submodule(path)).weights_map[last]
+            tensor = offload_hook(model.get_submodule(path)).weights_map[last]
         yield name, tensor
-
-
-def _hook(module: nn.Module) -> Any:
-    return getattr(module, "_hf_hook", None)

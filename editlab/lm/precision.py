@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 WEIGHTS = ("float32", "bfloat16", "float16", "float64")
-"""Those in which a model can be held and written."""
+"""Names of the types in which a model can be held and written."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -20,7 +20,7 @@ def dtype_named(name: str) -> torch.dtype:
     """Return the type of that name, one of :data:`WEIGHTS`.
 
     Raises:
-        ValueError: There is no such type, or weights are not held in it.
+        ValueError: The name is not one of them.
     """
     if name not in WEIGHTS:
         raise ValueError(f"{name!r} is none of {', '.join(WEIGHTS)}")
@@ -29,7 +29,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def cast_to(device: torch.device) -> str:
-    """The type that autocast computes in on a device, as under ``trainer.precision: bf16-mixed``; empty without it."""
+    """Return the type that autocast uses on a device (``trainer.precision: bf16-mixed``); empty if it is off."""
     if not torch.is_autocast_enabled(device.type):
         return ""
     return dtype_name(torch.get_autocast_dtype(device.type))
@@ -37,7 +37,7 @@ def cast_to(device: torch.device) -> str:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Within it new tensors are of ``dtype`` where nothing else is said; also decorates a function."""
+    """Inside the ``with``, new tensors have the type ``dtype`` by default; also a decorator."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

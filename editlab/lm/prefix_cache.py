@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from editlab.lm.forward import KeyValues, cache_of, logits_only_at, past_of
+from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import common_start, pad
-
-if TYPE_CHECKING:
-    from editlab.lm.language_model import LanguageModel
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Past:
 
 
 @torch.no_grad()
-def read_past(lm: LanguageModel, rows: Sequence[Sequence[int]], past: Past) -> Past:
+def read_past(lm: ModelRunner, rows: Sequence[Sequence[int]], past: Past) -> Past:
     """What rows of token ids, each going on from its ``past``, leave to those that follow."""
     ids, mask = pad(rows, left=True)
     if ids.shape[1] == 0:
@@ -59,7 +56,7 @@ def read_past(lm: LanguageModel, rows: Sequence[Sequence[int]], past: Past) -> P
     return Past(past_of(cache), whole)
 
 
-def read_prefixes(lm: LanguageModel, prefixes: Sequence[Sequence[tuple[int, ...]]]) -> Past:
+def read_prefixes(lm: ModelRunner, prefixes: Sequence[Sequence[tuple[int, ...]]]) -> Past:
     """The past of one prefix a row; what prefixes of one column have in common runs once.
 
     Args:

@@ -12,17 +12,17 @@ from editlab.errors import UserError
 from editlab.lm.precision import dtype_name
 
 SHARD = "5GB"
-"""Size of a weight file above which there are several."""
+"""Size above which the weights are split into several files."""
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str = SHARD) -> None:
-    """Write safetensors, configuration, generation settings and tokenizer into ``folder``, which is there.
+    """Write safetensors, configuration, generation settings and tokenizer into ``folder``, which must exist.
 
-    Every file may be read by whom the umask lets.
+    All files have the permissions that the umask gives.
     """
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
-    # safetensors lets only the owner read its files, whatever the umask says.
+    # safetensors makes its files readable by the owner alone, against the umask.
     for file in folder.glob("*.safetensors"):
         share(file, folder / "config.json")
 
@@ -33,7 +33,7 @@ def share(file: Path, like: Path) -> None:
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Turn the weights of ``model`` into ``dtype`` in place.
+    """Convert the weights of ``model`` to ``dtype`` in place.
 
     Raises:
         UserError: A weight is too large for that type.

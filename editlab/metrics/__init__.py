@@ -1,9 +1,9 @@
-"""Metrics of edited models, as torchmetrics classes."""
+"""Metrics of edited models, as torchmetrics classes; :mod:`editlab.metrics.functional` has them as functions."""
 
 from editlab.metrics.editing import EditMetrics, EfficacyScore, NeighborhoodScore, ParaphraseScore
 from editlab.metrics.generation import GenerationEntropy
 from editlab.metrics.perplexity import TokenPerplexity
-from editlab.metrics.retention import Retention
+from editlab.metrics.retention import RetentionByAge
 from editlab.metrics.scores import PromptScores
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "NeighborhoodScore",
     "ParaphraseScore",
     "PromptScores",
-    "Retention",
+    "RetentionByAge",
     "TokenPerplexity",
 ]

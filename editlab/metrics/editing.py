@@ -1,29 +1,43 @@
-"""ES, PS, NS and their harmonic mean S as torchmetrics classes."""
+"""ES, PS, NS and their harmonic mean S as torchmetrics classes, and the collection of all numbers of a group."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from editlab.metrics.functional import bootstrap_interval, harmonic_mean, judge, per_record
+from editlab.metrics.functional.editing import (
+    _prompt_score_compute,
+    _prompt_score_update,
+    check_kind,
+    harmonic_mean,
+)
+from editlab.metrics.names import LANGUAGE, MAGNITUDES, METRICS
 from editlab.metrics.scores import PromptScores
 
 _COLUMNS = [field.name for field in fields(PromptScores)]
+_ORDER = (*(metric.name for metric in METRICS if metric.name not in LANGUAGE), *MAGNITUDES)
 
 
-class _PromptMetric(Metric):
-    """Keeps prompts' scores and averages them per record, then over records.
+class PromptMetric(Metric):
+    """Base of the metrics that average values of prompts per record, then over records.
 
-    Record numbers must be unique over all updates: the prompts of one number are one record's.
+    The state is the prompts' scores, one list for each column of :class:`PromptScores`, so metrics of the same prompts
+    can share it (``compute_groups`` of a ``MetricCollection``). Record numbers must be unique over all updates and
+    ranks: prompts with the same number belong to the same record. In a run on several ranks each of them has to call
+    ``update`` before ``compute``, with None if it has no prompts.
 
     Args:
-        kind: ``score``, ``accuracy`` or ``magnitude``; see :func:`editlab.metrics.functional.judge`.
+        kind: ``score``, ``accuracy`` or ``magnitude``; see :func:`editlab.metrics.functional.prompt_values`.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
 
     full_state_update = False
@@ -34,44 +48,38 @@ class _PromptMetric(Metric):
 
     def __init__(self, kind: str = "score", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        judge(_empty(), kind)  # raises for a kind that there is not
+        check_kind(kind)
         self.kind = kind
         for column in _COLUMNS:
             self.add_state(column, [], dist_reduce_fx="cat")
 
-    def update(self, scores: PromptScores) -> None:
-        """Adds prompts, [n] rows."""
-        for column in _COLUMNS:
-            getattr(self, column).append(getattr(scores, column).to(self.device))
+    def _append(self, scores: PromptScores | None) -> None:
+        for name, column in _prompt_score_update(scores).columns().items():
+            getattr(self, name).append(column.to(self.device))
 
     @property
     def scores(self) -> PromptScores:
-        """All prompts so far."""
-        if len(self.record) == 0:  # a list, or after a gathering over ranks a tensor
-            return _empty()
+        """The scores of all prompts so far."""
+        if len(self.record) == 0:  # a list; after a synchronisation over ranks a tensor
+            return PromptScores.empty()
         return PromptScores(*(dim_zero_cat(getattr(self, column)) for column in _COLUMNS))
 
-    def records(self) -> Tensor:
-        """float64 [records]: each record's own value, by ascending record number."""
-        scores = self.scores
-        return per_record(judge(scores, self.kind, prefer_truth=self.prefer_truth), scores.record)
-
     def compute(self) -> Tensor:
-        """The mean over records, a float64 scalar; NaN where no prompt could be judged."""
-        return self.records().mean()
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of the mean over records."""
-        return bootstrap_interval(self.records(), confidence)
+        """The mean over records, a float64 scalar; NaN if no prompt could be judged."""
+        return _prompt_score_compute(self.scores, self.kind, self.prefer_truth)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """A figure of one or more computed values."""
+        """A figure of one or several computed values."""
         return self._plot(val, ax)
 
 
-class EfficacyScore(_PromptMetric):
-    """ES: how many edits took, on the edit prompts themselves (Meng et al. 2022, arXiv:2202.05262).
+class EfficacyScore(PromptMetric):
+    """Efficacy score (ES): fraction of edits that succeeded on their own edit prompts (arXiv:2202.05262).
 
+    ``update`` takes ``edit``, the scores of ``[n]`` edit prompts; ``compute`` gives a float64 scalar. The function is
+    :func:`editlab.metrics.functional.efficacy_score`.
+
+    >>> import torch
     >>> scores = PromptScores(torch.tensor([-0.1, -3.0]), torch.tensor([-2.0, -1.0]),
     ...                       torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([0, 1]))
     >>> metric = EfficacyScore()
@@ -80,67 +88,107 @@ class EfficacyScore(_PromptMetric):
     0.5
     """
 
+    def update(self, edit: PromptScores | None) -> None:
+        """Adds the scores of edit prompts, ``[n]`` rows."""
+        self._append(edit)
 
-class ParaphraseScore(_PromptMetric):
-    """PS: the same on paraphrases of the edit prompts: whether the edit generalizes."""
+
+class ParaphraseScore(PromptMetric):
+    """Paraphrase score (PS): the efficacy score on paraphrases, which tells whether an edit generalizes.
+
+    ``update`` takes ``paraphrases``, the scores of ``[n]`` prompts; ``compute`` gives a float64 scalar. The function
+    is :func:`editlab.metrics.functional.paraphrase_score`.
+
+    >>> import torch
+    >>> scores = PromptScores(torch.tensor([-0.1, -3.0]), torch.tensor([-2.0, -1.0]),
+    ...                       torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([0, 0]))
+    >>> metric = ParaphraseScore("accuracy")
+    >>> metric.update(scores)
+    >>> float(metric.compute())
+    0.5
+    """
+
+    def update(self, paraphrases: PromptScores | None) -> None:
+        """Adds the scores of paraphrases, ``[n]`` rows."""
+        self._append(paraphrases)
 
 
-class NeighborhoodScore(_PromptMetric):
-    """NS: how many neighbors kept their truth: whether the edit is specific. New and true change places."""
+class NeighborhoodScore(PromptMetric):
+    """Neighborhood score (NS): fraction of neighbor prompts on which the model still prefers their own truth.
+
+    The new and the true target are exchanged. ``update`` takes ``neighbors``, the scores of ``[n]`` prompts;
+    ``compute`` gives a float64 scalar. The function is :func:`editlab.metrics.functional.neighborhood_score`.
+
+    >>> import torch
+    >>> scores = PromptScores(torch.tensor([-0.1, -3.0]), torch.tensor([-2.0, -1.0]),
+    ...                       torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([0, 1]))
+    >>> metric = NeighborhoodScore()
+    >>> metric.update(scores)
+    >>> float(metric.compute())
+    0.5
+    """
 
     prefer_truth = True
 
+    def update(self, neighbors: PromptScores | None) -> None:
+        """Adds the scores of neighbor prompts, ``[n]`` rows."""
+        self._append(neighbors)
 
-class EditMetrics:
-    """All numbers of a group of edits under the names that a run's summary uses.
 
-    ``ES, PS, NS, S, accuracy, paraphrase_accuracy, neighbor_accuracy`` and the magnitudes ``ES_magnitude,
-    PS_magnitude, NS_magnitude``. What was not evaluated is absent from the result, not zero.
+class EditMetrics(MetricCollection):
+    """All numbers of a group of edits, which keep each column of scores once.
+
+    The names are ``ES, PS, NS, S, accuracy, paraphrase_accuracy, neighbor_accuracy`` and ``ES_magnitude, PS_magnitude,
+    NS_magnitude``; S is the harmonic mean of ES, PS and NS. ``update`` takes ``edit``, ``paraphrases`` and
+    ``neighbors`` by name, each a :class:`PromptScores` or None.
 
     Args:
-        kwargs: of torchmetrics, for each of them.
+        prefix: start of all names, such as ``retained/``.
+        kwargs: arguments of :class:`torchmetrics.Metric`, for each metric.
+
+    >>> import torch
+    >>> scores = PromptScores(torch.tensor([-0.1, -3.0]), torch.tensor([-2.0, -1.0]),
+    ...                       torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([0, 1]))
+    >>> metrics = EditMetrics(prefix="retained/")
+    >>> metrics.update(edit=scores, paraphrases=None, neighbors=None)
+    >>> sorted(metrics.measured())
+    ['retained/ES', 'retained/ES_magnitude', 'retained/accuracy']
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        self.metrics: dict[str, _PromptMetric] = {
-            "ES": EfficacyScore("score", **kwargs),
-            "PS": ParaphraseScore("score", **kwargs),
-            "NS": NeighborhoodScore("score", **kwargs),
-            "accuracy": EfficacyScore("accuracy", **kwargs),
-            "paraphrase_accuracy": ParaphraseScore("accuracy", **kwargs),
-            "neighbor_accuracy": NeighborhoodScore("accuracy", **kwargs),
-            "ES_magnitude": EfficacyScore("magnitude", **kwargs),
-            "PS_magnitude": ParaphraseScore("magnitude", **kwargs),
-            "NS_magnitude": NeighborhoodScore("magnitude", **kwargs),
+    def __init__(self, prefix: str | None = None, **kwargs: Any) -> None:
+        classes: dict[str, type[PromptMetric]] = {"ES": EfficacyScore, "PS": ParaphraseScore, "NS": NeighborhoodScore}
+        accuracies = {"ES": "accuracy", "PS": "paraphrase_accuracy", "NS": "neighbor_accuracy"}
+        names = {name: (name, accuracies[name], f"{name}_magnitude") for name in classes}
+        metrics: dict[str, Metric | MetricCollection] = {
+            name: classes[first](kind, **kwargs)
+            for first, several in names.items()
+            for name, kind in zip(several, ("score", "accuracy", "magnitude"), strict=True)
         }
-
-    def update(
-        self,
-        edit: PromptScores,
-        paraphrases: PromptScores | None = None,
-        neighbors: PromptScores | None = None,
-    ) -> None:
-        """Adds the prompts of some records."""
-        given = {EfficacyScore: edit, ParaphraseScore: paraphrases, NeighborhoodScore: neighbors}
-        for metric in self.metrics.values():
-            scores = given[type(metric)]
-            if scores is not None:
-                metric.update(scores)
+        super().__init__(metrics, prefix=prefix, compute_groups=[list(several) for several in names.values()])
 
     def compute(self) -> dict[str, Tensor]:
-        """Name -> float64 scalar, of what was evaluated."""
-        found = {name: metric.compute() for name, metric in self.metrics.items() if metric.update_called}
-        found = {name: value for name, value in found.items() if not value.isnan()}
-        if {"ES", "PS", "NS"} <= set(found):
-            found["S"] = harmonic_mean([found[name] for name in ("ES", "PS", "NS")])
+        """Name -> float64 scalar; NaN for what was not evaluated."""
+        found = super().compute()
+        start, end = self.prefix or "", self.postfix or ""
+        found[f"{start}S{end}"] = harmonic_mean([found[f"{start}{name}{end}"] for name in ("ES", "PS", "NS")])
         return found
 
-    def reset(self) -> None:
-        """Forgets all prompts."""
-        for metric in self.metrics.values():
-            metric.reset()
+    def measured(self) -> dict[str, float]:
+        """Name -> number, only of what was evaluated; {} before the first update."""
+        if not self._member("ES").update_called:
+            return {}
+        found = self.compute()
+        names = [f"{self.prefix or ''}{name}{self.postfix or ''}" for name in _ORDER]
+        values = {name: float(found[name]) for name in names}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
+    def scores(self) -> dict[str, PromptScores]:
+        """The scores of all prompts so far: ``edit``, ``paraphrases`` and ``neighbors``, as far as there are any."""
+        members = {"edit": "ES", "paraphrases": "PS", "neighbors": "NS"}
+        found = {prompts: self._member(name).scores for prompts, name in members.items()}
+        return {prompts: scores for prompts, scores in found.items() if len(scores)}
 
-def _empty() -> PromptScores:
-    none = torch.empty(0)
-    return PromptScores(none, none, none.bool(), none.bool(), none.long())
+    def _member(self, name: str) -> PromptMetric:
+        member = self.get_submodule(name)  # not self[name], which copies the shared state
+        assert isinstance(member, PromptMetric)
+        return member

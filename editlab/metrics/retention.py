@@ -1,4 +1,4 @@
-"""Retention: what is left of past edits, also by their age."""
+"""Retention of past edits by their age."""
 
 from __future__ import annotations
 
@@ -8,49 +8,50 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
-from editlab.metrics.editing import EfficacyScore
-from editlab.metrics.functional import judge, per_record
+from editlab.metrics.editing import PromptMetric
+from editlab.metrics.functional.retention import _retention_by_age_compute, _retention_by_age_update
 from editlab.metrics.scores import PromptScores
 
 
-class Retention(EfficacyScore):
-    """Share of past edits that still hold, over all of them and by age.
+class RetentionByAge(PromptMetric):
+    """Fraction of past edits that still hold, by their age.
+
+    ``update`` takes ``edit``, the scores of ``[n]`` edit prompts, and ``age``, long [n], the number of edits made
+    since. ``compute`` gives float64 [at most ``bins``], newest first. The function is
+    :func:`editlab.metrics.functional.retention_by_age`.
 
     Args:
+        bins: number of bins of equal size into which the edits are sorted by age.
         kind: ``score``, ``accuracy`` or ``magnitude``.
-        age_bins: parts of equal size that the edits are sorted into by age, the newest first; 0 for none.
+        kwargs: arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: for an unknown kind, fewer than one bin, or an update whose shapes differ.
+
+    >>> scores = PromptScores(torch.tensor([-0.1, -3.0]), torch.tensor([-2.0, -1.0]),
+    ...                       torch.tensor([True, False]), torch.tensor([False, True]), torch.tensor([0, 1]))
+    >>> metric = RetentionByAge(bins=2)
+    >>> metric.update(scores, torch.tensor([2, 1]))
+    >>> metric.compute().tolist()
+    [0.0, 1.0]
     """
 
-    def __init__(self, kind: str = "score", age_bins: int = 0, **kwargs: Any) -> None:
+    age: list[Tensor]
+
+    def __init__(self, bins: int = 4, kind: str = "accuracy", **kwargs: Any) -> None:
         super().__init__(kind, **kwargs)
-        if age_bins < 0:
-            raise ValueError(f"age_bins is {age_bins}: it must not be negative")
-        self.age_bins = age_bins
-        self.age: list[Tensor]
+        if bins < 1:
+            raise ValueError(f"bins is {bins}: it must be at least 1.")
+        self.bins = bins
         self.add_state("age", [], dist_reduce_fx="cat")
 
-    def update(self, scores: PromptScores, age: Tensor | None = None) -> None:
-        """Adds the edit prompts of past edits.
-
-        Args:
-            scores: one row an edit.
-            age: long [n]: edits made since; needed for bins.
-        """
-        super().update(scores)
-        if age is None:
-            if self.age_bins:
-                raise ValueError("age_bins needs the age of each edit")
-            age = torch.zeros_like(scores.record)
-        if age.shape != scores.record.shape:
-            raise ValueError(f"{len(scores)} edits, but ages {tuple(age.shape)}")
+    def update(self, edit: PromptScores, age: Tensor) -> None:
+        """Adds past edits, ``[n]`` rows, and the number of edits made since each of them, long [n]."""
+        edit, age = _retention_by_age_update(edit, age)
+        self._append(edit)
         self.age.append(age.to(self.device))
 
-    def by_age(self) -> list[Tensor]:
-        """Each age bin's mean, newest first; fewer bins where there are fewer edits."""
-        if len(self.record) == 0 or not self.age_bins:
-            return []
-        scores, age = self.scores, dim_zero_cat(self.age).double()
-        judged = ~judge(scores, self.kind).isnan()  # as of the records' own values: a fact may have no truth
-        ages = per_record(age[judged], scores.record[judged])
-        order = ages.argsort(stable=True)
-        return [self.records()[part].mean() for part in order.tensor_split(self.age_bins) if len(part)]
+    def compute(self) -> Tensor:
+        """Mean of each bin, float64 [at most ``bins``], newest first; fewer bins if there are fewer edits."""
+        age = dim_zero_cat(self.age) if len(self.age) else torch.empty(0)
+        return _retention_by_age_compute(self.scores, age, self.bins, self.kind)

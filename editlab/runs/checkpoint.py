@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run goes on from: whole or not there, and only as large as what editing changed."""
+"""Checkpoints from which a killed run resumes: written atomically, and only as large as what editing changed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from editlab.compat import CheckpointHooks, save_unless_saved
 from editlab.errors import UserError
 from editlab.runs.resume import ENTRIES, KEY, sums
 from editlab.utils.files import atomic_file
@@ -26,37 +27,37 @@ from editlab.utils.validation import at_least_one
 log = logging.getLogger(__name__)
 
 LAST = "last"
-"""Name of the checkpoint file, and what ``--ckpt_path`` takes for the newest run's."""
+"""Name of the checkpoint file, and the value of ``--ckpt_path`` that means the newest run's."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file and moves it into place, on one disk, so that no reader sees half a checkpoint."""
+    """Writes next to the file, on the same disk, and then moves it there: no reader sees half a checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves the checkpoint.
+        """Save the checkpoint.
 
         Raises:
             EditLabError: The disk is full.
-            UserError: The place can not be written to.
+            UserError: The folder cannot be written to.
         """
         with atomic_file(path) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads a checkpoint.
+        """Read a checkpoint.
 
         Raises:
             FileNotFoundError: There is none.
             UserError: The file is damaged, or not one of editlab's.
         """
         with _explained(path):
-            if Path(path).is_file() and not zipfile.is_zipfile(path):  # else torch takes it for an old pickle
+            if Path(path).is_file() and not zipfile.is_zipfile(path):  # torch would read it as a pickle
                 raise EOFError
             return _ours(super().load_checkpoint(path, *args, **kwargs), path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint without a Trainer; its tensors are read from the disk when they are looked at.
+    """Read a checkpoint without a Trainer; its tensors are mapped, and read from the disk when they are used.
 
     Raises:
         UserError: There is none, it is damaged, or not one of editlab's.
@@ -73,7 +74,8 @@ def _explained(path: Any) -> Iterator[None]:
         yield
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"The checkpoint {path} can not be read, for it is damaged or of another kind: give another, or start anew."
+            f"The checkpoint {path} cannot be read, because it is damaged or of another kind: give another, or "
+            "start anew."
         ) from error
 
 
@@ -92,19 +94,19 @@ def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
     return checkpoint
 
 
-class EditCheckpoint(ModelCheckpoint):
-    """Keeps ``checkpoints/last.ckpt`` in the run's folder: every so many batches, and at the end.
+class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
+    """Writes ``checkpoints/last.ckpt`` in the run's folder every few batches, and at the end.
 
-    It holds what editing changed (sums of updates, ledger, memories, scores, the stream's position, random states)
-    and not the language model, so its size does not grow with the model's depth.
+    A checkpoint holds what editing changed (sums of updates, ledger, memories, scores, the stream's position, random
+    states) and not the language model, so its size does not grow with the model's depth.
 
     Args:
-        every_n_batches: batches between two checkpoints. A killed run loses at most the work of these.
-        keep_all: keep each one beside the last, as ``batch_N.ckpt`` after N batches, so that ``editlab revert
-            --to_step N`` finds it.
+        every_n_batches: number of batches between two checkpoints. A killed run loses at most the work of these.
+        keep_all: keep every checkpoint, as ``batch_N.ckpt`` after N batches, so that ``editlab revert --to_step N``
+            finds it.
 
     Raises:
-        UserError: where ``every_n_batches`` is under 1.
+        UserError: ``every_n_batches`` is below 1.
     """
 
     def __init__(self, every_n_batches: int = 1, keep_all: bool = False) -> None:
@@ -113,19 +115,22 @@ class EditCheckpoint(ModelCheckpoint):
         self.keep_all = keep_all
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sets the folder, and how files are written."""
+        """Set the folder, and the atomic writer of files."""
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+    def before_save(self, trainer: Trainer) -> None:
+        """Write what the loggers hold: everything that a checkpoint says was logged has to be on the disk."""
         for logger in trainer.loggers:
-            logger.save()  # first: what the checkpoint says was logged has to be on the disk
-        super()._save_checkpoint(trainer, filepath)
+            logger.save()
+
+    def after_save(self, trainer: Trainer, path: str) -> None:
+        """Keep the checkpoint under its own name too, if all are kept."""
         if self.keep_all and trainer.is_global_zero:
-            self._keep(Path(filepath), trainer.global_step)
+            self._keep(Path(path), trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps the checkpoint that a run goes on from, too: a kill may have come before that was done."""
+        """Keep the checkpoint that a run resumes from, too: the run may have been killed before it was kept."""
         super().on_train_start(trainer, pl_module)
         if self.keep_all and trainer.ckpt_path and trainer.is_global_zero:
             self._keep(Path(trainer.ckpt_path), trainer.global_step)
@@ -133,16 +138,15 @@ class EditCheckpoint(ModelCheckpoint):
     def _keep(self, last: Path, batches: int) -> None:
         with atomic_file(Path(str(self.dirpath)) / f"batch_{batches}.ckpt") as temporary:
             temporary.unlink()
-            # A second name for the same bytes costs nothing, and the last checkpoint is replaced, never written over.
+            # A hard link costs nothing, and is safe: the last checkpoint is replaced, never overwritten in place.
             try:
                 os.link(last, temporary)
-            except OSError:  # not every disk has links
+            except OSError:  # not every file system has links
                 shutil.copyfile(last, temporary)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last batches, and says how large the file is."""
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Save the last batches, and log the size of the file."""
+        save_unless_saved(self, trainer)
         if self.best_model_path and trainer.is_global_zero:
             size = Path(self.best_model_path).stat().st_size
             model = sum(p.numel() * p.element_size() for p in pl_module.parameters())
@@ -150,7 +154,7 @@ class EditCheckpoint(ModelCheckpoint):
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint that a user means: the file itself, or a run's folder for its ``checkpoints/last.ckpt``.
+    """Return the checkpoint that a path means: the file itself, or ``checkpoints/last.ckpt`` of a run's folder.
 
     Raises:
         UserError: There is none.
@@ -171,12 +175,12 @@ def find_checkpoint(path: str) -> Path:
 
 
 def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
-    """The checkpoint after ``step`` batches of the run that ``checkpoint`` belongs to, in the same folder.
+    """Return the checkpoint after ``step`` batches of the run of ``checkpoint``, from the same folder.
 
-    A checkpoint holds the sum of all updates and not each batch's, so an earlier state has to have been kept.
+    A checkpoint holds the sum of all updates and not each batch's, so earlier states exist only if they were kept.
 
     Raises:
-        UserError: The run has not come so far, or did not keep that state.
+        UserError: The run has fewer batches, or did not keep that state.
     """
     newest = read_checkpoint(checkpoint)
     if not 0 < step <= newest["global_step"]:
@@ -185,7 +189,7 @@ def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
         return checkpoint
     found: dict[int, Path] = {}
     for path in sorted(checkpoint.parent.glob("*.ckpt")):
-        with suppress(UserError):  # what can not be read is not the one
+        with suppress(UserError):  # an unreadable file is not the one
             other = read_checkpoint(path)
             if _same_run(other[KEY], newest[KEY]):
                 found[other["global_step"]] = path
@@ -198,17 +202,17 @@ def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
 
 
 def _same_run(earlier: dict[str, Any], later: dict[str, Any]) -> bool:
-    """Whether one editor's state came before another's: the same weights, layers and first edits."""
+    """Tell whether one editor state is an earlier one of the same run: same weights, layers and first edits."""
     edits = earlier["ledger"]
     same = all(earlier.get(name) == later.get(name) for name in ("weights", "layers", "modules"))
     return same and edits == later["ledger"][: len(edits)]
 
 
 def newest_checkpoint(runs: Path) -> Path:
-    """The newest run's ``last.ckpt`` among ``runs``/version_*.
+    """Return ``last.ckpt`` of the newest run among ``runs``/version_*.
 
     Raises:
-        UserError: where there is none.
+        UserError: There is none.
     """
     found = [
         (int(version[1]), path)
@@ -216,12 +220,12 @@ def newest_checkpoint(runs: Path) -> Path:
         if (version := re.fullmatch(r"version_(\d+)", path.parent.parent.name))
     ]
     if not found:
-        raise UserError(f"There is no run with a checkpoint in {runs} to go on from: start one without --ckpt_path.")
+        raise UserError(f"There is no run with a checkpoint in {runs} to resume: start one without --ckpt_path.")
     return max(found)[1]
 
 
 def run_version(checkpoint: Path, runs: Path) -> str | None:
-    """The folder in ``runs`` (such as ``version_3``) that a checkpoint belongs to; None where it lies elsewhere."""
+    """Return the name of the folder in ``runs`` (``version_3``) of a checkpoint's run; None if it is elsewhere."""
     try:
         version, folder, _ = checkpoint.resolve().relative_to(runs.resolve()).parts
     except ValueError:

@@ -1,4 +1,4 @@
-"""What editing added to a model's weights: taken out of a checkpoint, kept as a file, put on a base model."""
+"""Deltas: what editing added to a model's weights, read from a checkpoint, kept as a file, added to a base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import editlab
 from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
 from editlab.lm.anatomy import is_transposed
@@ -24,43 +23,44 @@ from editlab.lm.precision import dtype_name, dtype_named
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
 from editlab.runs.resume import KEY, adjusted_path, sums
+from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
 FORMAT = "editlab-delta-1"
 ORIENTATION = "[d_v, d_k]"
-"""Rows are outputs, as in torch.nn.Linear; GPT-2's Conv1D stores the transpose."""
+"""Layout of a tensor: rows are outputs, as in torch.nn.Linear; GPT-2's Conv1D stores the transpose."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The sums of all updates of a run, and the base model that they belong to."""
+    """The sums of all updates of a run, with the identity of their base model."""
 
     language_model: str
-    """the base model, as the run named it"""
+    """the base model's name in the run"""
     fingerprint: str
-    """of the unedited weights in :attr:`dtype`"""
+    """fingerprint of the unedited weights in :attr:`dtype`"""
     dtype: torch.dtype
     """the type in which the run held the model"""
     layers: list[int]
     """numbers of the blocks that were edited"""
     totals: dict[str, Tensor]
-    """path of each changed module -> float32 [d_v, d_k]; the edited ones, lowest layer first, then others that a
+    """path of each changed module -> float32 [d_v, d_k]: the edited modules, lowest layer first, then those that a
     callback adjusted"""
     history: History
 
     @property
     def edit_module(self) -> str:
-        """Path of the edited module inside a block, which a model may have to be told (``model.edit_module``)."""
+        """Path of the edited module inside a block, as ``model.edit_module`` takes it."""
         return next(iter(self.totals)).partition(f".{self.layers[0]}.")[2]
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> Delta:
-        """Of a checkpoint file.
+        """Read the delta of a checkpoint file.
 
         Raises:
-            UserError: It can not be read, is not editlab's, or of an editlab that did not name the edited modules.
+            UserError: It cannot be read, is not editlab's, or of a version that did not name the edited modules.
         """
         checkpoint = read_checkpoint(path)
         saved = checkpoint[KEY]
@@ -78,16 +78,16 @@ class Delta:
         history = History.of(checkpoint, path)
         if history.adapted:
             log.warning(
-                "The run keeps an adapter beside the weights of %d modules, which is not taken along: put it on the "
-                "exported model from the adapter folder of the run.", history.adapted,
+                "The run keeps an adapter next to the weights of %d modules, which a delta does not include: load it "
+                "onto the exported model from the adapter folder of the run.", history.adapted,
             )  # fmt: skip
         return cls(saved["language_model"], saved["weights"], dtype, saved["layers"], totals, history)
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file: one float32 tensor a module, by its path; the rest is in the metadata."""
+        """Write a safetensors file with one float32 tensor for each module, by its path, and the rest as metadata."""
         metadata = {
             "format": FORMAT,
-            "editlab": editlab.__version__,
+            "editlab": __version__,
             "base_model": self.language_model,
             "fingerprint": self.fingerprint,
             "dtype": dtype_name(self.dtype),
@@ -100,13 +100,13 @@ class Delta:
 
     @classmethod
     def load(cls, path: Path) -> Delta:
-        """Reads what :meth:`save` wrote.
+        """Read what :meth:`save` wrote.
 
         Args:
             path: the file, or the folder that ``editlab export --delta-only`` wrote it to.
 
         Raises:
-            UserError: There is no such file, it is damaged, or no delta of editlab's.
+            UserError: There is no such file, or it is damaged or no delta of editlab's.
         """
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
@@ -135,39 +135,41 @@ class Delta:
         return cls(*named, ordered, History.from_json(history))
 
     def base(self, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Loads the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.
+        """Load the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.
 
         Args:
-            name: where it is; what the run called it where not given.
+            name: name, folder or file of the model; default: the one that the run used.
 
         Raises:
-            UserError: Its weights are others; or what :func:`editlab.lm.loading.load.load` raises.
+            UserError: Its weights are not those that were edited; or what :func:`editlab.lm.loading.load.load` raises.
         """
         name = name or self.language_model
         model, tokenizer = load(name, self.dtype)
         if fingerprint(model) != self.fingerprint:
             raise UserError(
-                f"The edits belong to {self.language_model}, and the weights of {name} are others: name the very "
+                f"The edits belong to {self.language_model}, and the weights of {name} differ from it: name the very "
                 "model that was edited with --model."
             )
         return model, tokenizer
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Adds the sums to the weights of ``model`` in place; the sum is rounded once, to its dtype.
+        """Add the sums to the weights of ``model`` in place, rounding each result once to the model's dtype.
 
         Raises:
-            UserError: The model has not these modules, or in other shapes.
+            UserError: The model lacks one of the modules, or has it in another shape.
         """
         for name, total in self.totals.items():
             EditedLayer(*_target(model, name, total)).restore(total)
 
 
 def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
-    """The module that a sum belongs to, and whether it stores the transpose."""
+    """Return the module that a sum belongs to, and whether it stores its weight transposed."""
     module = dict(model.named_modules()).get(name)
     weight = getattr(module, "weight", None)
     if module is None or weight is None:
-        raise UserError(f"The delta is for the module {name}, which {type(model).__name__} has not: export it again.")
+        raise UserError(
+            f"The delta is for the module {name}, which {type(model).__name__} does not have: export it again."
+        )
     transposed = is_transposed(module)
     shape = tuple(weight.T.shape if transposed else weight.shape)
     if tuple(total.shape) != shape or total.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Events of a run as JSON lines, one object a line, which a killed and resumed run continues without gap or repeat."""
+"""Events of a run as JSON lines; a killed and resumed run continues the file without gaps or repetitions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from editlab.utils.files import atomic_file
 
 
 class EventLog:
-    """A file of events in a run's folder; each has the ``step`` (the batch's number) that it belongs to.
+    """A file of events in a run's folder, one JSON object per line; each has a ``step``, its batch's number from 0.
 
     Args:
-        path: the file; it need not exist.
+        path: path of the file, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Writes an event as a line.
+        """Appends an event as a line.
 
         Raises:
-            UserError: where the file can not be written.
+            UserError: if the file cannot be written.
         """
         line = json.dumps(event, ensure_ascii=False, allow_nan=False)
         try:
@@ -34,16 +34,16 @@ class EventLog:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(
-                f"{self.path} can not be written ({error.strerror}): free space there, or choose another "
-                "trainer.logger.init_args.save_dir; --ckpt_path last goes on from the last batch."
+                f"{self.path} cannot be written ({error.strerror}): free space there, or choose another "
+                "trainer.logger.init_args.save_dir; --ckpt_path last resumes after the last saved batch."
             ) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All events; what a kill left half-written at the end, and what is none of ours, is passed over."""
+        """All events; a line that was only partly written before a kill, and lines of other programs, are skipped."""
         if not self.path.exists():
             return []
         events = []
-        for line in self.path.read_bytes().split(b"\n")[:-1]:  # half a character is no text
+        for line in self.path.read_bytes().split(b"\n")[:-1]:  # bytes, as half a character cannot be decoded
             try:
                 event = json.loads(line)
             except ValueError:
@@ -53,7 +53,7 @@ class EventLog:
         return events
 
     def go_on(self, step: int) -> None:
-        """Drops the events of batch ``step`` and later ones, which a resumed run makes anew."""
+        """Resumes the log at batch ``step``: its events and later ones are dropped, as they will be written again."""
         if not self.path.exists():
             return
         kept = [event for event in self.read() if event["step"] < step]

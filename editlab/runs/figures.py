@@ -1,29 +1,31 @@
-"""Figures in one style: colors that a color-blind reader can tell apart, and line styles that print can."""
+"""Figures in one style: colors that color-blind readers can distinguish, and line styles for black-and-white print."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import StrMethodFormatter
 
+from editlab.metrics.names import BEFORE, IMMEDIATE, PERPLEXITY, RETAINED, full_name
 from editlab.utils.files import atomic_file
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
-"""Okabe and Ito's palette."""
+"""The palette of Okabe and Ito."""
 
 Series = Mapping[int, Mapping[str, float]]
-"""number of edits -> name -> value"""
+"""Number of edits -> ``group/metric`` -> value, as in ``metrics.csv``."""
 
 LINES = tuple(
     (color, line) for line in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK)
 )
-"""Color and line of the first run in a figure, the second, ..."""
+"""Color and line style of the first run in a figure, of the second, and so on."""
 
 PANELS = (
     ("ES", "efficacy (ES)"),
@@ -31,13 +33,15 @@ PANELS = (
     ("PS", "paraphrases (PS)"),
     ("NS", "neighbors (NS)"),
 )
+"""Metric and title of each panel of the forgetting curves."""
 
 COMPARED = (
     ("retained/ES", "retained ES"),
     ("retained/accuracy", "retained accuracy"),
     ("retained/NS", "neighbors (NS)"),
-    ("perplexity/heldout", "held-out perplexity"),
+    ("retained/perplexity", "held-out perplexity"),
 )
+"""Metric and title of each panel of a comparison of runs."""
 
 
 def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6) -> tuple[Figure, list[Axes]]:
@@ -47,7 +51,7 @@ def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6)
 
 
 def panels(figure: Figure | SubFigure, rows: int, columns: int) -> list[Axes]:
-    """The panels of :func:`new_figure` in a figure, or a part of one, that is there."""
+    """Adds the panels of :func:`new_figure` to an existing figure or a part of one."""
     axes = [figure.add_subplot(rows, columns, 1 + n) for n in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -56,14 +60,14 @@ def panels(figure: Figure | SubFigure, rows: int, columns: int) -> list[Axes]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as ``.png`` and, beside it, as ``.pdf``."""
+    """Writes a figure as ``.png`` and as ``.pdf`` of the same name."""
     for suffix in ("png", "pdf"):
         with atomic_file(path.with_suffix(f".{suffix}")) as temporary:
             figure.savefig(temporary, format=suffix, dpi=150)
 
 
 def legend_below(figure: Figure | SubFigure, columns: int = 4) -> None:
-    """One legend for all panels, below them; none where nothing is labelled."""
+    """Draws one legend for all panels below them, if any line has a label."""
     labelled = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
@@ -72,15 +76,15 @@ def legend_below(figure: Figure | SubFigure, columns: int = 4) -> None:
 
 
 def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: str, linestyle: str) -> None:
-    """The mean of one value over several runs, with the range between the lowest and the highest as a band.
+    """Draws the mean of one metric over several runs, with a band from the lowest to the highest value.
 
     Args:
-        ax: where.
-        curves: one for each run; edits at which not all of them have the value are left out.
-        name: of the value.
-        label: for the legend.
-        color: of line and band.
-        linestyle: ``none`` draws points alone.
+        ax: panel to draw in.
+        curves: the curve of each run; only numbers of edits at which all of them have the metric are drawn.
+        name: name of the metric.
+        label: text for the legend.
+        color: color of line and band.
+        linestyle: matplotlib's; ``none`` draws only points.
     """
     if not curves:
         return
@@ -98,10 +102,10 @@ def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: 
 
 
 def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) -> Figure:
-    """Retained ES, accuracy, NS and held-out perplexity over edits, a line each; bands are the range over several runs.
+    """Retained ES, accuracy, NS and held-out perplexity over the number of edits; bands are the range over runs.
 
     Args:
-        *rows: of panels: label -> the runs' curves, color, line. Each row has a legend of its own.
+        *rows: rows of panels, each with its own legend: label -> (the runs' curves, color, line style).
     """
     figure = Figure(figsize=(3.2 * len(COMPARED), 2.9 * len(rows)), layout="constrained")
     for part, shown in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True):
@@ -116,38 +120,36 @@ def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) ->
 
 
 def _wide_as_log(ax: Axes, limit: float = 5.0) -> None:
-    """A logarithmic axis with plain numbers where lines span a factor above ``limit``: one would flatten the others."""
+    """Makes the y axis logarithmic if the values span more than a factor of ``limit``."""
     values = [float(y) for line in ax.get_lines() for y in np.asarray(line.get_ydata()) if np.isfinite(y)]
     if values and min(values) > 0 and max(values) > limit * min(values):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexity_before: float | None) -> Figure:
-    """Retained, immediate and before-edit values over the number of edits, and the held-out perplexity.
+def forgetting_figure(curve: Series, perplexity_before: float | None) -> Figure:
+    """Values before each edit, right after it, and retained, over the number of edits; and the held-out perplexity.
 
     Args:
-        curve: points with ``retained/<name>`` and ``perplexity/heldout``.
-        before: each batch's values before any edit.
-        immediate: each batch's values right after its edit.
-        perplexity_before: the unedited model's.
+        curve: ``before/<metric>``, ``immediate/<metric>`` and ``retained/<metric>`` over the number of edits; retained
+            values at some of the edits only.
+        perplexity_before: perplexity of the unedited model; None if it was not measured.
     """
     figure, axes = new_figure(2, 3)
+    styles: dict[str, dict[str, Any]] = {
+        BEFORE: {"color": BLACK, "linestyle": ":"},
+        IMMEDIATE: {"color": ORANGE, "linestyle": "--"},
+        RETAINED: {"color": BLUE, "marker": "o", "markersize": 3.5},
+    }
     for ax, (name, title) in zip(axes, PANELS, strict=False):
-        for series, key, label, style in (
-            (before, name, "before", {"color": BLACK, "linestyle": ":"}),
-            (immediate, name, "immediate", {"color": ORANGE, "linestyle": "--"}),
-            (curve, f"retained/{name}", "retained", {"color": BLUE, "marker": "o", "markersize": 3.5}),
-        ):
-            points = [(edits, row[key]) for edits, row in sorted(series.items()) if key in row]
-            if points:
-                ax.plot(*zip(*points, strict=True), label=label, **style)
+        for group, style in styles.items():
+            if points := _points(curve, full_name(group, name)):
+                ax.plot(*zip(*points, strict=True), label=group, **style)
         ax.set(title=title, ylim=(-0.03, 1.03), xlabel="edits")
-    points = [(n, row["perplexity/heldout"]) for n, row in sorted(curve.items()) if "perplexity/heldout" in row]
     ax = axes[4]
     if perplexity_before is not None:
         ax.axhline(perplexity_before, color=BLACK, linestyle=":", label="unedited")
-    if points:
+    if points := _points(curve, full_name(RETAINED, PERPLEXITY)):
         ax.plot(*zip(*points, strict=True), color=VERMILION, marker="o", markersize=3.5, label="edited")
     ax.set(title="held-out perplexity", xlabel="edits")
     if ax.get_legend_handles_labels()[0]:
@@ -156,3 +158,7 @@ def forgetting_figure(curve: Series, before: Series, immediate: Series, perplexi
     named = {label: handle for ax in axes[:4] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[5].legend(named.values(), named.keys(), loc="center left", frameon=False)
     return figure
+
+
+def _points(curve: Series, name: str) -> list[tuple[int, float]]:
+    return [(edits, row[name]) for edits, row in sorted(curve.items()) if name in row]

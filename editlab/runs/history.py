@@ -1,4 +1,4 @@
-"""Where an edited model comes from: its edits, and what its run says of itself."""
+"""Where an edited model comes from: its edits, and the settings and metrics of its run."""
 
 from __future__ import annotations
 
@@ -12,56 +12,66 @@ import yaml
 from editlab.edits.ledger import Ledger
 from editlab.errors import UserError
 from editlab.runs.resume import KEY
-from editlab.runs.summary import GROUPS
-
-_LANGUAGE = ("perplexity", "generation_entropy")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One line of the ledger, as a reader wants it."""
+    """One entry of the ledger, in the form that a model card shows.
+
+    Attributes:
+        subject: the fact's subject.
+        prompt: template with ``{}`` for the subject.
+        target_new: the new target.
+        target_true: the true target, if the fact names one.
+        batch: number of its batch, from 1.
+        fate: kept, scaled, rolled back or superseded, in words.
+    """
 
     subject: str
     prompt: str
-    """template with ``{}`` for the subject"""
     target_new: str
     target_true: str | None
     batch: int
-    """number of its batch, from 1"""
     fate: str
-    """kept, scaled, rolled back, superseded"""
 
 
 @dataclass(frozen=True)
 class History:
-    """All that a model card says of how the weights came about; what is not known is absent."""
+    """What a model card tells of the run that made the weights; what is not known is absent.
+
+    Attributes:
+        batches: number of edit batches, including those that were rolled back.
+        adapted: number of modules with a separate adapter, which is not part of the delta.
+        edits: all edits in their order.
+        metrics: ``group/metric`` -> value, from the run's ``summary.json``.
+        recipe: name of the recipe.
+        seed: the run's seed.
+        versions: versions of the libraries that the run used.
+        settings: sections ``model`` and ``data`` and the callbacks of the run's config.yaml.
+    """
 
     batches: int
-    """edit batches that went into the weights, or were tried"""
     adapted: int = 0
-    """modules with an adapter beside their weights, which is not among the sums"""
     edits: tuple[Edit, ...] = ()
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """``before``, ``immediate``, ``retained``, ``perplexity``, ``generation_entropy`` of the run's summary"""
+    metrics: dict[str, float | None] = field(default_factory=dict)
     recipe: str | None = None
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     settings: str = ""
-    """the sections ``model`` and ``data`` and the callbacks of the run's config.yaml"""
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> History:
-        """Of a checkpoint read from ``path``, and of the run's folder around it where that is still there."""
+        """The history of a checkpoint that was read from ``path``, with the run's folder around it if it is there."""
         run, batches = path.resolve().parents[1], checkpoint["global_step"]
         summary = _read(run / "summary.json", json.loads)
         config = _read(run / "config.yaml", yaml.safe_load)
-        # The summary is of the end of the run; of an earlier checkpoint's weights it says nothing.
+        # The summary is of the end of the run: it does not describe the weights of an earlier checkpoint.
         measured = summary if summary.get("batches") == batches else {}
         return cls(
             batches,
             checkpoint[KEY].get("adapted", 0),
             tuple(_edits(checkpoint[KEY])),
-            {name: measured[name] for name in (*GROUPS, *_LANGUAGE) if measured.get(name)},
+            measured.get("metrics", {}),
             summary.get("recipe"),
             summary.get("seed", config.get("seed_everything")),
             summary.get("versions", {}),
@@ -69,7 +79,7 @@ class History:
         )
 
     def to_json(self) -> str:
-        """As one line of JSON."""
+        """The history as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -77,7 +87,7 @@ class History:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            UserError: It is something else.
+            UserError: if the text is not such a line.
         """
         try:
             values = json.loads(text)
@@ -95,7 +105,7 @@ def _edits(state: dict[str, Any]) -> list[Edit]:
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """A file of the run's folder; empty where there is none, for a checkpoint may lie alone."""
+    """The content of a file of the run's folder; {} if there is none, as next to a checkpoint that was moved."""
     try:
         found = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,4 +1,4 @@
-"""The default logger: TensorBoard, and the same numbers as one table in the same folder."""
+"""The default logger: TensorBoard, and the same numbers as one CSV table in the same folder."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from editlab import compat
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.utils.files import atomic_file
 
 OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")
-"""What lies in a run's folder before anything is measured."""
+"""Files in a run's folder before anything is measured."""
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger that also keeps ``metrics.csv``: one row for each number of edits, one column a metric.
+    """Lightning's TensorBoard logger that also writes ``metrics.csv``: a row per number of edits, a column per metric.
 
-    What was not measured at some number of edits is an empty cell. Checkpoints hold the rows, so a resumed run's table
-    is that of a run never stopped.
+    A cell is empty if the metric was not measured at that number of edits. Checkpoints hold the rows, so the table of a
+    resumed run equals that of an uninterrupted one.
 
     Args:
         save_dir: the folder of all runs.
-        name: the recipe's folder in it; the command line puts the config file's name here.
-        version: the run's folder; ``version_N`` with the next free number where not given.
+        name: the recipe's folder in it; the command line uses the name of the config file.
+        version: the run's folder; default: ``version_N`` with the next free number.
     """
 
     DEFAULT_NAME = "editlab"
@@ -41,30 +42,31 @@ class RunLogger(TensorBoardLogger):
         version: int | str | None = None,
     ) -> None:
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
+        self._number = version
         self._rows: dict[int, dict[str, float]] | None = None
         self._read_at: int | None = None
         self._written = True
 
     @property
     def version(self) -> int | str:
-        """The run's number, or its folder's name; a number that nobody gave is claimed where it is first asked for.
+        """The run's number, or the name of its folder; a number that was not given is reserved at the first use.
 
-        Only rank 0 claims one. Until :meth:`share`, the others tell the next free number.
+        Only rank 0 reserves one. On the other ranks this is the next free number until :meth:`share` is called.
 
         Raises:
-            UserError: where the folder of all runs can not be made.
+            UserError: if the folder of all runs cannot be made.
         """
-        if self._version is not None:
-            return self._version
+        if self._number is not None:
+            return self._number
         if rank_zero_only.rank:  # type: ignore[attr-defined]
-            return self._get_next_version()
-        self._version = self._claim()
-        return self._version
+            return compat.next_version(self)
+        self._number = self._reserve()
+        return self._number
 
-    def _claim(self) -> int:
-        """The next number of which no run has a folder, by making it: of two runs that begin at once, one can."""
+    def _reserve(self) -> int:
+        """Makes the folder of the next free number; if two runs start at once, only one of them can make it."""
         runs = Path(os.path.expandvars(self.root_dir)).expanduser()
-        number = int(self._get_next_version())
+        number = compat.next_version(self)
         try:
             runs.mkdir(parents=True, exist_ok=True)
             while True:
@@ -75,22 +77,22 @@ class RunLogger(TensorBoardLogger):
                     number += 1
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"{runs} can not be the folder of the runs, for a file is in its way: choose another "
+                f"{runs} cannot be the folder of the runs, because a file of that name is in its way: choose another "
                 "trainer.logger.init_args.save_dir."
             ) from error
 
     def share(self) -> None:
-        """Gives every rank the first one's version; all of them have to call it."""
-        self._version = ranks.on_first(lambda: self.version)
+        """Gives every rank the version of rank 0; all ranks must call it."""
+        self._number = ranks.on_first(lambda: self.version)
 
     @property
     def table_path(self) -> Path:
-        """``metrics.csv`` in the run's folder."""
+        """Path of ``metrics.csv`` in the run's folder."""
         return Path(self.log_dir) / "metrics.csv"
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds scalars at a number of edits to TensorBoard and to the table."""
+        """Logs numbers at a number of edits (``step``) to TensorBoard and to the table."""
         numbers = {k: float(v) for k, v in metrics.items() if k != "epoch"}
         if self._read_at is not None:
             step = self._read_at
@@ -101,32 +103,30 @@ class RunLogger(TensorBoardLogger):
             self._written = False
 
     def read_at(self, edits: int) -> None:
-        """From here on a run that has been is looked at, after so many edits: what it has measured there stays."""
+        """Logs all later numbers at ``edits``, where a finished run stands; what it has measured there stays."""
         self._read_at = edits
 
     @property
     def rows(self) -> dict[int, dict[str, float]]:
-        """The table: number of edits -> name -> value."""
+        """The table so far: number of edits -> name -> value."""
         if self._rows is None:
             self._rows = read_table(self.table_path)
         return self._rows
 
     @rank_zero_only
     def go_on(self, rows: Mapping[int, Mapping[str, float]], edits: int) -> None:
-        """Takes up the table of a run at a number of edits; what lies in the folder beyond it will be made anew.
+        """Resumes the table of a run after a number of edits; later rows are dropped.
 
-        TensorBoard is told to leave out later points of event files that are there; call it before anything is logged.
+        TensorBoard will ignore the later points of existing event files. Must be called before anything is logged.
         """
-        if self._experiment is not None:  # Lightning opens an event file early, and only a new one can say it
-            self._experiment.close()
-            self._experiment = None
+        compat.close_event_file(self)  # Lightning opens one early, and only a new one can have a step to purge from
         self._rows = {int(step): dict(row) for step, row in rows.items()}
         self._written = False
-        self._kwargs["purge_step"] = edits + 1
+        compat.purge_events_from(self, edits + 1)
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the event file's buffer and the table."""
+        """Writes the buffer of the event file, and the table."""
         super().save()
         self.experiment.flush()
         if not self._written:
@@ -135,34 +135,32 @@ class RunLogger(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes all that is left, also where the run failed; one that failed with nothing to show leaves no folder."""
+        """Writes everything, also if the run failed; the folder of a run that failed before measuring is removed."""
         if status == "failed" and not self.rows and self._holds_nothing():
-            if self._experiment is not None:
-                self._experiment.close()
-                self._experiment = None
+            compat.close_event_file(self)
             shutil.rmtree(self.log_dir, ignore_errors=True)
             return
         self.save()
         super().finalize(status)
 
     def _holds_nothing(self) -> bool:
-        """Whether there is a folder with no more in it than what every run opens with."""
+        """Whether the folder exists and has only the files that every run starts with."""
         folder = Path(self.log_dir)
         return folder.is_dir() and all(any(map(path.match, OPENING)) for path in folder.iterdir())
 
 
 def read_table(path: Path) -> dict[int, dict[str, float]]:
-    """A run's ``metrics.csv``: number of edits -> name -> value, what was measured alone; {} where there is none.
+    """Reads a run's ``metrics.csv``: number of edits -> name -> value of what was measured; {} if there is no file.
 
     Raises:
-        UserError: where it is damaged, or another program's.
+        UserError: if it is damaged, or was written by another program.
     """
     if not path.exists():
         return {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return {int(row.pop("edits")): {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:  # no such column, a cell too many, no number
+    except (KeyError, TypeError, ValueError, csv.Error) as error:  # a missing column, too many cells, or not a number
         raise UserError(f"{path} is damaged or not one of editlab's: leave the run out, or run it again.") from error
 
 

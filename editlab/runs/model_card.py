@@ -1,4 +1,4 @@
-"""The README.md beside an exported model: what was edited, how it went, and how to use it."""
+"""The README.md of an exported model: what was edited, what was measured, and how to use it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from editlab.lm.loading.load import BUILTIN
 from editlab.lm.precision import dtype_name
 from editlab.runs.delta import FILE, ORIENTATION, Delta
 from editlab.runs.history import Edit, History
-from editlab.runs.summary import GROUPS, NAMES, versions
+from editlab.runs.summary import versions
+from editlab.runs.tables import Table, metric_table
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,31 +25,32 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
 
 
 def edited_card(delta: Delta, dtype: str) -> str:
-    """Of a folder with the edited model, its weights in ``dtype``."""
+    """The card of a folder with the edited model, whose weights are in ``dtype``."""
     base = f"`{delta.language_model}` with {_count(delta.history)}"
     opening = f"{base}; it loads with transformers alone, its weights in {dtype}.\n\n{_USE}"
     return "\n".join([_front(delta, "transformers"), "# Edited model\n", opening, *_sections(delta)])
 
 
 def delta_card(delta: Delta) -> str:
-    """Of a folder with only the delta."""
-    modules = "\n".join(f"| `{name}` | {' x '.join(map(str, total.shape))} |" for name, total in delta.totals.items())
+    """The card of a folder with only the delta."""
+    shapes = [[f"`{name}`", " x ".join(map(str, total.shape))] for name, total in delta.totals.items()]
+    modules = Table(["module", "shape"], shapes).to_markdown()
     opening = (
-        f"`{FILE}` is what {_count(delta.history)} added to the weights of `{delta.language_model}`: one float32 "
-        f"tensor {ORIENTATION} a module (rows are outputs). Put it on the base model:\n\n"
+        f"`{FILE}` holds what {_count(delta.history)} added to the weights of `{delta.language_model}`: one float32 "
+        f"tensor {ORIENTATION} for each module (rows are outputs). To add it to the base model:\n\n"
         f"```bash\neditlab apply --delta {FILE} --model {delta.language_model} --out DIR\n```\n\n"
-        f"| module | shape |\n| --- | --- |\n{modules}\n"
+        f"{modules}\n"
     )
     return "\n".join([_front(delta, "editlab"), "# Edits of a model\n", opening, *_sections(delta)])
 
 
 def reverted_card(delta: Delta, dtype: str) -> str:
-    """Of a folder with the base model, all edits taken out again."""
+    """The card of a folder with the base model, from which all edits were removed."""
     opening = (
-        f"`{delta.language_model}` as it was before it was edited: the {_count(delta.history)} are taken out, and the "
-        f"weights are the base model's own, in {dtype}.\n\n{_USE}"
+        f"`{delta.language_model}` as it was before it was edited: the {_count(delta.history)} are removed, and the "
+        f"weights are those of the base model, in {dtype}.\n\n{_USE}"
     )
-    return "\n".join([_front(delta, "transformers"), "# Model with its edits taken out\n", opening, _base(delta)])
+    return "\n".join([_front(delta, "transformers"), "# Model with its edits removed\n", opening, _base(delta)])
 
 
 def _front(delta: Delta, library: str) -> str:
@@ -77,8 +79,8 @@ def _sections(delta: Delta) -> Iterable[str]:
     yield _base(delta)
     if history.adapted:
         yield (
-            f"The run also kept an adapter beside the weights of {history.adapted} modules. It is not in this folder, "
-            "and goes onto the edited model from the run's `adapter` folder; the metrics were measured with it.\n"
+            f"The run also has a separate adapter for {history.adapted} modules, in the run's `adapter` folder. It is "
+            "not in this folder; the metrics were measured with it.\n"
         )
     yield _metrics(history, dtype_name(delta.dtype))
     yield _recipe(history)
@@ -89,35 +91,22 @@ def _base(delta: Delta) -> str:
     layers = ", ".join(map(str, delta.layers))
     modules = ", ".join(f"`{name}`" for name in delta.totals)
     return (
-        f"## Edited modules\n\nThe edits act at layers {layers}; the weights of {modules} were changed, and nothing "
-        f"else.\n\nFingerprint of the unedited weights in "
+        f"## Edited modules\n\nThe edits are in layers {layers}; only the weights of {modules} were changed.\n\n"
+        f"Fingerprint of the unedited weights in "
         f"{dtype_name(delta.dtype)}: `{delta.fingerprint}`\n"
     )
 
 
 def _metrics(history: History, dtype: str) -> str:
     if not history.metrics:
-        return "## Metrics\n\nThe run's summary was not there, or is of another number of batches.\n"
-    lines = [f"| | {' | '.join(GROUPS)} |", "| --- |" + " ---: |" * len(GROUPS)]
-    for name in NAMES:
-        row = [history.metrics.get(group, {}).get(name) for group in GROUPS]
-        if any(value is not None for value in row):
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(_number(value, 3) for value in row)} |")
-    for name in ("perplexity", "generation_entropy"):
-        if name in history.metrics:
-            found = history.metrics[name]
-            cells = (found.get("before"), None, found.get("after"))
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(_number(value, 2) for value in cells)} |")
+        return "## Metrics\n\nThe run has no summary of this number of batches.\n"
     explained = (
-        "ES, PS and NS: share of edits, paraphrases and neighbors on which the model prefers what it should; S: their "
-        "harmonic mean; accuracy: argmax at every target token. *before*: the unedited model; *immediate*: right "
-        f"after each edit's batch; *retained*: after the last. Measured in {dtype}."
+        "ES, PS and NS: fraction of edit prompts, paraphrases and neighbors on which the model prefers the right "
+        "answer; S: their harmonic mean; accuracy: the argmax is right at every token of the target. *before*: the "
+        "unedited model; *immediate*: right after each edit's batch; *retained*: after the last batch. Measured in "
+        f"{dtype}."
     )
-    return "\n".join(["## Metrics\n", *lines, "", explained, ""])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "\n".join(["## Metrics\n", metric_table(history.metrics).to_markdown(), "", explained, ""])
 
 
 def _recipe(history: History) -> str:
@@ -141,18 +130,11 @@ def _versions(found: dict[str, str]) -> str:
 
 def _ledger(edits: tuple[Edit, ...]) -> str:
     fates = Counter(edit.fate.split(" by ")[0].split(" to ")[0] for edit in edits)
-    lines = [
-        "## Edits\n",
-        ", ".join(f"{count} {fate}" for fate, count in fates.items()) + ".\n",
-        "| | prompt | new | truth | batch | |",
-        "| ---: | --- | --- | --- | ---: | --- |",
-    ]
-    for number, edit in enumerate(edits, start=1):
-        cells = (edit.prompt.replace("{}", f"**{edit.subject}**"), edit.target_new, edit.target_true or "")
-        lines.append(f"| {number} | {' | '.join(map(_cell, cells))} | {edit.batch} | {edit.fate} |")
-    return "\n".join([*lines, ""])
-
-
-def _cell(text: str) -> str:
-    """A text that can not break out of its cell."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    counted = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+    rows = [
+        [str(number), edit.prompt.replace("{}", f"**{edit.subject}**"), edit.target_new, edit.target_true or "",
+         str(edit.batch), edit.fate]
+        for number, edit in enumerate(edits, start=1)
+    ]  # fmt: skip
+    table = Table(["", "prompt", "new", "truth", "batch", ""], rows, numbers=(0, 4))
+    return "\n".join(["## Edits\n", f"{counted}.\n", table.to_markdown(), ""])

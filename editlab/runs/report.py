@@ -1,4 +1,4 @@
-"""One run as one HTML page that needs nothing else: no network, no script, no file beside it."""
+"""One run as one HTML page that is complete in itself: no network, no script, no other file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from editlab.metrics.names import BEFORE, PERPLEXITY, full_name
 from editlab.runs.figures import Series, forgetting_figure
-from editlab.runs.summary import GROUPS, NAMES, counted
+from editlab.runs.summary import counted
+from editlab.runs.tables import Table, metric_table
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -42,41 +44,51 @@ PAGE = """<!DOCTYPE html>
 
 @dataclass(frozen=True)
 class Missed:
-    """An edit that the weights should hold and do not: the model's likeliest tokens are not its target."""
+    """An edit that the weights should hold and do not: the argmax differs from its target at some token.
+
+    Attributes:
+        number: number of the edit, from 1.
+        batch: number of its batch, from 1.
+        prompt: the edit prompt.
+        target: the new target.
+        answer: the model's greedy continuation now.
+        learnt: whether the edit was right just after its batch; then it was forgotten, otherwise never learnt.
+    """
 
     number: int
-    """of the edit, from 1"""
     batch: int
-    """from 1"""
     prompt: str
     target: str
     answer: str
-    """what the model says now"""
     learnt: bool
-    """whether it was right just after its batch: then it is forgotten, else it was never learnt"""
 
 
 @dataclass
 class Page:
-    """What is shown."""
+    """The content of a page.
+
+    Attributes:
+        title: heading of the page.
+        settings: the recipe as YAML; "" if the run has no config.yaml.
+        summary: content of the run's ``summary.json``; None if the run has not finished.
+        curve: the run's ``metrics.csv``.
+        fates: what became of each edit, in words.
+        missed: edits that the model does not hold; None if the model was not evaluated.
+        events: name of an event log -> its events.
+        adapted: number of modules with a separate adapter, without which the model was evaluated.
+    """
 
     title: str
     settings: str
-    """the recipe as YAML"""
     summary: Mapping[str, Any] | None = None
-    """None where the run has not finished"""
     curve: Series = field(default_factory=dict)
     fates: Sequence[str] = ()
-    """what became of each edit, in words"""
     missed: Sequence[Missed] | None = None
-    """None where the model was not asked"""
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """name of an event log -> its events"""
     adapted: int = 0
-    """modules with an adapter beside their weights, without which the model was asked"""
 
     def to_html(self) -> str:
-        """The page."""
+        """The page as HTML."""
         parts = [
             f"<h1>{escape(self.title)}</h1>",
             f'<p class="sub">{escape(self._subtitle())}</p>',
@@ -87,67 +99,51 @@ class Page:
             *(part for name, events in self.events.items() for part in _events(name, events)),
             "<h2>Recipe</h2>",
             f"<details><summary>All settings of the model, the data and the callbacks</summary>"
-            f"<pre>{escape(self.settings)}</pre></details>" if self.settings else "<p>No config.yaml lies there.</p>",
+            f"<pre>{escape(self.settings)}</pre></details>" if self.settings else "<p>The run has no config.yaml.</p>",
         ]  # fmt: skip
         return PAGE.format(title=escape(self.title), style=STYLE, body="\n".join(parts))
 
     def _subtitle(self) -> str:
         if self.summary is None:
-            return "This run has not finished; --ckpt_path last goes on from its last batch."
+            return "This run has not finished; --ckpt_path last resumes it after its last saved batch."
         s = self.summary
         undone = "".join(f", {s[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if s.get(k))
-        told = [f"{s['edits']} facts edited{undone}"]
-        told[0] += f" in {counted(s['batches'], 'batch', 'batches')}" if "batches" in s else ""
-        told += [f"{s['seconds']:.0f} s"] if "seconds" in s else []
-        told += [f"seed {s['seed']}"] if "seed" in s else []
+        parts = [f"{s['edits']} facts edited{undone}"]
+        parts[0] += f" in {counted(s['batches'], 'batch', 'batches')}" if "batches" in s else ""
+        parts += [f"{s['seconds']:.0f} s"] if "seconds" in s else []
+        parts += [f"seed {s['seed']}"] if "seed" in s else []
         versions = ", ".join(f"{name} {version}" for name, version in s.get("versions", {}).items())
-        return f"{'; '.join(told)}. {versions}."
+        return f"{'; '.join(parts)}. {versions}."
 
     def _metrics(self) -> Iterable[str]:
         if self.summary is None:
             return
-        yield "<h2>Before, right after, and at the end</h2>"
-        rows = []
-        for name in NAMES:
-            cells = [self.summary.get(group, {}).get(name) for group in GROUPS]
-            if any(cell is not None for cell in cells):
-                rows.append([name, *("" if cell is None else f"{cell:.3f}" for cell in cells)])
-        for title, key in (("held-out perplexity", "perplexity"), ("generation entropy", "generation_entropy")):
-            found = self.summary.get(key) or {}
-            if found:
-                cells = [found.get(when) for when in ("before", "", "after")]
-                rows.append([title, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-        yield table(["", *GROUPS], rows, numbers=range(1, 4))
+        yield "<h2>Metrics before, right after, and at the end</h2>"
+        yield metric_table(self.summary.get("metrics", {})).to_html()
 
     def _curves(self) -> Iterable[str]:
         if not self.curve:
             return
-        before, immediate = (
-            {n: {k.partition("/")[2]: v for k, v in row.items() if k.startswith(f"{group}/")}
-             for n, row in self.curve.items()}
-            for group in ("before", "immediate")
-        )  # fmt: skip
-        retained = {n: row for n, row in self.curve.items() if any(k.startswith("retained/") for k in row)}
-        perplexity = ((self.summary or {}).get("perplexity") or {}).get("before")
+        before = (self.summary or {}).get("metrics", {}).get(full_name(BEFORE, PERPLEXITY))
         drawn = io.StringIO()
-        forgetting_figure(retained, before, immediate, perplexity).savefig(drawn, format="svg")
+        forgetting_figure(self.curve, before).savefig(drawn, format="svg")
         svg = drawn.getvalue()
-        yield "<h2>Over the edits</h2>"
+        yield "<h2>Metrics over the number of edits</h2>"
         yield f'<figure aria-label="forgetting curves">{svg[svg.index("<svg") :]}</figure>'
 
     def _missed(self) -> Iterable[str]:
         yield "<h2>Edits that the model does not hold</h2>"
         if self.missed is None:
-            yield "<p>The model was not asked (--no_answers).</p>"
+            yield "<p>The model was not evaluated (--no_answers).</p>"
             return
         forgotten = sum(one.learnt for one in self.missed)
         yield (
-            f"<p>{forgotten} forgotten, {len(self.missed) - forgotten} never learnt, by accuracy: every token of the "
-            "target is the likeliest.</p>"
+            f"<p>{forgotten} forgotten, {len(self.missed) - forgotten} never learnt. An edit is held if the argmax "
+            "is right at every token of its target.</p>"
         )
         if self.adapted:
             yield (
-                f"<p>The model was asked without the adapter that the run keeps beside the weights of {self.adapted} "
+                f"<p>The model was evaluated without the separate adapter that the run keeps for {self.adapted} "
                 "modules; the metrics were measured with it.</p>"
             )
         if self.missed:
@@ -155,43 +151,32 @@ class Page:
                 [str(m.number), str(m.batch), m.prompt, m.target, m.answer, "forgotten" if m.learnt else "never learnt"]
                 for m in self.missed
             ]
-            yield table(["edit", "batch", "prompt", "target", "the model says", ""], rows, numbers=(0, 1))
+            header = ["edit", "batch", "prompt", "target", "the model's answer", ""]
+            yield Table(header, rows, numbers=(0, 1)).to_html()
 
     def _fates(self) -> Iterable[str]:
         counts = Counter(" ".join(fate.split()[:2]) if fate != "kept" else fate for fate in self.fates)
         if set(counts) - {"kept"}:
             yield "<h2>What became of the edits</h2>"
             rows = [[fate.removesuffix(" by").removesuffix(" to"), str(count)] for fate, count in counts.most_common()]
-            yield table(["", "edits"], rows, numbers=(1,))
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """An HTML table; texts are escaped, and columns in ``numbers`` stand to the right."""
-    right = set(numbers)
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        marked = (f'<{tag} class="n">' if i in right else f"<{tag}>" for i in range(len(cells)))
-        return "<tr>" + "".join(f"{m}{escape(c)}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table>\n<thead>{row(header, "th")}</thead>\n<tbody>{body}</tbody></table></div>'
+            yield Table(["", "edits"], rows, numbers=(1,)).to_html()
 
 
 def _events(name: str, events: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """How often each decision of a log was taken, and those that did not let things be."""
-    events = [event for event in events if "decision" in event]  # another program's log may be of that name
+    """The number of decisions of each kind in an event log, and a table of those other than ``keep``."""
+    events = [event for event in events if "decision" in event]  # another program may write a log of that name
     counts = Counter(str(event["decision"]) for event in events)
     if not counts:
         return
     yield f"<h2>{escape(name.removesuffix('_events').replace('_', ' ').capitalize())}</h2>"
     yield "<p>" + escape(", ".join(f"{count} {decision}" for decision, count in counts.most_common())) + "</p>"
-    told = [event for event in events if event["decision"] != "keep"]
-    if told:
+    shown = [event for event in events if event["decision"] != "keep"]
+    if shown:
         rows = [
             [str(event["step"] + 1), str(event["decision"]), _number(event.get("score")), _reason(event)]
-            for event in told
+            for event in shown
         ]
-        yield table(["batch", "decision", "score", "reason"], rows, numbers=(0, 2))
+        yield Table(["batch", "decision", "score", "reason"], rows, numbers=(0, 2)).to_html()
 
 
 def _number(value: Any) -> str:
@@ -200,5 +185,5 @@ def _number(value: Any) -> str:
 
 def _reason(event: Mapping[str, Any]) -> str:
     fact = event.get("fact")
-    told = f"{fact.get('subject')}: {fact.get('target_new')}" if isinstance(fact, Mapping) else ""
-    return str(event.get("reason") or told)
+    edit = f"{fact.get('subject')}: {fact.get('target_new')}" if isinstance(fact, Mapping) else ""
+    return str(event.get("reason") or edit)

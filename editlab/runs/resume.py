@@ -1,20 +1,20 @@
-"""What a checkpoint holds of an editor, and what must agree for a run to go on from it."""
+"""What a checkpoint holds of a run, and what must agree for a run to resume from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
+from lightning.pytorch import Trainer
+
+from editlab.data.fact import Fact
+from editlab.edits.ledger import LedgerEntry
 from editlab.errors import UserError
-from editlab.lm.fingerprint import architecture
-from editlab.lm.precision import dtype_name
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import run_folder
 from editlab.utils.files import sweep
-from editlab.utils.rng import rng_state, set_rng_state
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
+from editlab.utils.rng import rng_state
 
 KEY = "editor"
 """The editor's entry in a checkpoint."""
@@ -23,151 +23,173 @@ KEY = "editor"
 ENTRIES = (
     "language_model", "weights", "dtype", "layers", "batch_size", "ledger", "contexts", "evaluation", "table", "rng",
 )  # fmt: skip
-"""What no such entry can do without; the rest came with later versions."""
+"""Fields that such an entry must have; later versions of editlab added the others."""
 
 
-def save(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
-    """Puts what editing changed into ``checkpoint``, and takes the language model's weights out of it."""
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must agree between a checkpoint and the run that resumes from it, apart from the facts."""
+
+    language_model: str
+    """name of the model, for messages; models are compared by their weights"""
+    weights: str
+    """fingerprint of the unedited weights"""
+    dtype: str
+    """dtype of the model"""
+    layers: list[int]
+    """edited layers"""
+    batch_size: int
+    """facts in a batch"""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """settings of the model that its weights do not show; empty in checkpoints of older versions"""
+    precision: str | None = None
+    """``trainer.precision``; None in checkpoints of older versions"""
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> RunIdentity:
+        """The identity in an editor's entry of a checkpoint."""
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+
+    def require_model(self, run: RunIdentity) -> None:
+        """Makes sure that a run edits the same layers of the same model as this, the checkpoint's.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self.layers != run.layers:
+            raise UserError(
+                f"The checkpoint edits layers {self.layers} and this run layers {run.layers}: set model.layers to the "
+                "checkpoint's, or start a new run without --ckpt_path."
+            )
+        if self.dtype != run.dtype:
+            raise UserError(
+                f"The checkpoint's model is in {self.dtype} and this run's in {run.dtype}: set trainer.precision to "
+                "the checkpoint's."
+            )
+        if self.weights != run.weights:
+            raise UserError(
+                f"The checkpoint is of {self.language_model}, whose weights differ from those of "
+                f"{run.language_model}: set model.language_model to the checkpoint's model."
+            )
+        # Two versions of transformers may report different settings: those are compared that both report.
+        shared = [name for name in self.architecture if name in run.architecture]
+        other = next((name for name in shared if self.architecture[name] != run.architecture[name]), None)
+        if other is not None:
+            raise UserError(
+                f"The checkpoint's model has {self.architecture[other]} as {other} in its config.json and this run's "
+                f"{run.architecture[other]}, so equal weights give different results: set model.language_model to the "
+                "checkpoint's model."
+            )
+
+    def require_settings(self, run: RunIdentity) -> None:
+        """Makes sure that a run has the precision and the batch size of this, the checkpoint's.
+
+        Raises:
+            UserError: It has not.
+        """
+        if self.precision is not None and self.precision != run.precision:
+            raise UserError(
+                f"The checkpoint's run had trainer.precision {self.precision} and this one has {run.precision}: set it "
+                "to the checkpoint's, or start a new run without --ckpt_path."
+            )
+        if self.batch_size != run.batch_size:
+            raise UserError(
+                f"The checkpoint's batches are of {self.batch_size} facts and this run's of {run.batch_size}: set "
+                "data.batch_size to the checkpoint's."
+            )
+
+
+def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: str | None) -> None:
+    """Makes sure that the facts to edit begin with those that the checkpoint has edited.
+
+    Args:
+        ledger: the checkpoint's edits.
+        facts: this run's facts, in the order of their edits.
+        source: where they come from, for messages.
+
+    Raises:
+        UserError: They do not.
+    """
+    edited = [entry.fact for entry in ledger]
+    for number, (before, now) in enumerate(zip(edited, facts, strict=False)):
+        if before != now:
+            raise UserError(
+                f"Fact {number} of the checkpoint is {before.question!r} -> {before.target_new!r}, and in {source} it "
+                f"is {now.question!r} -> {now.target_new!r}: give the same file, limit and seed, or start a new run "
+                "without --ckpt_path."
+            )
+    if len(facts) < len(edited):
+        raise UserError(
+            f"The checkpoint has edited {len(edited)} facts and {source} gives {len(facts)}: give the same file and "
+            "limit."
+        )
+
+
+def require_unfinished(trainer: Trainer, saved: Mapping[str, Any], edits: int, given: int) -> None:
+    """Makes sure that a resumed run had not been finished with fewer facts: the Trainer would skip the further ones.
+
+    Args:
+        trainer: of the resumed run.
+        saved: the editor's entry of the checkpoint.
+        edits: facts that are edited now.
+        given: facts that this run should edit.
+
+    Raises:
+        UserError: Further facts were given to a finished run.
+    """
+    if len(saved["ledger"]) < edits:
+        return
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and edits < given:
+        raise UserError(
+            f"The checkpoint is of a run that was finished with its {edits} facts, and {given} are given: start a new "
+            "run with all of them, without --ckpt_path."
+        )
+
+
+def save(checkpoint: dict[str, Any], trainer: Trainer, identity: RunIdentity, state: Mapping[str, Any]) -> None:
+    """Puts a run's identity and state into ``checkpoint``, and takes the language model's weights out of it.
+
+    Args:
+        checkpoint: Lightning's.
+        trainer: of the run; its table of metrics is saved too.
+        identity: what must agree to resume.
+        state: the editor's own fields.
+    """
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("lm.")}
-    loggers = [logger for logger in editor.trainer.loggers if isinstance(logger, RunLogger)]
-    checkpoint[KEY] = {
-        "language_model": editor.language_model,
-        "weights": editor.fingerprint,
-        "architecture": architecture(editor.lm.model),
-        "dtype": dtype_name(editor.lm.model.dtype),
-        "precision": editor.trainer.precision,
-        "layers": editor.layer_numbers,
-        "modules": [editor.lm.anatomy.edit_name(layer) for layer in editor.layer_numbers],
-        "adapted": sum(layer.adapter is not None for layer in editor.changed_layers),
-        "independent": editor.restore_between_batches,
-        "batch_size": editor.trainer.datamodule.batch_size,  # type: ignore[attr-defined]
-        "ledger": editor.ledger.state_dict(),
-        "contexts": editor.contexts,
-        "evaluation": editor.evaluation.state_dict(),
-        "table": loggers[0].rows if loggers else {},
-        "rng": rng_state(),
-    }
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
+    table = loggers[0].rows if loggers else {}
+    checkpoint[KEY] = {**asdict(identity), **state, "table": table, "rng": rng_state()}
 
 
 def sums(layers: Sequence[int]) -> list[str]:
-    """The names that a checkpoint has the edited layers' sums under."""
+    """Names under which a checkpoint holds the edited layers' sums of updates."""
     return [f"edited.{layer}.total" for layer in layers]
 
 
 def adjusted_path(name: str) -> str | None:
-    """The path in the language model of a sum by its name in a checkpoint; None where a callback did not adjust it."""
+    """Path in the language model of a sum of updates by its name in a checkpoint.
+
+    Returns:
+        The path for a map that a callback adjusted, None for any other name.
+    """
     return name.split(".")[1].replace("/", ".") if name.startswith("adjusted.") else None
 
 
-def load(editor: SequentialEditor, checkpoint: dict[str, Any]) -> None:
-    """Takes up what :func:`save` put there, but for the random states (:func:`restore_rng`).
+def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> None:
+    """Removes files that a kill left half-written, and sets the loggers to the checkpoint's state or to an empty one.
 
-    Raises:
-        UserError: where the checkpoint is of another model or other layers.
+    To be called after all checks, since it changes the run's folder.
+
+    Args:
+        trainer: of the run.
+        table: the metrics logged up to the checkpoint; {} for a new run.
+        edits: number of edits in the checkpoint; 0 for a new run.
     """
-    saved = checkpoint[KEY]
-    if not editor.layer_numbers:  # they were found by the run that is gone on from
-        editor.edit_at(saved["layers"])
-    if saved["layers"] != editor.layer_numbers:
-        raise UserError(
-            f"The checkpoint edits layers {saved['layers']} and this run layers {editor.layer_numbers}: set "
-            "model.layers as they were, or start a new run without --ckpt_path."
-        )
-    dtype = dtype_name(editor.lm.model.dtype)
-    if saved["dtype"] != dtype:
-        raise UserError(
-            f"The checkpoint's model is in {saved['dtype']} and this run's in {dtype}: set trainer.precision as it was."
-        )
-    if saved["weights"] != editor.fingerprint:
-        raise UserError(
-            f"The checkpoint is of {saved['language_model']}, whose weights differ from those of "
-            f"{editor.language_model}: set model.language_model to the model that it edits."
-        )
-    _check_architecture(saved.get("architecture", {}), architecture(editor.lm.model))
-    for name in checkpoint["state_dict"]:
-        path = adjusted_path(name)
-        if path is not None:  # weights that a callback adjusted have to be there for Lightning to load
-            editor.changed_layer(path)
-    editor.ledger.load_state_dict(saved["ledger"])
-    editor.contexts = list(saved["contexts"])
-    editor.evaluation.load_state_dict(saved["evaluation"])
-    editor.resumed = saved
-
-
-def _check_architecture(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """What two versions of transformers say of a model is compared where both say something."""
-    other = next((name for name in saved if name in now and saved[name] != now[name]), None)
-    if other is not None:
-        raise UserError(
-            f"The checkpoint's model has {saved[other]} as {other} in its config.json and this run's {now[other]}, so "
-            "equal weights compute otherwise: set model.language_model to the model that it edits."
-        )
-
-
-def begin(editor: SequentialEditor) -> None:
-    """Lets the loggers go on where the checkpoint was, or begin anew, and takes away what a kill left half-written.
-
-    To be called only once nothing speaks against it.
-
-    Raises:
-        UserError: where a resumed run's precision, facts, their order or the batch size are not the checkpoint's.
-    """
-    if editor.resumed is not None:
-        _check(editor, editor.resumed)
-    folder = run_folder(editor.trainer)  # all ranks have to ask for it
-    if editor.trainer.loggers and editor.trainer.is_global_zero:  # a kill leaves a checkpoint that is not whole
+    folder = run_folder(trainer)  # collective: every rank has to call it
+    if trainer.loggers and trainer.is_global_zero:  # a kill leaves a checkpoint that is not whole
         for place in (folder, folder / "checkpoints"):
             sweep(place)
-    for logger in editor.trainer.loggers:
+    for logger in trainer.loggers:
         if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
             logger.share()
-            logger.go_on(editor.resumed["table"] if editor.resumed else {}, editor.edits)
-
-
-def _check(editor: SequentialEditor, saved: dict[str, Any]) -> None:
-    precision = editor.trainer.precision
-    if saved.get("precision", precision) != precision:
-        raise UserError(
-            f"The checkpoint's run had trainer.precision {saved['precision']} and this one has {precision}: set it as "
-            "it was, or start a new run without --ckpt_path."
-        )
-    data = editor.trainer.datamodule  # type: ignore[attr-defined]
-    if data.batch_size != saved["batch_size"]:
-        raise UserError(
-            f"The checkpoint's batches are of {saved['batch_size']} facts and this run's of "
-            f"{data.batch_size}: set data.batch_size as it was."
-        )
-    for number, (entry, fact) in enumerate(zip(editor.ledger, data.facts, strict=False)):
-        if entry.fact != fact:
-            raise UserError(
-                f"Fact {number} of the checkpoint is {entry.fact.question!r} -> {entry.fact.target_new!r}, and in "
-                f"{data.path} it is {fact.question!r} -> {fact.target_new!r}: give the same file, limit and seed, or "
-                "start a new run without --ckpt_path."
-            )
-    if len(data.facts) < editor.edits:
-        raise UserError(
-            f"The checkpoint has edited {editor.edits} facts and {data.path} gives {len(data.facts)}: give the same "
-            "file and limit."
-        )
-
-
-def end(editor: SequentialEditor) -> None:
-    """A run that came to its end is not gone on with: the Trainer passes over what it is given beyond.
-
-    Raises:
-        UserError: where further facts were given to one.
-    """
-    trainer, given = editor.trainer, len(editor.trainer.datamodule.facts)  # type: ignore[attr-defined]
-    if editor.resumed is None or len(editor.resumed["ledger"]) < editor.edits:
-        return
-    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and editor.edits < given:
-        raise UserError(
-            f"The run that is gone on from was finished with its {editor.edits} facts, and {given} are given: start a "
-            "new run with all of them, without --ckpt_path."
-        )
-
-
-def restore_rng(editor: SequentialEditor) -> None:
-    """Sets the random generators as they were; to be called when all set-up is done."""
-    if editor.resumed is not None:
-        set_rng_state(editor.resumed["rng"])
+            logger.go_on(dict(table), edits)

@@ -1,4 +1,4 @@
-"""The end of a run: one screen that says what was edited, what it did, and where everything lies."""
+"""The summary at the end of a run: what was edited, with what effect, and where its files are."""
 
 from __future__ import annotations
 
@@ -10,36 +10,32 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import editlab
 from editlab.runs.logger import RunLogger
+from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
-
-if TYPE_CHECKING:
-    from editlab.editor import SequentialEditor
+from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
-NAMES = ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy")
-GROUPS = ("before", "immediate", "retained")
-
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run's files lie: its logger's folder, or the Trainer's root where there is no logger."""
+    """The folder of a run's files: its logger's, or the Trainer's root if it has no logger."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process had in use, in MiB; on a GPU, the most that torch had allocated there."""
+    """Peak memory of this process in MiB; on a GPU, the peak of what torch had allocated there."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":  # no resource module there
-        return float("nan")
+    if sys.platform == "win32":  # which has no resource module; elsewhere psutil does not know the peak
+        return psutil.Process().memory_info().peak_wset / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -47,40 +43,19 @@ def peak_memory_mb() -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"editlab": editlab.__version__, "python": platform.python_version()}
+    """Versions of editlab, Python and the libraries on which the numbers depend."""
+    found = {"editlab": __version__, "python": platform.python_version()}
     for name in ("torch", "lightning", "transformers", "peft", "torchmetrics"):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # absent is said by its absence
+        except PackageNotFoundError:
             continue
     return found
 
 
-def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
-    """The run in one dict; numbers that were not measured are absent."""
-    evaluation = editor.evaluation
-    groups = {
-        "before": evaluation.compute("before"),
-        "immediate": evaluation.compute("immediate"),
-        "retained": evaluation.retained,
-    }
-    language = {"before": evaluation.language_before, "after": evaluation.language_after}
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Memory, ranks, recipe, seed and versions of a run, for its summary."""
     return {
-        "edits": editor.ledger.kept,
-        "rolled_back": editor.edits - editor.ledger.kept,
-        "superseded": editor.ledger.superseded,
-        "batches": editor.global_step,
-        **groups,
-        **{
-            title: {when: found[name] for when, found in language.items() if name in found}
-            for title, name in (("perplexity", "perplexity/heldout"), ("generation_entropy", "generation/entropy"))
-        },
-        "delta_norm": {
-            str(number): layer.relative_norm()
-            for number, layer in zip(editor.layer_numbers, editor.layers, strict=True)
-        },
-        "seconds": evaluation.stop_clock(),
         "peak_memory_mb": peak_memory_mb(),
         "ranks": trainer.world_size,
         "recipe": trainer.logger.name if trainer.logger else None,
@@ -89,19 +64,24 @@ def summarize(trainer: Trainer, editor: SequentialEditor) -> dict[str, Any]:
     }
 
 
-def finish_run(trainer: Trainer, editor: SequentialEditor) -> None:
-    """Writes ``summary.json`` into the run's folder, null for what is no finite number, and shows the summary."""
-    summary = summarize(trainer, editor)
+def finish_run(trainer: Trainer, summary: dict[str, Any], title: str) -> None:
+    """Writes ``summary.json`` into the run's folder, with null for numbers that are not finite, and logs the summary.
+
+    Args:
+        trainer: of the run.
+        summary: what was measured.
+        title: what was edited and how, in a few words.
+    """
     folder = run_folder(trainer)
     if trainer.is_global_zero:
         with atomic_file(folder / "summary.json") as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
             Path(temporary).write_text(content + "\n", encoding="utf-8")
-    log.info("%s", render(summary, editor, folder, _checkpoint(trainer)))
+    log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer)))
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has no word for: those of a model that edits have broken."""
+    """The same value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -115,38 +95,22 @@ def _checkpoint(trainer: Trainer) -> str | None:
 
 
 def counted(number: int, one: str, several: str) -> str:
-    """A number of things in words: ``1 batch``, ``2 batches``."""
+    """A count with its noun, such as ``1 batch`` or ``2 batches``."""
     return f"{number} {one if number == 1 else several}"
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The metrics before, right after, and at the end; those that were not measured are absent."""
-    lines = [f"{'':22}" + "".join(f"{group:>12}" for group in GROUPS)]
-    for name in NAMES:
-        cells = [summary[group].get(name) for group in GROUPS]
-        if any(cell is not None for cell in cells):
-            row = "".join(f"{'-':>12}" if cell is None else f"{cell:12.3f}" for cell in cells)
-            lines.append(f"{name:22}" + row)
-    for title, name in (("held-out perplexity", "perplexity"), ("generation entropy", "generation_entropy")):
-        if summary[name]:
-            cells = [summary[name].get("before"), None, summary[name].get("after")]
-            lines.append(f"{title:22}" + "".join(f"{'-':>12}" if v is None else f"{v:12.2f}" for v in cells))
-    return "\n".join(lines)
-
-
-def render(summary: dict[str, Any], editor: SequentialEditor, folder: Path, checkpoint: str | None) -> str:
-    """The summary as a table of at most one screen."""
+def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
+    """The summary as text of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
-        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: "
-        f"{editor.language_model}, layers {', '.join(map(str, editor.layer_numbers))}, {type(editor.method).__name__}",
+        f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: {title}",
         "",
-        table(summary),
+        metric_table(summary["metrics"]).to_text(),
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
-    logged = any(isinstance(logger, RunLogger) for logger in editor.trainer.loggers)
+    logged = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
     tables = ["metrics.csv", "summary.json"] if logged else ["summary.json"]
     lines += [
         "",

@@ -1,4 +1,4 @@
-"""Where downloads and measured artefacts are kept, and how each gets there whole or not at all."""
+"""The cache folder, and atomic writes: a file or folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,36 +13,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from editlab.errors import EditLabError, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Error numbers of a disk that takes no more."""
+"""Error numbers of a full disk."""
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-"""Error numbers of a place that one may not write to or read from."""
+"""Error numbers of a path that may not be read or written."""
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-_NEARLY_NOTHING = 1 << 20
-"""Free bytes below which a failed write is put down to a full disk, whatever the writer said."""
+_NO_SPACE = 1 << 20
+"""Free bytes below which any failed write is reported as a full disk."""
 
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
-"""Names of files and folders that are not whole yet."""
+"""Names of files and folders that are still being written."""
 
 
 def cache_dir() -> Path:
-    """Return the folder for everything that can be fetched or computed again; it is not created here.
+    """Return the folder for everything that can be downloaded or computed again, without creating it.
 
-    ``EDITLAB_CACHE`` names it; without that variable it is the user's cache folder of the platform.
+    The environment variable ``EDITLAB_CACHE`` names it; default: the platform's cache folder of the user.
     """
     chosen = os.environ.get("EDITLAB_CACHE")
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("editlab")
 
 
 def sha256(file: Path) -> str:
-    """Return the hex digest of a file's content, which a cached artefact made of it is kept under."""
+    """Return the SHA-256 of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):
@@ -50,28 +47,16 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in the cache, on the CPU.
-
-    Raises:
-        EditLabError: It is damaged.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise EditLabError(f"{path} can not be read ({error}): delete it, and it is made again.") from error
-
-
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder beside ``path``, and rename it to ``path`` once the body has succeeded.
+    """Yield an empty folder next to ``path``, and rename it to ``path`` once the body has succeeded.
 
-    Where the body fails, its folder is removed and ``path`` is as it was. Where another process has meanwhile
-    filled ``path``, that one stays and the body's work is dropped: of two equal results the first is kept.
+    If the body fails, its folder is removed and ``path`` stays as it was. If another process has filled ``path``
+    in the meantime, that folder stays and the body's is dropped: of two equal results the first is kept.
 
     Raises:
         EditLabError: The disk is full.
-        UserError: The place cannot be written to.
+        UserError: The folder cannot be written to.
     """
     with _beside(Path(path), Path.mkdir) as folder:
         yield folder
@@ -84,14 +69,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of an empty file beside ``path``, and put it in place once the body has succeeded.
+    """Yield the path of an empty file next to ``path``, and move it to ``path`` once the body has succeeded.
 
-    Where the body fails, its file is removed and ``path`` is as it was. Of two processes that write one file
-    the last is kept; a reader sees the one or the other whole, never a mixture.
+    If the body fails, its file is removed and ``path`` stays as it was. Of two processes that write one file
+    the last is kept; a reader sees one of the two files whole, never a mixture.
 
     Raises:
         EditLabError: The disk is full.
-        UserError: The place cannot be written to.
+        UserError: The folder cannot be written to.
     """
     with _beside(Path(path), Path.touch) as file:
         yield file
@@ -99,17 +84,25 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed have left half-written in ``folder``, where nobody else writes now."""
+    """Remove the half-written files of killed processes from ``folder``, to which no other process may be writing."""
     for path in folder.glob(".*.part"):
         if _PART.fullmatch(path.name):
-            _remove(path)
+            _delete(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with its files; other processes see it whole or not at all."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")  # matches _PART
+    with suppress(FileNotFoundError):  # another process removed it
+        folder.rename(aside)
+    _delete(aside)
 
 
 @contextmanager
 def _beside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """Give a hidden sibling of ``target`` that is gone afterwards, and explain failures of the disk."""
-    # Not tempfile: its files are closed to everyone else, and a cache may be shared by a group.
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # as _PART knows it
+    """Yield a hidden sibling of ``target``, remove it afterwards, and explain failures of the disk."""
+    # Not tempfile: only the owner may read its files, and a cache may be shared by a group.
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # matches _PART
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         create(temporary)
@@ -122,28 +115,28 @@ def _beside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             raise
         raise explained from error
     finally:
-        _remove(temporary)
+        _delete(temporary)
 
 
-def _remove(path: Path) -> None:
+def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # not there any more after success, and never made where its folder could not be
+        with suppress(OSError):  # after success it has been moved, and it may never have been created
             path.unlink()
 
 
 def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | None:
-    """Say what a failed write means to the user; None where it was not the disk's doing."""
+    """Turn a failed write into a sentence for the user; None for an error that has nothing to do with the disk."""
     elsewhere = "set EDITLAB_CACHE to" if _within(target, cache_dir()) else "choose"
     code = error.errno if isinstance(error, OSError) else None
-    # The writers of safetensors and of torch.save turn a full disk into an error of their own.
+    # safetensors and torch.save raise their own errors when the disk is full.
     full = code in FULL or "No space left on device" in str(error)
-    if full or (code not in FORBIDDEN and _disk_is_full(target)):  # a place that is read only has no free bytes either
+    if full or (code not in FORBIDDEN and _disk_is_full(target)):  # a read-only disk has no free bytes either
         return EditLabError(
             f"no space on the disk to write {target}: free some, or {elsewhere} a folder on another disk"
         )
-    # A failed rename carries both of its names, the target second.
+    # The error of a failed rename names both paths, the target second.
     named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
     ours = named is not None and (_within(Path(named), temporary) or _within(target, Path(named)))
     if ours and code in FORBIDDEN:
@@ -155,7 +148,7 @@ def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | 
 
 def _disk_is_full(target: Path) -> bool:
     try:
-        return shutil.disk_usage(target.parent).free < _NEARLY_NOTHING
+        return shutil.disk_usage(target.parent).free < _NO_SPACE
     except OSError:
         return False
 

@@ -1,8 +1,7 @@
-"""What settings may be. Each check raises one sentence that names the setting, what it is, and what it must be.
+"""Checks of settings. Each raises one sentence that names the setting, its value, and what it must be.
 
-``where`` is what a setting belongs to, as it stands in a recipe (``model.values``, ``LoRAAdjust``). A setting that is
-None is not given, and is not looked at. Not-a-number is in no range, and infinity in none either: what is multiplied by
-it is lost.
+``where`` is the section or class of the setting as a recipe writes it (``model.values``, ``LoRAAdjust``). None stands
+for a setting that was not given, and passes. NaN and infinity pass no check.
 """
 
 from __future__ import annotations
@@ -14,55 +13,55 @@ from editlab.errors import UserError
 
 
 def at_least_one(where: str, **settings: float | None) -> None:
-    """Counts: 1 or more.
+    """Check counts, which must be 1 or more.
 
     Raises:
-        UserError: for the first that is not.
+        UserError: A setting is too small; the first one is named.
     """
     _check(where, settings, lambda value: value >= 1, "must be at least 1")
 
 
 def above_zero(where: str, **settings: float | None) -> None:
-    """Rates, weights and sizes: more than 0.
+    """Check rates, weights and sizes, which must be above 0.
 
     Raises:
-        UserError: for the first that is not.
+        UserError: A setting is too small; the first one is named.
     """
     _check(where, settings, lambda value: value > 0, "must be above 0")
 
 
 def not_negative(where: str, **settings: float | None) -> None:
-    """What may be 0, which is none of it.
+    """Check amounts, which must be 0 or more.
 
     Raises:
-        UserError: for the first that is negative.
+        UserError: A setting is negative; the first one is named.
     """
     _check(where, settings, lambda value: value >= 0, "must not be negative")
 
 
 def shares(where: str, **settings: float | None) -> None:
-    """Parts of a whole: 0, 1, or between.
+    """Check fractions, which must lie between 0 and 1, both included.
 
     Raises:
-        UserError: for the first that is outside.
+        UserError: A setting is outside; the first one is named.
     """
     _check(where, settings, lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 
 
 def decays(where: str, **settings: float | None) -> None:
-    """What something is multiplied by again and again: above 0, and 1 where it stays.
+    """Check factors of a repeated multiplication, which must be above 0 and at most 1 (1: no decay).
 
     Raises:
-        UserError: for the first that is outside.
+        UserError: A setting is outside; the first one is named.
     """
     _check(where, settings, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 
 
 def one_of(where: str, known: Collection[str], **settings: str) -> None:
-    """Names of a fixed list.
+    """Check names, which must be in ``known``.
 
     Raises:
-        UserError: for the first that is not on it.
+        UserError: A name is unknown; the first one is named.
     """
     for name, value in settings.items():
         if value not in known:

@@ -1,11 +1,16 @@
 """Forgetting curves: when points are taken, of which edits, and what TensorBoard is given."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
-from callbacks import ForgettingCurve
+from callbacks import ForgettingCurve, LoRAAdjust
 from editlab.errors import UserError
-from tests.facts import FACTS
+from editlab.evaluation.evaluator import EvaluationSettings
+from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
 
@@ -17,11 +22,36 @@ def test_points_and_what_they_measure(tiny_folder, tmp_path):
     # The last point is of all edits, measured anew here.
     expected = module.evaluation.measure(module.lm, module.edited_facts)
     assert curve.curve[10]["retained/ES"] == expected["ES"]
+    assert set(curve.curve[4]) == {f"retained/{name}" for name in (*expected, "perplexity", "generation_entropy")}
     events = EventAccumulator(str(tmp_path / "logs" / "run" / "version_0")).Reload()
     assert [e.step for e in events.Scalars("retained/ES")] == [4, 8, 10]
     assert [e.step for e in events.Scalars("immediate/ES")] == [2, 4, 6, 8, 10]
     assert "forgetting" in events.Tags()["images"]
-    assert any("custom_scalars" in tag for tag in events.Tags()["tensors"])
+    assert layout(events)["ES"] == ["^before/ES$", "^immediate/ES$", "^retained/ES$"]
+
+
+def layout(events):
+    """The custom scalars' charts: title -> patterns."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    parsed = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for category in parsed.category for chart in category.chart}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_chart_is_empty(tiny_folder, tmp_path, lora):
+    """A chart is there if and only if the run logs one of its names."""
+    bare = [replace(fact, paraphrases=(), neighbors=()) for fact in FACTS]
+    path = write_counterfact(tmp_path / "bare.json", bare)
+    callbacks = [ForgettingCurve(every_n_edits=2)]
+    callbacks += [LoRAAdjust(rank=2, steps=1, every_n_batches=1, text_tokens=64)] if lora else []
+    evaluation = EvaluationSettings(heldout_tokens=64, generated_texts=0)
+    fit(tmp_path, editor(tiny_folder, evaluation=evaluation), callbacks=callbacks, limit=4, path=path)
+    events = EventAccumulator(str(tmp_path / "logs" / "run" / "version_0")).Reload()
+    charts, logged = layout(events), events.Tags()["scalars"]
+    for title, patterns in charts.items():
+        assert any(re.match(pattern, name) for pattern in patterns for name in logged), title
+    expected = {"ES", "accuracy", "held-out perplexity", "norm of the update"}
+    assert set(charts) == expected | ({"edits around an adjustment"} if lora else set())
 
 
 def test_the_sample_is_fixed_by_fact_and_seed():

@@ -86,7 +86,7 @@ def test_a_plugin_of_ones_own_is_found(recipe, tmp_path, monkeypatch, capsys):
     from importlib import metadata
 
     (tmp_path / "my_plugin.py").write_text(
-        "from editlab.edits.plan import EditCallback\n"
+        "from editlab.callback import EditCallback\n"
         "class Shout(EditCallback):\n"
         "    def on_edit_settled(self, trainer, editor, outcome):\n"
         "        import pathlib; pathlib.Path('shouted').touch()\n"

@@ -1,4 +1,4 @@
-"""What the command line settles in a recipe: the run's folder, the run to go on from, checkpoints, config.yaml."""
+"""What the command line completes in a recipe: the run's folder, the checkpoint to resume, config.yaml."""
 
 import errno
 import json
@@ -86,10 +86,10 @@ def test_checkpoints_are_editlabs_unless_the_recipe_has_its_own(fit, tmp_path, g
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model.method", "MEMIT"], "(model.method, EMMET then and MEMIT now"),
-        (["--model.values.steps", "3"], "(model.values.steps, 2 then and 3 now)"),
-        (["--model.passes", "2"], "(model.passes, 1 then and 2 now)"),
-        ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback, absent then and present now"),
+        (["--model.method", "MEMIT"], "(model.method: EMMET then, MEMIT now"),
+        (["--model.values.steps", "3"], "(model.values.steps: 2 then, 3 now)"),
+        (["--model.passes", "2"], "(model.passes: 1 then, 2 now)"),
+        ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback: absent then, present now"),
     ],
 )
 def test_a_run_goes_on_with_the_edits_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
@@ -124,8 +124,8 @@ def test_a_checkpoint_by_its_path_is_held_against_its_own_run(fit, tmp_path, cap
     assert fit("--trainer.max_steps", "1") == 0
     shutil.copy("tiny.yaml", "other.yaml")
     going_on = ["fit", "--config", "other.yaml", "--ckpt_path", f"{RUN}/checkpoints/last.ckpt"]
-    assert main([*going_on, "--model.method", "MEMIT", "--model.keys", "each"]) == 2
-    assert "(model.method, EMMET then and MEMIT now" in last_line(capsys)
+    assert main([*going_on, "--model.method", "MEMIT", "--model.keys", "mean"]) == 2
+    assert "(model.method: EMMET then, MEMIT now" in last_line(capsys)
     assert not list(tmp_path.glob("lightning_logs/other/*"))
     assert main(going_on) == 0
     assert edits_of(tmp_path / "lightning_logs" / "other" / "version_0") == 4
@@ -134,7 +134,7 @@ def test_a_checkpoint_by_its_path_is_held_against_its_own_run(fit, tmp_path, cap
     shutil.copytree(tmp_path / RUN, tmp_path / "lightning_logs" / "third" / "version_0")
     shutil.copy("tiny.yaml", "third.yaml")
     assert main(["fit", "--config", "third.yaml", "--model.passes", "2", *named]) == 2
-    assert "(model.passes, 1 then and 2 now)" in last_line(capsys)
+    assert "(model.passes: 1 then, 2 now)" in last_line(capsys)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

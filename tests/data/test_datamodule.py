@@ -94,7 +94,7 @@ def test_facts_that_do_not_fit_are_left_out_where_asked(path, caplog):
         bystanders = [fact for batch in data.test_dataloader() for fact in batch]
         assert bystanders == good[:-4:-1]
         assert data.spare_facts(2) == good[-4:-6:-1]
-    assert caplog.text.count("Left out: the fact 'The capital of Japan is'... is too long: shorten it.") == 2
+    assert caplog.text.count("Skipped: the fact 'The capital of Japan is'... is too long: shorten it.") == 2
     data = module(path, skip_bad=True, only_known=False)
     data.fault = lambda fact: "is too long"
     with pytest.raises(UserError, match="None of the facts in"):

@@ -240,8 +240,8 @@ def test_bad_files(tmp_path, content, message):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_facts(str(tmp_path / "none.json"))
-    with pytest.raises(UserError, match="can not be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_facts(str(tmp_path))
     (tmp_path / "latin").write_bytes(b'["\xe9\xff"]')
-    with pytest.raises(UserError, match="can not be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_facts(str(tmp_path / "latin"))

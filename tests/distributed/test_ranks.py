@@ -148,7 +148,7 @@ def measure(facts):
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
     windows = editlab.keys.moments.sample_text(lm, 3 * editlab.keys.moments.WINDOW + 40, 0, "")
     moments = editlab.keys.moments.accumulate(lm, [1], windows)[1]
-    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.others, keys.fact, *scores]
+    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact, *scores]
     return exact, windows, moments
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from callbacks import MemoryReplay
-from editlab.edits.plan import Addition, EditCallback
+from editlab.callback import EditCallback
+from editlab.edits.plan import Addition
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
@@ -35,7 +36,7 @@ class Verdict(EditCallback):
 def test_without_a_fact_the_batch_is_the_one_never_given_it(tiny_folder, tmp_path, layers, passes):
     values = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original")
     whole = editor(tiny_folder, layers=layers, values=values, passes=passes)
-    cut = Verdict(0, lambda outcome: outcome.leave_out({1}, "no gain"))
+    cut = Verdict(0, lambda outcome: outcome.drop({1}, "no gain"))
     fit(tmp_path, whole, callbacks=[cut, MemoryReplay()], limit=3, batch_size=3)
     alone = editor(tiny_folder, layers=layers, values=values, passes=passes)
     path = write_counterfact(tmp_path / "two.json", [FACTS[0], FACTS[2]])
@@ -51,7 +52,7 @@ def test_without_a_fact_the_batch_is_the_one_never_given_it(tiny_folder, tmp_pat
 
 def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
     def ask(outcome):
-        outcome.leave_out({0}, "no gain")
+        outcome.drop({0}, "no gain")
         outcome.scale(0.5, "harm")
 
     half = Verdict(0, ask)
@@ -63,7 +64,7 @@ def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_what_facts_miss_is_measured_before_the_first_pass(tiny_folder, tmp_path, passes):
+def test_residual_norms_are_those_before_the_first_pass(tiny_folder, tmp_path, passes):
     # By hand: values less what a whole forward of the unedited model gives; a replayed fact is not among them.
     module, noted = editor(tiny_folder, passes=passes), Verdict(0, lambda outcome: None)
 
@@ -75,7 +76,7 @@ def test_what_facts_miss_is_measured_before_the_first_pass(tiny_folder, tmp_path
     with module.unedited():
         now = torch.stack([site_now(module, fact) for fact in FACTS[:2]])
     expected = (noted.outcome.plan.targets - now).norm(dim=1)
-    assert torch.allclose(noted.outcome.missing.float(), expected, rtol=1e-4)
+    assert torch.allclose(noted.outcome.residual_norm.float(), expected, rtol=1e-4)
 
 
 def digest(module, replay):
@@ -83,7 +84,7 @@ def digest(module, replay):
     state = {
         "weights": [p.detach().numpy().tobytes() for p in module.lm.model.parameters()],
         "totals": [layer.total.numpy().tobytes() for layer in module.layers],
-        "metric": [p.factor.numpy().tobytes() for p in module.preservation.values()],
+        "metric": [p.factor.numpy().tobytes() for p in module.solver.preservation.values()],
         "past": {n: m.numpy().tobytes() for n, m in replay.past.moments.items()},
         "buffer": [
             (m.fact, m.value.numpy().tobytes(), m.key.numpy().tobytes(), m.step, m.replayed, m.importance)
@@ -104,8 +105,6 @@ def test_a_batch_undone_leaves_nothing_behind(tiny_folder, tmp_path, layers):
     seen = {}
 
     class Watch(EditCallback):
-        state_key = "A"  # hears each event before MemoryReplay
-
         def on_edit_planned(self, trainer, editor, plan):
             if plan.step == 2:
                 random.random(), np.random.rand(), torch.rand(1)  # a callback that draws is undone with the rest
@@ -116,7 +115,7 @@ def test_a_batch_undone_leaves_nothing_behind(tiny_folder, tmp_path, layers):
                 outcome.roll_back("harm")
 
     class Edges(EditCallback):
-        state_key = "Z"  # hears it after
+        priority = 100  # after MemoryReplay
 
         def on_edit_settled(self, trainer, editor, outcome):
             if outcome.plan.step in (1, 2):
@@ -169,8 +168,8 @@ def test_a_run_of_repeats_is_gone_on_with(tiny_folder, tmp_path):
 def test_what_becomes_of_the_last_becomes_of_those_before_it_in_the_batch(tiny_folder, tmp_path):
     class LeaveOut(EditCallback):
         def on_edit_applied(self, trainer, editor, outcome):
-            if not outcome.left_out:
-                outcome.leave_out([2], "so says the test")  # the third of three: Lima
+            if not outcome.dropped:
+                outcome.drop([2], "so says the test")  # the third of three: Lima
 
     path = write_counterfact(tmp_path / "twice.json", TWICE[:4])
     module = editor(tiny_folder)

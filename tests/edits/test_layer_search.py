@@ -12,13 +12,14 @@ from editlab.cli.main import main
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits import layer_search as layers
-from editlab.edits.layer_search import Search, Trial, best, choose_layers, coarse, table
+from editlab.edits.layer_search import Search, SearchSetup, Trial, best, coarse, table
 from editlab.evaluation.scoring import score_pairs
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET, ROME
+from editlab.utils.disk_cache import read_checked
 from editlab.values.optimize import ValueSettings
 from tests.cli.commands.runs import same_bits
 from tests.facts import FACTS
@@ -47,6 +48,12 @@ def automatic(family="llama", **changes):
     module = SequentialEditor(family, **settings)
     module.use(LanguageModel(tiny_model(family), tiny_tokenizer(bos=True)))
     return module
+
+
+def setup_of(module):
+    """What a search takes of an editor."""
+    return SearchSetup(module.lm, module.language_model, module.model_key, module.solve_settings, module.values,
+                       module.moments, module.context_settings)  # fmt: skip
 
 
 # ---- numbers by hand
@@ -92,7 +99,7 @@ def test_a_trial_is_what_a_run_would_do(tiny_folder, tmp_path):
     expected = score_pairs(module.lm, pairs)[0].exp().mean()
     other = editor(tiny_folder, layers="auto", contexts=ContextSettings(length=4), moments=MomentSettings(tokens=96))
     other.use(LanguageModel.from_name(str(tiny_folder), torch.float32))
-    search = Search(other, FACTS)
+    search = Search(setup_of(other), FACTS)
     search.try_at((1,))
     assert search.trials[1,].efficacy == pytest.approx(float(expected), rel=1e-5)
 
@@ -103,7 +110,7 @@ def test_the_model_is_left_as_it_was(method):
     with torch.no_grad():  # a sum of nothing would turn it into 0.0
         module.lm.anatomy.edit_module(1).weight[0, 0] = -0.0
     before, rng = fingerprint(module.lm.model), torch.get_rng_state()
-    found = choose_layers(module, FACTS)
+    found = module.find_layers(FACTS)
     assert fingerprint(module.lm.model) == before
     assert torch.equal(torch.get_rng_state(), rng)
     assert module.layer_numbers == []
@@ -129,7 +136,7 @@ def test_the_best_is_found_by_trying(monkeypatch):
 
 
 def test_one_layer_where_a_norm_follows_the_mlp():
-    search = Search(automatic("gemma2"), FACTS)
+    search = Search(setup_of(automatic("gemma2")), FACTS)
     trials = search.run()
     assert {trial.layers for trial in trials} == {(0,), (1,), (2,)}
     assert all(0 <= trial.score <= 1 for trial in trials)
@@ -138,69 +145,69 @@ def test_one_layer_where_a_norm_follows_the_mlp():
 # ---- what is measured
 
 
-def exam(facts):
-    return Search(automatic(), facts).exam
+def evaluator(facts):
+    return Search(setup_of(automatic()), facts).evaluator
 
 
-def test_ten_facts_are_edited_and_their_neighbors_watched():
-    asked = exam(FACTS)
-    assert asked.facts == FACTS[:10]
-    assert set(asked.watched) == {n.prompt for fact in FACTS[:10] for n in fact.neighbors}
-    assert len(asked.contexts) == 1 + layers.CONTEXTS
-    assert asked.unseen not in asked.contexts
+def test_ten_facts_are_edited_and_locality_is_measured_at_their_neighbors():
+    measured = evaluator(FACTS)
+    assert measured.facts == FACTS[:10]
+    assert set(measured.locality_prompts) == {n.prompt for fact in FACTS[:10] for n in fact.neighbors}
+    assert len(measured.contexts) == 1 + layers.CONTEXTS
+    assert measured.unseen not in measured.contexts
 
 
-def test_without_neighbors_the_prompts_of_other_facts_are_watched():
-    asked = exam(BARE[:8])
-    assert asked.facts == BARE[:4]
-    assert asked.watched == [fact.question for fact in BARE[4:8]]
+def test_without_neighbors_locality_is_measured_at_the_prompts_of_other_facts():
+    measured = evaluator(BARE[:8])
+    assert measured.facts == BARE[:4]
+    assert measured.locality_prompts == [fact.question for fact in BARE[4:8]]
 
 
 def test_of_a_single_fact_no_locality_is_measured():
-    asked = exam(BARE[:1])
-    assert asked.facts == BARE[:1]
-    efficacy, generality, locality = asked.take(slice(None))
+    measured = evaluator(BARE[:1])
+    assert measured.facts == BARE[:1]
+    efficacy, generality, locality = measured.evaluate(slice(None))
     assert locality is None
     assert 0 < efficacy < 1
     assert 0 < generality < 1
 
 
 def test_locality_by_hand():
-    """1 minus half the sum of what every token's probability has changed by, after each watched prompt."""
-    asked = exam(FACTS)
-    assert asked.take(slice(None))[2] == pytest.approx(1, abs=1e-6)
-    before = said(asked)
+    """1 minus half the sum of what every token's probability has changed by, at each locality prompt."""
+    measured = evaluator(FACTS)
+    assert measured.evaluate(slice(None))[2] == pytest.approx(1, abs=1e-6)
+    before = distributions(measured)
     with torch.no_grad():
-        asked.lm.anatomy.edit_module(1).weight.mul_(3)
-    changed = (said(asked) - before).abs().sum(1) / 2
-    assert asked.take(slice(None))[2] == pytest.approx(1 - float(changed.mean()), abs=1e-5)
+        measured.lm.anatomy.edit_module(1).weight.mul_(3)
+    changed = (distributions(measured) - before).abs().sum(1) / 2
+    assert measured.evaluate(slice(None))[2] == pytest.approx(1 - float(changed.mean()), abs=1e-5)
     assert float(changed.mean()) > 0.1
 
 
 @torch.no_grad()
-def said(asked):
-    rows = [asked.lm.tokenizer(prompt, return_tensors="pt").input_ids for prompt in asked.watched]
-    return torch.stack([asked.lm.model(row).logits[0, -1].softmax(0) for row in rows])
+def distributions(measured):
+    rows = [measured.lm.tokenizer(prompt, return_tensors="pt").input_ids for prompt in measured.locality_prompts]
+    return torch.stack([measured.lm.model(row).logits[0, -1].softmax(0) for row in rows])
 
 
 def test_generality_is_of_paraphrases_where_there_are_some():
-    asked = exam(FACTS)
+    measured = evaluator(FACTS)
     pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases[:1]]
-    assert asked.take(slice(None))[1] == pytest.approx(float(score_pairs(asked.lm, pairs)[0].exp().mean()))
-    asked = exam(BARE)
-    pairs = [(asked.unseen + fact.question, fact.target_new) for fact in asked.facts]
-    assert asked.take(slice(None))[1] == pytest.approx(float(score_pairs(asked.lm, pairs)[0].exp().mean()))
+    assert measured.evaluate(slice(None))[1] == pytest.approx(float(score_pairs(measured.lm, pairs)[0].exp().mean()))
+    measured = evaluator(BARE)
+    pairs = [(measured.unseen + fact.question, fact.target_new) for fact in measured.facts]
+    assert measured.evaluate(slice(None))[1] == pytest.approx(float(score_pairs(measured.lm, pairs)[0].exp().mean()))
 
 
 # ---- what is kept
 
 
 def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cache):
-    found = choose_layers(automatic(), FACTS)
+    found = automatic().find_layers(FACTS)
     (kept,) = (cache / "layers").iterdir()
-    assert {"layers", "efficacy", "generality", "locality"} == json.loads(kept.read_text())[0].keys()
+    assert {"layers", "efficacy", "generality", "locality"} == json.loads(read_checked(kept))[0].keys()
     monkeypatch.setattr(Search, "run", lambda self: pytest.fail("tried again"))
-    assert choose_layers(automatic(), FACTS) == found
+    assert automatic().find_layers(FACTS) == found
     monkeypatch.undo()
     monkeypatch.setenv("EDITLAB_CACHE", str(cache))
     for changed, facts in [
@@ -211,12 +218,13 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
         (automatic(condition_limit=1e3), FACTS),
         (automatic(), FACTS[1:]),
     ]:
-        choose_layers(changed, facts)
+        changed.find_layers(facts)
     assert len(list((cache / "layers").iterdir())) == 7
-    for damaged in ("", "[{}]", "{"):
-        kept.write_text(damaged)
-        assert choose_layers(automatic(), FACTS) == found  # tried again
-        assert json.loads(kept.read_text())
+    whole = kept.read_bytes()
+    for damaged in (b"", b"[{}]", whole[:-1], whole.replace(b"0.", b"1.", 1)):
+        kept.write_bytes(damaged)
+        assert automatic().find_layers(FACTS) == found  # tried again
+        assert kept.read_bytes() == whole
 
 
 # ---- whole runs
@@ -254,7 +262,7 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
-    monkeypatch.setattr(editor_module, "find_layers", lambda *_: pytest.fail("chosen anew"))
+    monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen again"))
     assert main([*recipe, "--ckpt_path=last"]) == 0
     assert last(tmp_path)["editor"]["layers"] == found
     assert len(last(tmp_path)["editor"]["ledger"]) == 4

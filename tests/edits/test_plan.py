@@ -21,25 +21,25 @@ def test_the_lowest_factor_counts_whatever_the_order():
         outcome.scale(1.5, "more")
 
 
-def test_facts_may_be_left_out_of_a_batch():
+def test_facts_may_be_dropped_from_a_batch():
     plan = EditPlan(3, FACTS[:3], torch.arange(6.0).view(3, 2))
     outcome = EditOutcome(plan, {1: torch.ones(2, 2)}, {"layer_1/gram_condition": 1.0})
-    outcome.leave_out({1}, "no gain")
+    outcome.drop({1}, "no gain")
     assert (outcome.factors, outcome.factor, outcome.kept) == ([1.0, 0.0, 1.0], 1.0, True)
     outcome.scale(0.5, "harm")
-    outcome.drop_left_out()
+    outcome.remove_dropped()
     assert outcome.plan.facts == [FACTS[0], FACTS[2]]
     assert outcome.plan.targets.tolist() == [[0, 1], [4, 5]]
     assert (outcome.plan.step, outcome.updates, outcome.diagnostics) == (3, {}, {})
     assert outcome.factors == [0.5, 0.0, 0.5]  # of the whole batch, still
     with pytest.raises(ValueError, match="the batch has 3 facts"):
-        outcome.leave_out({3}, "none such")
+        outcome.drop({3}, "none such")
 
 
-def test_without_all_of_its_facts_a_batch_is_undone():
+def test_a_batch_without_any_fact_is_rolled_back():
     outcome = EditOutcome(EditPlan(0, FACTS[:2], torch.zeros(2, 2)), {}, {})
-    outcome.leave_out({0}, "no gain")
-    outcome.leave_out({1}, "harm")
+    outcome.drop({0}, "no gain")
+    outcome.drop({1}, "harm")
     assert not outcome.kept
     assert outcome.factors == [0.0, 0.0]
 

@@ -12,6 +12,7 @@ from editlab.evaluation.evaluator import BUILTIN_TEXT, OPENING, Evaluation, Eval
 from editlab.evaluation.scoring import score_facts, token_log_probs
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics.functional import ngram_entropy
+from editlab.metrics.names import add_group
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -35,17 +36,15 @@ def test_language_is_perplexity_and_entropy_of_the_held_out_text(lm):
     settings = EvaluationSettings(heldout_tokens=300, generated_texts=3, generated_tokens=10)
     found = Evaluation(settings).language(lm)
     ids = lm.tokenizer(BUILTIN_TEXT.read_text())["input_ids"][:300]
-    assert found["perplexity/heldout"] == pytest.approx(float((-token_log_probs(lm, ids)).mean().exp()), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(float((-token_log_probs(lm, ids)).mean().exp()), rel=1e-5)
     texts = lm.sample([ids[i * OPENING : (i + 1) * OPENING] for i in range(3)], 10, seed=0)
     expected = sum(ngram_entropy(text[OPENING:]) for text in texts) / 3
-    assert found["generation/entropy"] == pytest.approx(expected)
+    assert found["generation_entropy"] == pytest.approx(expected)
 
 
 def test_what_is_not_asked_for_is_absent(lm):
     assert Evaluation(EvaluationSettings(heldout_tokens=0)).language(lm) == {}
-    assert set(Evaluation(EvaluationSettings(heldout_tokens=64, generated_texts=0)).language(lm)) == {
-        "perplexity/heldout"
-    }
+    assert set(Evaluation(EvaluationSettings(heldout_tokens=64, generated_texts=0)).language(lm)) == {"perplexity"}
     assert Evaluation(EvaluationSettings()).compute("before") == {}
 
 
@@ -53,8 +52,8 @@ def test_a_broken_model_has_no_entropy_and_no_end_of_its_own(lm, caplog):
     with torch.no_grad():
         lm.anatomy.edit_module(1).weight[0, 0] = math.nan
     found = Evaluation(EvaluationSettings(heldout_tokens=64)).language(lm)
-    assert list(found) == ["perplexity/heldout"]
-    assert math.isnan(found["perplexity/heldout"])
+    assert list(found) == ["perplexity"]
+    assert math.isnan(found["perplexity"])
     assert "The generation entropy is left out." in caplog.text
 
 
@@ -63,8 +62,9 @@ def test_groups_add_up(lm):
     evaluation = Evaluation(EvaluationSettings())
     parts = [evaluation.update("immediate", lm, facts) for facts in (FACTS[:2], FACTS[2:3])]
     together = evaluation.compute("immediate")
-    assert together == evaluation.measure(lm, FACTS[:3])
-    assert together["accuracy"] == pytest.approx((2 * parts[0]["accuracy"] + parts[1]["accuracy"]) / 3)
+    assert together == add_group("immediate", evaluation.measure(lm, FACTS[:3]))
+    accuracies = [part["immediate/accuracy"] for part in parts]
+    assert together["immediate/accuracy"] == pytest.approx((2 * accuracies[0] + accuracies[1]) / 3)
     assert evaluation.series("immediate") == {2: parts[0], 3: parts[1]}
 
 
@@ -75,17 +75,17 @@ def test_products_may_be_rounded_for_all_that_is_measured(lm):
     plain = score_facts(lm, FACTS).edit
     for evaluation in (rounded, exact):
         evaluation.update("before", lm, FACTS)
-    apart = [float((e.scores["before"][0].edit.logp_new - plain.logp_new).abs().max()) for e in (exact, rounded)]
+    apart = [float((e.scores("before").edit.logp_new - plain.logp_new).abs().max()) for e in (exact, rounded)]
     assert apart[0] == 0
     assert 0 < apart[1] < 0.05
-    perplexities = [e.language(lm)["perplexity/heldout"] for e in (exact, rounded)]
+    perplexities = [e.language(lm)["perplexity"] for e in (exact, rounded)]
     assert perplexities[0] != perplexities[1] == pytest.approx(perplexities[0], rel=0.01)
     assert exact.known(lm, FACTS) == (plain.logp_true > plain.logp_new).tolist()
 
 
 def test_scores_with_other_products_are_cached_apart(lm):
-    caches = [Evaluation(EvaluationSettings(matmul=m)).cache(lm, "f" * 64).path for m in ("float32", "bfloat16")]
-    assert [path.name for path in caches] == ["f" * 32 + ".sqlite", "f" * 32 + "-bfloat16.sqlite"]
+    caches = [Evaluation(EvaluationSettings(matmul=m)).cache(lm, "f" * 64).folder for m in ("float32", "bfloat16")]
+    assert [path.name for path in caches] == ["f" * 32, "f" * 32 + "-bfloat16"]
 
 
 @pytest.mark.parametrize("neighbors", [0, 1])
@@ -108,6 +108,8 @@ def test_a_point_of_a_series_is_a_whole_update(lm, monkeypatch):
     assert other.series("immediate") == evaluation.series("immediate")
     evaluation.begin("immediate")
     assert (evaluation.series("immediate"), evaluation.compute("immediate")) == ({}, {})
+    assert evaluation.scores("immediate") is None
+    assert evaluation.update("immediate", lm, []) == evaluation.series("immediate") == {}
 
 
 def test_state_goes_round(lm, tmp_path):
@@ -120,6 +122,16 @@ def test_state_goes_round(lm, tmp_path):
     assert other.compute("before") == evaluation.compute("before")
     assert other.language_before == evaluation.language_before
     assert other.seconds > 0
+    for one in (other, evaluation):  # records are numbered on from there
+        one.update("before", lm, FACTS[2:3])
+        assert one.scores("before").edit.record.tolist() == [0, 1, 2]
+    assert other.results() == evaluation.results()
+
+
+def test_a_checkpoint_of_another_layout_is_refused():
+    state = {"scores": {"before": []}, "ends": {}, "language_before": {}, "seconds": 1.0}
+    with pytest.raises(UserError, match="another version of editlab: start a new run"):
+        Evaluation(EvaluationSettings()).load_state_dict(state)
 
 
 def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
@@ -130,9 +142,15 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
     assert evaluation.measure_retained(lm, FACTS[:4], 4, [rows]) == first
     logged = rows.rows[4]
     # The bins hold the two newest and the two oldest edits; their mean is the whole.
-    halves = [logged["retention/accuracy_age_1"], logged["retention/accuracy_age_2"]]
-    assert sum(halves) / 2 == pytest.approx(first["accuracy"])
-    assert logged["retained/ES"] == first["ES"]
+    halves = [logged["retained/accuracy_age_1"], logged["retained/accuracy_age_2"]]
+    assert sum(halves) / 2 == pytest.approx(first["retained/accuracy"])
+    assert logged == first
+    assert {"retained/perplexity", "retained/generation_entropy", "retained/ES"} <= set(first)
+    assert evaluation.results() == first  # nothing else was measured
+    without = Evaluation(EvaluationSettings(heldout_tokens=0, age_bins=0))
+    monkeypatch.undo()
+    assert set(without.measure_retained(lm, FACTS[:1], 1, [])) == set(without.compute("retained"))
+    assert without.measure_retained(lm, [], 2, []) == {}
     json.dumps(logged)
 
 

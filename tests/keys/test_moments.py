@@ -8,13 +8,13 @@ import types
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 from editlab.errors import UserError
 from editlab.keys import moments
 from editlab.keys.moments import MomentSettings, accumulate, excess, read_ids, sample_text, second_moments
 from editlab.lm.language_model import LanguageModel
+from editlab.utils.disk_cache import TENSORS, DiskCache
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 TOKENS = 300
@@ -259,8 +259,8 @@ def test_without_the_cache_nothing_is_written_or_read(lm, text, computed, cache)
     second_moments(lm, [1], off, "tiny")
     assert files(cache) == []
     second_moments(lm, [1], settings, "tiny")
-    entry = next(cache.rglob("*.safetensors"))
-    safetensors.torch.save_file({"moments": torch.zeros(1)}, entry)  # an entry that would be noticed
+    entry = next(cache.rglob("*.cache"))
+    DiskCache(entry.parent, TENSORS).write(entry.stem, {"moments": torch.zeros(1)})  # an entry that would be noticed
     assert second_moments(lm, [1], off, "tiny")[1].shape == (48, 48)
     assert len(computed) == 3
 

@@ -87,21 +87,12 @@ def test_mean_keys_are_averages_over_the_contexts(lm):
     assert got.fact.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_each_gives_a_key_for_every_context_and_says_whose(lm):
-    got = read(lm, "each")
-    assert got.keys.shape == (48, 15)
-    assert got.fact.bincount().tolist() == [3] * 5
-    for fact in range(5):
-        expected = torch.cat([keys_of(lm, FACTS[fact : fact + 1], context) for context in CONTEXTS], 1)
-        close(got.keys[:, got.fact == fact], expected)
-
-
 def test_a_context_changes_the_key(lm):
     """Otherwise the averages above would prove nothing."""
     assert not torch.allclose(keys_of(lm, FACTS, CONTEXTS[0]), keys_of(lm, FACTS, CONTEXTS[1]), atol=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["bare", "mean", "each"])
+@pytest.mark.parametrize("mode", ["bare", "mean"])
 def test_others_leave_out_the_first_token_and_the_subjects_last(lm, mode):
     """Of the bare prompts alone, whatever the keys are."""
     expected = []
@@ -109,11 +100,11 @@ def test_others_leave_out_the_first_token_and_the_subjects_last(lm, mode):
         states, last = naive(lm, fact, "", lm.anatomy.edit_module(LAYER), "input")
         expected += [states[t] for t in range(len(states)) if t not in (0, last)]
     got = read(lm, mode)
-    close(got.others, torch.stack(expected, 1))
-    assert got.others.dtype == torch.float64
+    close(got.context_keys, torch.stack(expected, 1))
+    assert got.context_keys.dtype == torch.float64
 
 
-@pytest.mark.parametrize("mode", ["bare", "mean", "each"])
+@pytest.mark.parametrize("mode", ["bare", "mean"])
 def test_current_is_what_the_site_gives_now(lm, mode):
     """The block's output, or, where a norm follows the MLP (Gemma 2), that of the edited map itself."""
     in_stream = lm.model.config.model_type != "gemma2"
@@ -144,7 +135,7 @@ def test_keys_below_the_site_come_from_their_own_layer():
         close(got.current[:, i], states[last])
 
 
-@pytest.mark.parametrize("mode", ["bare", "mean", "each"])
+@pytest.mark.parametrize("mode", ["bare", "mean"])
 def test_padding_and_company_play_no_part(monkeypatch, mode):
     """A tokenizer that pads on the left gives the same bits; so do, to rounding, passes of single rows."""
     right, left = (read(lm_of("gpt2", True, side), mode) for side in ("right", "left"))

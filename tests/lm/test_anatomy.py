@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
 from editlab.lm.anatomy import read_anatomy
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, OTHERS, tiny_model
 
 # Read off the modeling files of transformers: the list of blocks, the last map of the MLP, and whether its
 # output is added to the residual stream as it is (Gemma 2 and 3 put a norm in between).
@@ -46,6 +47,16 @@ DEEPSEEK = transformers.DeepseekV3Config(
 
 def test_every_tiny_family_is_expected():
     assert EXPECTED.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_the_probe_finds_what_peft_lists(family):
+    """PEFT's table of MLP output projections, by type of model; importing PEFT takes far longer than the probe."""
+    model = tiny_model(family)
+    listed = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type)
+    if listed is None:
+        pytest.skip(f"PEFT does not list {model.config.model_type}")
+    assert f".{read_anatomy(model).edit_path}".endswith(tuple(f".{name}" for name in listed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from editlab.errors import NotFiniteError
+from editlab.errors import NonFiniteError
 from editlab.lm import language_model
 from editlab.lm.language_model import LanguageModel
 from tests.lm.conftest import lm_of
@@ -143,7 +143,7 @@ def test_nothing_is_drawn_from_what_is_no_number():
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     with torch.no_grad():
         lm.model.lm_head.weight[7] = float("inf")
-    with pytest.raises(NotFiniteError, match="not finite, so no text can be drawn"):
+    with pytest.raises(NonFiniteError, match="not finite, so no text can be drawn"):
         lm.sample([[5, 6]], 3, seed=0)
     assert len(lm.sample([[5, 6]], 3, seed=0, greedy=True)[0]) == 5
 

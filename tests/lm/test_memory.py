@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
@@ -72,12 +75,9 @@ def test_the_device_to_which_it_will_be_taken_has_to_hold_it_too(tmp_path, monke
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-    """Stand-ins for the files in which Linux tells of memory: 8 GiB, of which 3 can be had, and 1 of swap."""
-    (tmp_path / "meminfo").write_text(
-        f"MemTotal: {8 * GIB // 1024} kB\nMemFree: {GIB // 1024} kB\nMemAvailable: {3 * GIB // 1024} kB\n"
-        f"SwapFree: {GIB // 1024} kB\nHugePages_Total: 0\n"
-    )
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    """A machine of which 3 GiB are available and 1 GiB of swap is free, and the files of its control group."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * GIB, available=3 * GIB, free=GIB))
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=2 * GIB, free=GIB))
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     return tmp_path
 
@@ -94,9 +94,11 @@ def test_a_container_may_leave_less(system, limit, free):
     assert free_memory(CPU) == free
 
 
-def test_other_systems_do_not_tell(system):
-    (system / "meminfo").unlink()
-    assert free_memory(CPU) is None
+def test_this_machine_tells():
+    assert 0 < free_memory(CPU) <= psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def test_other_devices_do_not_tell(system):
     assert free_memory(torch.device("mps")) is None
 
 

@@ -57,7 +57,7 @@ def readings(lm):
     keys = read_keys(lm, facts, EDITED, site, [""], "bare")
     moments = second_moments(lm, [EDITED], MomentSettings(tokens=200, cache=False), "tiny")
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
-    return [values.target, values.loss, keys.keys, keys.current, keys.others, moments[EDITED], *scores]
+    return [values.target, values.loss, keys.keys, keys.current, keys.context_keys, moments[EDITED], *scores]
 
 
 def test_a_spread_model_is_the_same_model(pair):

@@ -1,12 +1,13 @@
-"""ES, PS, NS and company against cases worked out by hand, and against plain Python on random scores."""
+"""Metrics against values by hand and implementations in plain Python, in one process and in two."""
 
 import math
-import pickle
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
 
 from editlab.metrics import (
     EditMetrics,
@@ -15,25 +16,96 @@ from editlab.metrics import (
     NeighborhoodScore,
     ParaphraseScore,
     PromptScores,
-    Retention,
+    RetentionByAge,
     TokenPerplexity,
 )
-from editlab.metrics.functional import bootstrap_interval, harmonic_mean, judge, ngram_entropy, per_record
-
-NAN = float("nan")
-
-
-def scores(rows):
-    """Rows of (record, P(new), P(true), hit_new, hit_true) as PromptScores."""
-    record, new, true, hit_new, hit_true = zip(*rows, strict=True)
-    return PromptScores(
-        torch.tensor(new).log(), torch.tensor(true).log(), torch.tensor(hit_new), torch.tensor(hit_true),
-        torch.tensor(record),
-    )  # fmt: skip
-
+from editlab.metrics.functional import harmonic_mean, ngram_entropy, prompt_values, record_means
+from tests import ranked
+from tests.metrics.tester import CASES, FIRST, NAN, SECOND, on_one_rank, pickled, scores, together
 
 # Record 0 has two prompts, of which one prefers the new target; record 1 has one that does not.
 HAND = scores([(0, 0.6, 0.2, True, False), (0, 0.1, 0.5, False, True), (1, 0.2, 0.3, False, False)])
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def close(found, expected, tolerance=1e-6):
+    return found.tolist() == pytest.approx(expected, abs=tolerance)
+
+
+# ---- every class -------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_updates_add_up_to_the_expected_value_and_to_the_function(case):
+    metric = case.new()
+    for arguments in case.updates:
+        metric.update(*arguments)
+    assert close(metric.compute(), case.expected)
+    assert metric.compute().dtype == torch.float64
+    assert close(case.function(*together(case.updates)), case.expected)
+
+
+@every_case
+def test_a_forward_call_gives_the_value_of_its_batch_and_keeps_it(case):
+    metric = case.new()
+    for arguments in case.updates:
+        assert torch.equal(metric(*arguments), case.function(*arguments))
+    assert close(metric.compute(), case.expected)
+
+
+@every_case
+def test_reset_pickle_clone_and_merge(case):
+    first, second = case.new(), case.new()
+    first.update(*case.updates[0])
+    second.update(*case.updates[1])
+    merged = pickled(first)
+    merged.merge_state(second.clone())
+    assert close(merged.compute(), case.expected)
+    merged.reset()
+    merged.update(*case.updates[1])
+    assert torch.equal(merged.compute(), second.compute())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
+def test_two_processes_compute_the_value_of_one(tmp_path):
+    for found in ranked.together(2, tmp_path / "ranks", on_one_rank):
+        assert not isinstance(found, Exception), found
+        for name, case in CASES.items():
+            assert found[name] == pytest.approx(case.expected, abs=1e-6), name
+            assert found[f"{name}, own"]  # its own state is back after the synchronisation
+        assert found["sparse"] == EfficacyScore()(scores(FIRST)).tolist()
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_scores_of_other_types(case, dtype):
+    """bfloat16 has 8 bits and the probabilities differ by more, so only magnitudes and perplexities are rounded."""
+
+    def cast(argument):
+        if isinstance(argument, PromptScores):
+            return PromptScores(
+                **{n: c.to(dtype) if c.is_floating_point() else c for n, c in argument.columns().items()}
+            )
+        return argument.to(dtype) if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
+
+    metric = case.new()
+    for arguments in case.updates:
+        metric.update(*map(cast, arguments))
+    rounded = {torch.float64: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert close(metric.compute(), case.expected, rounded * max(1, torch.tensor(case.expected).abs().max().item()))
+    assert metric.compute().dtype == torch.float64
+
+
+def test_nothing_is_no_number():
+    for metric in (EfficacyScore(), NeighborhoodScore("accuracy"), GenerationEntropy(), TokenPerplexity()):
+        with pytest.warns(UserWarning, match="before the ``update`` method"):
+            assert math.isnan(float(metric.compute()))
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        assert RetentionByAge().compute().tolist() == []
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -44,7 +116,7 @@ HAND = scores([(0, 0.6, 0.2, True, False), (0, 0.1, 0.5, False, True), (1, 0.2, 
         (EfficacyScore("magnitude"), ((0.4 - 0.4) / 2 - 0.1) / 2),
         (ParaphraseScore("score"), 0.25),
         (NeighborhoodScore("score"), (0.5 + 1) / 2),  # P(true) > P(new)
-        (NeighborhoodScore("accuracy"), (0.5 + 0) / 2),  # the truth is spelled by the second prompt only
+        (NeighborhoodScore("accuracy"), (0.5 + 0) / 2),  # the argmax is the truth at the second prompt only
         (NeighborhoodScore("magnitude"), (0 + 0.1) / 2),
     ],
 )
@@ -102,60 +174,87 @@ def test_a_fact_without_truth_counts_in_accuracy_only():
         assert float(metric.compute()) == expected
 
 
+# ---- the collection of a group -----------------------------------------------------------------------------------
+
+
 def test_all_numbers_of_a_group():
-    metrics = EditMetrics()
-    assert metrics.compute() == {}
-    metrics.update(HAND)
-    assert set(metrics.compute()) == {"ES", "accuracy", "ES_magnitude"}
-    metrics.update(scores([(2, 0.9, 0.1, True, False)]), HAND, HAND)
-    found = metrics.compute()
-    assert set(found) == {
-        "ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy",
-        "ES_magnitude", "PS_magnitude", "NS_magnitude",
-    }  # fmt: skip
+    metrics = EditMetrics(prefix="retained/")
+    assert metrics.measured() == {}
+    metrics.update(edit=HAND, paraphrases=None, neighbors=None)
+    assert list(metrics.measured()) == ["retained/ES", "retained/accuracy", "retained/ES_magnitude"]
+    assert math.isnan(float(metrics.compute()["retained/S"]))
+    metrics.update(edit=scores([(2, 0.9, 0.1, True, False)]), paraphrases=HAND, neighbors=HAND)
+    found = metrics.measured()
+    assert list(found) == [
+        f"retained/{name}"
+        for name in ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy", "ES_magnitude",
+                     "PS_magnitude", "NS_magnitude")
+    ]  # fmt: skip
     es, ps, ns = (0.5 + 0 + 1) / 3, 0.25, 0.75
-    assert float(found["S"]) == pytest.approx(3 / (1 / es + 1 / ps + 1 / ns))
+    assert found["retained/S"] == pytest.approx(3 / (1 / es + 1 / ps + 1 / ns))
     metrics.reset()
-    assert metrics.compute() == {}
+    assert metrics.measured() == {}
+    assert metrics.scores() == {}
+
+
+def test_a_group_keeps_each_column_once():
+    """Metrics of the same prompts have one state, also after a reset and after further updates."""
+    metrics = EditMetrics()
+    for _ in range(2):
+        metrics.reset()
+        for part in (FIRST, SECOND):
+            metrics.update(edit=scores(part), paraphrases=scores(part), neighbors=None)
+        several = {name: metric.record for name, metric in metrics.items(copy_state=False)}
+        assert several["ES"] is several["accuracy"] is several["ES_magnitude"]
+        assert several["PS"] is several["paraphrase_accuracy"] is several["PS_magnitude"]
+        assert several["ES"] is not several["PS"]
+        assert len(metrics.scores()["edit"]) == len(FIRST) + len(SECOND)
+        assert set(metrics.scores()) == {"edit", "paraphrases"}
+    assert isinstance(metrics, MetricCollection)
+    apart = EfficacyScore("accuracy")
+    apart.update(scores(FIRST + SECOND))
+    assert metrics.measured()["accuracy"] == float(apart.compute())
+
+
+def test_a_group_called_forward_gives_its_batch():
+    metrics, parts = EditMetrics(), [scores(FIRST), scores(SECOND)]
+    for part in parts:
+        found = metrics(edit=part, paraphrases=part, neighbors=part)
+        assert {name: float(found[name]) for name in ("ES", "accuracy", "NS", "neighbor_accuracy")} == {
+            "ES": float(EfficacyScore()(part)), "accuracy": float(EfficacyScore("accuracy")(part)),
+            "NS": float(NeighborhoodScore()(part)), "neighbor_accuracy": float(NeighborhoodScore("accuracy")(part)),
+        }  # fmt: skip
+    whole = EditMetrics()
+    both = scores(FIRST + SECOND)
+    whole.update(edit=both, paraphrases=both, neighbors=both)
+    assert metrics.measured() == whole.measured()
 
 
 def test_harmonic_mean_of_a_zero_is_zero():
     assert float(harmonic_mean([0.0, 1.0, 1.0])) == 0
 
 
-def test_state_pickles_and_merges_like_two_processes():
-    one, two, both = EfficacyScore(), EfficacyScore(), EfficacyScore()
-    other = scores([(7, 0.9, 0.1, True, False)])
-    one.update(HAND)
-    two.update(other)
-    both.update(PromptScores.cat([HAND, other]))
-    one = pickle.loads(pickle.dumps(one))
-    one.merge_state(two)
-    assert float(one.compute()) == float(both.compute())
+# ---- retention, entropy, perplexity ------------------------------------------------------------------------------
 
 
 def test_retention_by_age():
     # Ages 1, 5, 9, of which the two oldest are lost: the newest half (of sizes 2 and 1) keeps one of two.
     rows = scores([(0, 0.1, 0.9, False, True), (1, 0.2, 0.8, False, True), (2, 0.7, 0.3, True, False)])
-    metric = Retention(age_bins=2)
+    metric = RetentionByAge(bins=2, kind="score")
     metric.update(rows, torch.tensor([9, 5, 1]))
-    assert float(metric.compute()) == pytest.approx(1 / 3)
-    assert [float(v) for v in metric.by_age()] == [0.5, 0.0]
-    assert Retention().by_age() == []
-    with pytest.raises(ValueError, match="needs the age"):
-        Retention(age_bins=2).update(rows)
-    with pytest.raises(ValueError, match="ages"):
-        Retention().update(rows, torch.tensor([1]))
-    with pytest.raises(ValueError, match="age_bins is -1"):
-        Retention(age_bins=-1)
+    assert metric.compute().tolist() == [0.5, 0.0]
+    assert RetentionByAge(bins=4)(rows, torch.tensor([9, 5, 1])).tolist() == [1.0, 0.0, 0.0]  # three edits, three bins
+    with pytest.raises(ValueError, match="give one per edit"):
+        RetentionByAge().update(rows, torch.tensor([1]))
+    with pytest.raises(ValueError, match="bins is 0"):
+        RetentionByAge(bins=0)
 
 
-def test_retention_by_age_passes_over_facts_without_a_truth():
-    nan = float("nan")
-    rows = scores([(0, 0.1, 0.9, False, True), (1, 0.2, nan, False, False), (2, 0.7, 0.3, True, False)])
-    metric = Retention(age_bins=2)
+def test_retention_by_age_skips_facts_without_a_truth():
+    rows = scores([(0, 0.1, 0.9, False, True), (1, 0.2, NAN, False, False), (2, 0.7, 0.3, True, False)])
+    metric = RetentionByAge(bins=2, kind="score")
     metric.update(rows, torch.tensor([9, 5, 1]))
-    assert [float(v) for v in metric.by_age()] == [1.0, 0.0]
+    assert metric.compute().tolist() == [1.0, 0.0]
 
 
 def test_entropy_by_hand():
@@ -164,7 +263,6 @@ def test_entropy_by_hand():
     assert ngram_entropy([1, 2, 1, 2]) == pytest.approx(expected)
     assert math.isnan(ngram_entropy([1, 2]))
     metric = GenerationEntropy()
-    assert math.isnan(float(metric.total / metric.texts))
     metric.update([[1, 2, 1, 2], [5, 5, 5, 5], [1]])  # the last is too short to count
     assert float(metric.compute()) == pytest.approx(expected / 2)
 
@@ -177,28 +275,11 @@ def test_perplexity_by_hand():
     assert float(metric.compute()) == pytest.approx(4.0)
 
 
-def test_bootstrap_holds_the_mean_and_leaves_the_random_state_alone():
-    values = torch.tensor([1.0] * 80 + [0.0] * 20)
-    state = torch.get_rng_state()
-    low, high = bootstrap_interval(values)
-    assert torch.equal(torch.get_rng_state(), state)
-    # The binomial's standard error is sqrt(.8 * .2 / 100) = 0.04; 1.96 of it is 0.078.
-    assert low == pytest.approx(0.8 - 0.078, abs=0.02)
-    assert high == pytest.approx(0.8 + 0.078, abs=0.02)
-    assert bootstrap_interval(values) == (low, high)
-    assert all(math.isnan(x) for x in bootstrap_interval(torch.empty(0)))
-    metric = EfficacyScore()
-    metric.update(HAND)
-    assert metric.interval()[0] <= float(metric.compute()) <= metric.interval()[1]
-
-
 def test_bad_inputs():
     with pytest.raises(ValueError, match="one length"):
         PromptScores(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), torch.zeros(2))
     with pytest.raises(ValueError, match="score, accuracy, magnitude"):
         EfficacyScore("recall")
     with pytest.raises(ValueError, match="score, accuracy, magnitude"):
-        judge(HAND, "recall")
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        bootstrap_interval(torch.ones(2), confidence=1.0)
-    assert per_record(torch.tensor([NAN]), torch.tensor([0])).shape == (0,)
+        prompt_values(HAND, "recall")
+    assert record_means(torch.tensor([NAN]), torch.tensor([0])).shape == (0,)

@@ -49,5 +49,5 @@ def test_what_json_can_not_say_is_an_error_and_leaves_no_half_line(tmp_path):
 
 def test_a_place_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="can not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         EventLog(tmp_path / "file" / "events.jsonl").append({"step": 0})

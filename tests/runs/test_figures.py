@@ -6,8 +6,11 @@ from editlab.runs.figures import BLUE, PANELS, comparison_figure, draw_band, for
 
 
 def test_every_series_is_drawn_at_its_edits():
-    curve = {16: {"retained/ES": 1.0, "perplexity/heldout": 30.0}, 8: {"retained/ES": 0.5, "perplexity/heldout": 29.0}}
-    figure = forgetting_figure(curve, {8: {"ES": 0.0}}, {8: {"ES": 1.0}}, 28.0)
+    curve = {
+        16: {"retained/ES": 1.0, "retained/perplexity": 30.0},
+        8: {"before/ES": 0.0, "immediate/ES": 1.0, "retained/ES": 0.5, "retained/perplexity": 29.0},
+    }
+    figure = forgetting_figure(curve, 28.0)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert list(lines) == ["before", "immediate", "retained"]
     assert list(lines["retained"].get_xdata()) == [8, 16]
@@ -17,7 +20,7 @@ def test_every_series_is_drawn_at_its_edits():
 
 
 def test_nothing_measured_is_an_empty_figure(tmp_path):
-    forgetting_figure({}, {}, {}, None).savefig(tmp_path / "empty.png")
+    forgetting_figure({}, None).savefig(tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
@@ -38,8 +41,8 @@ def test_a_band_is_the_range_and_the_line_the_mean():
 @pytest.mark.parametrize(("highest", "scale"), [(40.0, "linear"), (4000.0, "log")])
 def test_perplexities_far_apart_are_compared_by_their_logarithm(highest, scale):
     curves = {
-        "a": ([{8: {"perplexity/heldout": 30.0}}], BLUE, "-"),
-        "b": ([{8: {"perplexity/heldout": highest}}], BLUE, ":"),
+        "a": ([{8: {"retained/perplexity": 30.0}}], BLUE, "-"),
+        "b": ([{8: {"retained/perplexity": highest}}], BLUE, ":"),
     }
     assert [ax.get_yscale() for ax in comparison_figure(curves).axes] == ["linear", "linear", "linear", scale]
 

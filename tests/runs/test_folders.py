@@ -27,12 +27,13 @@ def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     if finished:
-        summary = {"retained": {"ES": 1.0, "accuracy": accuracy}, "immediate": {"accuracy": 0.9}, "edits": 4,
-                   "perplexity": {"before": 20.0, "after": 25.0}, "seconds": 10.0 * seed}  # fmt: skip
+        metrics = {"retained/ES": 1.0, "retained/accuracy": accuracy, "immediate/accuracy": 0.9,
+                   "before/perplexity": 20.0, "retained/perplexity": 25.0}  # fmt: skip
+        summary = {"metrics": metrics, "edits": 4, "seconds": 10.0 * seed}
         (folder / "summary.json").write_text(json.dumps(summary))
     lines = curve or {2: 0.75, 4: accuracy}
     table = "".join(f"{n},{value},\n" for n, value in lines.items())
-    (folder / "metrics.csv").write_text("edits,retained/accuracy,perplexity/heldout\n" + table)
+    (folder / "metrics.csv").write_text("edits,retained/accuracy,retained/perplexity\n" + table)
     return folder
 
 
@@ -70,10 +71,10 @@ def test_runs_that_differ_by_seed_are_one_group(tmp_path):
     assert sorted(groups) == ["none", "replay/version_1"]
     measured = groups["none"].measures()
     # (0.5 + 0.75 + 1) / 3, and the ends; perplexity 25 over 20.
-    assert measured["accuracy"] == (0.75, 0.5, 1.0)
-    assert measured["ratio"] == (1.25, 1.25, 1.25)
+    assert measured["retained/accuracy"] == (0.75, 0.5, 1.0)
+    assert measured["perplexity_ratio"] == (1.25, 1.25, 1.25)
     assert measured["seconds"] == (20.0, 10.0, 30.0)
-    assert "NS" not in measured
+    assert "retained/NS" not in measured
 
 
 def test_groups_of_one_name_are_told_apart_by_what_differs(tmp_path):
@@ -101,7 +102,7 @@ def test_a_run_that_has_not_finished_shows_its_last_point(tmp_path):
     folder = write_run(tmp_path / "a", finished=False, curve={2: 0.75, 3: ""})
     run = RunFolder(folder)
     assert run.summary is None
-    assert run.measures() == {"accuracy": 0.75, "edits": 3.0}
+    assert run.measures() == {"retained/accuracy": 0.75, "edits": 3.0}
     assert group_runs([run])[0].unfinished == 1
 
 
@@ -116,7 +117,7 @@ def test_each_run_is_found_once(tmp_path):
         ("metrics.csv", b"other\n2\n"), ("metrics.csv", b"edits,a\nx,1\n"), ("metrics.csv", b"edits,a\n2,x\n"),
         ("metrics.csv", b"edits,a\n2,1,3\n"), ("metrics.csv", b"edits,\xff\n2,1\n"),
         ("summary.json", b"[]"), ("summary.json", b"\xff"), ("summary.json", b'{"edits": 4}'),
-        ("summary.json", b'{"edits": 4, "immediate": 1, "retained": {}}'),
+        ("summary.json", b'{"edits": 4, "metrics": 1}'),
         ("config.yaml", b"- a\n"), ("config.yaml", b"a: S\xe3o\n"),
     ],
 )  # fmt: skip
@@ -130,8 +131,8 @@ def test_a_file_of_a_run_that_is_another_ones_or_damaged_is_named(tmp_path, name
 
 def test_a_summary_without_its_time_is_one(tmp_path):
     folder = write_run(tmp_path / "a")
-    (folder / "summary.json").write_text('{"edits": 4, "immediate": {}, "retained": {"ES": 0.5}}')
-    assert RunFolder(folder).measures() == {"ES": 0.5, "edits": 4.0}
+    (folder / "summary.json").write_text('{"edits": 4, "metrics": {"retained/ES": 0.5, "retained/NS": null}}')
+    assert RunFolder(folder).measures() == {"retained/ES": 0.5, "edits": 4.0}
 
 
 def test_bad_places(tmp_path):

@@ -45,7 +45,7 @@ def test_what_is_not_known_is_absent():
         seed=0,
         versions={"torch": "1"},
         settings="a: 1\n",
-        metrics={"before": {"ES": 0.5}},
+        metrics={"before/ES": 0.5, "retained/accuracy_age_1": 1.0, "retained/perplexity": None},
     )
     card = edited_card(replace(DELTA, history=history), "float32")
     for word in ("| ES | 0.500 |  |  |", "Recipe `mine`; seed 0; run with torch 1; written", "```yaml\na: 1\n```"):

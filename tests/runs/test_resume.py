@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from editlab.cli.main import main
+from editlab.edits.ledger import Ledger
+from editlab.errors import UserError
+from editlab.runs.resume import RunIdentity, require_facts
 from tests.facts import FACTS, write_counterfact
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +102,47 @@ def test_same_sees_a_changed_bit():
     assert not same(state, {"a": [torch.tensor([0.0, 1e-30]), {"b": 1.0}], "c": float("nan")})
     assert not same(state, {"a": [torch.zeros(2), {"b": 1.1}], "c": float("nan")})
     assert not same(state, {"a": [torch.zeros(2)], "c": float("nan")})
+
+
+IDENTITY = RunIdentity("a", "w", "float32", [1, 2], 4, {"eps": 1}, "32-true")
+
+
+def test_an_identity_agrees_with_itself_and_with_what_it_saved():
+    saved = RunIdentity.of({**asdict(IDENTITY), "ledger": [], "rng": {}})
+    assert saved == IDENTITY
+    saved.require_model(IDENTITY)
+    saved.require_settings(IDENTITY)
+    older = {"language_model": "b", "weights": "w", "dtype": "float32", "layers": [1, 2], "batch_size": 4}
+    RunIdentity.of(older).require_model(IDENTITY)  # the name is for messages; what older versions lack is not compared
+    RunIdentity.of(older).require_settings(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": [1]}, r"edits layers \[1, 2\] and this run layers \[1\]"),
+        ({"dtype": "bfloat16"}, "in float32 and this run's in bfloat16"),
+        ({"weights": "x"}, "whose weights differ"),
+        ({"architecture": {"eps": 2}}, "has 1 as eps in its config.json and this run's 2"),
+        ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
+        ({"batch_size": 8}, "of 4 facts and this run's of 8"),
+    ],
+)
+def test_each_part_of_an_identity_is_compared(changes, message):
+    run = replace(IDENTITY, **changes)
+    check = IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size"} else IDENTITY.require_model
+    with pytest.raises(UserError, match=message):
+        check(run)
+
+
+def test_the_facts_begin_with_those_edited():
+    ledger = Ledger()
+    ledger.add(FACTS[:2], 0, [1.0, 0.0])
+    require_facts(ledger, FACTS[:3], "facts.json")
+    with pytest.raises(UserError, match=r"Fact 1 of the checkpoint is .* in facts\.json it is"):
+        require_facts(ledger, [FACTS[0], FACTS[2]], "facts.json")
+    with pytest.raises(UserError, match=r"has edited 2 facts and facts\.json gives 1"):
+        require_facts(ledger, FACTS[:1], "facts.json")
 
 
 @needs_sigkill
@@ -240,7 +285,7 @@ def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.ckpt").write_text("hello world")
     (tmp_path / "half.ckpt").write_bytes((tmp_path / "foreign.ckpt").read_bytes()[:100])
     for name, said in (
-        ("foreign", "is not editlab's"), ("half", "can not be read"), ("text", "can not be read"),
+        ("foreign", "is not editlab's"), ("half", "cannot be read"), ("text", "cannot be read"),
     ):  # fmt: skip
         assert main([*arguments, "--ckpt_path", f"{name}.ckpt"]) == 2
         assert said in capsys.readouterr().err.strip().splitlines()[-1]

@@ -11,25 +11,24 @@ from editlab.cli.main import main
 from editlab.edits.edited_layer import EditedLayer
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import peak_memory_mb, render, versions
-from editlab.solver.methods import EMMET
 from tests.recipes import write_recipe
 
 
 def test_the_table():
     summary = {
         "edits": 6, "rolled_back": 2, "superseded": 1, "batches": 4,
-        "before": {"ES": 0.0}, "immediate": {"ES": 1.0}, "retained": {"ES": 0.875, "NS": 0.5},
-        "perplexity": {"before": 27.6, "after": 28.25}, "generation_entropy": {},
+        "metrics": {"before/ES": 0.0, "immediate/ES": 1.0, "retained/ES": 0.875, "retained/NS": 0.5,
+                    "before/perplexity": 27.6, "retained/perplexity": 28.25},
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
     trainer = SimpleNamespace(loggers=[RunLogger()])
-    editor = SimpleNamespace(language_model="tiny", layer_numbers=[5], method=EMMET(), trainer=trainer)
-    text = render(summary, editor, Path("lightning_logs/r/version_0"), "x.ckpt")
+    title = "tiny, layers 5, EMMET"
+    text = render(summary, title, trainer, Path("lightning_logs/r/version_0"), "x.ckpt")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
     assert rows["ES"] == ["0.000", "1.000", "0.875"]
     assert rows["NS"] == ["-", "-", "0.500"]
     assert "PS" not in rows
-    assert "held-out perplexity          27.60           -       28.25" in text
+    assert "held-out perplexity   27.60          -     28.25" in text
     assert "generation" not in text
     assert "6 facts edited, 2 rolled back, 1 superseded in 4 batches: tiny, layers 5, EMMET" in text
     assert "tensorboard --logdir lightning_logs/r" in text
@@ -40,7 +39,7 @@ def test_the_table():
     assert max(map(len, text.splitlines())) <= 100
     assert "tables       lightning_logs/r/version_0/metrics.csv, lightning_logs/r/version_0/summary.json" in text
     trainer.loggers = []
-    text = render({**summary, "batches": 1}, editor, Path("r"), None)
+    text = render({**summary, "batches": 1}, title, trainer, Path("r"), None)
     assert "tables       r/summary.json\n" in text
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text
@@ -58,11 +57,12 @@ def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monk
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     summary = json.loads((run / "summary.json").read_text(), parse_constant=pytest.fail)
     names = ("ES", "PS", "NS", "S", "accuracy")
-    assert [summary["retained"][name] for name in names] == [0.0] * 5
-    assert summary["perplexity"]["before"] > 1
-    assert summary["perplexity"]["after"] is None
+    metrics = summary["metrics"]
+    assert [metrics[f"retained/{name}"] for name in names] == [0.0] * 5
+    assert metrics["before/perplexity"] > 1
+    assert metrics["retained/perplexity"] is None
     assert summary["delta_norm"] == {"1": None}
-    assert set(summary["generation_entropy"]) == {"before"}
+    assert {name for name in metrics if "entropy" in name} == {"before/generation_entropy"}
     (run / "summary.json").unlink()
     for command in (["fit", "--config", "tiny.yaml", "--ckpt_path", "last"], ["report", str(run), "--no_answers"]):
         assert main(command) == 0

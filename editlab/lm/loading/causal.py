@@ -1,4 +1,4 @@
-"""Telling models that continue a text from left to right from all others."""
+"""Recognising models that continue a text from left to right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def require_causal(name: str, config: PretrainedConfig) -> None:
     """Refuse models that do not continue a text from left to right.
 
     Raises:
-        UserError: The model ``name`` is one of these.
+        UserError: The model ``name`` is an encoder or an encoder-decoder.
     """
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):

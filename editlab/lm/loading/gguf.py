@@ -1,7 +1,7 @@
-"""GGUF files: what such a file holds is checked, dequantized once, and kept in the cache as a plain folder.
+"""GGUF files: a model in such a file is dequantized once, and kept in the cache as a plain folder.
 
 Reading a GGUF file takes half a minute where a folder of safetensors takes a second. The folder is keyed by the file's
-content, so that a file that was changed is another model, and one that was only moved or renamed is the same.
+content: a file that was changed is another model, and one that was only moved or renamed is the same.
 """
 
 from __future__ import annotations
@@ -17,58 +17,56 @@ from typing import Any
 import torch
 import transformers
 from gguf import GGUFReader
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, modeling_gguf_pytorch_utils
+from transformers import PreTrainedTokenizerBase
 
-from editlab.errors import EditLabError, UserError
+from editlab.compat import forget_quantization, gguf_without_bars
+from editlab.errors import UserError
 from editlab.lm.loading.causal import require_causal
 from editlab.lm.memory import require_memory
 from editlab.lm.save import save
-from editlab.utils.files import atomic_folder, cache_dir, sha256
+from editlab.utils.disk_cache import cached_folder
+from editlab.utils.files import cache_dir, sha256
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-"""First bytes of every such file."""
+"""First bytes of every GGUF file."""
 
 _PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
-"""What a kept folder has; of alternatives, one."""
+"""Files that the folder of a model has; of alternatives, at least one."""
 _SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
-"""Text in which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
+"""A text on which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
 
 
 def is_gguf(file: Path) -> bool:
-    """Tell a GGUF file by how it begins."""
+    """Tell whether a file begins as GGUF files do."""
     with file.open("rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC
 
 
 def gguf_folder(file: Path) -> Path:
-    """Return the folder in the cache that holds the model of a GGUF file; where it is not there, make it first.
+    """Return the folder in the cache that holds the model of a GGUF file; if there is none, make it first.
 
     The weights are dequantized to float32, which takes 4 bytes each in memory and on the disk.
 
     Raises:
-        UserError: The file is damaged, one of several parts, or of a kind that transformers can not read; or the cache
+        UserError: The file is damaged, one of several parts, or of a kind that transformers cannot read; or the cache
             cannot be written to.
         EditLabError: The disk is full, or memory does not suffice.
     """
-    return kept(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
+    return converted_folder(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
 
 
-def kept(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return ``folder`` in the cache, filled by ``make`` where it is not there yet; processes may do so together.
+def converted_folder(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return ``folder`` in the cache, which holds a model; ``make`` fills it where it is missing or damaged.
+
+    Every file is compared with its digest at each call, which takes a tenth of a second for 500 MB.
 
     Raises:
-        EditLabError: It was there and is incomplete; or what :func:`~editlab.utils.files.atomic_folder` raises.
+        EditLabError: The disk is full; or what ``make`` raises.
+        UserError: The cache cannot be written to.
     """
-    if not folder.exists():
-        with atomic_folder(folder) as unfinished:
-            make(unfinished)
-    for names in _PARTS:
-        if not any((folder / name).is_file() for name in names):
-            raise EditLabError(f"{folder} is incomplete ({names[0]} is gone): delete this folder to have it made again")
-    return folder
+    return cached_folder(folder, make, _PARTS)
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -91,7 +89,7 @@ def convert(file: Path, folder: Path) -> None:
         model, report = loaded
         if report["missing_keys"]:
             raise UserError(f"{file} is incomplete ({min(report['missing_keys'])} is missing): get the file again")
-        _forget_quantization(model)
+        forget_quantization(model)
         save(model, tokenizer, folder)
         _check_saved(tokenizer, folder, file)
 
@@ -116,12 +114,12 @@ def _look_into(file: Path) -> tuple[int, int]:
         split = reader.get_field("split.count")
         parts = int(split.parts[split.data[0]][0]) if split is not None else 1
         return parts, sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except (ValueError, LookupError, OverflowError, TypeError) as error:  # it takes every number at its word
+    except (ValueError, LookupError, OverflowError, TypeError) as error:  # the reader checks no number
         raise UserError(f"{file} is damaged, cut short, or of another version of GGUF: get the file again") from error
 
 
 def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer as one of no family's class: such a class would build its own from the saved vocabulary."""
+    """Return the tokenizer as a PreTrainedTokenizerFast; a family's own class would rebuild it from its vocabulary."""
     if type(tokenizer) is transformers.PreTrainedTokenizerFast:
         return tokenizer
     return transformers.PreTrainedTokenizerFast(
@@ -132,10 +130,10 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -> None:
-    """Make sure that whoever loads the folder gets the file's tokenizer; transformers replaces that of some families.
+    """Make sure that loading the folder gives the file's tokenizer, which transformers replaces for some families.
 
     Raises:
-        UserError: It gives other tokens.
+        UserError: It gives another tokenizer.
     """
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
@@ -143,13 +141,6 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -
             f"transformers {transformers.__version__} takes another tokenizer for such a model than {file} has: name a "
             "folder or a hub id of this model instead"
         )
-
-
-def _forget_quantization(model: Any) -> None:
-    """Let transformers save the weights, which are plain numbers by now, though it takes the model for quantized."""
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
 
 
 @contextmanager
@@ -163,20 +154,16 @@ def _explained(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the warnings, messages and progress bars of transformers to itself."""
+    """Silence the warnings, messages and progress bars of transformers."""
     chatter = transformers.utils.logging
     verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    # The reader of GGUF files uses tqdm past the switch of transformers.
-    reader: Any = modeling_gguf_pytorch_utils
     chatter.set_verbosity_error()
     chatter.disable_progress_bar()
-    reader.tqdm = partial(tqdm, disable=True)
     try:
-        with warnings.catch_warnings():
+        with gguf_without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        reader.tqdm = tqdm
         chatter.set_verbosity(verbosity)
         if bars:
             chatter.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer by name, with one clear sentence where that fails."""
+"""Loading a causal language model and its tokenizer by name, and explaining in one sentence why that fails."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from editlab.lm.placement import DeviceMap
 _LEAST_VOCABULARY = 16
 
 BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
-"""Models that need no hub: what fetches each, and returns its folder."""
+"""Models that need no hub, by name: a function that downloads the model and returns its folder."""
 
 
 def load(
@@ -41,13 +41,13 @@ def load(
 
     ``name`` is that of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
     wrote or of a GGUF file, or an id on the Hugging Face hub. Code that comes with a model is never run.
-    ``device_map`` is transformers' own, for a model that one device can not hold. The model is loaded into the CPU's
-    memory; ``device`` is where it will be taken, and has to hold it too.
+    ``device_map`` is transformers' own, for a model that does not fit on one device. The model is loaded into the CPU's
+    memory and later moved to ``device``, whose memory must hold it too.
 
     Raises:
         UserError: There is no such model; its folder or file is incomplete; it is gated, or not a causal
             language model; or it has no fast tokenizer (edits need the offsets of tokens in the text).
-        EditLabError: The hub cannot be reached, or a built-in model not be fetched; or memory does not suffice.
+        EditLabError: The hub cannot be reached, or a built-in model cannot be downloaded; or memory does not suffice.
     """
     source = _source(name)
     with _explained(name):
@@ -71,7 +71,7 @@ def load(
 
 
 def _source(name: str) -> str:
-    """Turn ``name`` into a folder or a hub id, or say why it is neither."""
+    """Return the folder or hub id that ``name`` means, or raise an error that says why it is neither."""
     if name in BUILTIN:
         return str(ranks.first_ahead(BUILTIN[name]))
     folder = Path(name).expanduser()
@@ -93,7 +93,7 @@ def _source(name: str) -> str:
 
 
 def _require_unquantized(name: str, config: PretrainedConfig) -> None:
-    """Refuse weights of 4 or 8 bits: which layers an edit has to find in full precision is not known before loading."""
+    """Refuse weights of 4 or 8 bits: an edit needs full precision in layers that are known only after loading."""
     how = getattr(config, "quantization_config", None)
     if how is not None:
         how = how if isinstance(how, dict) else how.to_dict()
@@ -111,8 +111,8 @@ def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
         known = _hub_trouble(name, error)
         raise known or UserError(f"{name!r} has no tokenizer that can be read: {get_another}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"{name!r} has only a slow tokenizer, which tells no offsets: {get_another}")
-    # Without any tokenizer files, transformers makes an empty tokenizer of the right class and says nothing.
+        raise UserError(f"{name!r} has only a slow tokenizer, which gives no offsets: {get_another}")
+    # Without any tokenizer files, transformers makes an empty tokenizer of the right class, without an error.
     if len(tokenizer) < _LEAST_VOCABULARY:
         raise UserError(f"{name!r} has a tokenizer without a vocabulary: {get_another}")
     return tokenizer
@@ -120,7 +120,7 @@ def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn whatever transformers and the hub raise into one sentence."""
+    """Replace the errors of transformers and the hub by one sentence each."""
     try:
         yield
     except Exception as error:
@@ -130,9 +130,9 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _hub_trouble(name: str, error: BaseException) -> EditLabError | None:
-    """Find what the hub had to say among the causes of ``error``; None where it had nothing to do with it."""
+    """Explain an error of the hub among the causes of ``error``; None if there is none."""
     for link in causes(error):
-        # The order matters: a gated repository is also one that was not found, to someone who may not see it.
+        # The order matters: GatedRepoError is a subclass of RepositoryNotFoundError.
         if isinstance(link, hub.GatedRepoError):
             return UserError(f"{name!r} is gated: accept its terms on the hub, then log in with `hf auth login`")
         if isinstance(link, hub.RepositoryNotFoundError):

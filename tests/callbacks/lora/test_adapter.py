@@ -39,8 +39,8 @@ def test_targets_by_group_or_expression(family, targets, expected):
     ("targets", "layers", "message"),
     [
         ("edited", [4], "names 4: the model's layers are 0 to 3"),
-        ("mlp.nothing", [1], "names no linear map of layer 1: say edited, mlp, attention, or match some of"),
-        ("mlp.(", [1], "no regular expression"),
+        ("mlp.nothing", [1], "names no linear map of layer 1: set edited, mlp, attention, or match some of"),
+        ("mlp.(", [1], "not a valid regular expression"),
     ],
 )
 def test_targets_that_are_not_there(targets, layers, message):

@@ -17,7 +17,7 @@ from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.lora.adapter import Adapter, between
 from callbacks.lora.callback import EVENTS, UNFINISHED
 from callbacks.lora.objective import Health, Objective, edit_rows
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from tests.test_editor import Spy, editor, fit, site_now
@@ -56,7 +56,7 @@ def same(a, b):
         ({"dropout": 1.0}, "dropout is 1.0: it must lie between 0 and 1"),
         ({"text_tokens": -1}, "text_tokens is -1: it must not be negative"),
         ({"probes": -1}, "probes is -1: it must not be negative"),
-        ({"probes": 0, "text_tokens": 31}, "give its guard edits, or 32 tokens"),
+        ({"probes": 0, "text_tokens": 31}, "the guard needs held-out edits, or 32 tokens"),
         ({"mode": "fuse"}, "mode is 'fuse': it must be one of merge, adapter"),
         ({"weights": {"kl": 1.0}}, "give edits, before, unedited"),
         ({"weights": {"edits": -1.0}}, "LoRAAdjust.weights.edits is -1.0: it must not be negative"),
@@ -181,7 +181,7 @@ def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path
     before = bits(plain)
     module, lora, events = run(tmp_path, tiny_folder, tolerance=0.0, lr=10.0, mode=mode)
     assert [e["decision"] for e in events] == ["drop", "drop"]
-    assert "set aside went from" in events[0]["reason"]
+    assert "held-out edits went from" in events[0]["reason"]
     assert same(bits(module), before)
     assert lora.adapter is None
     assert all(layer.adapter is None for layer in module.layers)
@@ -197,10 +197,10 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
     )
     run(tmp_path, tiny_folder, name="whole", **settings)
     halves = {name: 0.5 * (learnt["a"][name] + learnt["b"][name]) for name in learnt["b"]}
-    tried = iter([1.0, 1.5, 1.0])  # the text set aside: before, with the whole, with half
+    tried = iter([1.0, 1.5, 1.0])  # the held-out text: before, with the whole, with half
     monkeypatch.setattr("callbacks.lora.callback.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
     module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
-    assert [(e["decision"], e["share"]) for e in events] == [("keep", 0.5)]
+    assert [(e["decision"], e["fraction"]) for e in events] == [("keep", 0.5)]
     plain = editor(tiny_folder)
     fit(tmp_path, plain, name="plain")
     for layer, without, path in zip(module.changed_layers, plain.changed_layers, lora.paths, strict=True):
@@ -223,7 +223,7 @@ def test_none_are_set_aside_where_that_is_said(tiny_folder, tmp_path, monkeypatc
     # The text is still looked at.
     _, _, events = run(tmp_path, tiny_folder, every_n_batches=None, probes=0, name="harmful", tolerance=0.0, lr=10.0)
     assert events[0]["decision"] == "drop"
-    assert "the text set aside went from" in events[0]["reason"]
+    assert "the held-out text went from" in events[0]["reason"]
 
 
 def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_checkpoint_with_another_adapter_is_refused(tiny_folder, tmp_path):
 def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
     # Of the 21 facts six are edited and the others are bystanders, so none is left; 0 are there.
     caplog.set_level("INFO")
-    said = "of the 5 prompts asked for, as no more facts are neither edited nor bystanders"
+    said = "of the 5 prompts, as no more facts are neither edited nor bystanders"
     run(tmp_path, tiny_folder, prompts=5)
     assert f"LoRA: 0 {said}" in caplog.text
     caplog.clear()
@@ -271,9 +271,9 @@ def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
 def test_edits_set_aside_are_not_trained_on(tiny_folder, tmp_path):
     module, lora, _ = run(tmp_path, tiny_folder, limit=10)
     lora.last = 2
-    trained, aside = lora._draw(module, random.Random(0))
-    assert len(aside) == 3  # a quarter of ten, rounded up
-    assert not {fact.slot for fact in trained} & {fact.slot for fact in aside}
+    trained, held_out = lora._draw(module, random.Random(0))
+    assert len(held_out) == 3  # a quarter of ten, rounded up
+    assert not {fact.slot for fact in trained} & {fact.slot for fact in held_out}
     assert len(trained) == 7  # replayed is more than there are
     lora.replayed = 1
     trained, _ = lora._draw(module, random.Random(0))
@@ -293,7 +293,7 @@ def test_the_adjustment_teaches_the_edits(tiny_folder, tmp_path):
 def test_memories_follow_the_adjustment(tiny_folder, tmp_path):
     # What replay asks for is the value less what the site gives: the adjustment must not change it.
     class Watch(EditCallback):
-        state_key = "ZWatch"
+        priority = 100
 
         def __init__(self):
             self.asked = {}
@@ -317,7 +317,7 @@ def test_memories_follow_the_adjustment(tiny_folder, tmp_path):
     torch.testing.assert_close(watch.asked["after"], watch.asked["before"], atol=1e-4, rtol=1e-3)
     # A map below the edited layer was adjusted too: keys and origins are those of now.
     memories = replay.buffer.memories
-    keys = module.read_keys([m.fact for m in memories], 1)
+    keys = module.solver.read_keys([m.fact for m in memories], 1)
     torch.testing.assert_close(torch.stack([m.key for m in memories]).T, keys.keys.float())
     now = torch.stack([m.origin for m in memories]) + torch.stack([m.key for m in memories]) @ module.layers[0].total.T
     torch.testing.assert_close(now.T, keys.current.float(), atol=1e-4, rtol=1e-4)

@@ -33,12 +33,12 @@ def lm():
 def whole_logits(lm, row):
     """The row's logits at its places, by the model's own forward on this row alone."""
     with torch.no_grad():
-        return lm.model(torch.tensor([row.ids])).logits[0, list(row.places)].float()
+        return lm.model(torch.tensor([row.ids])).logits[0, list(row.indices)].float()
 
 
 def said_of(lm, row):
     """Log-probabilities of the row's following tokens, picked out of a whole forward."""
-    return whole_logits(lm, row).log_softmax(1)[range(len(row.places)), list(row.following)]
+    return whole_logits(lm, row).log_softmax(1)[range(len(row.indices)), list(row.following)]
 
 
 def test_rows_of_edits_hold_the_targets(lm):
@@ -49,13 +49,13 @@ def test_rows_of_edits_hold_the_targets(lm):
         assert text == f"{context}{fact.question} {fact.target_new}"
         assert lm.tokenizer.decode(row.following) == f" {fact.target_new}"
         following = [*row.ids, row.following[-1]]
-        assert [following[place + 1] for place in row.places] == list(row.following)
+        assert [following[place + 1] for place in row.indices] == list(row.following)
 
 
 def test_rows_of_prompts_and_texts(lm):
     (row,) = prompt_rows(lm, [FACTS[0]])
     assert lm.tokenizer.decode(row.ids) == FACTS[0].question
-    assert row.places == (len(row.ids) - 1,)
+    assert row.indices == (len(row.ids) - 1,)
     assert text_rows([[5, 6, 7], [8]]) == [Row((5, 6), (0, 1), (6, 7))]
 
 
@@ -120,14 +120,14 @@ def test_examine_says_what_scoring_says(lm):
 def test_what_is_worse_is_said():
     before = Health(edits=-1.0, accuracy=0.5, text=3.0, ES=None)
     assert Health(-1.0, 0.5, 3.0).worse_than(before, 0.0) == ""
-    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.1) == "edits set aside went from -1.000 to -1.200 nats per token"
+    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.1) == "held-out edits went from -1.000 to -1.200 nats per token"
     assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.3) == ""
-    assert "text set aside went from 3.000 to 3.200" in Health(0.0, 1.0, 3.2).worse_than(before, 0.1)
+    assert "held-out text went from 3.000 to 3.200" in Health(0.0, 1.0, 3.2).worse_than(before, 0.1)
     assert Health(math.nan, 0.0, 3.0).worse_than(before, 9.0)
     assert Health(-1.0, 0.0, math.nan).worse_than(before, 9.0)
     # Where no edits are set aside, the text alone is looked at.
     assert Health(None, None, 3.0).worse_than(Health(None, None, 3.0), 0.0) == ""
-    assert "the text set aside" in Health(None, None, 3.2).worse_than(Health(None, None, 3.0), 0.1)
+    assert "the held-out text" in Health(None, None, 3.2).worse_than(Health(None, None, 3.0), 0.1)
     assert before.numbers() == {"edits": -1.0, "accuracy": 0.5, "text": 3.0}
     assert Health(math.nan, 0.0, math.inf).numbers() == {"accuracy": 0.0}
 

@@ -34,7 +34,7 @@ def test_training_learns_the_edits_and_divergence_holds_it_back(lm, packs):
         optimizer = torch.optim.AdamW([module.weight], lr=3e-3, weight_decay=0.0)
         losses = Training(30, 3e-3, 4).run(lm, aim, optimizer, random.Random(0))
         module.weight.requires_grad_(False)
-        said = torch.cat(distributions(lm, aim.others))
+        said = torch.cat(distributions(lm, aim.other_rows))
         learnt[weight] = examine(lm, FACTS[:4], []).edits - start, float(divergence(torch.cat(list(aim.before)), said))
         assert losses["edits"] < -start
         with torch.no_grad():
@@ -92,7 +92,7 @@ def trained(lm, path, key="this", stop=None):
     aim, calls = objective(lm, {"edits": 1.0, "before": 2.0, "unedited": 0.0}), []
 
     class Stopping:
-        edits, others, total = aim.edits, aim.others, aim.total
+        edits, others, total = aim.edits, aim.other_rows, aim.total
 
         def loss(self, lm, edits, others):
             if len(calls) == stop:
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_said_and_not_used(lm, tmp_path, monkeypatch, caplog):
     trained(lm, path, stop=3)
     path.write_bytes(path.read_bytes()[:100])
     assert len(trained(lm, path)[1]) == 8
-    assert "kept.pt can not be read: the adjustment is trained from its start" in caplog.text
+    assert "kept.pt cannot be read: the adjustment is trained from its start" in caplog.text
 
 
 def test_a_short_training_is_not_written_down(lm, tmp_path):

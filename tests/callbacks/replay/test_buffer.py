@@ -120,7 +120,7 @@ def test_fixed_orders():
 
 def test_samples_spare_what_is_being_replaced_and_the_global_generator():
     busy = [memory(3).fact, memory(4).fact]
-    assert not {3, 4} & set(steps(filled(20).sample(99, but=busy)))
+    assert not {3, 4} & set(steps(filled(20).sample(99, exclude=busy)))
     state = torch.get_rng_state()
     filled(20).sample(5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -162,7 +162,7 @@ def test_state_survives_a_file_and_sizes_add_up(tmp_path):
     buffer = ReplayBuffer(5, seed=3)
     for i in [*range(7), 5]:
         buffer.add(memory(i, i))
-    buffer.memories[0].others = torch.ones(2, 2)
+    buffer.memories[0].context_keys = torch.ones(2, 2)
     torch.save(buffer.state_dict(), tmp_path / "state")
     other = ReplayBuffer(5)
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))  # what Lightning loads it with
@@ -170,7 +170,7 @@ def test_state_survives_a_file_and_sizes_add_up(tmp_path):
     assert (other.replaced, other.seen) == (buffer.replaced, buffer.seen) == (1, 7)
     # By hand: 5 memories of 1 + 2 + 1 float32 numbers, and 2 x 2 more.
     assert other.size == buffer.size == (5 * 4 + 4) * 4
-    assert torch.equal(other.memories[0].others, torch.ones(2, 2))
+    assert torch.equal(other.memories[0].context_keys, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The gate through real runs of a tiny model: what it decides, what it leaves behind, and what it writes down."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -10,8 +11,9 @@ from callbacks import MemoryReplay, TrustRollback
 from callbacks.trust.callback import EVENTS
 from callbacks.trust.probes import Probes
 from callbacks.trust.score import TrustMetrics
+from editlab.callback import EditCallback
 from editlab.distributed import ranks
-from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.errors import EditLabError, UserError
 from editlab.values.optimize import ValueSettings
 from tests import ranked
@@ -30,8 +32,6 @@ def heldout(tmp_path):
 
 class Spoil(EditCallback):
     """Makes the targets of one batch (or of one fact in it) many times as long, in a direction of their own."""
-
-    state_key = "A"  # before the gate's probes
 
     def __init__(self, step, place=slice(None)):
         self.step, self.place = step, place
@@ -108,16 +108,14 @@ def test_a_search_takes_the_largest_share_that_scores(tiny_folder, tmp_path, hel
     before = []
 
     class Watch(EditCallback):
-        state_key = "A"  # before the gate
-
         def on_edit_planned(self, trainer, editor, plan):
             before[:] = [editor.layers[0].total.clone()]
 
-    def ask_after(self, editor, outcome):
+    def measure_after(self, editor, outcome):
         applied = (editor.layers[0].total - before[0]).norm() / outcome.updates[editor.layer_numbers[0]].norm()
         return TrustMetrics(certainty=1.0, heldout_ppl_delta=float(applied))
 
-    monkeypatch.setattr(Probes, "ask_after", ask_after)
+    monkeypatch.setattr(Probes, "measure_after", measure_after)
     scales = {"heldout_ppl_delta": [bearable, 1e-3]}
     module, _, events = run(tmp_path, tiny_folder, heldout, Watch(), action="search", scales=scales)
     assert [event["factor"] for event in events] == [expected] * 3
@@ -130,16 +128,14 @@ def test_a_search_spends_the_harm_that_stays(tiny_folder, tmp_path, heldout, mon
     before = []
 
     class Watch(EditCallback):
-        state_key = "A"
-
         def on_edit_planned(self, trainer, editor, plan):
             before[:] = [editor.layers[0].total.clone()]
 
-    def ask_after(self, editor, outcome):
+    def measure_after(self, editor, outcome):
         share = (editor.layers[0].total - before[0]).norm() / outcome.updates[editor.layer_numbers[0]].norm()
         return TrustMetrics(certainty=1.0, heldout_ppl_delta=float((0.4 * share.square()).expm1()))
 
-    monkeypatch.setattr(Probes, "ask_after", ask_after)
+    monkeypatch.setattr(Probes, "measure_after", measure_after)
     scales = {"heldout_ppl_delta": [0.2, 1e-3]}
     _, _, events = run(tmp_path, tiny_folder, heldout, Watch(), action="search", scales=scales, budget=[1e-9, 9.0])
     assert [event["factor"] for event in events] == [0.5] * 3
@@ -148,15 +144,13 @@ def test_a_search_spends_the_harm_that_stays(tiny_folder, tmp_path, heldout, mon
 
 def test_a_model_that_a_batch_leaves_without_an_answer_is_rolled_back(tiny_folder, tmp_path, heldout):
     class Break(EditCallback):
-        state_key = "A"
-
         def on_edit_applied(self, trainer, editor, outcome):
             if outcome.plan.step == 1:
                 editor.layers[0].add(torch.full_like(editor.layers[0].total, float("inf")))
 
     module, _, events = run(tmp_path, tiny_folder, heldout, Break(), layers=[1], threshold=0.0)
     assert [event["decision"] for event in events] == ["keep", "rollback", "keep"]
-    assert events[1]["reason"] == "what the model says is not finite after it"
+    assert events[1]["reason"] == "the model's log-probabilities are not finite after the batch"
     assert bool(torch.isfinite(module.layers[0].weight).all())
 
 
@@ -164,10 +158,10 @@ def test_a_spoilt_fact_is_left_out_and_its_batch_solved_again(tiny_folder, tmp_p
     spy, replay = Spy(), MemoryReplay(rate=1.0)
     module, _, events = run(tmp_path, tiny_folder, heldout, Spoil(1, 0), spy, replay, granularity="edit")
     facts = [e for e in events if e["kind"] == "fact" and e["step"] == 1]
-    assert [e["decision"] for e in facts] == ["leave_out", "keep"]
+    assert [e["decision"] for e in facts] == ["drop", "keep"]
     assert facts[0]["fact"] == {"subject": FACTS[2].subject, "prompt": FACTS[2].prompt, "target_new": "Lima"}
     batch = next(e for e in events if e["kind"] == "batch" and e["step"] == 1)
-    assert (batch["left_out"], batch["factor"]) == ([0], 1.0)
+    assert (batch["dropped"], batch["factor"]) == ([0], 1.0)
     assert [entry.factor for entry in module.ledger] == [1, 1, 0, 1, 1, 1]
     assert [fact for outcome in spy.outcomes for fact in outcome.plan.facts] == [*FACTS[:2], *FACTS[3:6]]
     assert [m.fact for m in replay.buffer.memories] == [*FACTS[:2], *FACTS[3:6]]
@@ -185,7 +179,7 @@ def test_a_batch_of_which_every_fact_is_low_is_rolled_back(tiny_folder, tmp_path
 def test_what_can_not_be_measured_is_kept_and_said(tiny_folder, tmp_path, heldout, monkeypatch, caplog):
     from callbacks.trust import probes
 
-    plain, calls = probes.ask_heldout, []
+    plain, calls = probes.measure_heldout, []
 
     def fails(*arguments):
         calls.append(1)
@@ -193,7 +187,7 @@ def test_what_can_not_be_measured_is_kept_and_said(tiny_folder, tmp_path, heldou
             raise RuntimeError("out of memory")
         return plain(*arguments)
 
-    monkeypatch.setattr(probes, "ask_heldout", fails)
+    monkeypatch.setattr(probes, "measure_heldout", fails)
     module, _, events = run(tmp_path, tiny_folder, heldout, threshold=0.0)
     assert [(e["decision"], e["score"] is None) for e in events] == [("keep", True), ("keep", False), ("keep", False)]
     assert events[0]["reason"] == "not measured: RuntimeError: out of memory"
@@ -208,7 +202,7 @@ def test_what_ends_the_run_is_not_taken_for_a_probe_that_failed(tiny_folder, tmp
     def lost(*arguments):
         raise EditLabError("The ranks are at different places.")
 
-    monkeypatch.setattr(probes, "ask_heldout", lost)
+    monkeypatch.setattr(probes, "measure_heldout", lost)
     with pytest.raises(EditLabError, match="different places"):
         run(tmp_path, tiny_folder, heldout)
 
@@ -219,10 +213,10 @@ class Asked:
     def __init__(self, fails, shared):
         self.fails, self.shared, self.forgot = fails, shared, False
 
-    def ask_before(self, editor, facts):
+    def measure_before(self, editor, facts):
         pass
 
-    def ask_after(self, editor, outcome):
+    def measure_after(self, editor, outcome):
         def work(mine):
             if ranks.number() == self.fails:
                 raise MemoryError("none is left")
@@ -231,7 +225,7 @@ class Asked:
         ranks.each([[0], [1]], work) if self.shared else work([])
         return TrustMetrics(heldout_ppl_delta=1e9)
 
-    def forget(self):
+    def clear(self):
         self.forgot = True
 
 
@@ -270,8 +264,6 @@ def test_numbers_that_are_not_finite_are_kept_and_said(tiny_folder, tmp_path, he
 
 def test_an_update_that_is_not_finite_never_stays(tiny_folder, tmp_path, heldout):
     class Break(EditCallback):
-        state_key = "A"
-
         def on_edit_applied(self, trainer, editor, outcome):
             if outcome.plan.step == 1:
                 outcome.updates[1][0, 0] = float("nan")
@@ -291,6 +283,20 @@ def test_harm_that_adds_up_trips_the_budget(tiny_folder, tmp_path, heldout):
     for event, harm in zip(events[1:], harms[1:], strict=True):
         assert event["decision"] == ("rollback" if harm > 1e-6 else "keep")
     assert events[0]["budget_queue"] == pytest.approx(harms[0] - 1e-6, rel=1e-4)
+
+
+def test_another_callback_that_scales_lower_spends_that_fraction_of_the_harm(
+    tiny_folder, tmp_path, heldout, monkeypatch
+):
+    # Trust keeps every batch, whose harm is 0.4 nats; a quarter of each stays, and a quarter of its harm is spent.
+    metrics = TrustMetrics(certainty=1.0, heldout_ppl_delta=math.expm1(0.4))
+    monkeypatch.setattr(Probes, "measure_after", lambda *_: metrics)
+    quarter = Spy({0: 0.25, 1: 0.25, 2: 0.25})
+    scales = {"heldout_ppl_delta": [9.0, 1.0]}
+    module, _, events = run(tmp_path, tiny_folder, heldout, quarter, scales=scales, budget=[1e-9, 9.0])
+    assert [(event["decision"], event["factor"]) for event in events] == [("keep", 0.25)] * 3
+    assert [event["budget_queue"] for event in events] == pytest.approx([0.1, 0.2, 0.3], rel=1e-6)
+    assert [entry.factor for entry in module.ledger] == [0.25] * 6
 
 
 def test_the_threshold_written_is_the_one_held_against(tiny_folder, tmp_path, heldout):

@@ -11,11 +11,11 @@ from callbacks.trust.probes import (
     BatchAnswers,
     Probes,
     Sentence,
-    ask_batch,
-    ask_heldout,
     attribution_focus,
     flip_rate,
     largest_singular_value,
+    measure_batch,
+    measure_heldout,
     sentences_of_facts,
     sentences_of_text,
 )
@@ -45,7 +45,7 @@ def test_heldout_perplexity_and_confidence_by_a_plain_forward(lm):
     sentences = sentences_of_facts(lm, FACTS[:3], 2)
     texts = [f"{fact.question} {fact.target_true}" for fact in FACTS[:2]]
     assert [list(s.ids) for s in sentences] == [ids_of(lm, text) for text in texts]
-    found = ask_heldout(lm, sentences)
+    found = measure_heldout(lm, sentences)
     logps, tops = [], []
     for text, fact in zip(texts, FACTS, strict=False):
         ids, asked = ids_of(lm, text), len(ids_of(lm, fact.question))
@@ -61,13 +61,13 @@ def test_sentences_of_a_text_are_windows_asked_before_their_last_token(lm):
     ids = ids_of(lm, text)
     sentences = sentences_of_text(lm, text, 3)
     assert [list(s.ids) for s in sentences] == [ids[:32], ids[32:64], ids[64:96]]
-    assert {s.asked for s in sentences} == {31}
+    assert {s.confidence_index for s in sentences} == {31}
     assert sentences_of_text(lm, "The", 3) == []  # one token predicts nothing
 
 
 def test_the_batch_by_a_plain_forward(lm):
     facts = [FACTS[0], FACTS[7], FACTS[1], FACTS[2]]  # FACTS[7] has no neighbors
-    found = ask_batch(lm, facts, 2)
+    found = measure_batch(lm, facts, 2)
 
     def mean_logp(prompt, target):
         start, ids = len(ids_of(lm, prompt)), ids_of(lm, f"{prompt} {target}")
@@ -155,13 +155,13 @@ def test_signals_of_a_batch_before_and_after(lm):
     editor, sentences = edited(lm), sentences_of_facts(lm, FACTS[3:6], 3)
     probes = Probes(sentences, neighbors=3, attribution=True)
     facts = FACTS[:3]
-    probes.ask_before(editor, facts)
-    before, held = ask_batch(lm, facts, 3), ask_heldout(lm, sentences)
+    probes.measure_before(editor, facts)
+    before, held = measure_batch(lm, facts, 3), measure_heldout(lm, sentences)
     focus = attribution_focus(lm, facts, 1).mean()
     torch.manual_seed(1)
     editor.layers[0].add(0.3 * torch.randn_like(editor.layers[0].total))
-    metrics = probes.ask_after(editor, outcome_of(facts, **COMMON))
-    after, held_after = ask_batch(lm, facts, 3), ask_heldout(lm, sentences)
+    metrics = probes.measure_after(editor, outcome_of(facts, **COMMON))
+    after, held_after = measure_batch(lm, facts, 3), measure_heldout(lm, sentences)
     assert metrics.edit_success_gain == pytest.approx(float((after.target - before.target).mean()))
     assert metrics.certainty == pytest.approx(float(after.target.exp().mean()))
     assert metrics.heldout_ppl_delta == pytest.approx(math.exp(held_after.nll) / math.exp(held.nll) - 1)
@@ -176,11 +176,11 @@ def test_signals_of_a_batch_before_and_after(lm):
 def test_gain_is_that_of_the_facts_that_stay(lm):
     editor = edited(lm)
     probes = Probes([Sentence((5, 6, 7), 2)], 1, False)
-    probes.ask_before(editor, FACTS[:3])
+    probes.measure_before(editor, FACTS[:3])
     outcome = outcome_of(FACTS[:3], **COMMON)
-    outcome.leave_out({1}, "no gain")
+    outcome.drop({1}, "no gain")
     editor.layers[0].add(0.1 * torch.ones_like(editor.layers[0].total))
-    metrics = probes.ask_after(editor, outcome)
+    metrics = probes.measure_after(editor, outcome)
     change = (probes._after.target - probes._before.target).tolist()
     assert metrics.edit_success_gain == pytest.approx((change[0] + change[2]) / 2)
 
@@ -189,8 +189,8 @@ def test_signals_of_facts_by_hand(lm):
     probes = Probes([Sentence((5, 6, 7), 2)], 2, False)
     probes._before = BatchAnswers(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([True, True]), torch.tensor([0, 2]))
     probes._after = BatchAnswers(torch.tensor([-1.0, -2.5, 0.0]), torch.tensor([True, False]), torch.tensor([0, 2]))
-    outcome = EditOutcome(EditPlan(0, FACTS[:3], torch.zeros(3, 2)), {}, {}, missing=torch.tensor([2.0, 1, 10]))
-    first, second, third = probes.of_facts(outcome)
+    outcome = EditOutcome(EditPlan(0, FACTS[:3], torch.zeros(3, 2)), {}, {}, residual_norm=torch.tensor([2.0, 1, 10]))
+    first, second, third = probes.measure_facts(outcome)
     # Residuals 2, 1, 10: their median is 2.
     assert (first.edit_success_gain, first.neighbor_flip_rate, first.update_norm) == (2.0, 0.0, 1.0)
     assert (second.edit_success_gain, second.neighbor_flip_rate, second.update_norm) == (-0.5, 0.0, 0.5)
@@ -202,27 +202,38 @@ def test_heldout_is_asked_anew_only_where_the_weights_are_new(lm, monkeypatch):
     from callbacks.trust import probes as module
 
     asked = []
-    plain = module.ask_heldout
-    monkeypatch.setattr(module, "ask_heldout", lambda *a: asked.append(1) or plain(*a))
+    plain = module.measure_heldout
+    monkeypatch.setattr(module, "measure_heldout", lambda *a: asked.append(1) or plain(*a))
     editor, probes = edited(lm), Probes([Sentence((5, 6, 7), 2)], 1, False)
-    probes.ask_before(editor, FACTS[:1])
-    probes.ask_before(editor, FACTS[:1])
+    probes.measure_before(editor, FACTS[:1])
+    probes.measure_before(editor, FACTS[:1])
     assert len(asked) == 1
     editor.layers[0].add(torch.ones_like(editor.layers[0].total))
-    probes.ask_after(editor, outcome_of(FACTS[:1], **COMMON))
+    probes.measure_after(editor, outcome_of(FACTS[:1], **COMMON))
     assert len(asked) == 2
-    probes.weights_stay()
-    probes.ask_before(editor, FACTS[:1])
+    probes.reuse_heldout()
+    probes.measure_before(editor, FACTS[:1])
     assert len(asked) == 2
     editor.layers[0].restore(torch.zeros_like(editor.layers[0].total))
-    probes.ask_before(editor, FACTS[:1])
+    probes.measure_before(editor, FACTS[:1])
     assert len(asked) == 3
 
 
 def test_infinite_conditions_can_be_written_and_nan_is_refused(lm):
     editor, probes = edited(lm), Probes([Sentence((5, 6, 7), 2)], 1, False)
-    probes.ask_before(editor, FACTS[:1])
-    metrics = probes.ask_after(editor, outcome_of(FACTS[:1], **{**COMMON, "gram_condition": math.inf}))
+    probes.measure_before(editor, FACTS[:1])
+    metrics = probes.measure_after(editor, outcome_of(FACTS[:1], **{**COMMON, "gram_condition": math.inf}))
     json.dumps(metrics.gram_condition, allow_nan=False)
     with pytest.raises(ValueError, match="update_norm is nan"):
-        probes.ask_after(editor, outcome_of(FACTS[:1], **{**COMMON, "update_norm": math.nan}))
+        probes.measure_after(editor, outcome_of(FACTS[:1], **{**COMMON, "update_norm": math.nan}))
+
+
+def test_a_model_that_is_not_finite_after_a_batch_has_no_signals(lm):
+    # That is harm and no failure of the probe; a model that was not finite before it is the probe's failure.
+    editor, probes = edited(lm), Probes([Sentence((5, 6, 7), 2)], 1, False)
+    probes.measure_before(editor, FACTS[:1])
+    editor.layers[0].add(torch.full_like(editor.layers[0].total, math.inf))
+    assert probes.measure_after(editor, outcome_of(FACTS[:1], **COMMON)) is None
+    probes.measure_before(editor, FACTS[:1])
+    with pytest.raises(ValueError, match="is nan"):
+        probes.measure_after(editor, outcome_of(FACTS[:1], **COMMON))

@@ -158,7 +158,7 @@ def test_an_adapter_beside_the_weights_is_named(runs, tmp_path, capsys):
     run = runs("llama", lora="adapter")
     capsys.readouterr()
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
-    assert "an adapter beside the weights of 6 modules, which is not taken along" in capsys.readouterr().out
+    assert "an adapter next to the weights of 6 modules, which a delta does not include" in capsys.readouterr().out
     assert "adapter beside the weights of 6 modules" in (tmp_path / "out" / "README.md").read_text()
     # On the exported model the run's adapter gives the weights that the run had: the sums, and what it adds.
     from peft import PeftModel
@@ -192,9 +192,9 @@ def test_the_card_tells_what_was_edited(runs, tmp_path):
     for row, fact in zip(rows, EDITS, strict=True):
         assert fact.prompt.replace("{}", f"**{fact.subject}**") in row[1]
         assert [row[2], row[3]] == [fact.target_new, fact.target_true]
-    es = [f"{summary[group]['ES']:.3f}" for group in ("before", "immediate", "retained")]
+    es = [f"{summary['metrics'][f'{group}/ES']:.3f}" for group in ("before", "immediate", "retained")]
     assert f"| ES | {' | '.join(es)} |" in card
-    assert f"{summary['perplexity']['before']:.2f}" in card
+    assert f"| held-out perplexity | {summary['metrics']['before/perplexity']:.2f} |" in card
     for said in (
         "Recipe `tiny`",
         "seed 0",
@@ -265,7 +265,7 @@ def test_bad_deltas(runs, tmp_path, capsys):
         spoilt(good, tmp_path / "7", {"history": "{}"}): "history is not one that editlab wrote",
         spoilt(
             good, tmp_path / "8", {"modules": json.dumps([name, "model.layers.2.mlp.down_proj", *nine])}, nine
-        ): "model.layers.9.mlp.down_proj, which LlamaForCausalLM has not",
+        ): "model.layers.9.mlp.down_proj, which LlamaForCausalLM does not have",
     }  # fmt: skip
     for path, message in cases.items():
         assert main(["apply", "--delta", str(path), "--model", str(run.base), "--out", str(tmp_path / "no")]) == 2, path
@@ -298,7 +298,7 @@ def test_bad_arguments(runs, tmp_path, capsys):
         (ckpt, "out is missing"),
         ([*out, "--ckpt_path", tmp_path / "none.ckpt"], "none.ckpt' does not exist: check --ckpt_path"),
         ([*out, "--ckpt_path", full], "holds no checkpoints/last.ckpt"),
-        ([*out, "--ckpt_path", tmp_path / "text.ckpt"], "can not be read"),
+        ([*out, "--ckpt_path", tmp_path / "text.ckpt"], "cannot be read"),
         ([*out, "--ckpt_path", tmp_path / "foreign.ckpt"], "is not editlab's"),
         ([*out, "--ckpt_path", tmp_path / "list.ckpt"], "is not editlab's"),
         ([*out, "--ckpt_path", tmp_path / "old.ckpt"], "too old to export from"),

@@ -3,6 +3,7 @@
 import json
 
 from editlab.cli.main import main
+from editlab.metrics.names import of_group
 from tests.facts import write_counterfact
 from tests.recipes import write_recipe
 
@@ -77,8 +78,9 @@ def test_what_a_plain_csv_lacks_is_absent_from_the_metrics(tiny_folder, tmp_path
         assert main([verb, "--config", "mine.yaml", "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]) == 0
     summary = json.loads((run / "summary.json").read_text())
     for group in ("before", "immediate", "retained"):
-        assert "accuracy" in summary[group]
-        assert {"ES", "PS", "NS", "S", "paraphrase_accuracy", "neighbor_accuracy"}.isdisjoint(summary[group])
+        measured = of_group(summary["metrics"], group)
+        assert "accuracy" in measured
+        assert {"ES", "PS", "NS", "S", "paraphrase_accuracy", "neighbor_accuracy"}.isdisjoint(measured)
     assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| 1 | **Oslo** lies in | Peru |  | 1 | " in card

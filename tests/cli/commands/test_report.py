@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlab.cli.commands.report import SAID
+from editlab.cli.commands.report import ANSWER_TOKENS
 from editlab.cli.main import main
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
@@ -27,8 +27,8 @@ def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_pat
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "model")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    immediate = read_checkpoint(run.checkpoint)["editor"]["evaluation"]["scores"]["immediate"]
-    learnt = torch.cat([scores["edit"]["hit_new"] for scores in immediate]).tolist()
+    scores = read_checkpoint(run.checkpoint)["editor"]["evaluation"]["scores"]["immediate"]
+    learnt = scores["edit"]["hit_new"].tolist()
     expected = []
     for number, (fact, fate) in enumerate(zip(EDITS, FATES, strict=True), start=1):
         if fate.startswith(("superseded", "rolled")):
@@ -36,8 +36,10 @@ def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_pat
         ids = tokenizer(fact.question, return_tensors="pt").input_ids
         target = tokenizer(f"{fact.question} {fact.target_new}", return_tensors="pt").input_ids[0, ids.shape[1] :]
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=SAID,
-                                 min_new_tokens=SAID, pad_token_id=0)  # fmt: skip
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                max_new_tokens=ANSWER_TOKENS, min_new_tokens=ANSWER_TOKENS,
+            )  # fmt: skip
         new = out[0, ids.shape[1] :]
         if new[: len(target)].tolist() != target.tolist():
             words = tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -57,7 +59,7 @@ def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
     assert report(run.folder, "--no_answers", "--model", "nowhere") == 0
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     (run.folder / "report.html").unlink()
-    assert "The model was not asked" in page
+    assert "The model was not evaluated" in page
     summary = json.loads((run.folder / "summary.json").read_text())
     assert f"{summary['edits']} facts edited" in page
     assert "rolled back" in page
@@ -73,7 +75,7 @@ def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_p
     adapted = runs("llama", lora="adapter")
     assert report(adapted.folder, "--out", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "without the adapter that the run keeps beside the weights" in page
+    assert "without the separate adapter that the run keeps for" in page
 
 
 def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """A callback that keeps one batch whole, scales the next, and rolls back the third: every fate a ledger knows."""
 
-from editlab.edits.plan import EditCallback
+from editlab.callback import EditCallback
 
 
 class Verdicts(EditCallback):

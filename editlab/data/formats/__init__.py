@@ -1,0 +1,55 @@
+"""Schemas of fact files, one module each: CounterFact, EasyEdit, zsRE and the plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from editlab.data.fact import Fact
+from editlab.data.formats.base import FactFormat
+from editlab.data.formats.counterfact import CounterFact
+from editlab.data.formats.easyedit import EasyEdit
+from editlab.data.formats.fields import as_template, checked
+from editlab.data.formats.plain import Plain
+from editlab.data.formats.zsre import ZsRE
+from editlab.errors import UserError
+
+__all__ = [
+    "FORMATS",
+    "CounterFact",
+    "EasyEdit",
+    "FactFormat",
+    "Plain",
+    "ZsRE",
+    "as_template",
+    "checked",
+    "format_of",
+    "read_record",
+]
+
+FORMATS: tuple[FactFormat, ...] = (CounterFact(), ZsRE(), EasyEdit(), Plain())
+"""The schemas that :func:`format_of` tries, in this order."""
+
+
+def format_of(record: dict[str, Any]) -> FactFormat:
+    """Return the first of :data:`FORMATS` that a record looks like.
+
+    Raises:
+        UserError: It looks like none; the message is a predicate (see :class:`FactFormat`).
+    """
+    for fact_format in FORMATS:
+        if fact_format.matches(record):
+            return fact_format
+    known = ", ".join(type(f).__name__ for f in FORMATS)
+    raise UserError(
+        f"has the fields {', '.join(sorted(map(str, record))) or 'none'}, which no format has ({known}): give it "
+        "subject, prompt and target"
+    )
+
+
+def read_record(record: dict[str, Any], index: int, fact_format: FactFormat | None = None) -> Fact:
+    """Return the fact of one record, in ``fact_format`` (default: the one that :func:`format_of` finds).
+
+    Raises:
+        UserError: A field is missing or wrong; the message is a predicate (see :class:`FactFormat`).
+    """
+    return checked((fact_format or format_of(record)).read(record, index))
