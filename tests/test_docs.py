@@ -1,17 +1,35 @@
 """The documentation: every public name has an entry, every page is in the navigation, every link leads somewhere."""
 
 import ast
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import callbacks
+from editlab.data import EditDataModule
+from editlab.editor import SequentialEditor
+from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.values.optimize import ValueSettings
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ("editlab", "callbacks")
 PAGES = sorted(DOCS.rglob("*.md"))
 PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+SECTIONS = {"model": SequentialEditor, "data": EditDataModule}
+GROUPS = {
+    "values": ValueSettings,
+    "moments": MomentSettings,
+    "contexts": ContextSettings,
+    "evaluation": EvaluationSettings,
+}
+HOWTOS = {"replay": "MemoryReplay", "trust": "TrustRollback", "lora": "LoRAAdjust"}
 
 
 def modules():
@@ -87,6 +105,26 @@ def test_links_to_files_lead_to_files(page):
 def test_commands_name_recipes_that_exist(page):
     recipes = re.findall(r"configs/[\w./-]+\.yaml", page.read_text(encoding="utf-8"))
     assert [name for name in recipes if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_settings_exist(page):
+    # As flags (--model.values.steps 20) and as names in backticks (`model.values.steps`, also with a value behind them).
+    found = re.findall(r"(?:--|`)(model|data)\.(\w+)(?:\.(\w+))?(?=[`:= ])", page.read_text(encoding="utf-8"))
+    for section, name, inner in found:
+        assert name in inspect.signature(SECTIONS[section]).parameters, f"{section}.{name}"
+        if inner and name in GROUPS:
+            assert inner in {field.name for field in dataclasses.fields(GROUPS[name])}, f"{section}.{name}.{inner}"
+
+
+@pytest.mark.parametrize(("page", "name"), HOWTOS.items(), ids=HOWTOS)
+def test_settings_of_callbacks_exist(page, name):
+    # The table that begins with "setting" has them in its first column: | `rate`, `capacity` | ... |
+    text = (DOCS / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| setting \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    named = [n for row in table.splitlines() for n in re.findall(r"`(\w+)", row.split("|")[1])]
+    assert named
+    assert [n for n in named if n not in inspect.signature(getattr(callbacks, name)).parameters] == []
 
 
 def test_the_readme_is_short_and_has_the_command_that_ci_runs():
