@@ -109,7 +109,7 @@ def test_commands_name_recipes_that_exist(page):
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_settings_exist(page):
-    # As flags (--model.values.steps 20) and as names in backticks (`model.values.steps`, also with a value behind them).
+    # As flags (--model.values.steps 20) and as names in backticks (`model.values.steps`, `model.keys: mean`).
     found = re.findall(r"(?:--|`)(model|data)\.(\w+)(?:\.(\w+))?(?=[`:= ])", page.read_text(encoding="utf-8"))
     for section, name, inner in found:
         assert name in inspect.signature(SECTIONS[section]).parameters, f"{section}.{name}"
