@@ -1,7 +1,7 @@
-"""The fork: what accepting a batch did, against rejecting it, on probes that no gate looks at.
+"""The fork: what accepting a batch does, compared with rejecting it, on probes that no gate looks at.
 
-From the state before each batch both branches are run: with the batch and without it, and again after the ``later``
-next batches that were kept, solved anew on either branch. Nothing of the run itself is changed.
+Both branches start from the state before each batch: with the batch and without it. Some batches are compared again
+after the next ``later`` batches that were kept, which are solved again on either branch. The run itself is not changed.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.batch import solve_batch
 from editlab.edits.plan import EditCallback, EditOutcome, EditPlan
+from editlab.evaluation.evaluator import BUILTIN_TEXT
 from editlab.evaluation.scoring import score_pairs, token_log_probs
+from editlab.experiments.faults import InjectFaults
 from editlab.keys.moments import read_file, read_ids
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
-from scripts.faults import InjectFaults
 
 FILE = "fork.jsonl"
 
 
 @dataclass
 class _Open:
-    """A batch whose branches are to be compared once more, later."""
+    """A batch whose branches will be compared again later."""
 
     step: int
     totals: list[Tensor]
@@ -39,27 +40,27 @@ class _Open:
     intended: list[Fact]
     past: list[Fact]
     edited: int
-    """good edits before it, of which ``past`` is a sample"""
+    """number of good edits before it, of which ``past`` is a sample"""
     plans: list[EditPlan] = field(default_factory=list)
 
 
 class ForkLabels(EditCallback):
     """Measures both branches of every batch and writes them to ``fork.jsonl``.
 
-    The probes: paraphrases of the batch's own facts (the gate sees edit prompts), earlier edits (it sees none), first
-    neighbors of a fixed set of facts (it sees last ones), and a text (it sees statements of facts).
+    The probes are paraphrases of the batch's own facts (the gate sees edit prompts), earlier edits (it sees none), the
+    first neighbors of a fixed set of facts (it sees last ones), and a text (it sees statements of facts).
 
     Args:
-        text: file whose perplexity is taken.
-        tokens: of it.
-        past: earlier good edits asked for, the newest half and the oldest half.
-        neighbors: facts whose first neighbor is asked for.
-        later: kept batches after which the branches are compared again.
-        later_every: of all batches, those that are; spoilt ones always are.
-        matmul: how the probes multiply above the edited layers, as the gate's.
+        text: file whose perplexity is measured, or ``builtin``.
+        tokens: number of tokens of that text.
+        past: number of earlier good edits that are evaluated: half the newest, half the oldest.
+        neighbors: number of facts whose first neighbor is evaluated.
+        later: number of kept batches after which the branches are compared again.
+        later_every: every so many batches are compared again; batches with faults always are.
+        matmul: type of the probes' products above the edited layers, as for the gate.
     """
 
-    state_key = "ZForkLabels"  # hears each event after the gate
+    state_key = "ZForkLabels"  # notified of each event after the gate
 
     def __init__(
         self,
@@ -81,11 +82,13 @@ class ForkLabels(EditCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the fixed probes."""
         assert isinstance(pl_module, SequentialEditor)
-        self.ids = read_ids(pl_module.lm, read_file(self.text), self.tokens)
+        self.ids = read_ids(
+            pl_module.lm, read_file(str(BUILTIN_TEXT) if self.text == "builtin" else self.text), self.tokens
+        )
         spare = trainer.datamodule.spare_facts(10 * self.neighbors)[::-1]  # type: ignore[attr-defined]
         self.bystanders = [fact for fact in spare if len(fact.neighbors) > 1][: self.neighbors]
         injected = [callback for callback in trainer.callbacks if isinstance(callback, InjectFaults)]  # type: ignore[attr-defined]
-        self.spoilt = set(injected[0].faults) if injected else set()
+        self.with_faults = set(injected[0].faults) if injected else set()
         self.events = EventLog(run_folder(trainer) / FILE)
         self.events.go_on(trainer.global_step)
 
@@ -98,23 +101,23 @@ class ForkLabels(EditCallback):
         self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.clone())
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Keeps the whole update, before anyone's verdict is carried out."""
+        """Keeps the whole update, before a verdict changes it."""
         if not outcome.left_out:
             self._updates = [outcome.updates[number] for number in editor.layer_numbers]
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Compares the branches of this batch, and of the one that has waited long enough."""
+        """Compares the branches of this batch, and of earlier ones that enough kept batches have followed."""
         now = [layer.total.clone() for layer in editor.layers]
         half = self.past // 2
         past = self.good[:half] + self.good[half:][-half:]
         this = _Open(outcome.plan.step, self._totals, self._updates, outcome.kept, self._intended, past, len(self.good))
-        reject = self._ask(editor, this, self._totals)
-        accept = self._ask(editor, this, [t + u for t, u in zip(self._totals, self._updates, strict=True)])
+        reject = self._measure(editor, this, self._totals)
+        accept = self._measure(editor, this, [t + u for t, u in zip(self._totals, self._updates, strict=True)])
         self._write(this, 0, accept, reject)
         if outcome.kept:
             for waiting in self.open:
                 waiting.plans.append(self._plan)
-        if this.step % self.later_every == 0 or this.step in self.spoilt:
+        if this.step % self.later_every == 0 or this.step in self.with_faults:
             self.open.append(this)
         while self.open and len(self.open[0].plans) >= self.later:
             self._compare_later(editor, self.open.popleft())
@@ -132,10 +135,10 @@ class ForkLabels(EditCallback):
             for plan in waiting.plans:
                 for layer, update in solve_batch(editor, EditOutcome(plan, {}, {})):
                     layer.add(update)
-            found.append(self._ask(editor, waiting, [layer.total.clone() for layer in editor.layers]))
+            found.append(self._measure(editor, waiting, [layer.total.clone() for layer in editor.layers]))
         self._write(waiting, len(waiting.plans), *found)
 
-    def _ask(self, editor: SequentialEditor, batch: _Open, totals: list[Tensor]) -> dict[str, float]:
+    def _measure(self, editor: SequentialEditor, batch: _Open, totals: list[Tensor]) -> dict[str, float]:
         for layer, total in zip(editor.layers, totals, strict=True):
             layer.restore(total)
         own = [(p, fact) for fact in batch.intended for p in fact.paraphrases[:1]]
@@ -149,11 +152,11 @@ class ForkLabels(EditCallback):
             "own_asked": float(len(own)),
             "past": float(hit[2 * len(own) :].sum()),
             "past_asked": float(len(batch.past)),
-            **self._ask_bystanders(editor, totals),
+            **self._measure_bystanders(editor, totals),
         }
 
-    def _ask_bystanders(self, editor: SequentialEditor, totals: list[Tensor]) -> dict[str, float]:
-        """What does not depend on the batch; either branch of a batch is often the state before the next."""
+    def _measure_bystanders(self, editor: SequentialEditor, totals: list[Tensor]) -> dict[str, float]:
+        """Metrics that do not depend on the batch, cached: a branch of one batch is often the state before the next."""
         for known, numbers in self._known:
             if all(torch.equal(a, b) for a, b in zip(known, totals, strict=True)):
                 return numbers
@@ -176,9 +179,9 @@ class ForkLabels(EditCallback):
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The edits made so far; batches that wait for their later comparison are lost by a stop."""
+        """The edits made so far; comparisons that are pending are lost if the run stops."""
         return {"good": [fact.to_dict() for fact in self.good]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]

@@ -1,4 +1,4 @@
-"""From forks, faults and gate events to labels, rates and areas; no model."""
+"""Labels of batches from forks, injected faults and gate events; error rates and areas under curves. No model."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+from editlab.experiments.statistics import quantiles
 from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
 ENOUGH = 5
-"""Bad batches that an interval needs at least."""
+"""Fewest bad batches of an interval."""
 SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of one run: how suspicious each gate found it, and whether it was bad."""
+    """One batch of one run: each gate's suspicion, its fault if one was injected, and what accepting it lost."""
 
     run: str
     step: int
     suspicion: Mapping[str, float]
-    """gate -> the higher, the sooner it is rejected; trust's is 1 - score"""
+    """gate -> a number; the highest are rejected first. Trust's is 1 - score"""
     fault: str | None
     losses: Mapping[int, Mapping[str, float]]
-    """later -> what accepting it lost"""
+    """0 right after the batch, 1 a few batches later -> loss by name"""
 
 
 def losses(event: Mapping[str, Any]) -> dict[str, float]:
-    """What accepting lost against rejecting: share of facts right (the batch's own included), NS, log-perplexity.
+    """What accepting a batch lost against rejecting it: fraction of right facts, NS, log-perplexity.
 
-    Own facts count by their paraphrases. Earlier ones are a sample; each stands for as many as there were. So what a
-    batch gains is netted against what it loses of earlier edits.
+    The batch's own facts count by their paraphrases, so that its gain is set off against its loss of earlier edits.
+    Earlier edits are a sample, which is scaled up to all of them.
     """
     accept, reject = event["accept"], event["reject"]
     own, edited = reject["own_asked"], event["edited"]
     rate = (reject["past"] - accept["past"]) / reject["past_asked"] if reject["past_asked"] else 0.0
-    worst = {"nll": 100.0, "NS": 0.0}  # where the branch is broken so far that it gives no number
+    worst = {"nll": 100.0, "NS": 0.0}  # of a branch whose model is broken so far that it gives no finite number
     found = {"facts": (rate * edited - (accept["own"] - reject["own"])) / max(1, edited + own)}
     found["NS"] = _number(reject["NS"], worst["NS"]) - _number(accept["NS"], worst["NS"])
     found["nll"] = _number(accept["nll"], worst["nll"]) - _number(reject["nll"], worst["nll"])
@@ -57,7 +58,7 @@ def _number(value: float | None, otherwise: float) -> float:
 def read_batches(folder: Path) -> list[Batch]:
     """The batches of one run's folder that the gate has judged.
 
-    One that it rolled back without a signal, since nothing finite was left to measure, is what any gate rejects first.
+    A batch that it rolled back without signals, as no finite one could be measured, is infinitely suspicious to all.
     """
     faults = {int(k): v for k, v in json.loads((folder / "faults.json").read_text(encoding="utf-8"))["faults"].items()}
     forks: dict[int, dict[int, dict[str, float]]] = {}
@@ -76,10 +77,10 @@ def read_batches(folder: Path) -> list[Batch]:
 
 
 def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
-    """Loss beyond which a batch is bad: the largest that any batch of the ordinary runs caused.
+    """Losses beyond which a batch is bad: the largest that any batch of the runs without faults caused.
 
-    Most of what is lost is a few flips of a finite sample. Robust deviations of such counts are often 0, and three of
-    them would call one ordinary batch of ten bad.
+    Most losses are a few changed answers of a finite sample. Robust deviations of such counts are often 0, and three of
+    them would call every tenth batch without a fault bad.
     """
     return {
         name: max((batch.losses[later][name] for batch in ordinary if later in batch.losses), default=math.inf)
@@ -88,12 +89,12 @@ def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
 
 
 def is_bad(batch: Batch, tau: Mapping[str, float], later: int) -> bool:
-    """Whether accepting the batch lost more than tau in any respect."""
+    """Whether accepting the batch lost more than ``tau`` of any loss."""
     return any(batch.losses[later][name] > tau[name] for name in LOSSES)
 
 
 def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict[str, float]:
-    """What comes of rejecting all that is more suspicious than ``limit``."""
+    """Error rates if all batches that are more suspicious than ``limit`` are rejected."""
     pairs = list(zip((s > limit for s in suspicion), bad, strict=True))
     true_positive = sum(rejected and was_bad for rejected, was_bad in pairs)
     false_positive = sum(rejected and not was_bad for rejected, was_bad in pairs)
@@ -113,7 +114,7 @@ def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict
 def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
     """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate.
 
-    Of fewer than :data:`ENOUGH` bad batches there is no interval: drawing them again hardly varies them.
+    With fewer than :data:`ENOUGH` bad batches there is no interval: resampling hardly varies them.
     """
     scores, labels = ranks(suspicion), torch.tensor(list(bad)).long()
     found = {"base_rate": float(labels.float().mean())}
@@ -124,13 +125,12 @@ def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000
         if labels.sum() < ENOUGH:
             continue
         drawn = [float(area(scores[p], labels[p])) for p in picks if 0 < labels[p].sum() < len(p)]
-        ends = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975]))
-        found[f"{name}_low"], found[f"{name}_high"] = ends.tolist()
+        found[f"{name}_low"], found[f"{name}_high"] = quantiles(drawn)
     return found
 
 
 def ranks(values: Sequence[float]) -> Tensor:
-    """Values as ranks in 0..1, equal ones alike: torchmetrics would take what is outside of it for logits."""
+    """Ranks of values in [0, 1], equal ones alike: torchmetrics takes values outside of it for logits."""
     tensor = torch.tensor(list(values), dtype=torch.float64)
-    unique, place = torch.unique(tensor, return_inverse=True)
-    return place.float() / max(1, len(unique) - 1)
+    unique, index = torch.unique(tensor, return_inverse=True)
+    return index.float() / max(1, len(unique) - 1)

@@ -20,6 +20,14 @@ from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.scoring import prefers_truth, score_facts
+from editlab.experiments.reference import (
+    plain_keys,
+    plain_moments,
+    plain_scores,
+    plain_solve,
+    plain_step,
+    plain_value,
+)
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import WINDOW, MomentSettings, accumulate, sample_text, second_moments
 from editlab.keys.subject_keys import Site, read_keys
@@ -29,7 +37,6 @@ from editlab.solver.closed_form import Constraints, Preservation, solve
 from editlab.solver.methods import EMMET
 from editlab.values.loss import ValueGroup, rows_of
 from editlab.values.optimize import ValueSettings, optimize_values
-from scripts.plain import plain_keys, plain_moments, plain_scores, plain_solve, plain_step, plain_value
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),

@@ -1,4 +1,4 @@
-"""Faults put into some batches on purpose, for experiments with edit trust; named in ``trainer.callbacks``."""
+"""A callback that injects faults into some batches on purpose, for experiments with edit trust."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ FILE = "faults.json"
 
 
 class InjectFaults(EditCallback):
-    """Spoils a share of the batches, one kind after the other; which ones is drawn by ``seed``.
+    """Injects a fault into a fraction of the batches, which ``seed`` draws; kinds of faults take turns.
 
-    - ``noise``: Gaussian noise as long as the value is added to each value;
-    - ``norm``: values are 10 to 50 times as long;
+    - ``noise``: Gaussian noise of the value's norm is added to each value;
+    - ``norm``: values are multiplied by 10 to 50;
     - ``shuffle``: each fact gets another fact's value;
     - ``contradiction``: half of the facts come twice, the second time with another fact's target and value;
-    - ``wrong_key``: the last word of the prompt stands for the subject.
+    - ``wrong_key``: keys are read at the last word of the prompt, and not at the subject.
 
-    At the end it writes ``faults.json``: the spoilt batches, and how the facts of all others are retained, whether the
-    gate kept them or not, at the end and on the way.
+    At the end it writes ``faults.json``: the batches with faults, and how the facts of all other batches are retained,
+    whether the gate kept them or not, at the end and on the way.
 
     Args:
-        share: of the batches; 0 spoils none and only measures.
+        share: fraction of the batches; 0 injects none and only measures.
         seed: of the draw.
-        first: batches before this one are left alone.
-        every_n_batches: between two points of the curve.
-        sample: facts asked for at each point, spread over all that went before.
-        kinds: of faults; all where not given.
+        first: number of the first batch that may get a fault.
+        every_n_batches: batches between two points of the curve.
+        sample: facts that are evaluated at each point, spread evenly over all good ones so far.
+        kinds: of faults. Default: all.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class InjectFaults(EditCallback):
         self.faults = dict(sorted(zip(chosen, kinds, strict=True)))
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Measures a point of the curve when its turn has come."""
+        """Measures a point of the curve every ``every_n_batches`` batches."""
         batch = outcome.plan.step
         if batch not in self.faults:
             self.good += [entry.fact for entry in editor.ledger if entry.batch == batch]
@@ -83,13 +83,13 @@ class InjectFaults(EditCallback):
             self.curve[editor.edits] = point
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Spoils the plan, if it is this batch's turn."""
+        """Injects the fault of this batch, if it has one."""
         kind = self.faults.get(plan.step)
         if kind is not None:
-            spoil(plan, kind, seed=1000 * self.seed + plan.step)
+            inject(plan, kind, seed=1000 * self.seed + plan.step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the facts of the batches that were not spoilt."""
+        """Measures the facts of all batches without a fault, and writes ``faults.json``."""
         assert isinstance(pl_module, SequentialEditor)
         entries = list(pl_module.ledger)
         found = {
@@ -103,17 +103,21 @@ class InjectFaults(EditCallback):
             Path(temporary).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve so far; the draw is made anew, and is the same."""
+        """The curve so far; the batches with faults are drawn again from the seed."""
         return {"curve": self.curve, "good": [fact.to_dict() for fact in self.good]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what :meth:`state_dict` gave."""
+        """Loads what :meth:`state_dict` returned."""
         self.curve = dict(state_dict["curve"])
         self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]
 
 
-def spoil(plan: EditPlan, kind: str, seed: int) -> None:
-    """Changes a plan's facts or targets in place."""
+def inject(plan: EditPlan, kind: str, seed: int) -> None:
+    """Changes a plan's facts or targets in place.
+
+    Raises:
+        ValueError: for an unknown kind of fault.
+    """
     draw = torch.Generator().manual_seed(seed)
     targets = plan.targets
     if kind == "noise":
@@ -131,10 +135,10 @@ def spoil(plan: EditPlan, kind: str, seed: int) -> None:
     elif kind == "wrong_key":
         plan.facts = [about_last_word(fact) for fact in plan.facts]
     else:
-        raise ValueError(f"{kind!r} is no kind of fault: {', '.join(KINDS)}")
+        raise ValueError(f"{kind!r} is no kind of fault: choose among {', '.join(KINDS)}.")
 
 
 def about_last_word(fact: Fact) -> Fact:
-    """The same question, as if it were about its last word: keys are read there."""
+    """The same question with its last word as the subject, so that keys are read there."""
     head, space, last = fact.question.rstrip().rpartition(" ")
     return replace(fact, subject=last, prompt=f"{head}{space}{{}}")

@@ -1,12 +1,11 @@
-"""Memory and time of editing large models, on paper: counted FLOPs and bytes, nothing measured.
+"""Memory and time of editing large models, computed from counted FLOPs and bytes; nothing is measured.
 
-    python scripts/scaling_table.py
-
-Prints the table of docs/performance.md, whose formulas are those below.
+``python -m editlab.experiments.scaling`` prints the table of docs/performance.md.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,10 +17,10 @@ MEMORY = 80e9
 """Bytes of one H100."""
 
 SITE = 0.25
-"""Where the edited layer is, as a share of the depth."""
+"""Depth of the edited layer, as a fraction of all layers."""
 ROWS, TAIL, PREFIX, PREDICTED = 7, 8, 16, 13
-"""Of a fact: prompts (six contexts and the KL prompt), tokens of each from the subject's last on and left of it, and
-positions whose logits are needed (two tokens of the target in each context, and one for the KL)."""
+"""Of a fact: its prompts (six contexts and the KL prompt), the tokens of each from the subject's last one on and before
+it, and the positions whose logits are needed (two target tokens in each context, and one for the KL)."""
 STEPS, GROUP = 25, 512
 """Evaluations of the loss; padded tokens optimized together (model.values.batch_tokens)."""
 SCORED = 240
@@ -54,9 +53,9 @@ class Shape:
         """Of text for the second moments: ten times d_k."""
         return 10 * self.d_ff
 
-    def forward(self, tokens: int, share: float = 1.0) -> float:
-        """FLOPs of a forward pass through a share of the blocks, without the head: 2 a parameter and token."""
-        return 2 * tokens * share * self.blocks * self.block
+    def forward(self, tokens: int, fraction: float = 1.0) -> float:
+        """FLOPs of a forward pass through a fraction of the blocks, without the head: 2 a parameter and token."""
+        return 2 * tokens * fraction * self.blocks * self.block
 
     def value(self) -> float:
         """FLOPs of one fact's value: the prefixes once; each step forward and back to the activations, and the head."""
@@ -127,4 +126,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    sys.stdout.write(f"{table()}\n")

@@ -1,88 +1,141 @@
-"""Experiments on sequences of edits: from the command line to their tables and the figure of their curves."""
+"""Writes the tables of an experiment from its finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from sweep import (
-    Case,
-    Run,
-    add_texts,
-    at_hand,
-    common_flags,
-    exit_where_failed,
-    in_a_sentence,
-    parser,
-    planned,
-    run_all,
-)
-from tables import Row, curves_figure, means, snapshots, table_rows, update_table, write_rows
-
-from editlab.runs.figures import save_figure
+from editlab.errors import UserError
+from editlab.experiments.csv_files import Row, read_rows, update_rows, write_rows
+from editlab.experiments.plan import Options, Run, all_cells, cases, load_function, planned
+from editlab.experiments.spec import Experiment, TableSpec
+from editlab.experiments.tables import COLUMNS, rows_of_means, rows_of_runs, rows_of_snapshots
+from editlab.experiments.turning import turns
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """An experiment, and what it writes: a row a run, a row a case, a row a snapshot, and the curves."""
+@dataclass
+class Results:
+    """What tables are made of, and those that are made already."""
 
-    recipe: str
-    """that its cases start from"""
-    work: Path
-    """folder of its runs"""
+    experiment: Experiment
+    options: Options
+    runs: Sequence[Run]
+    """finished ones among those that were asked for"""
+    all_runs: Sequence[Run]
+    """all finished ones in the folder of the runs"""
+    made: dict[str, list[Row]] = field(default_factory=dict)
+    """kind of rows -> the first table of that kind, with rows of absent runs"""
 
-    each: str
-    over_seeds: str
-    curves: str
-    """names of the three tables in ``results/``"""
-    figure: str
-    """name of the figure in ``figs/``, drawn from the third"""
-    shown: Sequence[Mapping[str, tuple[str, str, str]]]
-    """case -> label, color, line, of those that are drawn; several are rows of panels"""
-    otherwise: str
-    """the case that others are held against"""
-    base: Mapping[str, str] = field(default_factory=dict)
-    """case -> another that it is held against"""
-    also: tuple[str, Callable[[Sequence[Row], Sequence[Row]], list[Row]]] | None = None
-    """name of one more table in ``results/``, and what makes it of the rows of snapshots and of runs"""
+    @cached_property
+    def case_names(self) -> list[str]:
+        """Names of all cases of the experiment, in their order."""
+        return [case.name for case in cases(self.experiment, self.options, self.first_seed)]
 
-    def write(self, runs: Sequence[Run], cases: Collection[str], out: Path) -> None:
-        """Takes the runs at hand into the tables, and draws the curves anew.
+    @property
+    def first_seed(self) -> int:
+        """The first one that was asked for."""
+        return (self.options.seeds or self.experiment.seeds)[0]
 
-        Args:
-            runs: those that have a result.
-            cases: names of all cases, in their order.
-            out: folder of ``results/`` and ``figs/``.
-        """
-        results = out / "results"
-        each = update_table(results / self.each, table_rows(runs), cases)
-        write_rows(means(each, self.base, self.otherwise, cases), results / self.over_seeds)
-        curves = update_table(results / self.curves, snapshots(runs), cases)
-        if self.also is not None:
-            name, make = self.also
-            write_rows(make(curves, each), results / name)
-        figure = curves_figure(curves, self.shown)
-        if figure is not None:
-            save_figure(figure, out / "figs" / f"{self.figure}.png")
+    def path(self, file: str) -> Path:
+        """Of a table."""
+        return self.options.out / "results" / file
 
-    @in_a_sentence
-    def main(self, description: str | None, cases: Callable[[int], list[Case]], **defaults: Any) -> None:
-        """The command line: runs what is missing; writes the tables and the figure.
+    def write(self) -> None:
+        """Writes all tables, and the copied files; without any finished run only tables of cells are written."""
+        for table in self.experiment.tables:
+            for name in table.columns:
+                if name not in COLUMNS:
+                    raise UserError(
+                        f"{self.experiment.path}: the table {table.file} has an unknown column {name!r}: "
+                        f"there are {', '.join(COLUMNS)}."
+                    )
+            rows = ROWS[table.rows](self, table) if table.rows in ROWS else self._from_function(table)
+            self.made.setdefault(table.rows, rows)
+        for copy in self.experiment.copies:
+            for run in self.all_runs:
+                if (run.case.name, run.seed) == (copy.case, self.first_seed) and (run.folder / copy.file).exists():
+                    self.path(copy.file).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(run.folder / copy.file, self.path(copy.file))
 
-        Args:
-            description: of the script.
-            cases: number of edits -> all cases, the ones that matter most first.
-            **defaults: of the arguments, where they are not those of every experiment.
-        """
-        shared = parser(description, work=self.work, **defaults)
-        add_texts(shared)
-        options = shared.parse_args()
-        common = common_flags(options)
-        wanted = [case.over(common) for case in cases(options.edits)]
-        runs = planned(wanted, self.recipe, options)
-        done = run_all(runs, options, at_hand(wanted, self.recipe, options))
-        if done:
-            self.write(done, [case.name for case in wanted], options.out)
-        exit_where_failed(runs, options)
+    def _from_function(self, table: TableSpec) -> list[Row]:
+        """Rows of a function by its import path; with a case and a seed they join those of absent runs."""
+        if "." not in table.rows:
+            raise UserError(
+                f"{self.experiment.path}: the table {table.file} is of unknown rows {table.rows!r}: there are "
+                f"{', '.join(ROWS)}, or give the import path of a function."
+            )
+        rows: list[Row] = load_function(table.rows)(self.all_runs)
+        if rows and all({"case", "seed"} <= row.keys() for row in rows):
+            return update_rows(self.path(table.file), rows, self.case_names)
+        return _written(rows, self.path(table.file))
+
+
+def _written(rows: list[Row], path: Path) -> list[Row]:
+    if rows:
+        write_rows(rows, path)
+    return rows
+
+
+def _runs(results: Results, table: TableSpec) -> list[Row]:
+    """The first such table takes up finished runs; further ones are parts of it."""
+    if "runs" in results.made:
+        rows = results.made["runs"]
+    elif results.runs:
+        new = rows_of_runs(results.runs, table.columns)
+        if not table.where:
+            return update_rows(results.path(table.file), new, results.case_names)
+        rows = new
+    else:
+        return []
+    chosen = [row for row in rows if all(str(row.get(k)) == str(v) for k, v in table.where.items())]
+    return _written(chosen, results.path(table.file))
+
+
+def _means(results: Results, table: TableSpec) -> list[Row]:
+    rows = results.made["runs"]
+    if not rows:
+        return []
+    assert table.against is not None  # `check_cases` holds
+    return _written(rows_of_means(rows, table.baselines, table.against, results.case_names), results.path(table.file))
+
+
+def _snapshots(results: Results, table: TableSpec) -> list[Row]:
+    if not results.runs:
+        return []
+    return update_rows(results.path(table.file), rows_of_snapshots(results.runs), results.case_names)
+
+
+def _turns(results: Results, table: TableSpec) -> list[Row]:
+    return _written(turns(results.made["snapshots"], results.made["runs"]), results.path(table.file))
+
+
+def _cells(results: Results, table: TableSpec) -> list[Row]:
+    """One row for each cell of the grids and each seed, finished or not; an earlier table's finished rows stay."""
+    experiment, path = results.experiment, results.path(table.file)
+    axes = [*dict.fromkeys(name for grid in experiment.grids for name in grid.axes), "seed"]
+    table_rows = read_rows(path) if path.exists() else []
+    earlier = {tuple(row[name] for name in axes): row for row in table_rows if row["status"] == "done"}
+    seeds = {*experiment.seeds, *(results.options.seeds or ()), *(int(row["seed"]) for row in earlier.values())}
+    options = replace(results.options, only=None, where={}, seeds=sorted(seeds))
+    runs = {(run.case.name, run.seed): run for run in planned(experiment, options)}
+    found = []
+    for _, cell, case in all_cells(experiment, options, results.first_seed):
+        for seed in sorted(seeds):
+            run = runs.get((case.name, seed))
+            row: Row = {"case": case.name, **dict(reversed(list(cell.axes.items()))), **cell.labels, "seed": seed}
+            row["status"] = "not run" if run is None or run.status == "to run" else run.status
+            if run is not None and run.summary is not None:
+                row |= rows_of_runs([run], table.columns)[0]
+            else:
+                row = earlier.get(tuple(str(row[name]) for name in axes), row)
+            found.append(row)
+    return _written(found, path)
+
+
+ROWS: Mapping[str, Callable[[Results, TableSpec], list[Row]]] = {
+    "runs": _runs, "means": _means, "snapshots": _snapshots, "turns": _turns, "cells": _cells,
+}  # fmt: skip
+"""kind of rows -> function that makes and writes a table of them, and returns all its rows"""

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
+from scripts.fork import ForkLabels
 
 from callbacks import TrustRollback
 from editlab.edits.plan import EditPlan
 from editlab.runs.event_log import EventLog
-from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
-from scripts.fork import ForkLabels
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
