@@ -1,4 +1,4 @@
-"""Runs as processes here and over Ray: the same files, exit codes, failures kept, what was stopped no failure."""
+"""Runs as processes on this machine and on Ray: the same files and exit codes; failures are kept, stops are none."""
 
 import json
 import subprocess
@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from editlab.errors import UserError
+from editlab.experiments import launch, provenance
 
-import launch
+PROJECT = Path(__file__).parents[2]
 
 
 def jobs(tmp_path):
     """Two that end well, and one that does not."""
     shown = tuple(
-        launch.Job(tmp_path / name / "version_1", ("fit", "--config", "configs/emmet.yaml", "--print_config"), 1)
+        launch.Job(
+            tmp_path / name / "version_1", ("fit", "--config", "configs/emmet.yaml", "--print_config"), 1, PROJECT
+        )
         for name in ("one", "two")
     )
-    return [*shown, launch.Job(tmp_path / "bad" / "version_1", ("fit", "--config", "nowhere.yaml"), 1)]
+    return [*shown, launch.Job(tmp_path / "bad" / "version_1", ("fit", "--config", "nowhere.yaml"), 1, PROJECT)]
 
 
 def check(found, tmp_path):
@@ -32,12 +35,12 @@ def check(found, tmp_path):
         folder = tmp_path / name / "version_1"
         noted = json.loads((folder / "provenance.json").read_text())
         assert noted.pop("settings") == next(job.settings for job, _ in found if job.folder == folder)
-        assert noted == launch.provenance()
+        assert noted == provenance.provenance(PROJECT)
         assert (folder / "failed.json").exists() == (name == "bad")
     assert "covariance_weight" in (tmp_path / "one" / "version_1" / "run.log").read_text()
     assert "nowhere.yaml" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
     assert json.loads((tmp_path / "bad" / "version_1" / "failed.json").read_text())["why"] == (
-        f"it ended with {codes['bad']}"
+        f"it ended with exit code {codes['bad']}"
     )
 
 
@@ -51,12 +54,12 @@ def test_processes_of_this_machine(tmp_path):
 
 def test_an_interrupt_begins_nothing_more_and_leaves_nothing_running(tmp_path, monkeypatch):
     children, late, plain = [], threading.Event(), subprocess.Popen
-    some = [launch.Job(tmp_path / str(i), (), 1) for i in range(4)]
+    some = [launch.Job(tmp_path / str(i), (), 1, PROJECT) for i in range(4)]
 
-    def provenance():
+    def slow_provenance(project):
         if children:  # the second one is on its way while all are stopped
             late.set()
-            while not launch._BEGUN.stopping:
+            while not launch._PROCESSES.stopping:
                 time.sleep(0.01)
         return {}
 
@@ -68,8 +71,8 @@ def test_an_interrupt_begins_nothing_more_and_leaves_nothing_running(tmp_path, m
         assert late.wait(60)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "_BEGUN", launch._Begun())
-    monkeypatch.setattr(launch, "provenance", provenance)
+    monkeypatch.setattr(launch, "_PROCESSES", launch._Processes())
+    monkeypatch.setattr(launch, "provenance", slow_provenance)
     monkeypatch.setattr(launch.subprocess, "Popen", sleeper)
     monkeypatch.setattr(launch, "wait", interrupted)
     first = launch.start
@@ -93,37 +96,37 @@ def test_a_folder_that_can_not_be_written_to_fails_its_run_alone(tmp_path):
     assert codes == {"two": 1, "one": 0}
 
 
-def test_a_damaged_note_is_none(tmp_path):
-    assert launch.read_provenance(tmp_path) == {}
+def test_damaged_provenance_is_none(tmp_path):
+    assert provenance.read_provenance(tmp_path) == {}
     for damaged in ("", '{"revision": "abc"', "[]"):
-        (tmp_path / launch.PROVENANCE).write_text(damaged)
-        assert launch.read_provenance(tmp_path) == {}
+        (tmp_path / provenance.FILE).write_text(damaged)
+        assert provenance.read_provenance(tmp_path) == {}
 
 
-def test_a_run_that_goes_on_says_all_that_it_was_made_with():
+def test_a_resumed_run_keeps_all_that_it_was_started_with():
     earlier = {"revision": "abc", "machine": "a CPU"}
-    assert launch._with_earlier(earlier, {"revision": "def", "machine": "a CPU"}) == {
+    assert provenance.with_earlier(earlier, {"revision": "def", "machine": "a CPU"}) == {
         "revision": "abc | def", "machine": "a CPU",
     }  # fmt: skip
-    assert launch._with_earlier({}, {"revision": "def"}) == {"revision": "unknown | def"}
+    assert provenance.with_earlier({}, {"revision": "def"}) == {"revision": "unknown | def"}
 
 
-def test_settings_are_told_apart_wherever_the_run_and_the_files_lie(tmp_path, monkeypatch):
-    def settings(work, path, rate):
+def test_the_digest_of_settings_depends_on_neither_the_run_s_folder_nor_the_checkout(tmp_path):
+    def settings(work, path, rate, project=PROJECT):
         arguments = ("fit", f"--data.path={path}", f'--trainer.callbacks=[{{"text": "{path}", "rate": {rate}}}]')
-        return launch.Job(tmp_path, (*arguments, f"--trainer.logger.init_args.save_dir={work}"), 1).settings
+        arguments = (*arguments, f"--trainer.logger.init_args.save_dir={work}")
+        return launch.Job(tmp_path, arguments, 1, project).settings
 
-    first = settings("one", launch.ROOT.parent / "shared" / "facts.json", 0.5)
-    assert settings("two", launch.ROOT.parent / "shared" / "facts.json", 0.5) == first
-    assert settings("one", launch.ROOT.parent / "shared" / "facts.json", 0.3) != first
+    first = settings("one", PROJECT.parent / "shared" / "facts.json", 0.5)
+    assert settings("two", PROJECT.parent / "shared" / "facts.json", 0.5) == first
+    assert settings("one", PROJECT.parent / "shared" / "facts.json", 0.3) != first
     assert settings("one", "/elsewhere/facts.json", 0.5) != first
-    monkeypatch.setattr(launch, "ROOT", tmp_path / "checkout")
-    assert settings("one", tmp_path / "shared" / "facts.json", 0.5) == first
+    assert settings("one", tmp_path / "shared" / "facts.json", 0.5, tmp_path / "checkout") == first
 
 
 def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):
     """Six jobs on two workers, by hand: 0 and 3 run first; 1 and 2 wait for 0, 4 and 5 for 3, which takes longest."""
-    some = [launch.Job(tmp_path / str(i), (), 1) for i in range(6)]
+    some = [launch.Job(tmp_path / str(i), (), 1, PROJECT) for i in range(6)]
     after = {some[1]: some[0], some[2]: some[0], some[4]: some[3], some[5]: some[3]}
     submitted = []
 
@@ -134,12 +137,12 @@ def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):
     def next_of(running):
         return min(running, key=lambda number: (number == 3, number))  # 3 ends last of all that run
 
-    found = [task for _, task in launch._as_they_end(some, after, submit, next_of)]
+    found = [task for _, task in launch._in_order_of_end(some, after, submit, next_of)]
     assert submitted == [0, 3, 1, 2, 4, 5]
     assert found == [0, 1, 2, 3, 4, 5]
 
 
-# Ray's own warnings and sockets are not ours to mend.
+# Ray's own warnings and unclosed sockets are not ours to fix.
 @pytest.mark.filterwarnings("default")
 def test_two_workers_of_ray(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'editlab[ray]')")
@@ -153,29 +156,29 @@ def test_two_workers_of_ray(tmp_path, monkeypatch):
 
 
 def test_the_machine_has_its_gpus(monkeypatch):
-    said = {"git rev-parse": "abc1234", "git status": " M x", "nvidia-smi --query-gpu=name": "Card A\nCard B"}
-    monkeypatch.setattr(launch, "_says", lambda *command: said[" ".join(command[:2])])
-    cpu = f"{launch.cores()} x {launch.cpu_name()}"
-    assert launch.provenance() == {"revision": "abc1234+", "machine": f"{cpu}, Card A, Card B"}
+    outputs = {"git rev-parse": "abc1234", "git status": " M x", "nvidia-smi --query-gpu=name": "Card A\nCard B"}
+    monkeypatch.setattr(provenance, "_output", lambda folder, *command: outputs[" ".join(command[:2])])
+    cpu = f"{provenance.cores()} x {provenance.cpu_name()}"
+    assert provenance.provenance(PROJECT) == {"revision": "abc1234+", "machine": f"{cpu}, Card A, Card B"}
     monkeypatch.undo()
-    assert launch._says("no-such-command-anywhere") == ""
-    assert launch._says(sys.executable, "-c", "print(1); raise SystemExit(1)") == ""
+    assert provenance._output(PROJECT, "no-such-command-anywhere") == ""
+    assert provenance._output(PROJECT, sys.executable, "-c", "print(1); raise SystemExit(1)") == ""
 
 
 def test_without_ray_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SystemExit, match=r"pip install 'editlab\[ray\]'"):
+    with pytest.raises(UserError, match=r"pip install 'editlab\[ray\]'"):
         list(launch.over_ray([], 1, {}))
 
 
-def test_what_was_stopped_has_not_failed_and_a_new_start_forgets_the_failure(tmp_path, monkeypatch):
+def test_a_stopped_run_has_not_failed_and_a_new_start_removes_an_earlier_failure(tmp_path, monkeypatch):
     (job, *_) = jobs(tmp_path)
     plain = subprocess.Popen
-    monkeypatch.setattr(launch, "provenance", dict)
+    monkeypatch.setattr(launch, "provenance", lambda project: {})
     for code, failed in ((3, True), (0, False), (-9, True), (130, False)):
         ends = f"import os; os.kill(os.getpid(), {-code}) if {code} < 0 else os._exit({code})"
         command = [sys.executable, "-c", ends]
-        monkeypatch.setattr(launch, "_BEGUN", launch._Begun())
+        monkeypatch.setattr(launch, "_PROCESSES", launch._Processes())
         monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, command=command, **k: plain(command))
         assert launch.start(job) == code
         assert (job.folder / "failed.json").exists() == failed
@@ -192,11 +195,10 @@ def test_tables_and_figures_are_no_change_of_the_code(tmp_path, monkeypatch):
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    monkeypatch.setattr(launch, "ROOT", tmp_path)
-    plain = launch.provenance()["revision"]
+    plain = provenance.provenance(tmp_path)["revision"]
     assert len(plain) >= 7
     for name in ("results", "figs"):
         (tmp_path / name / "file").write_text("after")
-    assert launch.provenance()["revision"] == plain
+    assert provenance.provenance(tmp_path)["revision"] == plain
     (tmp_path / "editlab" / "file").write_text("after")
-    assert launch.provenance()["revision"] == plain + "+"
+    assert provenance.provenance(tmp_path)["revision"] == plain + "+"

@@ -1,15 +1,13 @@
 """The table on paper: parameter counts against the published ones, costs against a model small enough for the hand."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+from editlab.experiments import scaling
+from editlab.experiments.scaling import SHAPES, Shape
 
-import scaling_table  # noqa: E402
-from scaling_table import SHAPES, Shape  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_parameters_are_the_published_ones():
@@ -25,9 +23,9 @@ def test_costs_by_hand():
     assert shape.value() == 2 * 112 * 136 + 25 * (2 * 2 * 56 * 102 + 2 * 2 * 13 * 5 * 2)
     assert shape.activations() == 512 * 3 * 2 * (20 + 12)
     assert (shape.metric(), shape.update()) == (8 * 9, 4 * 6)
-    assert shape.moments() == pytest.approx(2 * 30 * 34 / scaling_table.RATE + 2 * 30 * 9 / scaling_table.RATE_64)
-    assert scaling_table._gpus(shape) == 1
+    assert shape.moments() == pytest.approx(2 * 30 * 34 / scaling.RATE + 2 * 30 * 9 / scaling.RATE_64)
+    assert scaling._gpus(shape) == 1
 
 
 def test_the_page_has_the_table_as_it_is_printed():
-    assert scaling_table.table() in (ROOT / "docs" / "performance.md").read_text()
+    assert scaling.table() in (ROOT / "docs" / "performance.md").read_text()

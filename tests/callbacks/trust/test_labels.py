@@ -1,28 +1,30 @@
 """The trust experiment's parts: faults as described, forks that leave the run alone, labels and areas by hand."""
 
-import csv
 import json
 import math
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from scripts.faults import KINDS, InjectFaults, about_last_word, spoil
-from scripts.fork import ForkLabels
 
 from callbacks import TrustRollback
+from callbacks.trust import labels as trust_labels
+from callbacks.trust import tables as trust_tables
+from callbacks.trust.fork import ForkLabels
 from editlab.edits.plan import EditPlan
+from editlab.experiments.csv_files import read_rows
+from editlab.experiments.drawing import draw_all
+from editlab.experiments.faults import KINDS, InjectFaults, about_last_word, inject
+from editlab.experiments.plan import finished as finished_runs
+from editlab.experiments.plan import planned
+from editlab.experiments.spec import load_experiment
+from editlab.experiments.writing import Results
 from editlab.runs.event_log import EventLog
+from tests.experiments.made_up import options
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import run_trust_eval
-import trust_labels
 
 
 def plan():
@@ -33,7 +35,7 @@ def test_faults_by_hand():
     plain = plan().targets
     noise, norm, shuffle, twice, key = (plan() for _ in KINDS)
     for each, kind in zip((noise, norm, shuffle, twice, key), KINDS, strict=True):
-        spoil(each, kind, seed=1)
+        inject(each, kind, seed=1)
     assert torch.allclose((noise.targets - plain).norm(dim=1), plain.norm(dim=1))  # noise as long as the value
     longer = norm.targets.norm(dim=1) / plain.norm(dim=1)
     assert bool(((longer >= 10) & (longer <= 50)).all())
@@ -44,7 +46,7 @@ def test_faults_by_hand():
     assert {f.subject for f in key.facts} == {"is"}
     assert about_last_word(FACTS[7]).subject_span == (len(FACTS[7].question) - 2, len(FACTS[7].question))
     with pytest.raises(ValueError, match="no kind of fault"):
-        spoil(plan(), "typo", 0)
+        inject(plan(), "typo", 0)
 
 
 def run(tmp_path, tiny_folder, name, *callbacks, text=None):
@@ -157,14 +159,14 @@ def test_the_points_of_a_curve_have_its_area():
     suspicion, bad = [0.9, 0.8, 0.7, 0.2, 0.1], [True, False, True, False, False]
     batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.SIGNALS, s), None, {})
                for i, s in enumerate(suspicion)]  # fmt: skip
-    rows = [r for r in run_trust_eval.points({"injected": (batches, bad)}) if r["gate"] == "trust"]
+    rows = [r for r in trust_tables.points_of_labels({"injected": (batches, bad)}) if r["gate"] == "trust"]
     assert rows[0] == {"labels": "injected", "gate": "trust", "false_positive_rate": 0, "recall": 0, "precision": 0}
     assert (rows[-1]["false_positive_rate"], rows[-1]["recall"], rows[-1]["precision"]) == (1, 1, 0.4)
     area = sum((b["false_positive_rate"] - a["false_positive_rate"]) * (a["recall"] + b["recall"]) / 2
                for a, b in pairwise(rows))  # fmt: skip
     assert area == pytest.approx(trust_labels.areas(suspicion, bad, resamples=5)["ROC_AUC"], abs=1e-3)
     # Kinds of labels that are not drawn have no points.
-    assert run_trust_eval.points({"beyond capacity, fork": (batches, bad)}) == []
+    assert trust_tables.points_of_labels({"beyond capacity, fork": (batches, bad)}) == []
 
 
 def test_the_table_gives_baselines_as_many_rejections():
@@ -172,7 +174,7 @@ def test_the_table_gives_baselines_as_many_rejections():
         trust_labels.Batch("run", i, {"trust": t, "norm only": n, "perplexity only": 0.0}, None, {})
         for i, (t, n) in enumerate([(0.9, 1.0), (0.1, 9.0), (0.2, 2.0), (0.05, 3.0)])
     ]
-    rows = run_trust_eval.table({"injected": (batches, [True, False, False, False])})
+    rows = trust_tables.rates_of_labels({"injected": (batches, [True, False, False, False])})
     at = {row["gate"]: row for row in rows if row.get("threshold") == 0.4}
     assert at["trust"]["balanced_accuracy"] == 1  # only the first is under .4
     assert at["norm only"]["rollback_rate"] == 0.25  # the longest one, which is the wrong one
@@ -183,11 +185,11 @@ def test_the_table_gives_baselines_as_many_rejections():
 def finished(folder, faults):
     """A made-up run of four batches with the gate: those with faults score low and lose much."""
     folder.mkdir(parents=True)
-    summary = {"edits": 4, "immediate": {}, "retained": {}, "perplexity": {"before": 20.0}, "seconds": 60.0,
+    summary = {"edits": 4, "metrics": {"before/perplexity": 20.0}, "immediate": {}, "retained": {}, "seconds": 60.0,
                "versions": {"torch": "2"}}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     found = {"faults": faults, "kept": [0, 2, 3], "batches": 4, "good": {"accuracy": 0.5, "ES": 0.75},
-             "curve": {"4": {"accuracy": 0.5, "perplexity/heldout": 22.0}}}  # fmt: skip
+             "curve": {"4": {"accuracy": 0.5, "perplexity": 22.0}}}  # fmt: skip
     (folder / "faults.json").write_text(json.dumps(found))
     gate, forks = [], []
     for step in range(4):
@@ -202,28 +204,29 @@ def finished(folder, faults):
         (folder / name).write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def test_tables_and_figures_of_runs_that_are_there(tmp_path, monkeypatch):
+def test_tables_and_figures_of_finished_runs(tmp_path):
+    experiment = load_experiment(Path(__file__).parents[3] / "configs" / "experiments" / "trust_eval.yaml")
     finished(tmp_path / "runs" / "faulty_gate" / "version_1", {"1": "noise"})
     finished(tmp_path / "runs" / "clean_gate" / "version_1", {})
-    given = ["--no-run", "--path", "worldfacts", "--seeds", "1", "--work", str(tmp_path / "runs"),
-             "--out", str(tmp_path / "out")]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["run_trust_eval.py", *given])
-    run_trust_eval.main()
     results = tmp_path / "out" / "results"
-    tables = {}
-    for name in ("trust_eval", "trust_roc", "trust_effect"):
-        with (results / f"{name}.csv").open() as file:
-            tables[name] = list(csv.DictReader(file))
-        assert {(row["recipe"], row["torch"]) for row in tables[name]} == {(run_trust_eval.RECIPE, "2")}
+
+    def write(**values):
+        given = options(tmp_path, seeds=[1], **values)
+        runs = [run for run in planned(experiment, given) if run.summary is not None]
+        every = finished_runs(experiment, given)
+        Results(experiment, given, runs, every).write()
+        draw_all(experiment, given.out, every)
+        return {name: read_rows(results / f"{name}.csv") for name in ("trust_eval", "trust_roc", "trust_effect")}
+
+    tables = write()
+    for rows in tables.values():
+        assert {(row["recipe"], row["torch"]) for row in rows} == {("configs/emmet_trust.yaml", "2")}
     faulty = tables["trust_effect"][0]
     # Of the three batches without a fault none was rejected; 22 over 20 is a rise of a tenth; four batches took 6 s.
     assert (faulty["good_batches_rejected"], faulty["faulty_batches_kept"]) == ("0.0", "0")
-    assert (faulty["mean_perplexity_rise"], faulty["gate_seconds"]) == ("0.1", "6.0")
-    # A call for one run alone leaves what there is of the others, in the folder of the runs and in the table.
-    monkeypatch.setattr(sys, "argv", ["run_trust_eval.py", *given, "--only", "faulty_gate"])
-    run_trust_eval.main()
-    with (results / "trust_effect.csv").open() as file:
-        assert list(csv.DictReader(file)) == tables["trust_effect"]
+    assert (faulty["mean_perplexity_rise"], faulty["gate_seconds"], faulty["good/ES"]) == ("0.1", "6.0", "0.75")
+    # A call for one case alone keeps what the other runs' folders, and the table, have.
+    assert write(only=["faulty_gate"]) == tables
     whole = {(r["labels"], r["gate"]): r["ROC_AUC"] for r in tables["trust_eval"] if r["gate"] != "always accept"}
     assert whole["injected", "trust"] == whole["fork", "trust"] == "1.0"
     assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
