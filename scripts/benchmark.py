@@ -6,8 +6,8 @@
     python scripts/benchmark.py --only whole --facts 256 --batch_size 32      # the plain run alone takes an hour
     python scripts/benchmark.py --shape gpt2-xl --device cuda     # random weights of that shape: only speed counts
 
-The plain ways (``scripts/plain.py``) are what the reference codes do. Rounds alternate (plain, ours, plain, ours, ...),
-so that a machine that slows down slows both. Appends to ``results/performance.csv``.
+The plain ways (``editlab.experiments.reference``) do what the reference codes do. Rounds alternate (plain, ours, plain,
+ours, ...), so that a machine that slows down slows both. Appends to ``results/performance.csv``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -26,14 +25,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from editlab.experiments.benchmark_cases import CASES, Round, Setting
+from editlab.experiments.provenance import provenance
 from editlab.lm.matmul import MATMULS
 from editlab.utils.files import atomic_file
-from scripts.benchmark_cases import CASES, Round, Setting
-from scripts.launch import provenance
 
-RESULTS = Path(__file__).parents[1] / "results" / "performance.csv"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "performance.csv"
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -146,7 +144,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     setting = Setting.of(options)
     rate = matmul_rate(dtype, device)
-    where = provenance()
+    where = provenance(ROOT)
     print(f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s")
     rows = []
     for name in options.only or [case for case in CASES if case not in ("products", "whole")]:

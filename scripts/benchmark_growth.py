@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from launch import ROOT, provenance
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from tables import Row, read_rows, write_rows
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from callbacks import MemoryReplay
 from editlab import edit_model
 from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.experiments.csv_files import Row, read_rows, write_rows
+from editlab.experiments.provenance import provenance
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
@@ -37,6 +37,7 @@ from editlab.solver.closed_form import Constraints, Preservation, solve
 from editlab.solver.methods import MEMIT
 from editlab.values.optimize import ValueSettings
 
+ROOT = Path(__file__).resolve().parents[1]
 D_K, D_V, BATCH = 1536, 576, 32
 """SmolLM2-135M's projection, and the batch of the experiments."""
 STYLES = {"": (BLUE, "-"), "plain": (BLACK, ":"), "replay": (GREEN, "--"), "consolidated": (BLUE, "-"),
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
     options = parser.parse_args(arguments)
     path = options.out / "results" / "cost_growth.csv"
-    found = {"threads": torch.get_num_threads(), **provenance(), "torch": torch.__version__}
+    found = {"threads": torch.get_num_threads(), **provenance(ROOT), "torch": torch.__version__}
     rows = [row for row in (read_rows(path) if path.exists() else []) if row["axis"] not in options.only]
     for axis in options.only:
         for point in AXES[axis](options):

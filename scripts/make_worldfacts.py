@@ -22,24 +22,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from worldfacts_tables import (
-    AWKWARD,
-    CITY_COUNTRIES,
-    CITY_LANGUAGE_UNCLEAR,
-    CITY_RELATIONS,
-    CONTINENTS,
-    CURRENCIES,
-    CURRENCY_UNCLEAR,
-    LANGUAGE_UNCLEAR,
-    LANGUAGES,
-    NOT_A_CITY,
-    NOT_A_COUNTRY,
-    NOT_A_STATE,
-    TEMPLATES,
-    TWO_CONTINENTS,
-)
+import yaml
 
 from editlab.utils.files import atomic_file
+
+_CHOICES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("worldfacts.yaml").read_text(encoding="utf-8"))
+PACKAGES: Mapping[str, str] = _CHOICES["packages"]
+LANGUAGES: Mapping[str, str] = _CHOICES["languages"]
+CONTINENTS: Mapping[str, str] = _CHOICES["continents"]
+CURRENCIES, NOT_A_COUNTRY, AWKWARD, TWO_CONTINENTS = (
+    set(_CHOICES[name]) for name in ("currencies", "not_a_country", "awkward", "two_continents")
+)
+LANGUAGE_UNCLEAR, CURRENCY_UNCLEAR, CITY_COUNTRIES, CITY_LANGUAGE_UNCLEAR = (
+    set(_CHOICES[name]) for name in ("language_unclear", "currency_unclear", "city_countries", "city_language_unclear")
+)
+NOT_A_CITY, NOT_A_STATE = (set(_CHOICES[name]) for name in ("not_a_city", "not_a_state"))
+CITY_RELATIONS = {name: (one["property"], tuple(one["cities"])) for name, one in _CHOICES["city_relations"].items()}
+TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    name: (one["prompt"], tuple(one["paraphrases"]), tuple(one["neighbors"]))
+    for name, one in _CHOICES["templates"].items()
+}
 
 OUTPUT = Path(__file__).resolve().parent.parent / "editlab" / "data" / "worldfacts.json"
 SEED = 0

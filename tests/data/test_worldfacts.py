@@ -58,10 +58,8 @@ def mentions(prompt, names):
 
 
 def test_committed_file_is_what_the_script_makes(script):
-    from worldfacts_tables import PACKAGES
-
-    if installed := {p: version(p) for p in PACKAGES if version(p) != PACKAGES[p]}:
-        pytest.skip(f"made with {PACKAGES}; installed: {installed}")
+    if installed := {p: version(p) for p in script.PACKAGES if version(p) != script.PACKAGES[p]}:
+        pytest.skip(f"made with {script.PACKAGES}; installed: {installed}")
     assert FILE.read_text(encoding="utf-8") == script.as_text(script.make_records())
 
 

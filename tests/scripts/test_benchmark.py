@@ -4,10 +4,10 @@ import csv
 
 import pytest
 import torch
-
-from scripts import benchmark
 from scripts.benchmark_cases import CASES
 from scripts.plain import plain_solve
+
+from scripts import benchmark
 
 
 @pytest.fixture

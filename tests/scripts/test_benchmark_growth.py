@@ -1,17 +1,12 @@
 """How cost grows: powers by hand, what the table keeps, and the solver's axes on this machine."""
 
 import argparse
-import sys
-from pathlib import Path
 
 import pytest
 
+from editlab.experiments import csv_files
+from scripts import benchmark_growth as growth
 from tests.tiny import tiny_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import benchmark_growth as growth
-import tables
 
 
 def points(axis, series, seconds):
@@ -28,9 +23,9 @@ def test_powers_by_hand():
 def test_axes_that_are_not_run_stay_and_all_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "D_K", 24)
     path = tmp_path / "results" / "cost_growth.csv"
-    tables.write_rows(points("edits", "plain", {32: 2.0, 64: 2.0}) + points("batch", "solve", {7: 1.0}), path)
+    csv_files.write_rows(points("edits", "plain", {32: 2.0, 64: 2.0}) + points("batch", "solve", {7: 1.0}), path)
     growth.main(["--only", "batch", "buffer", "keys", "--largest", "800", "--out", str(tmp_path)])
-    rows = tables.read_rows(path)
+    rows = csv_files.read_rows(path)
     assert [row["x"] for row in rows if row["axis"] == "edits"] == ["32", "64"]
     assert [int(row["x"]) for row in rows if row["axis"] == "batch"] == [2**i for i in range(11)]
     assert [(row["series"], row["x"]) for row in rows if row["axis"] == "keys"] == [("metric", "768"), ("solve", "768")]

@@ -5,11 +5,11 @@ import torch
 
 from editlab.data.fact import Fact
 from editlab.errors import EditLabError, UserError
+from editlab.experiments.reference import plain_value
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import optimize as values
 from editlab.values.optimize import ValueSettings, optimize_values
-from scripts.plain import plain_value
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [

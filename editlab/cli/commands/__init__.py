@@ -41,6 +41,7 @@ VERBS: dict[str, Verb] = {
         Verb("compare", "Several runs in one table and one figure, from what they logged."),
         Verb("report", "Write one run as one HTML page, with the edits that it lost."),
         Verb("facts", "Look at files of facts.", needs_model=False),
+        Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
     )
 }
 """The verbs by name, in the order in which ``editlab --help`` lists them."""

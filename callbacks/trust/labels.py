@@ -1,0 +1,136 @@
+"""Labels of batches from forks, injected faults and gate events; error rates and areas under curves. No model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from editlab.experiments.statistics import quantiles
+from editlab.runs.event_log import EventLog
+
+LOSSES = ("facts", "NS", "nll")
+ENOUGH = 5
+"""Fewest bad batches of an interval."""
+SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of one run: each gate's suspicion, its fault if one was injected, and what accepting it lost."""
+
+    run: str
+    step: int
+    suspicion: Mapping[str, float]
+    """gate -> a number; the highest are rejected first. Trust's is 1 - score"""
+    fault: str | None
+    losses: Mapping[int, Mapping[str, float]]
+    """0 right after the batch, 1 a few batches later -> loss by name"""
+
+
+def losses(event: Mapping[str, Any]) -> dict[str, float]:
+    """What accepting a batch lost against rejecting it: fraction of right facts, NS, log-perplexity.
+
+    The batch's own facts count by their paraphrases, so that its gain is set off against its loss of earlier edits.
+    Earlier edits are a sample, which is scaled up to all of them.
+    """
+    accept, reject = event["accept"], event["reject"]
+    own, edited = reject["own_asked"], event["edited"]
+    rate = (reject["past"] - accept["past"]) / reject["past_asked"] if reject["past_asked"] else 0.0
+    worst = {"nll": 100.0, "NS": 0.0}  # of a branch whose model is broken so far that it gives no finite number
+    found = {"facts": (rate * edited - (accept["own"] - reject["own"])) / max(1, edited + own)}
+    found["NS"] = _number(reject["NS"], worst["NS"]) - _number(accept["NS"], worst["NS"])
+    found["nll"] = _number(accept["nll"], worst["nll"]) - _number(reject["nll"], worst["nll"])
+    return found
+
+
+def _number(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def read_batches(folder: Path) -> list[Batch]:
+    """The batches of one run's folder that the gate has judged.
+
+    A batch that it rolled back without signals, as no finite one could be measured, is infinitely suspicious to all.
+    """
+    faults = {int(k): v for k, v in json.loads((folder / "faults.json").read_text(encoding="utf-8"))["faults"].items()}
+    forks: dict[int, dict[int, dict[str, float]]] = {}
+    for event in EventLog(folder / "fork.jsonl").read():
+        forks.setdefault(event["step"], {})[min(event["later"], 1)] = losses(event)
+    batches = []
+    for event in EventLog(folder / "trust_events.jsonl").read():
+        if event["kind"] == "batch" and (event["signals"] or event["decision"] == "rollback"):
+            found = dict.fromkeys(SIGNALS, math.inf)
+            if event["signals"]:
+                found = {name: event["signals"].get(key, 0.0) for name, key in SIGNALS.items()}
+                found["trust"] = 1.0 - event["score"]
+            step = event["step"]
+            batches.append(Batch(str(folder), step, found, faults.get(step), forks.get(step, {})))
+    return batches
+
+
+def taus(ordinary: Sequence[Batch], later: int) -> dict[str, float]:
+    """Losses beyond which a batch is bad: the largest that any batch of the runs without faults caused.
+
+    Most losses are a few changed answers of a finite sample. Robust deviations of such counts are often 0, and three of
+    them would call every tenth batch without a fault bad.
+    """
+    return {
+        name: max((batch.losses[later][name] for batch in ordinary if later in batch.losses), default=math.inf)
+        for name in LOSSES
+    }
+
+
+def is_bad(batch: Batch, tau: Mapping[str, float], later: int) -> bool:
+    """Whether accepting the batch lost more than ``tau`` of any loss."""
+    return any(batch.losses[later][name] > tau[name] for name in LOSSES)
+
+
+def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict[str, float]:
+    """Error rates if all batches that are more suspicious than ``limit`` are rejected."""
+    pairs = list(zip((s > limit for s in suspicion), bad, strict=True))
+    true_positive = sum(rejected and was_bad for rejected, was_bad in pairs)
+    false_positive = sum(rejected and not was_bad for rejected, was_bad in pairs)
+    positives = sum(bad)
+    fpr = false_positive / max(1, len(bad) - positives)
+    fnr = (positives - true_positive) / max(1, positives)
+    return {
+        "rollback_rate": (true_positive + false_positive) / len(bad),
+        "false_positive_rate": fpr,
+        "false_negative_rate": fnr,
+        "balanced_accuracy": 1 - (fpr + fnr) / 2,
+        "precision": true_positive / max(1, true_positive + false_positive),
+        "recall": 1 - fnr,
+    }
+
+
+def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+    """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate.
+
+    With fewer than :data:`ENOUGH` bad batches there is no interval: resampling hardly varies them.
+    """
+    scores, labels = ranks(suspicion), torch.tensor(list(bad)).long()
+    found = {"base_rate": float(labels.float().mean())}
+    draw = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(labels), (resamples, len(labels)), generator=draw)
+    for name, area in (("ROC_AUC", binary_auroc), ("PR_AUC", binary_average_precision)):
+        found[name] = float(area(scores, labels))
+        if labels.sum() < ENOUGH:
+            continue
+        drawn = [float(area(scores[p], labels[p])) for p in picks if 0 < labels[p].sum() < len(p)]
+        found[f"{name}_low"], found[f"{name}_high"] = quantiles(drawn)
+    return found
+
+
+def ranks(values: Sequence[float]) -> Tensor:
+    """Ranks of values in [0, 1], equal ones alike: torchmetrics takes values outside of it for logits."""
+    tensor = torch.tensor(list(values), dtype=torch.float64)
+    unique, index = torch.unique(tensor, return_inverse=True)
+    return index.float() / max(1, len(unique) - 1)

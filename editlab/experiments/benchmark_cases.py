@@ -1,0 +1,275 @@
+"""The cases of ``scripts/benchmark.py``: the same work the plain way and editlab's way, and how far the two differ."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+import transformers
+from torch import Tensor
+
+from editlab.data import EditDataModule
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.scoring import prefers_truth, score_facts
+from editlab.experiments.reference import (
+    plain_keys,
+    plain_moments,
+    plain_scores,
+    plain_solve,
+    plain_step,
+    plain_value,
+)
+from editlab.keys.contexts import ContextSettings, sample_contexts
+from editlab.keys.moments import MomentSettings, accumulate, second_moments
+from editlab.keys.subject_keys import Site, read_keys
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.loading.load import load
+from editlab.lm.text import WINDOW, sample_text
+from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.methods import EMMET
+from editlab.values.loss import ValueGroup, rows_of
+from editlab.values.optimize import ValueSettings, optimize_values
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "llama-3-8b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                                   "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}),
+}  # fmt: skip
+LAMBDA, GAMMA = 300.0, 1.0
+"""As in the recipes."""
+
+
+class Round(NamedTuple):
+    """The same work both ways."""
+
+    units: int
+    """facts, tokens or batches in it"""
+    plain: Callable[[], Any]
+    ours: Callable[[], Any]
+    difference: Callable[[Any, Any], float]
+    """of the results; what it is, the case says"""
+
+
+@dataclass
+class Setting:
+    """What the cases share."""
+
+    lm: LanguageModel
+    facts: list[Fact]
+    contexts: list[str]
+    site: Site
+    values: ValueSettings
+    options: argparse.Namespace
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Setting:
+        """The model, facts that it knows (all where its weights are random), and contexts."""
+        lm = _language_model(options)
+        data = EditDataModule(options.path, limit=options.facts)
+        data.setup()
+        data.select(lambda facts: [True] * len(facts) if options.shape else prefers_truth(lm, facts))
+        contexts = sample_contexts(lm, ContextSettings())
+        site = Site.of(lm, options.layer)
+        return cls(lm, data.facts, contexts, site, ValueSettings(matmul=options.matmul), options)
+
+    @property
+    def groups(self) -> list[list[Fact]]:
+        """The facts, by rounds."""
+        size = self.options.batch_size
+        return [self.facts[i : i + size] for i in range(0, len(self.facts), size)]
+
+
+def _language_model(options: argparse.Namespace) -> LanguageModel:
+    dtype = getattr(torch, options.dtype)
+    if not options.shape:
+        return LanguageModel.from_name(options.language_model, dtype).to(options.device)
+    _, tokenizer = load(options.language_model, dtype)
+    name, settings = SHAPES[options.shape]
+    config = getattr(transformers, name)(vocab_size=len(tokenizer), **settings)
+    with torch.device(options.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LanguageModel(model.eval().requires_grad_(False), tokenizer)
+
+
+def relative(plain: Tensor, ours: Tensor) -> float:
+    """Norm of the difference over the plain way's norm."""
+    return float((ours.cpu() - plain.cpu()).norm() / plain.norm())
+
+
+def values(s: Setting) -> list[Round]:
+    """Values v* of a batch; ours end at a mean loss that is higher by this share."""
+
+    def plain(facts: list[Fact]) -> float:
+        return sum(plain_value(s.lm, fact, s.site, s.contexts, s.values)[1] for fact in facts) / len(facts)
+
+    def ours(facts: list[Fact]) -> float:
+        return float(optimize_values(s.lm, facts, s.site, s.contexts, s.values).loss.mean())
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), lambda a, b: b / a - 1) for f in s.groups]
+
+
+def products(s: Setting) -> list[Round]:
+    """Editlab's own values with products in float32 and as asked for: what their type alone does to time and loss."""
+    float32 = replace(s.values, matmul="float32")
+
+    def found(facts: list[Fact], settings: ValueSettings) -> float:
+        return float(optimize_values(s.lm, facts, s.site, s.contexts, settings).loss.mean())
+
+    return [
+        Round(len(f), partial(found, f, float32), partial(found, f, s.values), lambda a, b: b / a - 1) for f in s.groups
+    ]
+
+
+def early(s: Setting) -> list[Round]:
+    """Values of a batch, ours stopped once each target was said twice; of ours this share more is said in the end."""
+    settings = replace(s.values, early_stop=2)
+
+    def said(facts: list[Fact], targets: Tensor) -> float:
+        with torch.no_grad():
+            group = ValueGroup(s.lm, s.site, [rows_of(s.lm, i, fact, [""]) for i, fact in enumerate(facts)])
+            return float(group.surprise(targets.to(group.origin) - group.origin).said.float().mean())
+
+    def said_more(facts: list[Fact], plain: Tensor, ours: Tensor) -> float:
+        return said(facts, ours) - said(facts, plain)
+
+    def plain(facts: list[Fact]) -> Tensor:
+        return torch.stack([plain_value(s.lm, fact, s.site, s.contexts, s.values)[0] for fact in facts])
+
+    def ours(facts: list[Fact]) -> Tensor:
+        return optimize_values(s.lm, facts, s.site, s.contexts, settings).target
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), partial(said_more, f)) for f in s.groups]
+
+
+def keys(s: Setting) -> list[Round]:
+    """Keys of a batch, the mean over contexts; they differ by a norm, relatively."""
+
+    def ours(facts: list[Fact]) -> Tensor:
+        return read_keys(s.lm, facts, s.site.layer, s.site, s.contexts, "mean").keys
+
+    def plain(facts: list[Fact]) -> Tensor:
+        return plain_keys(s.lm, facts, s.site.layer, s.contexts)
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), relative) for f in s.groups]
+
+
+def moments(s: Setting) -> list[Round]:
+    """Second moments over text; they differ by a norm, relatively."""
+    windows = sample_text(s.lm, s.options.tokens, 0, "Sampling text")
+    windows = [w for w in windows if len(w) == WINDOW]
+    size = max(1, len(windows) // 4)
+    layer = s.site.layer
+
+    def ours(some: list[list[int]]) -> Tensor:
+        return accumulate(s.lm, [layer], some)[layer]
+
+    parts = [windows[i : i + size] for i in range(0, size * (len(windows) // size), size)]
+    return [Round(len(p) * WINDOW, partial(plain_moments, s.lm, layer, p), partial(ours, p), relative) for p in parts]
+
+
+def solver(s: Setting) -> list[Round]:
+    """Eight batches of 128 at d_k = 6400, d_v = 1600 (GPT-2-XL's); updates differ by a norm, relatively."""
+    d_k, d_v, n, batches = (6400, 1600, 128, 8) if s.lm.anatomy.key_size(s.site.layer) > 100 else (60, 20, 8, 2)
+    draw = torch.Generator().manual_seed(0)
+    factor = torch.randn(d_k, 2 * d_k, generator=draw, dtype=torch.float64)
+    c0 = (factor @ factor.T / (2 * d_k)).to(s.lm.device)
+    work = [
+        (torch.randn(d_k, n, generator=draw).double().to(c0), torch.randn(d_v, n, generator=draw).double().to(c0))
+        for _ in range(batches)
+    ]
+
+    def plain() -> Tensor:
+        return torch.stack([plain_solve(k, r, c0, LAMBDA, GAMMA)[0] for k, r in work])
+
+    def ours() -> Tensor:
+        metric = Preservation.from_moments(c0, LAMBDA)
+        slack = torch.full((n,), GAMMA, dtype=torch.float64, device=c0.device)
+        return torch.stack([solve(Constraints(k, r, slack), metric).delta[0] for k, r in work])
+
+    return [Round(batches, plain, ours, relative)] * 2
+
+
+def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
+    """All prompts of facts; they differ by the largest of all log-probabilities."""
+    settings = EvaluationSettings(matmul=matmul)
+
+    def ours(facts: list[Fact]) -> list[tuple[float, float]]:
+        with Evaluation(settings).products(s.lm):
+            found = score_facts(s.lm, facts)
+        groups = [g for g in (found.edit, found.paraphrases, found.neighbors) if g is not None]
+        return [
+            (float(a), float(b))
+            for i in range(len(facts))
+            for g in groups
+            for a, b in zip(g.logp_new[g.record == i], g.logp_true[g.record == i], strict=True)
+        ]
+
+    def apart(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+        return float((torch.tensor(a) - torch.tensor(b)).abs().max())
+
+    def plain(facts: list[Fact]) -> list[tuple[float, float]]:
+        return [pair for fact in facts for pair in plain_scores(s.lm, fact)]
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), apart) for f in s.groups]
+
+
+def whole(s: Setting) -> list[Round]:
+    """A sequential run with its evaluation; they differ by retained ES, in points."""
+    names: dict[str, Any] = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
+    c0 = second_moments(s.lm, [s.site.layer], MomentSettings(), s.options.language_model)[s.site.layer]
+
+    def plain() -> float:
+        lm = _language_model(s.options)
+        site = Site.of(lm, s.site.layer)
+        method = EMMET(LAMBDA, GAMMA)
+        ridged = c0 + method.ridge * c0.diagonal().mean() * torch.eye(len(c0), dtype=c0.dtype)
+        for fact in s.facts:
+            plain_scores(lm, fact)
+        for batch in s.groups:
+            plain_step(lm, batch, site, s.contexts, s.values, ridged, LAMBDA, GAMMA)
+            for fact in batch:
+                plain_scores(lm, fact)
+        after = [plain_scores(lm, fact)[0] for fact in s.facts]
+        return 100 * sum(new > true for new, true in after) / len(after)
+
+    def ours() -> float:
+        evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
+        editor = SequentialEditor(**names, method=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)
+        data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
+        with TemporaryDirectory() as folder:
+            trainer = lightning.Trainer(
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                default_root_dir=folder,
+            )
+            editor.configure_model()
+            editor.unedited_scores.folder = Path(folder) / "scores"  # found in each round, as the plain way does
+            trainer.fit(editor, datamodule=data)
+        return 100 * editor.evaluation.retained["retained/ES"]
+
+    return [Round(len(s.facts), plain, ours, lambda a, b: abs(a - b))]
+
+
+CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
+    "values": ("fact", values),
+    "products": ("fact", products),
+    "early": ("fact", early),
+    "keys": ("fact", keys),
+    "moments": ("token", moments),
+    "solver": ("batch", solver),
+    "evaluation": ("fact", evaluation),
+    "evaluation_bfloat16": ("fact", partial(evaluation, matmul="bfloat16")),
+    "whole": ("fact", whole),
+}
+"""name -> what is counted, and its rounds"""

@@ -1,0 +1,147 @@
+"""A callback that injects faults into some batches on purpose, for experiments with edit trust."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from editlab.callback import EditCallback
+from editlab.data.fact import Fact
+from editlab.editor import SequentialEditor
+from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.evaluation.scoring import score_facts
+from editlab.runs.summary import run_folder
+from editlab.utils.files import atomic_file
+
+KINDS = ("noise", "norm", "shuffle", "contradiction", "wrong_key")
+FILE = "faults.json"
+
+
+class InjectFaults(EditCallback):
+    """Injects a fault into a fraction of the batches, which ``seed`` draws; kinds of faults take turns.
+
+    - ``noise``: Gaussian noise of the value's norm is added to each value;
+    - ``norm``: values are multiplied by 10 to 50;
+    - ``shuffle``: each fact gets another fact's value;
+    - ``contradiction``: half of the facts come twice, the second time with another fact's target and value;
+    - ``wrong_key``: keys are read at the last word of the prompt, and not at the subject.
+
+    At the end it writes ``faults.json``: the batches with faults, and how the facts of all other batches are retained,
+    whether the gate kept them or not, at the end and on the way.
+
+    Args:
+        share: fraction of the batches; 0 injects none and only measures.
+        seed: of the draw.
+        first: number of the first batch that may get a fault.
+        every_n_batches: batches between two points of the curve.
+        sample: facts that are evaluated at each point, spread evenly over all good ones so far.
+        kinds: of faults. Default: all.
+    """
+
+    priority = 20  # before replay and trust see the plan
+
+    def __init__(
+        self,
+        share: float = 0.1,
+        seed: int = 0,
+        first: int = 1,
+        every_n_batches: int = 10,
+        sample: int = 64,
+        kinds: list[str] | None = None,
+    ) -> None:
+        self.kinds = kinds or list(KINDS)
+        self.share = share
+        self.seed = seed
+        self.first = first
+        self.every_n_batches = every_n_batches
+        self.sample = sample
+        self.faults: dict[int, str] = {}
+        self.good: list[Fact] = []
+        self.curve: dict[int, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the batches."""
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        draw = random.Random(self.seed)
+        count = round(self.share * batches)
+        chosen = draw.sample(range(self.first, batches), count)
+        kinds = [self.kinds[i % len(self.kinds)] for i in range(count)]
+        self.faults = dict(sorted(zip(chosen, kinds, strict=True)))
+
+    def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
+        """Measures a point of the curve every ``every_n_batches`` batches."""
+        batch = outcome.plan.step
+        if batch not in self.faults:
+            self.good += [entry.fact for entry in editor.ledger if entry.batch == batch]
+        if (batch + 1) % self.every_n_batches == 0 and self.good:
+            some = self.good[:: max(1, len(self.good) // self.sample)][: self.sample]
+            scores = score_facts(editor.lm, some, paraphrases=False, neighbors=0).edit
+            point = {"accuracy": float(scores.hit_new.float().mean())} | editor.evaluation.language(editor.lm)
+            self.curve[editor.edits] = point
+
+    def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
+        """Injects the fault of this batch, if it has one."""
+        kind = self.faults.get(plan.step)
+        if kind is not None:
+            inject(plan, kind, seed=1000 * self.seed + plan.step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the facts of all batches without a fault, and writes ``faults.json``."""
+        assert isinstance(pl_module, SequentialEditor)
+        entries = list(pl_module.ledger)
+        found = {
+            "faults": self.faults,
+            "kept": sorted({entry.batch for entry in entries if entry.kept}),
+            "batches": 1 + max(entry.batch for entry in entries),
+            "good": pl_module.evaluation.measure(pl_module.lm, self.good, "Good edits"),
+            "curve": self.curve,
+        }
+        with atomic_file(run_folder(trainer) / FILE) as temporary:
+            Path(temporary).write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far; the batches with faults are drawn again from the seed."""
+        return {"curve": self.curve, "good": [fact.to_dict() for fact in self.good]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned."""
+        self.curve = dict(state_dict["curve"])
+        self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]
+
+
+def inject(plan: EditPlan, kind: str, seed: int) -> None:
+    """Changes a plan's facts or targets in place.
+
+    Raises:
+        ValueError: for an unknown kind of fault.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    targets = plan.targets
+    if kind == "noise":
+        noise = torch.randn(targets.shape, generator=draw).to(targets)
+        plan.targets = targets + noise * targets.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    elif kind == "norm":
+        plan.targets = targets * (10 + 40 * torch.rand(len(targets), 1, generator=draw).to(targets))
+    elif kind == "shuffle":
+        plan.targets = targets.roll(1, 0)
+    elif kind == "contradiction":
+        half = len(targets) // 2
+        doubled = [replace(fact, target_new=other.target_new)
+                   for fact, other in zip(plan.facts[:half], plan.facts[half:], strict=False)]  # fmt: skip
+        plan.facts = [*plan.facts[:half], *doubled, *plan.facts[2 * half :]]
+    elif kind == "wrong_key":
+        plan.facts = [about_last_word(fact) for fact in plan.facts]
+    else:
+        raise ValueError(f"{kind!r} is no kind of fault: choose among {', '.join(KINDS)}.")
+
+
+def about_last_word(fact: Fact) -> Fact:
+    """The same question with its last word as the subject, so that keys are read there."""
+    head, space, last = fact.question.rstrip().rpartition(" ")
+    return replace(fact, subject=last, prompt=f"{head}{space}{{}}")

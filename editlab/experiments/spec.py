@@ -1,0 +1,375 @@
+"""The schema of an experiment's YAML file (``configs/experiments/*.yaml``, or a user's own).
+
+An experiment is a recipe and cases that override settings of it, each run with several seeds; tables and figures say
+what is made of the finished runs. The smallest one:
+
+.. code-block:: yaml
+
+    recipe: configs/emmet_replay.yaml
+    cases:
+      plain: {callbacks: []}
+      replay: {callbacks: [{class_path: MemoryReplay, init_args: {rate: 0.3}}]}
+    tables: [{file: replay.csv, rows: runs}]
+
+A value that is ``"{edits}"`` as a whole (or ``{seed}``, ``{batch_size}``, ``{facts}``, ``{heldout}``, ``{moments}``) is
+replaced by that quantity, with its type; in a grid, names of the grid's axes may stand so too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from editlab.errors import UserError
+from editlab.experiments.schema import build
+
+COLORS = {
+    "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilion": "#D55E00", "purple": "#CC79A7",
+    "sky": "#56B4E9", "black": "#000000",
+}  # fmt: skip
+"""Okabe and Ito's palette, which color-blind readers can tell apart."""
+
+Color: TypeAlias = Literal["blue", "orange", "green", "vermilion", "purple", "sky", "black"]
+
+
+@dataclass(frozen=True)
+class CallbackSpec:
+    """A callback of a case."""
+
+    class_path: str
+    """its class, by bare name or full path, as in a recipe"""
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+    when: Any = True
+    """the callback is left out if this is 0, false or ``none``; for axes of a grid"""
+
+
+@dataclass(frozen=True)
+class CaseSpec:
+    """One configuration: overrides of the recipe."""
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """setting -> value, as on the command line: ``model.layers``; over those of the experiment"""
+    callbacks: tuple[CallbackSpec, ...] = ()
+    """all callbacks of the case: those of the recipe do not count"""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """columns of the tables that say what the case is"""
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """Cases for all combinations of some values; the first axis changes slowest."""
+
+    name: str
+    """of a case: ``"{sampling}_{rate}_{capacity}"``; a name that ``cases`` has already is left out"""
+    axes: Mapping[str, tuple[Any, ...]]
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: tuple[CallbackSpec, ...] = ()
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    cells: str | None = None
+    """which run a cell is read from: a function of :data:`editlab.experiments.cells.CELLS`, or its import path"""
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A CSV file in ``results/``."""
+
+    file: str
+    rows: str
+    """what a row is: ``runs``, ``means``, ``snapshots``, ``turns``, ``cells``, or the import path of a function"""
+    columns: tuple[str, ...] = ()
+    """further columns of ``runs`` and ``cells``: names in :data:`editlab.experiments.tables.COLUMNS`"""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """column -> value of the rows that are taken; ``runs`` alone"""
+    against: str | None = None
+    """of ``means``: the case that others are compared with"""
+    baselines: Mapping[str, str] = field(default_factory=dict)
+    """of ``means``: case -> another case that it is compared with"""
+
+
+@dataclass(frozen=True)
+class CopySpec:
+    """A file of one run's folder that is copied to ``results/``: of the first seed."""
+
+    file: str
+    case: str
+
+
+@dataclass(frozen=True)
+class LineSpec:
+    """How a case is drawn."""
+
+    label: str
+    color: Color = "black"
+    line: str = "-"
+    """line style of matplotlib; ``none`` draws points alone"""
+
+
+@dataclass(frozen=True)
+class CurvesSpec:
+    """Retained ES, accuracy, NS and perplexity over edits, a line for each case; bands are the range over seeds."""
+
+    kind: Literal["curves"]
+    file: str
+    table: str
+    rows: tuple[Mapping[str, LineSpec], ...]
+    """of panels: case -> its line"""
+
+
+@dataclass(frozen=True)
+class LinesSpec:
+    """One panel for each column, one line for each group, over a column of whole numbers (in powers of two)."""
+
+    kind: Literal["lines"]
+    file: str
+    table: str
+    x: str
+    xlabel: str
+    group: str
+    """column whose values are the groups"""
+    label: str
+    """of a group: ``"replay rate {}"``"""
+    panels: Mapping[str, str]
+    """column -> title"""
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeatMapSpec:
+    """One heat map for each column."""
+
+    kind: Literal["heat_map"]
+    file: str
+    table: str
+    x: str
+    xlabel: str
+    y: str
+    ylabel: str
+    panels: Mapping[str, str]
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BarsSpec:
+    """One panel for each column, one bar for each case."""
+
+    kind: Literal["bars"]
+    file: str
+    table: str
+    cases: Mapping[str, str]
+    """case -> label"""
+    panels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RadarPanel:
+    """One radar: some rows, and the group of metrics that is drawn."""
+
+    title: str
+    metrics: Literal["retained", "immediate"]
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RadarSpec:
+    """One radar for each panel, one line for each label in it."""
+
+    kind: Literal["radar"]
+    file: str
+    table: str
+    label: str
+    """of a row, from its columns: ``"{method}, weight {effective_weight:g}"``; rows that lack one are left out"""
+    spokes: Mapping[str, str]
+    """metric -> name of its spoke"""
+    panels: tuple[RadarPanel, ...]
+
+
+@dataclass(frozen=True)
+class RocSpec:
+    """ROC curves, and precision over recall."""
+
+    kind: Literal["roc"]
+    file: str
+    table: str
+
+
+@dataclass(frozen=True)
+class RunsFigureSpec:
+    """A figure that a function draws from the runs themselves, and not from a table."""
+
+    kind: Literal["runs"]
+    file: str
+    draw: str
+    """import path of a function of the finished runs that returns a figure"""
+
+
+FigureSpec: TypeAlias = CurvesSpec | LinesSpec | HeatMapSpec | BarsSpec | RadarSpec | RocSpec | RunsFigureSpec
+
+
+@dataclass(frozen=True)
+class QuickSpec:
+    """What ``--quick`` runs: a few small cases, to see that everything works."""
+
+    only: tuple[str, ...]
+    edits: int = 16
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment; ``None`` leaves a setting as the recipe has it."""
+
+    recipe: str
+    """its recipe, relative to the experiment's folder or one above it, or else to the current folder"""
+    cases: Mapping[str, CaseSpec] = field(default_factory=dict)
+    """name -> case, the ones that matter most first"""
+    grids: tuple[GridSpec, ...] = ()
+    question: str = ""
+    """what the experiment asks, in a sentence"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """of the data and of all else that is random"""
+    edits: int | None = None
+    batch_size: int | None = None
+    facts: str | None = None
+    """file of facts, or ``worldfacts``"""
+    heldout: tuple[str, ...] = ()
+    """texts of the perplexity: the first file that exists, or ``builtin``"""
+    moments: tuple[str, ...] = ()
+    """texts of the second moments: the first file that exists, or ``self``"""
+    moment_tokens: int | None = None
+    """tokens of that text; default: 24,576 of the model's own text, 160,000 of others"""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """settings of all cases, over the recipe's"""
+    label_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """class of a callback -> settings of it that become labels of the cases that give them"""
+    tables: tuple[TableSpec, ...] = ()
+    copies: tuple[CopySpec, ...] = ()
+    figures: tuple[FigureSpec, ...] = ()
+    quick: QuickSpec | None = None
+    definitions: Any = None
+    """holds YAML anchors that other parts refer to"""
+    path: Path = field(default=Path(), init=False)
+    """its file"""
+    project: Path = field(default=Path(), init=False)
+    """folder that runs start in: relative paths in settings count from there"""
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Reads and checks an experiment's file.
+
+    Raises:
+        UserError: if it does not exist, is no valid YAML, has a wrong key, type or value, or names a recipe that does
+            not exist.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"There is no experiment file {str(path)!r}: name one, such as configs/experiments/trust.yaml.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f" (see line {line + 1})"
+        raise UserError(f"{path} is not valid YAML{where}: correct it.") from error
+    experiment = build(Experiment, content, str(path))
+    file = file.resolve()
+    object.__setattr__(experiment, "path", file)
+    object.__setattr__(experiment, "project", _project(experiment.recipe, file, str(path)))
+    _check(experiment, str(path))
+    return experiment
+
+
+def _project(recipe: str, file: Path, where: str) -> Path:
+    """The folder that the recipe's path counts from."""
+    for folder in (*file.parents, Path.cwd()):
+        if (folder / recipe).is_file():
+            return folder
+    raise UserError(
+        f"{where}: there is no recipe {recipe!r} in {file.parent}, in a folder above it, or in the current folder: "
+        "correct its path."
+    )
+
+
+def _check(experiment: Experiment, where: str) -> None:
+    """What types alone do not tell.
+
+    Raises:
+        UserError: for cases, columns or tables that others refer to and that do not exist.
+    """
+    if not experiment.cases and not experiment.grids:
+        raise UserError(f"{where} has no cases: add at least one under 'cases' or 'grids'.")
+    if not experiment.seeds:
+        raise UserError(f"{where}: seeds is empty: give at least one.")
+    for name in ("edits", "batch_size", "moment_tokens"):
+        number = getattr(experiment, name)
+        if number is not None and number < 1:
+            raise UserError(f"{where}: {name} must be at least 1, and is {number}.")
+    kinds: set[str] = set()
+    for table in experiment.tables:
+        needed = {"means": {"runs"}, "turns": {"runs", "snapshots"}}.get(table.rows, set()) - kinds
+        if needed:
+            raise UserError(f"{where}: the table {table.file} needs a table of {min(needed)} above it: add one.")
+        kinds.add(table.rows)
+    files = {table.file for table in experiment.tables}
+    for figure in experiment.figures:
+        table_file = getattr(figure, "table", None)
+        if table_file is not None and table_file not in files:
+            raise UserError(
+                f"{where}: the figure {figure.file} is of {table_file}, which is no file under 'tables': "
+                f"there are {', '.join(sorted(files)) or 'none'}."
+            )
+
+
+def check_cases(experiment: Experiment, names: Collection[str]) -> None:
+    """Checks that cases which tables and figures refer to are among those there are.
+
+    Raises:
+        UserError: for one that is not.
+    """
+    referred: list[tuple[str, str]] = []
+    for table in experiment.tables:
+        pairs = [*table.baselines, *table.baselines.values(), *([table.against] if table.against else [])]
+        referred += [(case, f"the table {table.file}") for case in pairs]
+        if table.rows == "means" and table.against is None:
+            raise UserError(f"{experiment.path}: the table {table.file} of means needs 'against': name a case there.")
+    referred += [(copy.case, f"the copied file {copy.file}") for copy in experiment.copies]
+    for figure in experiment.figures:
+        if isinstance(figure, CurvesSpec):
+            referred += [(case, f"the figure {figure.file}") for row in figure.rows for case in row]
+        elif isinstance(figure, BarsSpec):
+            referred += [(case, f"the figure {figure.file}") for case in figure.cases]
+    referred += [(case, "quick") for case in (experiment.quick.only if experiment.quick else ())]
+    for case, where in referred:
+        if case not in names:
+            raise UserError(
+                f"{experiment.path}: {where} names the case {case!r}: there are {', '.join(dict.fromkeys(names))}."
+            )
+
+
+def first_existing(choices: tuple[str, ...], project: Path) -> str | None:
+    """The first of some texts that exists: a file, or a word (``builtin``, ``self``); None of no choices.
+
+    Files come as full paths, without resolving links, so that they are the same from each folder.
+    """
+    full = ""
+    for choice in choices:
+        if "/" not in choice and "." not in choice:
+            return choice
+        full = os.path.normpath(project / choice)
+        if Path(full).exists():
+            return full
+    return full or None
+
+
+def fields_of(kind: Any) -> list[tuple[str, str]]:
+    """Names and types of a part of the schema, for its documentation."""
+    return [(one.name, str(one.type)) for one in dataclasses.fields(kind) if one.init]

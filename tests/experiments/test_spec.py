@@ -1,0 +1,113 @@
+"""The schema of experiments: all committed ones are valid, and each mistake is one sentence that says how to fix it."""
+
+from pathlib import Path
+
+import pytest
+
+from editlab.errors import UserError
+from editlab.experiments.plan import Options, cases
+from editlab.experiments.spec import load_experiment
+
+PROJECT = Path(__file__).parents[2]
+FILES = sorted((PROJECT / "configs" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_committed_experiments_are_valid(file):
+    experiment = load_experiment(file)
+    assert experiment.project == PROJECT
+    assert experiment.question.endswith("?")
+    assert experiment.quick is not None
+    assert cases(experiment, Options(), 1)
+
+
+def load(folder, text, recipe=True):
+    if recipe:
+        (folder / "recipe.yaml").write_text("")
+    (folder / "my.yaml").write_text(text)
+    return load_experiment(folder / "my.yaml")
+
+
+CASES = "recipe: recipe.yaml\ncases: {a: {}, b: {}}\n"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("recipe: recipe.yaml\ncase: {a: {}}", r"unknown key 'case': did you mean 'cases'\?"),
+    ("cases: {a: {}}", r"lacks the key 'recipe': add it"),
+    ("recipe: recipe.yaml", r"has no cases: add at least one"),
+    ("- a", r"must be a mapping of recipe, cases, .*, and is \['a'\]"),
+    ("recipe: [", r"is not valid YAML \(see line 1\): correct it"),
+    ("recipe: other.yaml\ncases: {a: {}}", r"there is no recipe 'other\.yaml' in .*: correct its path"),
+    ("recipe: recipe.yaml\ncases: {a: {callback: []}}", r"cases: a has an unknown key 'callback': did you mean"),
+    ("recipe: recipe.yaml\ncases: {a: {callbacks: [{init_args: {}}]}}",
+     r"cases: a: callbacks: item 1 lacks the key 'class_path'"),
+    (CASES + "seeds: 1", r"seeds must be a list, and is 1: write it in brackets"),
+    (CASES + "seeds: [one]", r"seeds: item 1 must be a whole number, and is 'one'"),
+    (CASES + "seeds: []", r"seeds is empty: give at least one"),
+    (CASES + "edits: true", r"edits must be a whole number, and is True"),
+    (CASES + "edits: 0", r"edits must be at least 1, and is 0"),
+    (CASES + "flags: [a]", r"flags must be a mapping, and is \['a'\]"),
+    (CASES + "tables: [{file: t.csv, rows: means, against: a}]", r"the table t\.csv needs a table of runs above it"),
+    (CASES + "figures: [{kind: pie, file: f, table: t.csv}]", r"needs a 'kind' among curves, .*, and has 'pie'"),
+    (CASES + "figures: [{kind: roc, file: f, table: t.csv}]", r"the figure f is of t\.csv, which is no file under"),
+    (CASES + "tables: [{file: t.csv, rows: snapshots}]\n"
+     "figures: [{kind: curves, file: f, table: t.csv, rows: [{a: {label: A, color: red}}]}]",
+     r"rows: item 1: a: color must be one of blue, .*, and is 'red'"),
+])  # fmt: skip
+def test_each_mistake_is_one_sentence(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as raised:
+        load(tmp_path, text)
+    assert str(raised.value).startswith(str(tmp_path / "my.yaml"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file():
+    with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': name one"):
+        load_experiment("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("tables: [{file: t.csv, rows: runs}, {file: m.csv, rows: means, against: c}]",
+     r"the table m\.csv names the case 'c': there are a, b\."),
+    ("tables: [{file: t.csv, rows: runs}, {file: m.csv, rows: means}]", r"m\.csv of means needs 'against'"),
+    ("quick: {only: [c]}", r"quick names the case 'c': there are a, b\."),
+    ("copies: [{file: x.jsonl, case: c}]", r"the copied file x\.jsonl names the case 'c'"),
+    ("flags: {data.limit: '{edits}'}", r"a: \{edits\} stands for nothing: use one of .*seed.*, or set edits"),
+    ("grids: [{name: '{x}_{y}', axes: {x: [1]}}]", r"the name '\{x\}_\{y\}' of a grid must be of its axes x"),
+    ("grids: [{name: '{x}', axes: {x: [1]}, cells: nowhere.at_all}]", r"no function 'nowhere\.at_all': correct"),
+])  # fmt: skip
+def test_each_wrong_reference_is_one_sentence(tmp_path, text, message):
+    experiment = load(tmp_path, CASES + text)
+    with pytest.raises(UserError, match=message):
+        cases(experiment, Options(), 1)
+
+
+def test_a_recipe_is_found_from_the_experiment_s_folder_upward_or_from_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "recipe.yaml").write_text("")
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    text = "recipe: configs/recipe.yaml\ncases: {a: {}}"
+    assert load(tmp_path / "mine" / "deep", text, recipe=False).project == tmp_path
+    elsewhere = tmp_path.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load(elsewhere, text, recipe=False).project == tmp_path
+
+
+def test_yaml_anchors_and_typed_values(tmp_path):
+    experiment = load(
+        tmp_path,
+        """
+recipe: recipe.yaml
+definitions: {replay: &replay {class_path: MemoryReplay, init_args: {rate: 0.3}}}
+cases: {a: {callbacks: [*replay]}}
+heldout: [nowhere/text.txt, builtin]
+tables: [{file: t.csv, rows: snapshots}]
+figures: [{kind: curves, file: f, table: t.csv, rows: [{a: {label: A}}]}]
+""",
+    )
+    (callback,) = experiment.cases["a"].callbacks
+    assert (callback.class_path, callback.init_args) == ("MemoryReplay", {"rate": 0.3})
+    assert experiment.seeds == (1, 2, 3)
+    (figure,) = experiment.figures
+    assert figure.rows[0]["a"].color == "black"

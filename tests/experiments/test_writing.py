@@ -1,0 +1,106 @@
+"""An experiment's tables from made-up runs; rows outlive their runs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from editlab.errors import UserError
+from editlab.experiments.csv_files import read_rows
+from editlab.experiments.plan import finished, planned
+from editlab.experiments.spec import load_experiment
+from editlab.experiments.writing import Results
+from tests.experiments.made_up import SCORES, finish, options
+
+EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
+
+
+def write(experiment, given):
+    runs = [run for run in planned(experiment, given) if run.summary is not None]
+    Results(experiment, given, runs, finished(experiment, given)).write()
+
+
+CASES = "cases: {a: {labels: {way: x}}, b: {labels: {way: y}}, c: {}}\n"
+
+
+def load(folder, text):
+    (folder / "recipe.yaml").write_text("")
+    (folder / "my.yaml").write_text("recipe: recipe.yaml\n" + CASES + text)
+    return load_experiment(folder / "my.yaml")
+
+
+def test_tables_of_runs_means_and_snapshots_outlive_the_runs(tmp_path):
+    experiment = load(
+        tmp_path,
+        """
+tables:
+- {file: each.csv, rows: runs}
+- {file: part.csv, rows: runs, where: {way: y}}
+- {file: means.csv, rows: means, against: a}
+- {file: curves.csv, rows: snapshots}
+- {file: turns.csv, rows: turns}
+copies: [{file: events.jsonl, case: b}]
+""",
+    )
+    given = options(tmp_path, seeds=[1])
+    for case, accuracy in (("a", 0.5), ("b", 0.75)):
+        folder = finish(given.work / case / "version_1", {**SCORES, "retained/accuracy": accuracy})
+        (folder / "metrics.csv").write_text(f"edits,retained/accuracy\n4,1.0\n8,{accuracy}\n")
+        (folder / "events.jsonl").write_text(case)
+        write(experiment, replace(given, only=[case]))
+        (folder / "summary.json").unlink()  # the other one is written without it
+    results = given.out / "results"
+    assert [row["retained/accuracy"] for row in read_rows(results / "each.csv")] == ["0.5", "0.75"]
+    assert [row["case"] for row in read_rows(results / "part.csv")] == ["b"]
+    means = {row["case"]: row for row in read_rows(results / "means.csv")}
+    assert [means[case]["retained/accuracy_gain"] for case in ("a", "b")] == ["0.0", "0.25"]
+    assert means["c"] == {"case": "c", "seeds": "0"}  # not run, but listed
+    assert [(row["case"], row["edits"]) for row in read_rows(results / "curves.csv")] == [
+        ("a", "4"), ("a", "8"), ("b", "4"), ("b", "8"),
+    ]  # fmt: skip
+    assert {row["case"] for row in read_rows(results / "turns.csv")} == {"a", "b"}
+    assert (results / "events.jsonl").read_text() == "b"
+
+
+def test_without_any_finished_run_nothing_is_written(tmp_path):
+    experiment = load(tmp_path, "tables: [{file: each.csv, rows: runs}, {file: means.csv, rows: means, against: a}]")
+    write(experiment, options(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    ("{file: t.csv, rows: row}", r"t\.csv is of unknown rows 'row': there are runs, .* or give the import path"),
+    ("{file: t.csv, rows: runs, columns: [second]}", r"t\.csv has an unknown column 'second': there are .*seconds"),
+    ("{file: t.csv, rows: nowhere.rows}", r"There is no function 'nowhere\.rows': correct its import path"),
+])  # fmt: skip
+def test_unknown_rows_and_columns_are_refused(tmp_path, table, message):
+    experiment = load(tmp_path, f"tables: [{table}]")
+    finish(tmp_path / "runs" / "a" / "version_1")
+    with pytest.raises(UserError, match=message):
+        write(experiment, options(tmp_path, seeds=[1]))
+
+
+def rows_of_my_own(runs):
+    return [{"case": run.case.name, "seed": run.seed, "twice": 2 * run.summary["edits"]} for run in runs]
+
+
+def test_rows_of_a_function_of_one_s_own(tmp_path):
+    experiment = load(tmp_path, f"tables: [{{file: t.csv, rows: {__name__}.rows_of_my_own}}]")
+    finish(tmp_path / "runs" / "b" / "version_1")
+    write(experiment, options(tmp_path, seeds=[1]))
+    assert read_rows(tmp_path / "out" / "results" / "t.csv") == [{"case": "b", "seed": "1", "twice": "16"}]
+
+
+@pytest.mark.parametrize("name", ["baselines", "replay_ablation", "lora_ablation", "forgetting"])
+def test_committed_tables_say_what_they_were_made_with(tmp_path, name):
+    experiment = load_experiment(EXPERIMENTS / f"{name}.yaml")
+    case = next(iter(experiment.cases))
+    finish(tmp_path / "runs" / case / "version_1", SCORES, delta_norm={"6": 0.25}, seconds=8.0, peak_memory_mb=100.0,
+           versions={"torch": "2"})  # fmt: skip
+    write(experiment, options(tmp_path))
+    written = list((tmp_path / "out" / "results").iterdir())
+    assert written
+    for table in written:
+        for row in read_rows(table):
+            if row.get("seeds") != "0":
+                assert (row["recipe"], row["torch"]) == (experiment.recipe, "2")
