@@ -25,8 +25,8 @@ def write(path, rows):
 
 def test_each_figure_comes_from_its_table(tmp_path, capsys):
     results, retained = tmp_path / "results", {"retained/ES": 1.0, "retained/accuracy": 0.9, "retained/NS": 0.8}
-    for table, case in (("large_scale_forgetting", "emmet"), ("replay_ablation_curves", "none"),
-                        ("lora_ablation_curves", "emmet")):  # fmt: skip
+    for table, case in (("large_scale_forgetting", "memit_1000"), ("replay_ablation_curves", "none"),
+                        ("lora_ablation_curves", "memit")):  # fmt: skip
         write(results / f"{table}.csv",
               [{"case": case, "seed": s, "edits": n, **retained, "retained/perplexity": 30 + s}
                for s in (1, 2) for n in (200, 400)])  # fmt: skip

@@ -218,7 +218,7 @@ def test_quick_takes_built_in_data_and_what_the_experiment_names():
     file = str(project / "configs" / "experiments" / "lora_ablation.yaml")
     experiment = load_experiment(file)
     given = options_of(experiment, COMMAND.parser().parse_args([file, "--quick", "--edits", "8"]))
-    assert (given.only, given.seeds, given.edits, given.batch_size) == (("emmet", "lora_8"), [1], 8, 4)
+    assert (given.only, given.seeds, given.edits, given.batch_size) == (("memit", "lora_8"), [1], 8, 4)
     assert (given.facts, given.heldout, given.moments, given.moment_tokens) == ("worldfacts", "builtin", "self", 4096)
     assert given.work == project / "lightning_logs" / "quick" / "runs" / "lora_ablation"
     assert given.out == project / "lightning_logs" / "quick"
