@@ -11,8 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
+from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.failures import note_saved
-from editlab.cli.main import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.recipe import SaveConfig, goes_on, settle
 from editlab.data import EditDataModule
 from editlab.distributed.strategy import NAME, EditStrategy
