@@ -31,6 +31,7 @@ from editlab.runs import resume
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import finish_run
 from editlab.solver.closed_form import Preservation
+from editlab.solver.device import require_setting
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.progress import progress
 from editlab.utils.validation import at_least_one, not_negative, one_of
@@ -67,6 +68,8 @@ class SequentialEditor(EditedModel):
             the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: the Gram matrix' condition number above which the slack is raised (see the solver).
+        solver_device: where the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which is the
+            model's device, or the CPU where that one has no float64, is slow at it, or lacks memory for the metrics.
 
     Raises:
         UserError: for layers, keys or weights that can not be.
@@ -88,8 +91,11 @@ class SequentialEditor(EditedModel):
         device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
+        solver_device: str = "auto",
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map)
+        require_setting(solver_device)
+        self.solver_setting = solver_device
         one_of("model", KEY_MODES, keys=keys)
         not_negative("model", preserve_prompt_tokens=preserve_prompt_tokens)
         if not condition_limit > 1:
@@ -158,8 +164,10 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            for layer, c0 in second_moments(self.lm, self.layer_numbers, self.moments, self.language_model).items():
-                self.preservation[layer] = self.method.preservation(c0.to(self.solver_device))
+            device = self.solver_device
+            found = second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, device)
+            for layer in self.layer_numbers:
+                self.preservation[layer] = self.method.preservation(found.pop(layer), device)
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         resume.begin(self)
@@ -209,11 +217,14 @@ class SequentialEditor(EditedModel):
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], found on the weights as they are."""
         with progress(total=len(facts), desc="Values", unit="fact") as bar:
-            return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
+            others = sum(metric.bytes for metric in self.preservation.values() if metric.device == self.lm.device)
+            return optimize_values(
+                self.lm, facts, self.site, self.contexts, self.values, progress=bar.update, others=others
+            ).target
 
     def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
         """Keys of facts at an edited layer with the weights as they are, and what their site gives now."""
-        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.key_mode)
+        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.key_mode, self.solver_device)
 
     def _tell(self, event: str, what: EditPlan | EditOutcome) -> None:
         listeners = [c for c in self.trainer.callbacks if isinstance(c, EditCallback)]  # type: ignore[attr-defined]

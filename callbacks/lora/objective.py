@@ -131,9 +131,11 @@ class Objective:
 
     def loss(self, lm: LanguageModel, edits: Sequence[int], others: Sequence[int]) -> dict[str, Tensor]:
         """The parts of the loss, unweighted, on the named edit rows and other rows."""
-        rows = [self.edits[i] for i in edits]
-        following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
-        parts = {"edits": nn.functional.cross_entropy(logits_of(lm, rows), following)}
+        parts = {}
+        if edits:
+            rows = [self.edits[i] for i in edits]
+            following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
+            parts["edits"] = nn.functional.cross_entropy(logits_of(lm, rows), following)
         asked = {"before": self.before, "unedited": self.unedited}
         asked = {name: said for name, said in asked.items() if self.weights[name] > 0}
         if asked and others:
@@ -141,6 +143,40 @@ class Objective:
             for name, said in asked.items():
                 parts[name] = divergence(torch.cat([said[i] for i in others]), logits)
         return parts
+
+    def gradients(
+        self, lm: LanguageModel, edits: Sequence[int], others: Sequence[int], pieces: int = 1
+    ) -> dict[str, float]:
+        """Add the gradients of the total to those of the parameters, and return the parts of the loss.
+
+        Args:
+            lm: the model.
+            edits: indices of edit rows.
+            others: indices of other rows.
+            pieces: in how many pieces the rows go through the model, one after the other. Each is weighted by its
+                fraction of the positions that matter, so the gradients are the same up to rounding.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        found: dict[str, float] = {}
+        for rows, indices, first in ((self.edits, edits, True), (self.others, others, False)):
+            whole = sum(len(rows[i].places) for i in indices)
+            for piece in range(pieces):
+                some = indices[piece::pieces]
+                fraction = sum(len(rows[i].places) for i in some) / whole if some else 0.0
+                if not fraction:
+                    continue
+                with torch.enable_grad():
+                    parts = self.loss(lm, some, []) if first else self.loss(lm, [], some)
+                    loss = self.total(parts) * fraction
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {float(loss.detach())}")
+                if loss.requires_grad:
+                    loss.backward()
+                for name, part in parts.items():
+                    found[name] = found.get(name, 0.0) + fraction * float(part.detach())
+        return found
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum."""

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.lora.objective import Objective
 from editlab.distributed import ranks
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.memory import lacks_memory, release
 from editlab.utils.files import atomic_file
 from editlab.utils.progress import progress
 from editlab.utils.rng import rng_state, set_rng_state
@@ -125,18 +126,40 @@ class _Course:
         self.decks = {"edits": Deck(len(objective.edits), draw), "others": Deck(len(objective.others), draw)}
         self.seen: list[dict[str, float]] = []
         """the parts of each step's loss"""
+        self.pieces = 1
+        """in how many pieces a step's rows go through the model; more after memory did not hold them"""
 
     def step(self, lm: LanguageModel, size: int) -> None:
         """One step on so many edits, and as many others."""
+        edits, others = self.decks["edits"].deal(size), self.decks["others"].deal(size)
+        parts = self._gradients(lm, edits, others)
+        self.optimizer.step()
+        self.seen.append(parts)
+
+    def _gradients(self, lm: LanguageModel, edits: list[int], others: list[int]) -> dict[str, float]:
+        """The gradients of a step, in as many pieces as memory needs; and the parts of the loss."""
+        self.optimizer.zero_grad()
+        try:
+            if self.pieces > 1:
+                return self.objective.gradients(lm, edits, others, self.pieces)
+            return self._at_once(lm, edits, others)
+        except Exception as error:
+            if not lacks_memory(error) or self.pieces >= max(len(edits), len(others)):
+                raise
+        release()
+        self.pieces *= 2
+        log.warning("Memory does not hold a step's rows: they are trained on in %d pieces, which takes longer",
+                    self.pieces)  # fmt: skip
+        return self._gradients(lm, edits, others)
+
+    def _at_once(self, lm: LanguageModel, edits: list[int], others: list[int]) -> dict[str, float]:
         with torch.enable_grad():
-            parts = self.objective.loss(lm, self.decks["edits"].deal(size), self.decks["others"].deal(size))
+            parts = self.objective.loss(lm, edits, others)
             loss = self.objective.total(parts)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss.detach())} after {len(self.seen)} steps")
-        self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.seen.append({name: float(part.detach()) for name, part in parts.items()})
+        return {name: float(part.detach()) for name, part in parts.items()}
 
     def state(self) -> dict[str, Any]:
         """All that the rest of it depends on."""
@@ -147,6 +170,7 @@ class _Course:
             "draw": self.draw.getstate(),
             "random": rng_state(),
             "seen": self.seen,
+            "pieces": self.pieces,
         }
 
     def go_on(self, state: Mapping[str, Any] | None) -> None:
@@ -161,7 +185,7 @@ class _Course:
             self.decks[name].left = left
         self.draw.setstate(state["draw"])
         set_rng_state(state["random"])
-        self.seen = state["seen"]
+        self.seen, self.pieces = state["seen"], state.get("pieces", 1)
         log.info("An adjustment goes on after %d steps", len(self.seen))
 
     def _parameters(self) -> list[torch.nn.Parameter]:

@@ -91,11 +91,12 @@ def _removable(past: Tensor, keys: Tensor, weights: Sequence[float]) -> Tensor:
     held = values > TINY * values[-1].clamp_min(0)
     scale = values[held].sqrt()
     basis, coordinates = torch.linalg.qr((vectors[:, held] / scale).T @ keys)
-    left = torch.eye(len(coordinates)).to(past)
+    identity = torch.eye(len(coordinates), dtype=past.dtype, device=past.device)
+    left = identity
     for w, weight in zip(coordinates.T, weights, strict=True):
         left = left - _rank_one(left, w, weight)
     spread = (vectors[:, held] * scale) @ basis
-    return spread @ (torch.eye(len(left)).to(past) - left) @ spread.T
+    return spread @ (identity - left) @ spread.T
 
 
 def _rank_one(matrix: Tensor, vector: Tensor, weight: float) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import EditOutcome
-from editlab.solver.closed_form import Constraints, diagnostics, effective_weight, solve
+from editlab.lm.precision import rounding
+from editlab.solver.closed_form import Constraints, diagnostics, duplicate_tolerance, effective_weight, solve
 from editlab.utils.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
     slack = torch.tensor(
         [editor.method.slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64
     )
+    same_key = duplicate_tolerance(rounding(editor.lm.model.dtype, editor.lm.device))
     asked = torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64, device=device)
     for place, layer in editor.passes * list(enumerate(editor.layer_numbers)):
         edited = editor.layers[place]
@@ -86,11 +88,11 @@ def solve_batch(editor: SequentialEditor, outcome: EditOutcome) -> Iterator[tupl
         preservation = editor.preservation[layer]
         if editor.preserve_prompt_tokens:
             preservation = preservation.plus(keys.others.to(device), editor.preserve_prompt_tokens)
-        solution = solve(constraints, preservation, editor.condition_limit)
+        solution = solve(constraints, preservation, editor.condition_limit, same_key=same_key)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, layer, note)
         outcome.keys[layer] = keys
-        update = solution.delta.to(edited.total)
+        update = solution.delta.to(edited.total.dtype).to(edited.total.device)
         whole = outcome.updates[layer] + update if layer in outcome.updates else update
         outcome.updates[layer], outcome.last_updates[layer] = whole, update
         measured = diagnostics(solution)

@@ -42,10 +42,12 @@ class EditedLayer(nn.Module):
         self.register_load_state_dict_post_hook(lambda layer, _: layer.write())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
-        """As of any module, but the sum only moves: ``trainer.precision bf16-true`` would round it."""
+        """Move to another device or type; the sum and the adapter only move, as a 16-bit type would round them."""
         total = self.total
         super()._apply(fn, recurse)
         self.total = total.to(self.total.device)
+        if self.adapter is not None:
+            self.adapter = self.adapter.to(self.total.device)
         return self
 
     @property

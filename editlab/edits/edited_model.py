@@ -19,6 +19,9 @@ from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.memory import room_beside
+from editlab.solver.device import AUTO as AUTO_DEVICE
+from editlab.solver.device import choose_device
 
 
 class EditedModel(lightning.LightningModule):
@@ -49,6 +52,7 @@ class EditedModel(lightning.LightningModule):
         self.layer_numbers = sorted(named)
         self.edit_module = edit_module
         self.device_map = device_map
+        self.solver_setting = AUTO_DEVICE
         self.strict_loading = False
         self.edited: nn.ModuleDict = nn.ModuleDict()
         self.adjusted: nn.ModuleDict = nn.ModuleDict()
@@ -131,5 +135,6 @@ class EditedModel(lightning.LightningModule):
 
     @property
     def solver_device(self) -> torch.device:
-        """Where the closed form is solved: float64 is not to be had on every accelerator."""
-        return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")
+        """Where the closed form is solved; see :func:`editlab.solver.device.choose_device`."""
+        sizes = [self.lm.anatomy.key_size(layer) for layer in self.layer_numbers]
+        return choose_device(self.solver_setting, self.lm.device, sizes, room_beside(self.lm.model))

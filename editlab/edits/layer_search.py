@@ -191,8 +191,9 @@ class Search:
         if layers in self.trials:
             return
         trial = self._editor_at(layers)
-        for layer, c0 in accumulate(self.lm, layers, self.windows).items():
-            trial.preservation[layer] = trial.method.preservation(c0.to(trial.solver_device))
+        device = trial.solver_device
+        for layer, c0 in accumulate(self.lm, layers, self.windows, device).items():
+            trial.preservation[layer] = trial.method.preservation(c0, device)
         facts, top = self.exam.facts, layers[-1]
         if top not in self.values:
             settings = replace(trial.values, steps=min(STEPS, trial.values.steps))
@@ -223,7 +224,7 @@ class Search:
         trial = type(like)(
             like.language_model, list(layers), like.method, like.values, keys=like.key_mode,
             preserve_prompt_tokens=like.preserve_prompt_tokens, passes=like.passes,
-            condition_limit=like.condition_limit,
+            condition_limit=like.condition_limit, solver_device=like.solver_setting,
         )  # fmt: skip
         trial.use(self.lm)
         trial.contexts = self.exam.contexts

@@ -22,6 +22,7 @@ from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.precision import has_float64, widened
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.solver.closed_form import Preservation
 from editlab.utils.files import atomic_file, cache_dir, read_tensors
@@ -61,7 +62,13 @@ class MomentSettings:
         not_negative("model.moments", tolerance=self.tolerance)
 
 
-def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSettings, name: str) -> dict[int, Tensor]:
+def second_moments(
+    lm: LanguageModel,
+    layers: Sequence[int],
+    settings: MomentSettings,
+    name: str,
+    device: torch.device | None = None,
+) -> dict[int, Tensor]:
     """C0 of each layer, float64 [d_k, d_k] on the CPU, from the cache where it lies there.
 
     Args:
@@ -69,6 +76,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
         layers: whose keys.
         settings: the text.
         name: the model's name, for messages only.
+        device: where they are summed, as of :func:`accumulate`.
 
     Raises:
         UserError: where the text can not be read or is too short.
@@ -92,7 +100,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
             missing = list(layers)  # where reading stops depends on all of them
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = text_windows(lm, settings, name)
-        for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance).items():
+        for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance, device).items():
             found[layer] = moments
             if settings.cache:
                 ranks.on_first(partial(_keep, paths[layer], moments))
@@ -184,9 +192,9 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     special = set(lm.tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special])
+    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special], device="cpu")
     count = -(-tokens // WINDOW)
-    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
+    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator, device="cpu")].tolist()
     rows = 4 * ROWS  # one token a row at a time: more rows make up for it
     passes = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
     windows = ranks.each(passes, lambda some: lm.sample([[firsts[i]] for i in some], WINDOW - 1, seed + some[0]), title)
@@ -196,27 +204,43 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
 
 
 @torch.no_grad()
-def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU."""
+def accumulate(
+    lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], device: torch.device | None = None
+) -> dict[int, Tensor]:
+    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU.
+
+    Each pass adds one product a layer, in float64, to a sum that stays on one device until the end.
+
+    Args:
+        lm: the model.
+        layers: whose keys.
+        windows: token ids.
+        device: where products and sums are made; default: the model's, or the CPU where that has no float64.
+    """
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
+    where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
 
     def add_up(starts: Sequence[int]) -> list[Tensor]:
-        sizes = {layer: lm.anatomy.key_size(layer) for layer in layers}
-        sums = {layer: torch.zeros(size, size, dtype=torch.float64) for layer, size in sizes.items()}
+        sizes = [lm.anatomy.key_size(layer) for layer in layers]
+        sums = [torch.zeros(size, size, dtype=torch.float64, device=where) for size in sizes]
         for start in progress(starts, desc="Second moments", unit="pass"):
-            for seen in lm.read(windows[start : start + ROWS], modules, stop=max(layers)):
-                for layer, keys in seen.items():
-                    k = keys.double()
-                    sums[layer] += (k.T @ k).cpu()
-        return [sums[layer] for layer in layers]
+            seen = lm.read(windows[start : start + ROWS], modules, stop=max(layers))
+            for layer, total in zip(layers, sums, strict=True):
+                keys = widened(torch.cat([window.pop(layer) for window in seen]), where)
+                total.addmm_(keys.T, keys)
+        return [total.cpu() for total in sums]
 
     totals = ranks.summed(range(0, len(windows), ROWS), add_up)
     count = sum(len(window) for window in windows)
-    return {layer: total / count for layer, total in zip(layers, totals, strict=True)}
+    return {layer: total.div_(count) for layer, total in zip(layers, totals, strict=True)}
 
 
 def accumulate_until(
-    lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], tolerance: float
+    lm: LanguageModel,
+    layers: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    tolerance: float,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
     """Second moments as of :func:`accumulate`, over as many of the windows as it takes.
 
@@ -229,11 +253,12 @@ def accumulate_until(
         layers: whose keys.
         windows: of text.
         tolerance: 0 reads all of them.
+        device: as of :func:`accumulate`.
     """
     read = len(windows)
     if tolerance:
         read = min(read, -(-KEYS_A_FEATURE * max(map(lm.anatomy.key_size, layers)) // WINDOW))
-    found = accumulate(lm, layers, windows[:read])
+    found = accumulate(lm, layers, windows[:read], device)
     while read < len(windows):
         part = windows[read : 2 * read]
         longer = ranks.on_first(partial(_most_excess, lm, found, part[:PROBED]))
@@ -241,7 +266,7 @@ def accumulate_until(
         log.info("Second moments of %d tokens: new keys are %.0f%% longer than theirs", tokens, 100 * longer)
         if longer < tolerance:
             break
-        more, new = accumulate(lm, layers, part), sum(map(len, part))
+        more, new = accumulate(lm, layers, part, device), sum(map(len, part))
         found = {layer: (tokens * found[layer] + new * more[layer]) / (tokens + new) for layer in layers}
         read += len(part)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from editlab.data.fact import Fact
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.precision import has_float64, widened
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
 KEY_MODES = ("bare", "mean", "each")
@@ -65,7 +67,7 @@ class Keys:
         return Keys(
             keys=torch.cat([self.keys, more], 1),
             fact=torch.cat([self.fact, number]),
-            current=torch.cat([self.current, origin + total.to(more) @ more], 1),
+            current=torch.cat([self.current, origin + widened(total, more.device) @ more], 1),
             others=torch.cat([self.others, torch.cat(others).to(self.keys).T], 1),
             others_fact=torch.cat([self.others_fact, number.repeat_interleave(lengths)]),
         )
@@ -148,9 +150,15 @@ def _length(lm: LanguageModel, prompt: str, continuation: str) -> int:
 
 
 def read_keys(
-    lm: LanguageModel, facts: Sequence[Fact], layer: int, site: Site, contexts: Sequence[str], mode: str
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    site: Site,
+    contexts: Sequence[str],
+    mode: str,
+    device: torch.device | None = None,
 ) -> Keys:
-    """Keys of the facts at one layer, the site's current output, and the prompts' other keys, in one reading.
+    """Read the facts' keys at one layer, the site's output, and the keys of the prompts' other tokens, all at once.
 
     Several ranks share the passes.
 
@@ -162,6 +170,7 @@ def read_keys(
         contexts: prefixes, the empty one first.
         mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts, ``each`` one key for
             every context.
+        device: of the result; default: the model's, or the CPU where that has no float64.
     """
     used = [""] if mode == "bare" else list(contexts)
     rows: list[tuple[int, ...]] = []
@@ -176,14 +185,14 @@ def read_keys(
 
     def read(group: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         seen = lm.read([rows[i] for i in group], modules, stop="site")
-        return [_picked(s, lasts[i], len(rows[i]) if i < n else 0) for s, i in zip(seen, group, strict=True)]
+        return _picked(seen, [lasts[i] for i in group], [len(rows[i]) if i < n else 0 for i in group])
 
     found = ranks.each(lm.passes(rows), read)
-    at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
+    where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
+    at_last = widened(torch.stack([key for key, _, _ in found]), where)
     others = [some for _, some, _ in found[:n]]
-    order = torch.arange(n, device=at_last.device)
-    lengths = torch.tensor([len(o) for o in others], device=at_last.device)
-    others_fact = order.repeat_interleave(lengths)
+    order = torch.arange(n, device=where)
+    others_fact = torch.arange(n).repeat_interleave(torch.tensor([len(o) for o in others])).to(where)
     if mode == "each":
         order = order.repeat(len(used))
     else:
@@ -191,13 +200,35 @@ def read_keys(
     return Keys(
         keys=at_last.T.contiguous(),
         fact=order,
-        current=torch.stack([site for _, _, site in found[:n]]).to(lm.device).double().T,
-        others=torch.cat(others).to(lm.device).double().T,
+        current=widened(torch.stack([site for _, _, site in found[:n]]), where).T,
+        others=widened(torch.cat(others), where).T,
         others_fact=others_fact,
     )
 
 
-def _picked(seen: dict[str, Tensor], last: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one row, on the CPU: the key at its ``last`` token, those at its other ``tokens``, the site's output."""
-    others = [t for t in range(1, tokens) if t != last]
-    return seen["key"][last].cpu().clone(), seen["key"][others].cpu(), seen["site"][last].cpu().clone()
+def _picked(
+    seen: Sequence[dict[str, Tensor]], lasts: Sequence[int], lengths: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each row of a pass, on the CPU: the key at its last token, its other keys, the site's output.
+
+    They are picked on the device, for all rows at once, and copied together: the host waits twice, not for each row.
+
+    Args:
+        seen: keys and outputs of each row, [tokens, features].
+        lasts: index of each subject's last token.
+        lengths: tokens of each row whose other keys, all but the first token's, are wanted; 0 where none are.
+    """
+    others = [[t for t in range(1, tokens) if t != last] for last, tokens in zip(lasts, lengths, strict=True)]
+    starts = [0, *accumulate(len(row["key"]) for row in seen)]
+    last_at = [start + last for start, last in zip(starts, lasts, strict=False)]
+    other_at = [start + t for start, some in zip(starts, others, strict=False) for t in some]
+    keys = _at([row["key"] for row in seen], last_at + other_at)
+    sites = _at([row["site"] for row in seen], last_at)
+    split = keys[len(lasts) :].split([len(some) for some in others])
+    return list(zip(keys[: len(lasts)], split, sites, strict=True))
+
+
+def _at(rows: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """Those rows of tensors laid one after the other that have these indices, on the CPU."""
+    whole = torch.cat(list(rows))
+    return whole[torch.tensor(indices, dtype=torch.long).to(whole.device, non_blocking=True)].cpu()

@@ -52,8 +52,14 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def model_key(weights: str, model: nn.Module) -> str:
-    """Hex digest of all that computing with ``model`` depends on: its weights' fingerprint, and its architecture."""
-    return hashlib.sha256(f"{weights} {json.dumps(architecture(model), sort_keys=True)}".encode()).hexdigest()
+    """Hex digest of all that computing with ``model`` depends on: weights, architecture, and the type of its device.
+
+    ``weights`` is their fingerprint. What a GPU computes differs in the last bits from what a CPU does, so neither
+    finds in the cache what the other has put there.
+    """
+    told = f"{weights} {json.dumps(architecture(model), sort_keys=True)}"
+    kinds = {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}
+    return hashlib.sha256(" ".join([told, *sorted(kinds)]).encode()).hexdigest()
 
 
 def _factors(count: int) -> Tensor:

@@ -230,7 +230,7 @@ class LanguageModel(nn.Module):
             NotFiniteError: where what the model says is not finite, so that nothing can be drawn from it.
         """
         ids = torch.tensor([list(p) for p in prompts], device=self.device)
-        with private_draws(seed, self.device), _generating_plainly(self.model):
+        with private_draws(seed), _generating_plainly(self.model):
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from editlab.errors import UserError
@@ -24,8 +25,11 @@ class Method(ABC):
             raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above, and finite.")
 
     @abstractmethod
-    def preservation(self, moments: Tensor) -> Preservation:
-        """The preservation metric, from second moments C0 [d_k, d_k] of keys."""
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
+        """The preservation metric, from second moments C0 [d_k, d_k] of keys.
+
+        It lies on ``device``, by default that of the moments.
+        """
 
     @property
     @abstractmethod
@@ -55,9 +59,9 @@ class EMMET(Method):
     ridge: float = 1e-6
     """Share of C0's mean eigenvalue that is added to its diagonal."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -74,9 +78,9 @@ class ROME(Method):
     ridge: float = 1e-6
     """Share of C0's mean eigenvalue that is added to its diagonal."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -98,9 +102,9 @@ class MEMIT(Method):
     ridge: float = 1e-6
     """Share of C0's mean eigenvalue that is added to its diagonal."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -121,9 +125,9 @@ class AlphaEdit(Method):
     l2: float = 1.0
     """Weight of the L2 term on the update; slack in the closed form."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """The identity on C0's null space."""
-        return Preservation.null_space(moments, self.threshold)
+        return Preservation.null_space(moments, self.threshold, device)
 
     @property
     def slack(self) -> float:
