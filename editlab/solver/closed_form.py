@@ -308,9 +308,9 @@ def solve(
     """The update ``R (K^T C^-1 K + diag(s))^-1 K^T C^-1``, on the metric's device.
 
     Keys that differ by less than the fraction ``same_key`` of their norm are the same, and constraints on one key are
-    merged first. Where the system's condition number is above ``condition_limit`` the slack is raised tenfold from 1e-10 of the mean diagonal until it is under it, up to 1e-4 of it; then the optional
-    constraints are dropped; the last resort is the minimum-norm least-squares solution. Each such step is reported
-    in the solution.
+    merged first. Where the system's condition number is above ``condition_limit`` the slack is raised tenfold from
+    1e-10 of the mean diagonal until it is under it, up to 1e-4 of it; then the optional constraints are dropped; the
+    last resort is the minimum-norm least-squares solution. Each such step is reported in the solution.
 
     Raises:
         EditLabError: where keys or residuals are not finite.

@@ -16,6 +16,7 @@ tensors in a saved file (they are saved as CPU tensors).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -246,6 +247,8 @@ def pretend(
         for owner, functions in _stand_ins(kind, memory).items():
             for name, function in functions.items():
                 stack.enter_context(mock.patch.object(owner, name, function, create=True))
+        # The modes belong to one thread: transformers must not load weights in others.
+        stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         # PyTorch's backward threads belong to the devices that existed when the first one started.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapping)
