@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -87,12 +88,19 @@ def _wait_of(call: Call) -> str:
     return ""
 
 
+@cache
+def _shown(file: str) -> str:
+    """A file of the counted packages as it is shown; empty for any other file."""
+    return Path(file).relative_to(ROOT).as_posix() if file.startswith(PACKAGES) else ""
+
+
 def caller() -> str:
     """``file:line`` of the innermost frame in editlab or its callbacks; ``elsewhere`` where there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(PACKAGES):
-            return f"{Path(name).relative_to(ROOT).as_posix()}:{frame.f_lineno}"
+        shown = _shown(name)
+        if shown:
+            return f"{shown}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"

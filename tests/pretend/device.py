@@ -30,11 +30,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.pretend import rules
 from tests.pretend.counts import Counts
-from tests.pretend.tensor import NAME, Call, PretendTensor, is_pretend
+from tests.pretend.tensor import NAME, Call, PretendTensor, is_pretend, tensors_in, with_tensors
 
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 """Whether this PyTorch has the Python backend that is needed."""
@@ -78,8 +77,8 @@ def execute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     wrappers = {id(x.content): x for x in call.on_device}
     given = {id(x) for x in call.on_cpu}
 
-    def wrap(x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, PretendTensor):
+    def wrap(x: Tensor) -> Tensor:
+        if isinstance(x, PretendTensor):
             return x
         if id(x) in wrappers:  # it was written into
             return wrappers[id(x)]
@@ -87,7 +86,7 @@ def execute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             rules.check_types(call, x, accelerator.name)
         return PretendTensor(x) if call.result_on_device and id(x) not in given else x
 
-    return tree_map(wrap, results)
+    return with_tensors(results, wrap)
 
 
 def _on_contents(call: Call, tf32: bool) -> tuple[Any, dict[str, Any]]:
@@ -97,13 +96,13 @@ def _on_contents(call: Call, tf32: bool) -> tuple[Any, dict[str, Any]]:
         kwargs["device"] = torch.device("cpu")
         kwargs |= {name: False for name in ("pin_memory", "non_blocking") if kwargs.get(name)}
 
-    def content(x: Any) -> Any:
+    def content(x: Tensor) -> Tensor:
         if not isinstance(x, PretendTensor):
             return x
         rounded = tf32 and call.name in _PRODUCTS and x.dtype == torch.float32
         return _rounded_to_tf32(x.content) if rounded else x.content
 
-    return tree_map(content, (call.args, kwargs))
+    return with_tensors(call.args, content), with_tensors(kwargs, content)
 
 
 def _rounded_to_tf32(x: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ class _Dispatch(TorchDispatchMode):
                 parts = function.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        ours = any(isinstance(x, PretendTensor) for x in tree_leaves((args, kwargs)))
+        ours = any(isinstance(x, PretendTensor) for x in tensors_in((args, kwargs)))
         if ours or is_pretend(kwargs.get("device")):
             return execute(function, args, kwargs)
         return function(*args, **kwargs)
@@ -195,7 +194,7 @@ class _Names(TorchFunctionMode):
         if function not in self.about_names:
             args = tuple(map(self._internal, args))
             kwargs = {name: self._internal(x) for name, x in kwargs.items()}
-        if function in (torch.tensor, torch.as_tensor) and is_pretend(kwargs.get("device")):
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and is_pretend(kwargs.get("device")):
             # C++ would fill the tensor on the CPU and copy it past all modes.
             needs_gradient = kwargs.pop("requires_grad", False)
             made = function(*args, **{**kwargs, "device": "cpu"}).to(_INTERNAL)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 NAME = "pretend"
 """Name of the device inside PyTorch's C++ code; Python code sees the name of the accelerator that it stands for."""
@@ -54,49 +53,67 @@ class PretendTensor(Tensor):
         return f"{self.content!r} on the pretend device"
 
 
-@dataclass
+def tensors_in(x: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts; quicker than PyTorch's own walk, which knows more containers."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for one in x:
+            yield from tensors_in(one)
+    elif isinstance(x, dict):
+        yield from tensors_in(list(x.values()))
+
+
+def with_tensors(x: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nested lists, tuples and dicts with each tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        changed = [with_tensors(one, change) for one in x]
+        return changed if isinstance(x, list) else tuple(changed)
+    return {name: with_tensors(one, change) for name, one in x.items()} if isinstance(x, dict) else x
+
+
+@cache
+def _names(function: Any) -> tuple[str, str]:
+    name = str(function.overloadpacket.__name__)
+    return name, f"{name}.{function._overloadname}"
+
+
+@cache
+def _views(function: Any) -> bool:
+    aliases = [r.alias_info for r in function._schema.returns if r.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
 class Call:
-    """One operation and its arguments."""
+    """One operation and its arguments.
 
-    function: Any
-    args: Any
-    kwargs: dict[str, Any]
+    Attributes:
+        name: such as ``add``.
+        overload: such as ``add.Tensor``.
+        tensors: all tensors among the arguments.
+        on_device: those on the pretend device.
+        on_cpu: the others.
+        result_on_device: whether the result lies on the pretend device.
+        is_view: whether the result shares memory with an argument and nothing is computed.
+    """
+
+    def __init__(self, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.name, self.overload = _names(function)
+        self.is_view = _views(function)
+        self.tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        self.on_device = [x for x in self.tensors if isinstance(x, PretendTensor)]
+        self.on_cpu = [x for x in self.tensors if not isinstance(x, PretendTensor)]
+        if kwargs.get("device") is not None:
+            self.result_on_device = is_pretend(kwargs["device"])
+        elif self.name == "copy_":
+            self.result_on_device = isinstance(args[0], PretendTensor)
+        else:
+            self.result_on_device = bool(self.on_device)
 
     @property
-    def name(self) -> str:
-        """Such as ``add``."""
-        return str(self.function.overloadpacket.__name__)
-
-    @property
-    def overload(self) -> str:
-        """Such as ``add.Tensor``."""
-        return f"{self.name}.{self.function._overloadname}"
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
-
-    @cached_property
-    def on_device(self) -> list[PretendTensor]:
-        """Those on the pretend device."""
-        return [x for x in self.tensors if isinstance(x, PretendTensor)]
-
-    @cached_property
-    def on_cpu(self) -> list[Tensor]:
-        """The others."""
-        return [x for x in self.tensors if not isinstance(x, PretendTensor)]
-
-    @cached_property
-    def result_on_device(self) -> bool:
-        """Whether the result lies on the pretend device."""
-        if self.kwargs.get("device") is not None:
-            return is_pretend(self.kwargs["device"])
-        if self.name == "copy_":
-            return isinstance(self.args[0], PretendTensor)
-        return bool(self.on_device)
-
-    @cached_property
     def source_on_device(self) -> bool:
         """Of a copy: whether what is copied lies on the pretend device."""
         return isinstance(self.args[1 if self.name == "copy_" else 0], PretendTensor)
@@ -106,9 +123,3 @@ class Call:
         """Tensors that the operation writes into."""
         declared = zip(self.function._schema.arguments, self.args, strict=False)
         return [x for a, x in declared if a.alias_info and a.alias_info.is_write and isinstance(x, Tensor)]
-
-    @property
-    def is_view(self) -> bool:
-        """Whether the result shares memory with an argument and nothing is computed."""
-        aliases = [r.alias_info for r in self.function._schema.returns if r.alias_info is not None]
-        return bool(aliases) and not any(alias.is_write for alias in aliases)
