@@ -102,5 +102,5 @@ def caller() -> str:
         shown = _shown(name)
         if shown:
             return f"{shown}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "elsewhere"

@@ -130,7 +130,7 @@ class _Attention(torch.autograd.Function):
     """``scaled_dot_product_attention`` as one operation: C++ chooses its kernel by devices that it knows."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:
         with torch.enable_grad():
             inputs = [t.content.detach().requires_grad_() for t in (query, key, value)]
             out = torch._C._nn.scaled_dot_product_attention(*inputs, None if mask is None else mask.content, **options)
@@ -170,9 +170,9 @@ class _Names(TorchFunctionMode):
         self.accelerator, kind = accelerator, accelerator.name.type
         self.kind = kind
         self.answers = {
-            Tensor.device.__get__: lambda t: accelerator.name,  # type: ignore[attr-defined]
-            Tensor.is_cuda.__get__: lambda t: kind == "cuda",  # type: ignore[attr-defined]
-            Tensor.is_mps.__get__: lambda t: kind == "mps",  # type: ignore[attr-defined]
+            Tensor.device.__get__: lambda t: accelerator.name,
+            Tensor.is_cuda.__get__: lambda t: kind == "cuda",
+            Tensor.is_mps.__get__: lambda t: kind == "mps",
             Tensor.cuda: lambda t, *a, **k: t,
             Tensor.tolist: self._listed,
             Tensor.numpy: self._no_numpy,
@@ -190,7 +190,7 @@ class _Names(TorchFunctionMode):
         if function is torch.device:
             return function(*args, **kwargs)
         if function is Tensor.cuda:
-            return first.to(_INTERNAL)  # type: ignore[union-attr]
+            return first.to(_INTERNAL)
         if function not in self.about_names:
             args = tuple(map(self._internal, args))
             kwargs = {name: self._internal(x) for name, x in kwargs.items()}
@@ -271,7 +271,7 @@ def _register() -> None:
 
     get_torch_obj_rule_map()
 
-    class Module(backend_registration._DummyBackendModule):  # type: ignore[name-defined, misc]
+    class Module(backend_registration._DummyBackendModule):
         """``torch.pretend``."""
 
         def get_rng_state(self, device: Any = None) -> Tensor:
@@ -280,7 +280,7 @@ def _register() -> None:
         def set_rng_state(self, state: Tensor, device: Any = None) -> None:
             assert state.device.type == "cpu"
 
-    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())  # type: ignore[attr-defined]
+    backend_registration._setup_privateuseone_for_python_backend(NAME, Module())
     _registered.append(True)
 
 
