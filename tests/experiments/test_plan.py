@@ -201,7 +201,7 @@ def printed(case, recipe, tmp_path):
 
 def test_settings_of_the_recipe_s_callback_do_not_stay(tmp_path):
     case = cases_of("replay_ablation", facts="worldfacts")["random_0.5_50"]
-    found = printed(case, "configs/emmet_consolidated.yaml", tmp_path)  # whose MemoryReplay has memory: both
+    found = printed(case, "configs/memit_consolidated.yaml", tmp_path)  # whose MemoryReplay has memory: both
     (replay,) = found["trainer"]["callbacks"]
     given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
     assert given == {"memory": "sampled", "sampling": "random", "rate": 0.5, "capacity": 50}
@@ -221,7 +221,7 @@ def test_a_case_s_method_replaces_the_recipe_s(name, method, tmp_path):
 
 
 def test_the_recipe_for_thousands_is_the_case_that_was_measured():
-    recipe = yaml.safe_load((PROJECT / "configs" / "emmet_thousands.yaml").read_text())
+    recipe = yaml.safe_load((PROJECT / "configs" / "memit_thousands.yaml").read_text())
     case = cases_of("forgetting")["consolidated_looser_lora"]
     callbacks = [{"class_path": one["class_path"], "init_args": one.get("init_args", {})}
                  for one in recipe["trainer"]["callbacks"]]  # fmt: skip
