@@ -68,6 +68,9 @@ class SequentialEditor(EditedModel):
             the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
+        solver_device: where the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which is the
+            model's device, or the CPU if that device has no float64, computes it slowly, or lacks memory for the
+            metrics.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -92,9 +95,12 @@ class SequentialEditor(EditedModel):
         device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
+        solver_device: str = "auto",
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map)
-        self.solve_settings = SolveSettings(method, keys, preserve_prompt_tokens, passes, condition_limit)
+        self.solve_settings = SolveSettings(
+            method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
+        )
         self.values = values
         self.moments = moments
         self.context_settings = contexts
@@ -179,7 +185,9 @@ class SequentialEditor(EditedModel):
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             layers = dict(zip(self.layer_numbers, self.layers, strict=True))
             self.solver = BatchSolver(self.lm, self.solve_settings, self.site, layers, self.contexts)
-            self.solver.set_moments(second_moments(self.lm, self.layer_numbers, self.moments, self.language_model))
+            self.solver.set_moments(
+                second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
+            )
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -232,7 +240,10 @@ class SequentialEditor(EditedModel):
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights as they are."""
         with progress(total=len(facts), desc="Values", unit="fact") as bar:
-            return optimize_values(self.lm, facts, self.site, self.contexts, self.values, progress=bar.update).target
+            reserved = self.solver.metric_bytes(self.lm.device)
+            return optimize_values(
+                self.lm, facts, self.site, self.contexts, self.values, progress=bar.update, reserved=reserved
+            ).target
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():

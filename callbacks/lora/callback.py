@@ -289,7 +289,7 @@ class LoRAAdjust(EditCallback):
         for path in self.paths:
             editor.changed_layer(path).set_adapter(None)  # PEFT's modules replace it
         unfinished = self._unfinished_training(editor, objective)
-        with adapter.in_place() as model, private_draws(self._seed(step), lm.device):
+        with adapter.in_place() as model, private_draws(self._seed(step)):
             optimizer = torch.optim.AdamW(parameters(model), lr=self.training.lr, weight_decay=0.0)
             if self._optimizer is not None:
                 optimizer.load_state_dict(self._optimizer)

@@ -138,9 +138,11 @@ class Objective:
 
     def loss(self, lm: LanguageModel, edits: Sequence[int], other_rows: Sequence[int]) -> dict[str, Tensor]:
         """The unweighted parts of the loss on the edit rows and other rows with these indices."""
-        rows = [self.edits[i] for i in edits]
-        following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
-        parts = {"edits": nn.functional.cross_entropy(logits_of(lm, rows), following)}
+        parts = {}
+        if edits:
+            rows = [self.edits[i] for i in edits]
+            following = torch.tensor([token for row in rows for token in row.following], device=lm.device)
+            parts["edits"] = nn.functional.cross_entropy(logits_of(lm, rows), following)
         references = {"before": self.before, "unedited": self.unedited}
         references = {name: reference for name, reference in references.items() if self.weights[name] > 0}
         if references and other_rows:
@@ -148,6 +150,40 @@ class Objective:
             for name, reference in references.items():
                 parts[name] = divergence(torch.cat([reference[i] for i in other_rows]), logits)
         return parts
+
+    def gradients(
+        self, lm: LanguageModel, edits: Sequence[int], other_rows: Sequence[int], pieces: int = 1
+    ) -> dict[str, float]:
+        """Adds the gradients of the total to those of the parameters, and returns the parts of the loss.
+
+        Args:
+            lm: the model.
+            edits: indices of edit rows.
+            other_rows: indices of other rows.
+            pieces: number of pieces in which the rows go through the model, one after the other. Each piece's loss is
+                weighted by its fraction of the positions, so the gradients are the same up to rounding.
+
+        Raises:
+            FloatingPointError: The loss is not finite.
+        """
+        found: dict[str, float] = {}
+        for rows, chosen, of_edits in ((self.edits, edits, True), (self.other_rows, other_rows, False)):
+            whole = sum(len(rows[i].indices) for i in chosen)
+            for piece in range(pieces):
+                some = chosen[piece::pieces]
+                fraction = sum(len(rows[i].indices) for i in some) / whole if some else 0.0
+                if not fraction:
+                    continue
+                with torch.enable_grad():
+                    parts = self.loss(lm, some, []) if of_edits else self.loss(lm, [], some)
+                    loss = self.total(parts) * fraction
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {float(loss.detach())}")
+                if loss.requires_grad:
+                    loss.backward()
+                for name, part in parts.items():
+                    found[name] = found.get(name, 0.0) + fraction * float(part.detach())
+        return found
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the parts."""

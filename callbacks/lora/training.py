@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.lora.objective import Objective
 from editlab.distributed import ranks
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.memory import lacks_memory, release
 from editlab.utils.files import atomic_file
 from editlab.utils.progress import progress
 from editlab.utils.rng import rng_state, set_rng_state
@@ -128,18 +129,40 @@ class _Course:
         self.decks = {"edits": Deck(len(objective.edits), draw), "others": Deck(len(objective.other_rows), draw)}
         self.seen: list[dict[str, float]] = []
         """the parts of each step's loss"""
+        self.pieces = 1
+        """number of pieces in which a step's rows go through the model; doubled when memory does not suffice"""
 
     def step(self, lm: LanguageModel, size: int) -> None:
         """Takes one step on up to ``size`` edit rows and up to ``size`` other rows."""
+        edits, other_rows = self.decks["edits"].deal(size), self.decks["others"].deal(size)
+        parts = self._gradients(lm, edits, other_rows)
+        self.optimizer.step()
+        self.seen.append(parts)
+
+    def _gradients(self, lm: LanguageModel, edits: list[int], other_rows: list[int]) -> dict[str, float]:
+        """Computes a step's gradients, in as many pieces as memory requires, and returns the parts of the loss."""
+        self.optimizer.zero_grad()
+        try:
+            if self.pieces > 1:
+                return self.objective.gradients(lm, edits, other_rows, self.pieces)
+            return self._gradients_at_once(lm, edits, other_rows)
+        except Exception as error:
+            if not lacks_memory(error) or self.pieces >= max(len(edits), len(other_rows)):
+                raise
+        release()
+        self.pieces *= 2
+        log.warning("Memory does not hold the rows of a step: from now on they are processed in %d pieces, which takes "
+                    "longer", self.pieces)  # fmt: skip
+        return self._gradients(lm, edits, other_rows)
+
+    def _gradients_at_once(self, lm: LanguageModel, edits: list[int], other_rows: list[int]) -> dict[str, float]:
         with torch.enable_grad():
-            parts = self.objective.loss(lm, self.decks["edits"].deal(size), self.decks["others"].deal(size))
+            parts = self.objective.loss(lm, edits, other_rows)
             loss = self.objective.total(parts)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss.detach())} after {len(self.seen)} steps")
-        self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.seen.append({name: float(part.detach()) for name, part in parts.items()})
+        return {name: float(part.detach()) for name, part in parts.items()}
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on."""
@@ -150,6 +173,7 @@ class _Course:
             "draw": self.draw.getstate(),
             "random": rng_state(),
             "seen": self.seen,
+            "pieces": self.pieces,
         }
 
     def resume(self, state: Mapping[str, Any] | None) -> None:
@@ -164,7 +188,7 @@ class _Course:
             self.decks[name].left = left
         self.draw.setstate(state["draw"])
         set_rng_state(state["random"])
-        self.seen = state["seen"]
+        self.seen, self.pieces = state["seen"], state.get("pieces", 1)
         log.info("An adjustment resumes after %d steps", len(self.seen))
 
     def _parameters(self) -> list[torch.nn.Parameter]:

@@ -22,6 +22,7 @@ from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
+from editlab.lm.precision import widened
 from editlab.solver.closed_form import Preservation
 from editlab.utils.validation import above_zero, decays, one_of, shares
 
@@ -238,9 +239,10 @@ class MemoryReplay(EditCallback):
         plan, top = outcome.plan, editor.layer_numbers[-1]
         keys = outcome.keys[top]
         count = len(plan.facts)
-        whole, last = outcome.updates[top].double(), outcome.last_updates[top].double()
+        device = keys.keys.device
+        whole, last = (widened(updates[top], device) for updates in (outcome.updates, outcome.last_updates))
         # The sum when the keys were read: with the passes before the last one, none of which was scaled yet.
-        before = editor.layers[-1].total.double() + (1 - outcome.factor) * whole - last
+        before = widened(editor.layers[-1].total, device) + (1 - outcome.factor) * whole - last
         bare = keys.keys[:, :count]
         origins = keys.current[:, :count] - before @ bare
         for i, fact in enumerate(plan.facts):
@@ -264,7 +266,7 @@ class MemoryReplay(EditCallback):
         keys = editor.solver.read_keys(facts, top)
         bare = keys.keys[:, : len(facts)]
         shifts = (keys.current - unadjusted).T.float().cpu()
-        origins = (keys.current - editor.layers[-1].total.double() @ bare).T.float().cpu()
+        origins = (keys.current - widened(editor.layers[-1].total, bare.device) @ bare).T.float().cpu()
         for i, memory in enumerate(memories):
             memory.value = memory.value + shifts[i]
             memory.key, memory.origin = bare[:, i].float().cpu().clone(), origins[i].clone()

@@ -98,11 +98,12 @@ def _removable(past: Tensor, keys: Tensor, weights: Sequence[float]) -> Tensor:
     nonzero = values > TINY * values[-1].clamp_min(0)
     scale = values[nonzero].sqrt()
     basis, coordinates = torch.linalg.qr((vectors[:, nonzero] / scale).T @ keys)
-    remaining = torch.eye(len(coordinates)).to(past)
+    identity = torch.eye(len(coordinates), dtype=past.dtype, device=past.device)
+    remaining = identity
     for w, weight in zip(coordinates.T, weights, strict=True):
         remaining = remaining - _rank_one(remaining, w, weight)
     expand = (vectors[:, nonzero] * scale) @ basis
-    return expand @ (torch.eye(len(remaining)).to(past) - remaining) @ expand.T
+    return expand @ (identity - remaining) @ expand.T
 
 
 def _rank_one(matrix: Tensor, vector: Tensor, weight: float) -> Tensor:

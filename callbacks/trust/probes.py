@@ -150,13 +150,13 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
     original = layer.original.float()
     weight = (original.T if layer.transposed else original) + layer.total
     vector = start / start.norm()
-    value = 0.0
+    value = torch.zeros(())
     for _ in range(iterations):
         left = weight @ vector
-        value = float(left.norm())
+        value = left.norm()
         vector = weight.T @ left
         vector = vector / vector.norm().clamp_min(1e-30)
-    return value, vector
+    return float(value), vector
 
 
 class Probes:

@@ -16,7 +16,17 @@ from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_keys
 from editlab.lm.language_model import LanguageModel
-from editlab.solver.closed_form import Constraints, Preservation, diagnostics, effective_weight, solve
+from editlab.lm.memory import room_beside
+from editlab.lm.precision import rounding, widened
+from editlab.solver.closed_form import (
+    Constraints,
+    Preservation,
+    diagnostics,
+    duplicate_tolerance,
+    effective_weight,
+    solve,
+)
+from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
 from editlab.utils.validation import at_least_one, not_negative, one_of
 
@@ -42,6 +52,8 @@ class SolveSettings:
     """number of times that a batch goes through the layers, each time for the remaining residual"""
     condition_limit: float = 1e10
     """condition number of the Gram matrix above which the slack is raised"""
+    device: str = AUTO
+    """where the closed form is solved: a device with float64, or ``auto`` (:func:`choose_device`)"""
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
@@ -49,6 +61,7 @@ class SolveSettings:
         if not self.condition_limit > 1:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=self.passes)
+        require_setting(self.device)
 
 
 @dataclass
@@ -83,17 +96,26 @@ class BatchSolver:
 
     @property
     def device(self) -> torch.device:
-        """Where the closed form is solved: the CPU if the model's device has no float64."""
-        return self.lm.device if self.lm.device.type in ("cuda", "cpu") else torch.device("cpu")
+        """Where keys, residuals and metrics lie and the closed form is solved, as :func:`choose_device` has it."""
+        sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
+        return choose_device(self.settings.device, self.lm.device, sizes, room_beside(self.lm.model))
 
-    def set_moments(self, moments: Mapping[int, Tensor]) -> None:
-        """Makes each layer's metric of its second moments C0, float64 [d_k, d_k]."""
-        for layer, c0 in moments.items():
-            self.preservation[layer] = self.settings.method.preservation(c0.to(self.device))
+    def set_moments(self, moments: dict[int, Tensor]) -> None:
+        """Makes each layer's metric of its second moments C0, float64 [d_k, d_k], and empties the dict.
+
+        Each matrix is freed once its metric is made: those of an 8B model have 1.6 GB each.
+        """
+        device = self.device
+        for layer in list(moments):
+            self.preservation[layer] = self.settings.method.preservation(moments.pop(layer), device)
+
+    def metric_bytes(self, device: torch.device) -> int:
+        """Bytes of the metrics that lie on a device."""
+        return sum(metric.bytes for metric in self.preservation.values() if metric.device == device)
 
     def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
         """Keys of facts at an edited layer and what the site outputs for them, with the weights as they are."""
-        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.settings.key_mode)
+        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.settings.key_mode, self.device)
 
     @torch.no_grad()
     def solve(self, outcome: EditOutcome) -> None:
@@ -118,23 +140,19 @@ class BatchSolver:
         keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
         if outcome.residual_norm is None:  # later layers and passes see what remains of it
             now = keys.current[:, :facts].T
-            outcome.residual_norm = (plan.targets.to(now) - now).norm(dim=1)
-        repair = system.repair.to(self.device).to(keys.current)
-        residuals = (system.targets.double().T.to(keys.current) - keys.current) * repair / layers_left
+            outcome.residual_norm = (widened(plan.targets, now.device) - now).norm(dim=1)
+        repair = system.repair.to(keys.current)
+        residuals = (widened(system.targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
-        constraints = Constraints(
-            keys.keys.to(self.device),
-            residuals[:, keys.fact].to(self.device),
-            slack.to(self.device),
-            (keys.fact >= facts).to(self.device),
-        )
+        constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
         preservation = self.preservation[number]
         if self.settings.context_key_weight:
-            preservation = preservation.plus(keys.context_keys.to(self.device), self.settings.context_key_weight)
-        solution = solve(constraints, preservation, self.settings.condition_limit)
+            preservation = preservation.plus(keys.context_keys, self.settings.context_key_weight)
+        same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
+        solution = solve(constraints, preservation, self.settings.condition_limit, same_key=same_key)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
-        update = solution.delta.to(layer.total)
+        update = solution.delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
         whole = outcome.updates[number] + update if number in outcome.updates else update
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)

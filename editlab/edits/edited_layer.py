@@ -48,10 +48,12 @@ class EditedLayer(nn.Module):
         return cls(lm.anatomy.edit_module(layer), lm.anatomy.transposed(layer))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
-        """Moves the module; the sum keeps its dtype, since ``trainer.precision bf16-true`` would round it."""
+        """Moves the module; the sum and the adapter keep their types, since ``bf16-true`` would round them."""
         total = self.total
         super()._apply(fn, recurse)
         self.total = total.to(self.total.device)
+        if self.adapter is not None:
+            self.adapter = self.adapter.to(self.total.device)
         return self
 
     @property

@@ -206,7 +206,7 @@ class Search:
         if layers in self.trials:
             return
         solver = BatchSolver.at(self.lm, layers, self.evaluator.contexts, self.setup.solve)
-        solver.set_moments(accumulate(self.lm, layers, self.windows))
+        solver.set_moments(accumulate(self.lm, layers, self.windows, solver.device))
         facts, targets = self.evaluator.facts, self._find_values(solver)
         size = self.setup.solve.method.largest_batch or len(facts)
         measured = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from editlab.distributed import ranks
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.precision import has_float64, widened
 from editlab.lm.text import WINDOW, read_windows, text_key
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.solver.closed_form import Preservation
@@ -57,7 +58,13 @@ class MomentSettings:
         not_negative("model.moments", tolerance=self.tolerance)
 
 
-def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSettings, name: str) -> dict[int, Tensor]:
+def second_moments(
+    lm: LanguageModel,
+    layers: Sequence[int],
+    settings: MomentSettings,
+    name: str,
+    device: torch.device | None = None,
+) -> dict[int, Tensor]:
     """C0 of each layer, float64 [d_k, d_k] on the CPU, from the cache where it lies there.
 
     Args:
@@ -65,6 +72,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
         layers: whose keys.
         settings: the text.
         name: the model's name, for messages only.
+        device: where they are summed, as of :func:`accumulate`.
 
     Raises:
         UserError: where the text can not be read or is too short.
@@ -97,7 +105,7 @@ def second_moments(lm: LanguageModel, layers: Sequence[int], settings: MomentSet
             missing = list(layers)  # the keys of all layers decide where reading stops
         log.info("Second moments of layers %s over %d tokens (%s)", missing, settings.tokens, settings.text)
         windows = text_windows(lm, settings, name)
-        for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance).items():
+        for layer, moments in accumulate_until(lm, missing, windows, settings.tolerance, device).items():
             found[layer] = moments
             if settings.cache:
                 ranks.on_first(partial(kept.write, keys[layer], {"moments": moments}))
@@ -124,27 +132,43 @@ def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list
 
 
 @torch.no_grad()
-def accumulate(lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU."""
+def accumulate(
+    lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], device: torch.device | None = None
+) -> dict[int, Tensor]:
+    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU.
+
+    Each pass adds one product a layer, in float64, to a sum that stays on one device until the end.
+
+    Args:
+        lm: the model.
+        layers: whose keys.
+        windows: token ids.
+        device: where products and sums are made; default: the model's, or the CPU where that has no float64.
+    """
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
+    where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
 
     def add_up(starts: Sequence[int]) -> list[Tensor]:
-        sizes = {layer: lm.anatomy.key_size(layer) for layer in layers}
-        sums = {layer: torch.zeros(size, size, dtype=torch.float64) for layer, size in sizes.items()}
+        sizes = [lm.anatomy.key_size(layer) for layer in layers]
+        sums = [torch.zeros(size, size, dtype=torch.float64, device=where) for size in sizes]
         for start in progress(starts, desc="Second moments", unit="pass"):
-            for seen in lm.read(windows[start : start + ROWS], modules, stop=max(layers)):
-                for layer, keys in seen.items():
-                    k = keys.double()
-                    sums[layer] += (k.T @ k).cpu()
-        return [sums[layer] for layer in layers]
+            seen = lm.read(windows[start : start + ROWS], modules, stop=max(layers))
+            for layer, total in zip(layers, sums, strict=True):
+                keys = widened(torch.cat([window.pop(layer) for window in seen]), where)
+                total.addmm_(keys.T, keys)
+        return [total.cpu() for total in sums]
 
     totals = ranks.summed(range(0, len(windows), ROWS), add_up)
     count = sum(len(window) for window in windows)
-    return {layer: total / count for layer, total in zip(layers, totals, strict=True)}
+    return {layer: total.div_(count) for layer, total in zip(layers, totals, strict=True)}
 
 
 def accumulate_until(
-    lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], tolerance: float
+    lm: LanguageModel,
+    layers: Sequence[int],
+    windows: Sequence[Sequence[int]],
+    tolerance: float,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
     """Second moments as of :func:`accumulate`, over as many of the windows as it takes.
 
@@ -157,11 +181,12 @@ def accumulate_until(
         layers: whose keys.
         windows: of text.
         tolerance: 0 reads all of them.
+        device: as of :func:`accumulate`.
     """
     read = len(windows)
     if tolerance:
         read = min(read, -(-KEYS_A_FEATURE * max(map(lm.anatomy.key_size, layers)) // WINDOW))
-    found = accumulate(lm, layers, windows[:read])
+    found = accumulate(lm, layers, windows[:read], device)
     while read < len(windows):
         part = windows[read : 2 * read]
         longer = ranks.on_first(partial(_most_excess, lm, found, part[:PROBED]))
@@ -169,7 +194,7 @@ def accumulate_until(
         log.info("Second moments of %d tokens: new keys are %.0f%% longer than theirs", tokens, 100 * longer)
         if longer < tolerance:
             break
-        more, new = accumulate(lm, layers, part), sum(map(len, part))
+        more, new = accumulate(lm, layers, part, device), sum(map(len, part))
         found = {layer: (tokens * found[layer] + new * more[layer]) / (tokens + new) for layer in layers}
         read += len(part)
     return found

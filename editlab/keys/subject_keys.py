@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from editlab.data.fact import Fact
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.precision import has_float64, widened
 from editlab.lm.tokens import Encoding, encode, encode_pair
 
 KEY_MODES = ("bare", "mean")
@@ -65,7 +67,7 @@ class Keys:
         return Keys(
             keys=torch.cat([self.keys, more], 1),
             fact=torch.cat([self.fact, number]),
-            current=torch.cat([self.current, origin + total.to(more) @ more], 1),
+            current=torch.cat([self.current, origin + widened(total, more.device) @ more], 1),
             context_keys=torch.cat([self.context_keys, torch.cat(context).to(self.keys).T], 1),
             context_fact=torch.cat([self.context_fact, number.repeat_interleave(lengths)]),
         )
@@ -148,9 +150,15 @@ def _length(lm: LanguageModel, prompt: str, continuation: str) -> int:
 
 
 def read_keys(
-    lm: LanguageModel, facts: Sequence[Fact], layer: int, site: Site, contexts: Sequence[str], mode: str
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    site: Site,
+    contexts: Sequence[str],
+    mode: str,
+    device: torch.device | None = None,
 ) -> Keys:
-    """Keys of the facts at one layer, the site's current output, and the prompts' other keys, in one reading.
+    """Read the facts' keys at one layer, the site's output, and the keys of the prompts' other tokens, all at once.
 
     Several ranks share the passes.
 
@@ -161,6 +169,7 @@ def read_keys(
         site: where targets live; its block is the last that runs.
         contexts: prefixes, the empty one first.
         mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts.
+        device: of the result; default: the model's, or the CPU if that device has no float64.
     """
     used = [""] if mode == "bare" else list(contexts)
     rows: list[tuple[int, ...]] = []
@@ -175,25 +184,47 @@ def read_keys(
 
     def read(group: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         seen = lm.read([rows[i] for i in group], modules, stop="site")
-        return [_picked(s, lasts[i], len(rows[i]) if i < n else 0) for s, i in zip(seen, group, strict=True)]
+        return _picked(seen, [lasts[i] for i in group], [len(rows[i]) if i < n else 0 for i in group])
 
     found = ranks.each(lm.passes(rows), read)
-    at_last = torch.stack([key for key, _, _ in found]).to(lm.device).double()
+    where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
+    at_last = widened(torch.stack([key for key, _, _ in found]), where)
     of_context = [keys for _, keys, _ in found[:n]]
-    order = torch.arange(n, device=at_last.device)
-    lengths = torch.tensor([len(keys) for keys in of_context], device=at_last.device)
-    context_fact = order.repeat_interleave(lengths)
+    context_fact = torch.arange(n).repeat_interleave(torch.tensor([len(keys) for keys in of_context])).to(where)
     at_last = at_last.view(len(used), n, -1).mean(0)
     return Keys(
         keys=at_last.T.contiguous(),
-        fact=order,
-        current=torch.stack([site for _, _, site in found[:n]]).to(lm.device).double().T,
-        context_keys=torch.cat(of_context).to(lm.device).double().T,
+        fact=torch.arange(n, device=where),
+        current=widened(torch.stack([site for _, _, site in found[:n]]), where).T,
+        context_keys=widened(torch.cat(of_context), where).T,
         context_fact=context_fact,
     )
 
 
-def _picked(seen: dict[str, Tensor], last: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one row, on the CPU: the key at its ``last`` token, those of its context ``tokens``, the site's output."""
-    context = [t for t in range(1, tokens) if t != last]
-    return seen["key"][last].cpu().clone(), seen["key"][context].cpu(), seen["site"][last].cpu().clone()
+def _picked(
+    seen: Sequence[dict[str, Tensor]], lasts: Sequence[int], lengths: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each row of a pass, on the CPU: the key at the subject's last token, the context keys, the site's output.
+
+    They are picked on the device, for all rows at once, and copied together: the host waits twice in all, and not for
+    each row.
+
+    Args:
+        seen: keys and outputs of each row, [tokens, features].
+        lasts: index of each subject's last token.
+        lengths: number of tokens of each row whose context keys are wanted; 0 for a row of which none are.
+    """
+    context = [[t for t in range(1, tokens) if t != last] for last, tokens in zip(lasts, lengths, strict=True)]
+    starts = [0, *accumulate(len(row["key"]) for row in seen)]
+    last_at = [start + last for start, last in zip(starts, lasts, strict=False)]
+    context_at = [start + t for start, some in zip(starts, context, strict=False) for t in some]
+    keys = _at([row["key"] for row in seen], last_at + context_at)
+    sites = _at([row["site"] for row in seen], last_at)
+    split = keys[len(lasts) :].split([len(some) for some in context])
+    return list(zip(keys[: len(lasts)], split, sites, strict=True))
+
+
+def _at(rows: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """The rows with these indices of all tensors, one below the other; on the CPU."""
+    whole = torch.cat(list(rows))
+    return whole[torch.tensor(indices, dtype=torch.long).to(whole.device, non_blocking=True)].cpu()

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
+from editlab.lm.precision import rounding
 from editlab.lm.probe import TOKENS, LinearMap, linear_maps, random_signs, run_block
 
 _LATER = range(1, TOKENS)
@@ -180,8 +180,8 @@ def _moved(x: Tensor, row: int, token: int) -> bool:
     """Tell whether more than half of ``x[row, token]`` differs from the undisturbed row 0 by more than rounding."""
     clean, disturbed = x[0, token].float(), x[row, token].float()
     # Rounding inside a block of 16-bit numbers touches few elements, as its sums are kept in 32 bits.
-    rounding = max(1e-5, torch.finfo(x.dtype).eps / 2)
-    return ((disturbed - clean).abs() > rounding * clean.abs()).float().mean().item() > 0.5
+    tolerance = max(1e-5, rounding(x.dtype, x.device) / 2)
+    return ((disturbed - clean).abs() > tolerance * clean.abs()).float().mean().item() > 0.5
 
 
 def _has_stacks(block: nn.Module) -> bool:

@@ -216,7 +216,7 @@ class LanguageModel(ModelRunner):
         Raises:
             NonFiniteError: the model's logits are not finite, so nothing can be drawn from them.
         """
-        with private_draws(seed, self.device):
+        with private_draws(seed):
             new = continue_rows(self.model, prompts, new_tokens, most_likely if greedy else drawn, tick=tick)
         return [[*prompt, *more] for prompt, more in zip(prompts, new, strict=True)]
 

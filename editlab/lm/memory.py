@@ -67,26 +67,51 @@ def free_memory(device: torch.device) -> int | None:
     return of_machine if of_container is None else min(of_machine, of_container)
 
 
-def room_beside(model: nn.Module) -> int | None:
+def room_beside(model: nn.Module, reserved: int = 0) -> int | None:
     """Bytes of the GPUs on which a model lies that its weights leave; None where it lies on none.
 
-    Of all that they have, not of what is free now, so that one machine always gives the same answer.
+    The sizes of the GPUs count and not what is free now, so that one machine always gives the same answer.
+
+    Args:
+        model: the model.
+        reserved: bytes of what else stays on these GPUs, such as the metrics' factors.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if not devices:
         return None
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.device in devices)
-    return sum(torch.cuda.get_device_properties(device).total_memory for device in devices) - weights
+    return sum(torch.cuda.get_device_properties(device).total_memory for device in devices) - weights - reserved
+
+
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",  # from a kernel, past PyTorch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+    "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",  # MPS, from Metal itself
+)
+"""Parts of messages of which each means that memory did not suffice."""
 
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, a GPU's or the machine's."""
     text = str(error)
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "not enough memory" in text
-        or "DefaultCPUAllocator" in text
-    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in text for part in _OUT_OF_MEMORY)
+
+
+def release() -> None:
+    """Give back what is no longer used, after work that ran out of memory.
+
+    To be called outside of the ``except`` that caught the error: while an error is handled, its traceback holds on to
+    what had been allocated.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
@@ -102,10 +127,7 @@ def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> lis
     except Exception as error:
         if not lacks_memory(error) or len(items) < 2:
             raise
-    # Only here: as long as the error was handled, its traceback held on to what had been allocated.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release()
     half = len(items) // 2
     log.warning("Memory does not hold %d rows at once: they go through by halves, which takes longer", len(items))
     return [*by_halves(work, items[:half]), *by_halves(work, items[half:])]

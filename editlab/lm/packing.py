@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from editlab.compat import attention_of, attention_set
 from editlab.lm.forward import cache_of
+from editlab.lm.precision import rounding
 from editlab.lm.prefix_cache import Past, read_prefixes
 from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import by_length, pad
@@ -52,7 +52,10 @@ class Layout(Rows, Protocol):
     past: Past
 
     def keep(self, rows: Tensor, hidden: Tensor) -> Tensor:
-        """Drops rows; ``rows`` is bool. Gives the hidden states of those that are left."""
+        """Drop rows, and return the hidden states of those that are kept; ``rows`` is bool, on the CPU.
+
+        The host does not wait for the model's device in it.
+        """
 
 
 class Padded:
@@ -62,7 +65,8 @@ class Padded:
         ids, mask = pad(tails)
         self.lm, self.past = lm, past
         self.ids, self.mask = ids.to(lm.device), torch.cat([past.mask, mask], 1).to(lm.device)
-        self.positions = (past.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1])).to(lm.device)
+        columns = torch.arange(ids.shape[1], device="cpu")
+        self.positions = (past.mask.sum(1, keepdim=True) + columns).to(lm.device)
         self.rows = len(ids)
 
     def place(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +75,11 @@ class Padded:
 
     def keep(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """See :class:`Layout`."""
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
-        self.past, self.rows = self.past.rows(rows), len(self.ids)
-        return hidden[rows]
+        kept = rows.nonzero()[:, 0]
+        there = kept.to(self.ids.device, non_blocking=True)
+        self.ids, self.mask, self.positions = self.ids[there], self.mask[there], self.positions[there]
+        self.past, self.rows = self.past.rows(kept), len(kept)
+        return hidden[there.to(hidden.device)]
 
     def run(self) -> Any:
         """See :class:`Rows`."""
@@ -124,24 +130,27 @@ class Packed(InOneRow):
     def __init__(self, lm: ModelRunner, tails: Sequence[Sequence[int]], past: Past) -> None:
         self.lm, self.past = lm, past
         self.ids = torch.tensor([token for tail in tails for token in tail], device=lm.device)
-        self._lay_out(torch.tensor([len(tail) for tail in tails], device=lm.device))
+        self._lay_out(torch.tensor([len(tail) for tail in tails], device="cpu"))
 
     def _lay_out(self, lengths: Tensor) -> None:
-        device = self.lm.device
-        self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths
-        numbers = torch.arange(int(lengths.sum()), device=device)
-        self.row = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        self.column = numbers - self.starts[self.row]
-        columns = torch.arange(int(lengths.max()), device=device)
+        """Compute all indices on the CPU and send them to the device, where the host would wait for their shapes."""
+        starts = lengths.cumsum(0) - lengths
+        numbers = torch.arange(int(lengths.sum()), device="cpu")
+        row = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+        column = numbers - starts[row]
+        columns = torch.arange(int(lengths.max()), device="cpu")
         # Padding is a copy of a row's first token, which no token of the row can see in its place.
-        self.unpacking = self.starts[:, None] + torch.where(columns < lengths[:, None], columns, 0)
-        self.packing = self.row * len(columns) + self.column
-        before = self.past.mask.to(device)
+        unpacking = starts[:, None] + torch.where(columns < lengths[:, None], columns, 0)
+        before = self.past.mask
         own = (before.sum(1, keepdim=True) + columns).expand(len(lengths), -1)
-        self.positions = own[self.row, self.column]
-        self.at = torch.cat([before.cumsum(1) - 1, own], 1)
         seen = (columns[None, :] <= columns[:, None]).expand(len(lengths), -1, -1)
-        self.seen = torch.cat([before.bool()[:, None].expand(-1, len(columns), -1), seen], 2)[:, None]
+        seen = torch.cat([before.bool()[:, None].expand(-1, len(columns), -1), seen], 2)[:, None]
+        at = torch.cat([before.cumsum(1) - 1, own], 1)
+        self.lengths, self.row = lengths, row
+        self.starts, self.unpacking, self.packing, self.positions, self.at, self.seen = (
+            tensor.to(self.lm.device, non_blocking=True)
+            for tensor in (starts, unpacking, row * len(columns) + column, own[row, column], at, seen)
+        )
 
     def place(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`Rows`."""
@@ -149,10 +158,10 @@ class Packed(InOneRow):
 
     def keep(self, rows: Tensor, hidden: Tensor) -> Tensor:
         """See :class:`Layout`."""
-        tokens = rows[self.row]
-        self.ids, self.past = self.ids[tokens], self.past.rows(rows)
+        tokens = rows[self.row].nonzero()[:, 0].to(self.ids.device, non_blocking=True)
+        self.ids, self.past = self.ids[tokens], self.past.rows(rows.nonzero()[:, 0])
         self._lay_out(self.lengths[rows])
-        return hidden[:, tokens]
+        return hidden[:, tokens.to(hidden.device)]
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
@@ -268,8 +277,9 @@ def _attention(
     return _attending_now[-1].attend(module, query, key, value, scaling, sliding_window), None
 
 
+# Without a function for its masks transformers makes none; with one it would first look at the positions, for which the
+# host would wait at each pass.
 AttentionInterface.register(PACKED, _attention)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
 def lay_out(lm: ModelRunner, tails: Sequence[Sequence[int]], past: Past) -> Layout:
@@ -295,8 +305,8 @@ def pads_between(lm: ModelRunner) -> bool:
 
 
 def _tolerance(lm: ModelRunner) -> float:
-    """What rounding makes of logits in the model's type, in proportion to the largest."""
-    return max(1e-4, 4 * torch.finfo(lm.model.dtype).eps)
+    """Relative error of the largest logit that rounding makes, in the model's type and on its device."""
+    return max(1e-4, 4 * rounding(lm.model.dtype, lm.device))
 
 
 @torch.no_grad()

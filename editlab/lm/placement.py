@@ -18,6 +18,22 @@ DeviceMap = str | dict[str, int | str]
 """transformers' ``device_map``: ``auto``, ``balanced``, ``sequential``, a device, or module path -> device."""
 
 
+def device_named(name: str) -> torch.device:
+    """The device of a ``--device`` argument, such as ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        UserError: There is no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}: give cpu, cuda, cuda:<number> or mps.") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise UserError(f"--device is {name!r}, and PyTorch finds no such device here: give --device cpu.")
+    return device
+
+
 def runs_on(module: nn.Module) -> torch.device:
     """The device that a module with parameters runs on, which is not where its weights are while it is offloaded."""
     device = getattr(offload_hook(module), "execution_device", None)

@@ -1,4 +1,4 @@
-"""Data types of weights by name."""
+"""Data types: by name, and how finely they compute on a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 WEIGHTS = ("float32", "bfloat16", "float16", "float64")
 """Names of the types in which a model can be held and written."""
@@ -26,6 +27,40 @@ def dtype_named(name: str) -> torch.dtype:
         raise ValueError(f"{name!r} is none of {', '.join(WEIGHTS)}")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether float64 tensors can lie on a device; Apple's MPS has no such type."""
+    return device.type != "mps"
+
+
+def widened(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` in float64 on ``device``; it is moved in its own type, as where it comes from may lack float64."""
+    return tensor.to(device).double()
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative error of one matrix product in ``dtype`` on a device: twice the type's unit roundoff.
+
+    Under autocast it is that of the type which autocast computes in. Products of float32 on a GPU are rounded to TF32
+    where the user asks for speed (``torch.set_float32_matmul_precision``), as Lightning advises.
+    """
+    if dtype == torch.float32:
+        cast = cast_to(device)
+        if cast:
+            return torch.finfo(dtype_named(cast)).eps
+        if device.type == "cuda" and _multiplies_in_tf32():
+            return 2.0**-10
+    return torch.finfo(dtype).eps
+
+
+def _multiplies_in_tf32() -> bool:
+    # Since torch 2.9 there are two settings, and the older one cannot be read where only the newer one was set.
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    try:
+        return newer == "tf32" or torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return False
 
 
 def cast_to(device: torch.device) -> str:

@@ -20,17 +20,19 @@ class Past:
     layers: KeyValues
     """keys and values of each block, [rows, heads, tokens, features]; empty where no row has anything"""
     mask: Tensor
-    """long [rows, tokens]: 0 where a row is padded"""
+    """long [rows, tokens] on the CPU: 0 where a row is padded"""
 
     @classmethod
     def none(cls, rows: int) -> Past:
         """Rows with nothing before them."""
-        return cls([], torch.zeros(rows, 0, dtype=torch.long))
+        return cls([], torch.zeros(rows, 0, dtype=torch.long, device="cpu"))
 
     def rows(self, which: Tensor) -> Past:
-        """Those of some rows: their numbers (one may come again), or a bool for each."""
-        layers = [(k[which.to(k.device)], v[which.to(v.device)]) for k, v in self.layers]
-        return Past(layers, self.mask[which.to(self.mask.device)])
+        """Those of some rows: their indices on the CPU, of which one may come again."""
+        devices = {tensor.device for pair in self.layers for tensor in pair}
+        there = {device: which.to(device, non_blocking=True) for device in devices}
+        layers = [(k[there[k.device]], v[there[v.device]]) for k, v in self.layers]
+        return Past(layers, self.mask[which])
 
     def forget(self, blocks: int) -> None:
         """Drops what the first blocks hold, for passes that step over them; its length is still told."""
@@ -70,6 +72,8 @@ def read_prefixes(lm: ModelRunner, prefixes: Sequence[Sequence[tuple[int, ...]]]
     starts = list(dict.fromkeys(shared))
     cut = [(starts.index(s), p[len(s) :]) for row in prefixes for s, p in zip(shared, row, strict=True)]
     different = list(dict.fromkeys(cut))
-    before = read_past(lm, starts, Past.none(len(starts))).rows(torch.tensor([start for start, _ in different]))
+    before = read_past(lm, starts, Past.none(len(starts))).rows(
+        torch.tensor([start for start, _ in different], device="cpu")
+    )
     whole = read_past(lm, [rest for _, rest in different], before)
-    return whole.rows(torch.tensor([different.index(one) for one in cut]))
+    return whole.rows(torch.tensor([different.index(one) for one in cut], device="cpu"))

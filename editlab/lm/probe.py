@@ -46,7 +46,8 @@ def linear_maps(block: nn.Module) -> dict[str, LinearMap]:
 
 def random_signs(like: Tensor) -> Tensor:
     """Draw as many numbers -1 and 1 as ``like`` is wide, in its type; no global generator is used."""
-    drawn = torch.randint(0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(0))
+    # Lightning loads the model with its device as the default one, on which a CPU generator cannot draw.
+    drawn = torch.randint(0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(0), device="cpu")
     return (2 * drawn - 1).to(like)
 
 

@@ -188,9 +188,9 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     special = set(lm.tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special])
+    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special], device="cpu")
     count = -(-tokens // WINDOW)
-    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
+    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator, device="cpu")].tolist()
     passes = [range(start, min(start + SAMPLED_ROWS, count)) for start in range(0, count, SAMPLED_ROWS)]
     mine = sum(map(len, passes[ranks.number() :: ranks.count()]))
     with progress(total=mine * (WINDOW - 1), desc=title, unit="token", disable=not title) as bar:

@@ -87,13 +87,13 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: s
 
 
 def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor: ``(ids, mask)``, both long [n_rows, longest]; padding has id 0 and mask 0."""
+    """Rows of ids as one tensor: ``(ids, mask)``, long [n_rows, longest] on the CPU; padding has id 0 and mask 0."""
     width = max(map(len, rows), default=0)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where] = torch.as_tensor(row, dtype=torch.long)
+        ids[i, where] = torch.as_tensor(row, dtype=torch.long, device="cpu")
         mask[i, where] = 1
     return ids, mask
 

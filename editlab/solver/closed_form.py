@@ -13,16 +13,32 @@ the metric whitens keys by its Cholesky factor. Everything here is pure tensors 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from editlab.errors import EditLabError, UserError
+from editlab.lm.memory import lacks_memory, release
+from editlab.lm.precision import widened
+
+log = logging.getLogger(__name__)
 
 DUPLICATE_TOLERANCE = 1e-5
-"""Two keys are the same when they differ by less than this share of their norm (float32 forward passes differ more
-between batches than float64 does, and keys of different facts differ by far more)."""
+"""Two keys are the same when they differ by less than this fraction of their norm. It is meant for float32, whose
+forward passes differ more between batches than float64's do; keys of different facts differ by far more."""
+
+
+def duplicate_tolerance(rounding: float) -> float:
+    """The fraction of its norm by which one key may differ between two forward passes.
+
+    Args:
+        rounding: relative error of the model's matrix products (:func:`editlab.lm.precision.rounding`). One key read in
+            two bfloat16 passes differs by up to twice that.
+    """
+    return max(DUPLICATE_TOLERANCE, 2 * rounding)
 
 
 @dataclass(frozen=True)
@@ -40,27 +56,52 @@ class Preservation:
     columns: Tensor | None = None
     """Whitened extra keys, float64 [r, m], already scaled by the square root of their weight."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the metric lies, and where :func:`solve` works."""
+        return self.factor.device
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the factor, which does not change while columns are added."""
+        return self.factor.numel() * self.factor.element_size()
+
+    def to(self, device: torch.device) -> Preservation:
+        """The same metric on another device."""
+        columns = None if self.columns is None else self.columns.to(device)
+        return Preservation(self.factor.to(device), self.is_basis, columns)
+
     @classmethod
-    def from_moments(cls, moments: Tensor, weight: float = 1.0, ridge: float = 1e-6) -> Preservation:
+    def from_moments(
+        cls, moments: Tensor, weight: float = 1.0, ridge: float = 1e-6, device: torch.device | None = None
+    ) -> Preservation:
         """``weight * C0`` with a ridge of ``ridge`` times its mean eigenvalue, factored once.
+
+        One matrix [d_k, d_k] is made on the device and becomes the factor. Where the device lacks memory for it, the
+        metric is made on the CPU, and stays there.
 
         Args:
             moments: second moments of keys C0 = E[k k^T], [d_k, d_k], symmetric.
             weight: lambda, how many ordinary tokens' worth of preservation C0 stands for.
             ridge: share of the mean eigenvalue that is added to the diagonal, so that directions which the text
                 never used keep a finite cost.
+            device: where the metric shall lie; default: where the moments do.
 
         Raises:
             EditLabError: where the matrix is not finite or not positive definite even with the ridge.
         """
-        c = weight * moments.double()
+        return _where_it_fits(device or moments.device, lambda there: cls._factored(moments, weight, ridge, there))
+
+    @classmethod
+    def _factored(cls, moments: Tensor, weight: float, ridge: float, device: torch.device) -> Preservation:
+        c = _copied(moments, device).mul_(weight)
         if not torch.isfinite(c.sum()):  # looking at each would take memory for a third such matrix
             raise EditLabError(
                 "The second moments hold values that are not finite; delete the cached file and compute them anew."
             )
         c.diagonal().add_(ridge * c.diagonal().mean())
-        factor, info = torch.linalg.cholesky_ex(c)
-        if info.item() != 0:
+        factor, fault = _cholesky_in_place(c)
+        if fault:
             raise EditLabError(
                 f"The second moments are not positive definite with a ridge of {ridge:g}: raise moments.tokens, "
                 "or the ridge."
@@ -68,16 +109,20 @@ class Preservation:
         return cls(factor)
 
     @classmethod
-    def null_space(cls, moments: Tensor, threshold: float) -> Preservation:
+    def null_space(cls, moments: Tensor, threshold: float, device: torch.device | None = None) -> Preservation:
         """The identity on the span of C0's eigenvectors with eigenvalues under ``threshold``; AlphaEdit's metric.
 
         Outside that span nothing may move at all (Fang et al. 2024, arXiv:2410.02355). ``threshold`` is absolute,
-        as in the paper, in the units of C0.
+        as in the paper, in the units of C0. ``device`` is as in :meth:`from_moments`.
 
         Raises:
             UserError: where no eigenvalue lies under the threshold.
         """
-        values, vectors = torch.linalg.eigh(moments.double())
+        return _where_it_fits(device or moments.device, lambda there: cls._null_space(moments, threshold, there))
+
+    @classmethod
+    def _null_space(cls, moments: Tensor, threshold: float, device: torch.device) -> Preservation:
+        values, vectors = torch.linalg.eigh(widened(moments, device))
         basis = vectors[:, values < threshold]
         if basis.shape[1] == 0:
             raise UserError(
@@ -87,8 +132,8 @@ class Preservation:
         return cls(basis.contiguous(), is_basis=True)
 
     def whiten(self, keys: Tensor) -> Tensor:
-        """``T K``: [d_k, n] -> [r, n], float64."""
-        keys = keys.double()
+        """``T K``: [d_k, n] -> [r, n], float64, on the metric's device."""
+        keys = widened(keys, self.device)
         if self.is_basis:
             return self.factor.T @ keys
         return torch.linalg.solve_triangular(self.factor, keys, upper=False)
@@ -107,7 +152,7 @@ class Preservation:
         """
         if keys.shape[1] == 0:
             return self
-        scale = torch.as_tensor(weight, dtype=torch.float64, device=keys.device).sqrt()
+        scale = torch.as_tensor(weight, dtype=torch.float64, device=self.device).sqrt()
         columns = self.whiten(keys) * scale
         if self.columns is not None:
             columns = torch.cat([self.columns, columns], dim=1)
@@ -118,19 +163,27 @@ class Preservation:
     def plus_moments(self, moments: Tensor) -> Preservation:
         """The metric ``C + P`` for a symmetric positive semidefinite ``P`` [d_k, d_k]; this one is left as it is.
 
+        Where this one's device lacks memory for it, the new metric lies on the CPU.
+
         Raises:
             EditLabError: where the sum is not positive definite.
         """
-        extra = self.whiten(self.whiten(moments).T)
+        return _where_it_fits(self.device, lambda there: self.to(there)._plus_moments(moments))
+
+    def _plus_moments(self, moments: Tensor) -> Preservation:
+        extra = self.whiten(moments)
+        extra = self.whiten(extra.T)  # the first one is freed by now
         if self.columns is not None:
             extra = extra + self.columns @ self.columns.T
-        return self._folded((extra + extra.T) / 2)
+        extra = extra + extra.T
+        return self._folded(extra.div_(2))
 
     def _folded(self, extra: Tensor) -> Preservation:
-        """The metric whose whitened form is ``I + extra``, with a factor of its own."""
+        """The metric whose whitened form is ``I + extra``, with a factor of its own; ``extra`` is overwritten."""
         # C + P = L (I + X) L^T = (L F)(L F)^T with F the factor of the bracket; a basis turns the same way.
-        inner, info = torch.linalg.cholesky_ex(torch.eye(len(extra)).to(extra) + extra)
-        if info.item() != 0:
+        extra.diagonal().add_(1)
+        inner, fault = _cholesky_in_place(extra)
+        if fault:
             raise EditLabError(
                 "The metric with the added keys is not positive definite: lower the weight that they have."
             )
@@ -176,20 +229,30 @@ class Constraints:
     def __len__(self) -> int:
         return self.keys.shape[1]
 
+    def to(self, device: torch.device) -> Constraints:
+        """The same constraints on another device."""
+        assert self.optional is not None
+        tensors = (self.keys, self.residuals, self.slack, self.optional)
+        if all(tensor.device == device for tensor in tensors):
+            return self
+        return Constraints(*(tensor.to(device) for tensor in tensors))
+
     def subset(self, index: Tensor) -> Constraints:
         """The constraints chosen by a boolean mask or by indices."""
         assert self.optional is not None
         return Constraints(self.keys[:, index], self.residuals[:, index], self.slack[index], self.optional[index])
 
-    def merged(self) -> Constraints:
+    def merged(self, tolerance: float = DUPLICATE_TOLERANCE) -> Constraints:
         """One constraint for each distinct key.
+
+        Keys are the same that differ by less than the fraction ``tolerance`` of their norm.
 
         Two edits of one subject share their key (a causal model can not tell them apart there). Soft constraints on
         the same key are equal to one with the precision-weighted mean of the residuals and the summed precision
         1/s; hard ones can not all hold, so their plain mean is asked for, and soft ones beside a hard one are void.
         An optional hard one, which would void the edits beside it, is left out where there are some that are not.
         """
-        group = _groups(self.keys)
+        group = _groups(self.keys, tolerance)
         count = int(group.max()) + 1
         if count == len(self):
             return self
@@ -236,17 +299,23 @@ class Solution:
     """What happened beyond the plain solve, in words"""
 
 
-def solve(constraints: Constraints, metric: Preservation, condition_limit: float = 1e10) -> Solution:
-    """The update ``R (K^T C^-1 K + diag(s))^-1 K^T C^-1``.
+def solve(
+    constraints: Constraints,
+    metric: Preservation,
+    condition_limit: float = 1e10,
+    same_key: float = DUPLICATE_TOLERANCE,
+) -> Solution:
+    """The update ``R (K^T C^-1 K + diag(s))^-1 K^T C^-1``, on the metric's device.
 
-    Constraints on one key are merged first. Where the system's condition number is above ``condition_limit`` the
-    slack is raised tenfold from 1e-10 of the mean diagonal until it is under it, up to 1e-4 of it; then the optional
-    constraints are dropped; the last resort is the minimum-norm least-squares solution. Each such step is reported
-    in the solution.
+    Keys that differ by less than the fraction ``same_key`` of their norm are the same, and constraints on one key are
+    merged first. Where the system's condition number is above ``condition_limit`` the slack is raised tenfold from
+    1e-10 of the mean diagonal until it is under it, up to 1e-4 of it; then the optional constraints are dropped; the
+    last resort is the minimum-norm least-squares solution. Each such step is reported in the solution.
 
     Raises:
         EditLabError: where keys or residuals are not finite.
     """
+    constraints = constraints.to(metric.device)
     if not (torch.isfinite(constraints.keys).all() and torch.isfinite(constraints.residuals).all()):
         raise EditLabError(
             "Keys or residuals of this batch are not finite: lower values.lr, or take a wider dtype "
@@ -255,7 +324,7 @@ def solve(constraints: Constraints, metric: Preservation, condition_limit: float
     if len(constraints) == 0:
         zero = constraints.residuals.new_zeros(constraints.residuals.shape[0], constraints.keys.shape[0])
         return Solution(zero.double(), condition=1.0)
-    system = constraints.merged()
+    system = constraints.merged(same_key)
     solution = _solve_merged(system, metric, condition_limit)
     solution.merged = len(constraints) - len(system)
     if solution.merged:
@@ -281,7 +350,7 @@ def _solve_merged(system: Constraints, metric: Preservation, limit: float) -> So
     for raised in (0.0, *(scale * 10.0**power for power in range(-10, -3))):
         condition = _condition(eigenvalues + raised)
         if condition <= limit:
-            inner = torch.linalg.solve(matrix + raised * torch.eye(len(system)).to(matrix), residuals.T).T
+            inner = torch.linalg.solve(_with_diagonal(matrix, raised), residuals.T).T
             notes = [f"slack raised by {raised:.2e} for the condition number"] if raised else []
             return Solution(inner @ direction, condition, raised_slack=raised, notes=notes)
     if bool(system.optional.any()) and not bool(system.optional.all()):
@@ -325,12 +394,44 @@ def _condition(eigenvalues: Tensor) -> float:
     return high / low if low > 0 else float("inf")
 
 
-def _groups(keys: Tensor) -> Tensor:
+def _with_diagonal(matrix: Tensor, number: float) -> Tensor:
+    """``matrix + number * I``."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(number)
+    return shifted
+
+
+def _where_it_fits(device: torch.device, make: Callable[[torch.device], Preservation]) -> Preservation:
+    """What ``make`` gives for the device, or for the CPU where the device lacks memory."""
+    try:
+        return make(device)
+    except Exception as error:
+        if device.type == "cpu" or not lacks_memory(error):
+            raise
+    release()
+    log.warning("The memory of %s does not hold a metric: this layer is solved on the CPU, which takes longer", device)
+    return make(torch.device("cpu"))
+
+
+def _copied(matrix: Tensor, device: torch.device) -> Tensor:
+    """A float64 copy of a matrix on a device, always in memory of its own."""
+    moved = widened(matrix, device)
+    return moved.clone() if moved is matrix else moved
+
+
+def _cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower Cholesky factor in the matrix's own memory, and whether it is no factor: not positive definite."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    return factor, info.item() != 0
+
+
+def _groups(keys: Tensor, tolerance: float) -> Tensor:
     """A group number for each key [d_k, n]: keys that are the same (up to the tolerance) share it."""
     k = keys.double()
     squares = (k * k).sum(0)
     distance = (squares[:, None] + squares[None, :] - 2 * k.T @ k).clamp_min(0)
-    same = distance <= DUPLICATE_TOLERANCE**2 * torch.maximum(squares[:, None], squares[None, :])
-    # Rounding in the expansion above is about 1e-16 of the squares, far under the tolerance squared (1e-10).
+    same = distance <= tolerance**2 * torch.maximum(squares[:, None], squares[None, :])
+    # Rounding in the expansion above is about 1e-16 of the squares, far under the tolerance squared (1e-10 or more).
     first = same.to(torch.uint8).argmax(dim=1)
     return torch.unique(first, return_inverse=True)[1]

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from editlab.errors import UserError
@@ -28,8 +29,8 @@ class Method(ABC):
             raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above, and finite.")
 
     @abstractmethod
-    def preservation(self, moments: Tensor) -> Preservation:
-        """Return the preservation metric for second moments C0 of keys, [d_k, d_k]."""
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
+        """Return the preservation metric for second moments C0 of keys, [d_k, d_k], on ``device``; default: theirs."""
 
     @property
     @abstractmethod
@@ -74,9 +75,9 @@ class EMMET(Method):
                 f"covariance_weight {self.gram_ridge * self.covariance_weight:g}."
             )
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """Return ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -93,9 +94,9 @@ class ROME(Method):
     ridge: float = 1e-6
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """Return ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -117,9 +118,9 @@ class MEMIT(Method):
     ridge: float = 1e-6
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """Return ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge)
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
@@ -140,9 +141,9 @@ class AlphaEdit(Method):
     l2: float = 1.0
     """Weight of the L2 term on the update, which is the slack in the closed form."""
 
-    def preservation(self, moments: Tensor) -> Preservation:
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
         """Return the identity on C0's null space."""
-        return Preservation.null_space(moments, self.threshold)
+        return Preservation.null_space(moments, self.threshold, device)
 
     @property
     def slack(self) -> float:

@@ -12,31 +12,56 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators (of every GPU too)."""
+    """The states of Python's, numpy's and torch's generators, those of GPUs in use among them."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, next_gauss = random.getstate()
     return {
         "python": [version, list(internal), next_gauss],
         "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **_torch_states(),
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Sets all generators to what :func:`rng_state` gave; those of GPUs only where there are as many."""
+    """Set all generators to what :func:`rng_state` gave; those of GPUs only where there are as many."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    _set_torch_states(state)
 
 
 @contextmanager
-def private_draws(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Within it torch draws from ``seed``; afterwards its generators (the CPU's and ``device``'s) are as they were."""
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+def private_draws(seed: int) -> Iterator[None]:
+    """Within it torch draws from ``seed``; afterwards its generators on all devices in use are as they were."""
+    before = _torch_states()
+    # Not torch.manual_seed: it would also seed GPUs that this process does not use, once it begins to.
+    torch.default_generator.manual_seed(seed)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+    try:
         yield
+    finally:
+        _set_torch_states(before)
+
+
+def _torch_states() -> dict[str, Any]:
+    states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_torch_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+def _cuda_in_use() -> bool:
+    """Whether this process has begun to use CUDA; reading the state of a GPU's generator would make it begin."""
+    return torch.cuda.is_available() and torch.cuda.is_initialized()

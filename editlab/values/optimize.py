@@ -110,6 +110,7 @@ def optimize_values(
     contexts: Sequence[str],
     settings: ValueSettings,
     progress: Callable[[int], object] | None = None,
+    reserved: int = 0,
 ) -> Values:
     """Values of all facts, on the weights as they are; several ranks share the work.
 
@@ -120,6 +121,7 @@ def optimize_values(
         contexts: prefixes, the empty one first.
         settings: hyper-parameters.
         progress: called with the number of facts each time some are done.
+        reserved: as of :func:`tokens_together`.
 
     Raises:
         UserError: where a target begins within the subject's last token, or no target depends on the site.
@@ -140,7 +142,7 @@ def optimize_values(
         return list(zip(target.cpu(), loss.cpu(), steps.cpu(), strict=True))
 
     with _products_above(lm, site, settings):
-        groups = by_length(padded, settings.batch_tokens or tokens_together(lm, site))
+        groups = by_length(padded, settings.batch_tokens or tokens_together(lm, site, reserved))
         found = ranks.each(groups, partial(by_halves, optimize))
     for i, (target, loss, steps) in enumerate(found):
         values.target[i], values.loss[i], values.steps[i] = target, loss, steps
@@ -154,15 +156,23 @@ def optimize_values(
     return values
 
 
-def tokens_together(lm: LanguageModel, site: Site) -> int:
-    """Padded tokens optimized together where nothing is said: see :attr:`ValueSettings.batch_tokens`."""
-    room = room_beside(lm.model)
+def tokens_together(lm: LanguageModel, site: Site, reserved: int = 0) -> int:
+    """Padded tokens that are optimized together by default: see :attr:`ValueSettings.batch_tokens`.
+
+    Args:
+        lm: the model.
+        site: where the vector is added.
+        reserved: bytes of what else stays on the model's devices, such as the metrics' factors.
+    """
+    room = room_beside(lm.model, reserved)
     if room is None:
         return FEWEST_TOKENS
     # What the backward pass keeps of a token in a block: about ten states of the stream's width, four of the MLP's.
     states = 10 * lm.anatomy.value_size(site.layer) + 4 * lm.anatomy.key_size(site.layer)
     above = len(lm.anatomy.blocks) - site.layer
     each = states * above * next(lm.model.parameters()).element_size()
+    # Of its logits, at worst asked for at every token: in the model's type and in float32, and two gradients of these.
+    each += 4 * 4 * lm.model.config.get_text_config(decoder=True).vocab_size
     return max(FEWEST_TOKENS, min(TOKENS_A_PASS, room // 2 // each))
 
 
@@ -185,24 +195,37 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
         else torch.optim.Adam([delta], settings.step_size)
     )
     done, final_loss = torch.zeros_like(origin), torch.zeros_like(size)
-    steps = torch.zeros(len(origin), dtype=torch.long, device=origin.device)
-    said = torch.zeros_like(steps)  # evaluations in a row in which the whole target was the likeliest
-    active = torch.arange(len(origin), device=origin.device)
+    steps = torch.zeros(len(origin), dtype=torch.long)
+    # Which facts are left is kept on the CPU, and the host waits for the device once a step: to learn who leaves.
+    active, active_there = torch.arange(len(origin)), torch.arange(len(origin), device=origin.device)
+    hits_in_a_row = torch.zeros_like(active_there)
+    reached: Tensor | None = None
     for step in range(settings.steps):
-        loss, hits = _loss(group, delta[active], size[active], settings)
-        said = torch.where(hits, said + 1, 0)
-        leaving = loss.detach() < settings.loss_threshold
+        every = len(active) == len(origin)
+        loss, hits = _loss(
+            group, delta if every else delta[active_there], size if every else size[active_there], settings
+        )
+        hits_in_a_row = torch.where(hits, hits_in_a_row + 1, 0)
+        leaving_there = loss.detach() < settings.loss_threshold
         if settings.early_stop:
-            leaving = leaving | (said >= settings.early_stop)
+            leaving_there = leaving_there | (hits_in_a_row >= settings.early_stop)
+        flags = leaving_there if reached is None else torch.cat([leaving_there, reached[None]])
+        known = flags.cpu()
+        if reached is not None:
+            _require_effect(bool(known[-1]), group.site)
+            reached = None
+        leaving = known[: len(active)]
         if step == settings.steps - 1:
             leaving = torch.ones_like(leaving)
-        gone = active[leaving]
-        done[gone], final_loss[gone], steps[gone] = delta.detach()[gone], loss.detach()[leaving], step + 1
+        if bool(leaving.any()):
+            which, gone = (t.to(origin.device, non_blocking=True) for t in (leaving.nonzero()[:, 0], active[leaving]))
+            done[gone], final_loss[gone] = delta.detach()[gone], loss.detach()[which]
+            steps[active[leaving]] = step + 1
         if bool(leaving.all()):
             break
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         if step == 0:
-            _require_effect(gradient, group.site)
+            reached = gradient.any()
         if normalized:
             gradient = gradient * (size / gradient.norm(dim=1).clamp_min(1e-20))[:, None]
         delta.grad = gradient
@@ -210,14 +233,16 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
         with torch.no_grad():
             delta.mul_((radius / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1)[:, None])
         if bool(leaving.any()):
-            active, said = active[~leaving], said[~leaving]
+            active = active[~leaving]
+            stay, active_there = (t.to(origin.device, non_blocking=True) for t in ((~leaving).nonzero()[:, 0], active))
+            hits_in_a_row = hits_in_a_row[stay]
             group.keep(~leaving)
     return origin + done, final_loss, steps
 
 
-def _require_effect(gradient: Tensor, site: Site) -> None:
+def _require_effect(reached: bool, site: Site) -> None:
     """Refuse a site whose gradient is 0 to the bit: above the last block, or below products that pass none on."""
-    if not bool(gradient.any()):
+    if not reached:
         raise UserError(
             f"What layer {site.layer} gives at a subject's last token reaches no target, so nothing can be learnt "
             "there: name a lower layer in model.layers, or load the model without quantization."

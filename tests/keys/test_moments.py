@@ -57,9 +57,9 @@ def computed(monkeypatch):
     seen = []
     accumulate = moments.accumulate
 
-    def noted(lm, layers, windows):
+    def noted(lm, layers, windows, device):
         seen.append(list(layers))
-        return accumulate(lm, layers, windows)
+        return accumulate(lm, layers, windows, device)
 
     monkeypatch.setattr(moments, "accumulate", noted)
     return seen

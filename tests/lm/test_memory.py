@@ -129,10 +129,25 @@ def test_what_halves_do_not_mend_is_raised(error, items):
     assert calls == [items]
 
 
-def test_errors_that_tell_of_memory():
-    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
-    assert all(map(lacks_memory, (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError(said))))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("x"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+    ],
+)
+def test_errors_that_tell_of_memory(error):
+    assert lacks_memory(error)
+
+
+def test_other_errors_do_not_tell_of_memory():
     assert not lacks_memory(RuntimeError("shapes do not fit"))
+    assert not lacks_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
 def test_a_model_on_no_gpu_leaves_no_room_that_counts():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editlab.errors import EditLabError
-from editlab.solver.closed_form import Constraints, Preservation, effective_weight, solve
+from editlab.solver.closed_form import Constraints, Preservation, duplicate_tolerance, effective_weight, solve
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 
 D_K, D_V = 12, 7
@@ -258,3 +258,30 @@ def test_bad_inputs():
         Preservation.from_moments(c0 * float("inf"))
     with pytest.raises(EditLabError, match="null space is empty"):
         Preservation.null_space(c0, 1e-9)
+
+
+def test_the_factor_is_made_in_one_matrix_and_the_moments_are_left_alone():
+    a = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments = a @ a.T
+    before = moments.clone()
+    metric = Preservation.from_moments(moments, 3.0, 1e-6)
+    assert torch.equal(moments, before)
+    c = 3.0 * moments
+    c.diagonal().add_(1e-6 * c.diagonal().mean())
+    assert torch.equal(metric.factor, torch.linalg.cholesky(c))
+    assert metric.bytes == 8 * 7 * 7
+
+
+def test_memory_that_suffices_is_not_given_up_for_an_error_of_another_kind():
+    with pytest.raises(EditLabError, match="not positive definite"):
+        Preservation.from_moments(-torch.eye(3, dtype=torch.float64))
+
+
+def test_keys_that_differ_by_bfloat16_s_rounding_are_one_key_only_where_told():
+    keys = torch.tensor([[1.0, 1.0], [0.0, 0.01]], dtype=torch.float64)
+    constraints = Constraints(keys, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.zeros(2).double())
+    assert len(constraints.merged()) == 2
+    assert len(constraints.merged(duplicate_tolerance(2.0**-7))) == 1
+    assert duplicate_tolerance(1e-7) == 1e-5
+    metric = Preservation.from_moments(torch.eye(2, dtype=torch.float64))
+    assert solve(constraints, metric, same_key=0.0156).merged == 1

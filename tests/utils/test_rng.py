@@ -31,3 +31,29 @@ def test_private_draws_follow_their_seed_and_leave_the_global_state():
     with private_draws(3):
         assert torch.equal(torch.rand(4), first)
     assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_gpu_that_is_not_in_use_is_left_alone(monkeypatch):
+    def touched(*arguments):
+        raise AssertionError("CUDA would have begun")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("get_rng_state_all", "set_rng_state_all", "manual_seed_all", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    set_rng_state(rng_state())
+    with private_draws(3):
+        torch.rand(1)
+
+
+def test_private_draws_leave_the_generators_of_gpus_in_use_as_they_were(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["first", "second"])
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append(seed))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: calls.append(states))
+    with private_draws(3):
+        pass
+    assert calls == [3, ["first", "second"]]

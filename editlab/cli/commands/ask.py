@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from textwrap import wrap
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
-from editlab.cli.commands.writing import add_checkpoint_arguments
+from editlab.cli.commands.writing import add_checkpoint_arguments, add_device_argument
 from editlab.errors import UserError
 from editlab.lm.generate import Answer, answer, require_words
+from editlab.lm.placement import device_named
 from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import Delta
 
@@ -39,6 +41,7 @@ class Pair:
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", type=str, help="One or more; without any, one a line of standard input.")
     add_checkpoint_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument("--new_tokens", type=int, default=20, help="Tokens of the continuation.")
     parser.add_argument("--top", type=int, default=5, help="Next tokens to show.")
     parser.add_argument("--json", action="store_true", help="Write a JSON array to standard output, and no more there.")
@@ -59,7 +62,8 @@ def _ask(given: Namespace) -> None:
 
 def _answers(given: Namespace) -> list[Pair]:
     delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
-    return ask(delta, given.prompts or _typed(), given.new_tokens, given.top, given.model)
+    device = device_named(given.device)
+    return ask(delta, given.prompts or _typed(), given.new_tokens, given.top, given.model, device)
 
 
 def _typed() -> list[str]:
@@ -76,7 +80,14 @@ def _typed() -> list[str]:
     return prompts
 
 
-def ask(delta: Delta, prompts: list[str], new_tokens: int, top: int, base: str | None = None) -> list[Pair]:
+def ask(
+    delta: Delta,
+    prompts: list[str],
+    new_tokens: int,
+    top: int,
+    base: str | None = None,
+    device: torch.device | None = None,
+) -> list[Pair]:
     """Answers of the unedited model and of the edited one.
 
     Raises:
@@ -85,6 +96,7 @@ def ask(delta: Delta, prompts: list[str], new_tokens: int, top: int, base: str |
     for prompt in prompts:  # before the work on the first
         require_words(prompt)
     model, tokenizer = delta.base(base)
+    model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     before = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]
     delta.put_on(model)
     after = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
 from editlab.cli.commands.command import Command
+from editlab.cli.commands.writing import add_device_argument
 from editlab.edits.ledger import Ledger, LedgerEntry
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.placement import device_named
 from editlab.lm.tokens import encode
 from editlab.metrics.names import IMMEDIATE
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
@@ -37,6 +40,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=str, help="A run's folder.")
     parser.add_argument("--out", help="File to write; default: report.html in the run's folder.")
     parser.add_argument("--no_answers", action="store_true", help="Do not load the model, and show no answers.")
+    add_device_argument(parser)
     parser.add_argument("--model", help="Name or path of the base model, if it has moved since the run.")
 
 
@@ -47,6 +51,7 @@ def _report(given: Namespace) -> None:
             f"There is no folder {given.run!r}: name a run's folder, such as lightning_logs/emmet/version_0."
         )
     out = Path(given.out) if given.out is not None else folder / "report.html"
+    device = device_named(given.device)
     path = find_checkpoint(given.run)
     saved = read_checkpoint(path)[KEY]
     delta = Delta.from_checkpoint(path)
@@ -59,7 +64,7 @@ def _report(given: Namespace) -> None:
         summary=run.summary,
         curve=run.curve,
         fates=ledger.fates,
-        missed=None if given.no_answers else find_missed(delta, ledger, _learnt(saved), given.model),
+        missed=None if given.no_answers else find_missed(delta, ledger, _learnt(saved), given.model, device),
         adapted=delta.history.adapted,
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
@@ -75,7 +80,9 @@ def _learnt(saved: dict[str, Any]) -> list[bool]:
     return scores["edit"]["hit_new"].tolist() if isinstance(scores, dict) and scores else []
 
 
-def find_missed(delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str | None) -> list[Missed]:
+def find_missed(
+    delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str | None, device: torch.device | None = None
+) -> list[Missed]:
     """The edits that the edited model should hold and does not, with its answers.
 
     Args:
@@ -83,12 +90,14 @@ def find_missed(delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str 
         ledger: all edits.
         learnt: whether each edit was right just after its batch.
         base: name or path of the base model; default: the run's.
+        device: where the model runs; default: the CPU.
     """
     standing = {id(fact) for fact in ledger.standing}
     numbered: list[tuple[int, LedgerEntry]] = [(i, e) for i, e in enumerate(ledger) if id(e.fact) in standing]
     if not numbered:
         return []
     model, tokenizer = delta.base(base)
+    model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     delta.put_on(model)
     lm = LanguageModel(model, tokenizer, delta.edit_module)
     facts = [entry.fact for _, entry in numbered]

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.errors import UserError
+from editlab.lm.placement import device_named
 from editlab.lm.precision import WEIGHTS, dtype_name, dtype_named
 from editlab.lm.save import SHARD, cast, save
 from editlab.runs.delta import Delta
@@ -30,10 +31,16 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", help="Where the base model is, if no longer where the run found it: a name or path.")
 
 
+def add_device_argument(parser: ArgumentParser) -> None:
+    """The device that the model is on."""
+    parser.add_argument("--device", default="cpu", help="Where the model runs: cpu, cuda, cuda:1 or mps.")
+
+
 def add_writing_arguments(parser: ArgumentParser) -> None:
     """Those that say where and how a model is written."""
     add_out_argument(parser)
     parser.add_argument("--dtype", choices=WEIGHTS, help="Type of the weights; that of the run where not given.")
+    add_device_argument(parser)
     parser.add_argument("--max_shard_size", default=SHARD, help="Size above which the weights go to several files.")
 
 
@@ -50,6 +57,8 @@ class Writing:
     dtype: torch.dtype | None
     """None for the run's"""
     max_shard_size: str
+    device: torch.device
+    """where the sum of weights and updates is taken"""
 
     @classmethod
     def of(cls, given: Namespace) -> Writing:
@@ -61,7 +70,9 @@ class Writing:
         size = str(given.max_shard_size).replace(" ", "").upper()
         if not re.fullmatch(r"0*[1-9]\d*[KMG]B", size):
             raise UserError(f"--max_shard_size is {given.max_shard_size!r}: give a size such as 500MB or {SHARD}.")
-        return cls(new_folder(given.out), dtype_named(given.dtype) if given.dtype else None, size)
+        return cls(
+            new_folder(given.out), dtype_named(given.dtype) if given.dtype else None, size, device_named(given.device)
+        )
 
     def edited(self, delta: Delta, base: str | None = None) -> None:
         """Writes the base model with a delta on it, and its card.
@@ -85,6 +96,7 @@ class Writing:
     ) -> None:
         shown = os.path.relpath(self.out)  # while there is a working directory: it may be the folder to be written
         model, tokenizer = delta.base(base)
+        model.to(self.device)  # type: ignore[arg-type]
         dtype = self.dtype or delta.dtype
         # The sum is taken in the wider of the two types, and rounded once.
         cast(model, torch.promote_types(delta.dtype, dtype))

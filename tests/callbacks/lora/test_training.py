@@ -190,3 +190,42 @@ def test_a_damaged_file_is_said_and_not_used(lm, tmp_path, monkeypatch, caplog):
 def test_a_short_training_is_not_written_down(lm, tmp_path):
     trained(lm, tmp_path / "kept.pt")
     assert not (tmp_path / "kept.pt").exists()
+
+
+def test_a_batch_that_memory_does_not_hold_is_trained_on_in_pieces(lm, monkeypatch, caplog):
+    module = lm.anatomy.edit_module(2)
+    original = module.weight.detach().clone()
+    aim = objective(lm, {"edits": 1.0, "before": 2.0, "unedited": 0.0})
+    whole = aim.loss
+    ends = []
+    for rows_that_fit in (99, 2):
+
+        def loss(lm, edits, others, most=rows_that_fit):
+            if max(len(edits), len(others)) > most:
+                raise RuntimeError("CUDA error: out of memory")
+            return whole(lm, edits, others)
+
+        monkeypatch.setattr(aim, "loss", loss)
+        module.weight.requires_grad_(True)
+        optimizer = torch.optim.SGD([module.weight], lr=1e-2)
+        losses = Training(3, 1e-2, 4).run(lm, aim, optimizer, random.Random(0))
+        module.weight.requires_grad_(False)
+        ends.append((module.weight.detach() - original, losses))
+        with torch.no_grad():
+            module.weight.copy_(original)
+    (at_once, losses), (in_pieces, the_same) = ends
+    assert torch.allclose(at_once, in_pieces, rtol=1e-4, atol=1e-7)
+    assert losses == pytest.approx(the_same, rel=1e-4, abs=1e-6)
+    assert caplog.text.count("are processed in 2 pieces") == 1
+
+
+def test_a_single_row_that_does_not_fit_is_an_error(lm, monkeypatch):
+    aim = objective(lm, {"edits": 1.0, "before": 0.0, "unedited": 0.0})
+
+    def loss(*arguments):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(aim, "loss", loss)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Training(1, 1.0, 4).run(lm, aim, optimizer, random.Random(0))

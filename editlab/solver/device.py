@@ -1,0 +1,68 @@
+"""Where the closed form is solved: it needs float64, which not every accelerator has, and room for its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from editlab.errors import UserError
+
+AUTO = "auto"
+"""The setting that leaves the choice to :func:`choose_device`."""
+FEWEST_UNITS = 64
+"""Float64 units of a GPU below which it multiplies float64 more slowly than a desktop's CPU."""
+_DATA_CENTER = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities of CUDA with 64 float64 units (or 32) a multiprocessor; all others have 2."""
+_SPARE = 2
+"""Matrices of the largest size that exist for a while when a metric is made, next to those that are kept."""
+
+
+def require_setting(setting: str) -> None:
+    """Make sure that ``model.solver_device`` is a device with float64, or ``auto``.
+
+    Raises:
+        UserError: It is not.
+    """
+    if setting == AUTO:
+        return
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"model.solver_device is {setting!r}: set it to auto, cpu, or a CUDA device such as cuda:0.")
+
+
+def choose_device(setting: str, model_device: torch.device, key_sizes: Sequence[int], room: int | None) -> torch.device:
+    """The device of keys, residuals and metrics.
+
+    ``auto`` is the model's device, or the CPU where that device has no float64 (Apple's MPS), multiplies float64 slowly
+    (:data:`FEWEST_UNITS`), or lacks memory for the metrics. The answer depends on the machine and not on what else
+    runs on it, so that a resumed run solves on the same device.
+
+    Args:
+        setting: ``model.solver_device``.
+        model_device: where the model's inputs go.
+        key_sizes: d_k of each edited layer.
+        room: bytes of the model's devices that its weights leave; None where that is unknown.
+    """
+    if setting != AUTO:
+        return torch.device(setting)
+    cpu = torch.device("cpu")
+    if model_device.type != "cuda" or _float64_units(model_device) < FEWEST_UNITS:
+        return cpu
+    # Half of the room: values and evaluations need the rest.
+    fits = room is None or metric_bytes(key_sizes) + _SPARE * metric_bytes([max(key_sizes)]) <= room // 2
+    return model_device if fits else cpu
+
+
+def metric_bytes(key_sizes: Sequence[int]) -> int:
+    """Bytes of one float64 matrix [d_k, d_k] for each layer."""
+    return sum(8 * size * size for size in key_sizes)
+
+
+def _float64_units(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    each = 64 if (properties.major, properties.minor) in _DATA_CENTER else 2
+    return int(properties.multi_processor_count) * each

@@ -1,0 +1,62 @@
+"""Small runs of editlab on the pretend accelerator and on the CPU, and how their updates compare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from editlab import edit_model
+from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.keys.contexts import ContextSettings
+from editlab.keys.moments import MomentSettings
+from editlab.values.optimize import ValueSettings
+from tests.facts import FACTS
+from tests.pretend.device import AVAILABLE, REASON, pretend
+from tests.tiny import tiny_model, tiny_tokenizer
+
+on_device = [
+    pytest.mark.skipif(not AVAILABLE, reason=REASON),
+    pytest.mark.filterwarnings("default"),  # Lightning gives advice for GPUs
+]
+"""Marks of a module that needs the pretend accelerator."""
+
+SMALL = {
+    "layers": [1, 2], "batch_size": 2, "progress": False,
+    "values": ValueSettings(steps=3, lr=0.5, clamp=3.0, reference="original", matmul="float32"),
+    "moments": MomentSettings(tokens=128, cache=False), "contexts": ContextSettings(count=1, length=3),
+    "evaluation": EvaluationSettings(heldout_tokens=0),
+}  # fmt: skip
+
+
+def edited(kind, family="llama", dtype=torch.float32, facts=FACTS[:4], callbacks=(), **settings):
+    """Edit a tiny model; return the layers' sums of updates, on the CPU.
+
+    Args:
+        kind: ``cpu``, or the accelerator to pretend.
+        family: of the model.
+        dtype: of its weights.
+        facts: to edit.
+        callbacks: of the run.
+        **settings: in place of :data:`SMALL`.
+    """
+    model = tiny_model(family).to(dtype)
+    if kind == "cpu":
+        return _totals(edit_model(model, tiny_tokenizer(), facts, callbacks=callbacks, **{**SMALL, **settings}))
+    with pretend(kind) as device:
+        model.to(device.name)
+        found = edit_model(model, tiny_tokenizer(), facts, callbacks=callbacks, **{**SMALL, **settings})
+        assert {p.device for p in model.parameters()} == {device.name}
+        with found[1].editor.unedited():  # an adapter has come along with the layer
+            pass
+        return _totals(found)
+
+
+def _totals(result):
+    return [layer.total.cpu() for layer in result[1].editor.changed_layers]
+
+
+def difference(some, others):
+    """The largest norm of a difference of sums, relative to the sum's norm."""
+    assert len(some) == len(others)
+    pairs = [(getattr(a, "content", a), b) for a, b in zip(some, others, strict=True)]
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)

@@ -1,0 +1,112 @@
+"""Callbacks in all their modes, families of models and data types: on a pretend accelerator as on the CPU."""
+
+import pytest
+import torch
+
+from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
+from editlab.solver.closed_form import Constraints, Preservation, solve
+from tests.facts import FACTS
+from tests.pretend.device import pretend
+from tests.pretend.editing import difference, edited, on_device
+from tests.tiny import FAMILIES
+
+pytestmark = on_device
+FLOAT32 = 1e-4
+"""Relative difference of sums of updates that float32's rounding may make."""
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+def test_families(family):
+    layers = {"layers": [1]} if family.startswith("gemma") else {}
+    cpu, cuda = (edited(kind, family, facts=FACTS[:2], **layers) for kind in ("cpu", "cuda"))
+    assert difference(cuda, cpu) < FLOAT32
+
+
+def test_bfloat16_weights():
+    cpu, cuda = (edited(kind, dtype=torch.bfloat16) for kind in ("cpu", "cuda"))
+    assert difference(cuda, cpu) < 0.1
+
+
+def test_keys_of_several_contexts():
+    cpu, mps = (edited(kind, facts=FACTS[:2], keys="mean") for kind in ("cpu", "mps"))
+    assert difference(mps, cpu) < FLOAT32
+
+
+REPLAY = {
+    "sampled": {"rate": 1.0},
+    "by drift": {"rate": 1.0, "sampling": "priority", "eviction": "least_important", "refresh": "values"},
+    "consolidated": {"memory": "consolidated"},
+    "both, by loss": {"memory": "both", "rate": 1.0, "sampling": "loss", "refresh_every": 1},
+}
+
+
+@pytest.mark.parametrize("mode", REPLAY)
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_replay(kind, mode):
+    facts = [*FACTS[:3], FACTS[0]]  # the last one is edited anew, so its keys leave the past
+    cpu, there = (edited(k, facts=facts, callbacks=[MemoryReplay(**REPLAY[mode])]) for k in ("cpu", kind))
+    assert difference(there, cpu) < FLOAT32
+
+
+def test_cached_keys():
+    settings = {"layers": [1], "preserve_prompt_tokens": 1.0}
+    cpu, mps = (edited(k, callbacks=[MemoryReplay(rate=1.0, cache_keys=True)], **settings) for k in ("cpu", "mps"))
+    assert difference(mps, cpu) < FLOAT32
+
+
+@pytest.mark.parametrize("mode", ["merge", "adapter"])
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_lora(kind, mode):
+    def lora():
+        return LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+
+    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
+    there = edited(kind, **replayed)
+    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
+    # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step.
+    assert difference(there, edited("cpu", **replayed)) < 1e-2
+
+
+@pytest.mark.parametrize(("action", "granularity"), [("rollback", "batch"), ("scale", "edit"), ("search", "batch")])
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_trust(kind, action, granularity, tmp_path):
+    (tmp_path / "heldout.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 9)
+
+    def gate():
+        return TrustRollback(
+            heldout=str(tmp_path / "heldout.txt"), heldout_samples=2, action=action, granularity=granularity,
+            scales={"edit_success_gain": [-0.1, 0.2], "update_norm": [3.0, 1.0]}, calibrate=1, attribution=True,
+        )  # fmt: skip
+
+    cpu, there = (edited(k, callbacks=[gate()]) for k in ("cpu", kind))
+    assert difference(there, cpu) < FLOAT32
+
+
+def test_layers_are_found():
+    cpu, cuda = (edited(k, layers="auto", facts=FACTS[:4]) for k in ("cpu", "cuda"))
+    assert difference(cuda, cpu) < FLOAT32
+
+
+def test_solving_on_another_device_than_the_model_s():
+    cpu, cuda = edited("cpu"), edited("cuda", solver_device="cpu")
+    assert difference(cuda, cpu) < FLOAT32
+
+
+def test_a_metric_that_the_device_cannot_hold_is_made_on_the_cpu(caplog):
+    a = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments = a @ a.T
+    keys, residuals = moments[:, :2].clone(), moments[:3, :2].clone()
+    expected = solve(Constraints(keys, residuals, torch.ones(2).double()), Preservation.from_moments(moments)).delta
+
+    def short(call):
+        if call.name.startswith("linalg_cholesky"):
+            raise RuntimeError("CUDA error: out of memory")
+
+    with pretend() as device:
+        device.short_of_memory = short
+        metric = Preservation.from_moments(moments, device=device.name)
+        device.short_of_memory = None
+        assert metric.device.type == "cpu"
+        constraints = Constraints(keys.cuda(), residuals.cuda(), torch.ones(2, dtype=torch.float64).cuda())
+        assert torch.equal(solve(constraints, metric).delta, expected)
+    assert "solved on the CPU" in caplog.text

@@ -1,0 +1,99 @@
+"""Whole runs from the command line on a pretend accelerator: every recipe, and the verbs that read a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from editlab.cli.main import main
+from tests.pretend.device import pretend
+from tests.pretend.editing import difference, on_device
+from tests.runs.test_resume import RECIPES, last, outcome, same, shrunk
+
+pytestmark = on_device
+WITHOUT_FLOAT64 = ("alphaedit", "emmet_consolidated", "rome", "emmet_replay_trust_lora")
+"""Recipes that between them take every path to a float64 tensor."""
+
+
+def small(recipe, folder, tiny):
+    """Write the recipe for four facts, a tiny model and any accelerator; return the arguments of its run."""
+    arguments = shrunk(recipe, folder, tiny)
+    path = folder / recipe.name
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["accelerator"] = "auto"
+    config["data"]["limit"] = 4
+    config["model"]["values"]["steps"] = 2
+    config["model"]["moments"]["tokens"] = 128
+    for callback in config["trainer"]["callbacks"]:
+        callback.setdefault("init_args", {})
+        if callback["class_path"] == "LoRAAdjust":
+            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 1}  # CPU and GPU draw dropout differently
+    path.write_text(yaml.safe_dump(config))
+    return arguments
+
+
+def run(arguments, folder, monkeypatch, kind="cpu"):
+    """One command in a folder, on a device; return what the last checkpoint holds of the updates."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("EDITLAB_CACHE", str(folder / "cache"))
+    if kind == "cpu":
+        assert main(arguments) == 0
+    else:
+        with pretend(kind):
+            assert main(arguments) == 0
+    return list(torch.load(last(folder), weights_only=True)["state_dict"].values()) if last(folder) else None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [(r, "cuda") for r in RECIPES] + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
+    ids=lambda x: getattr(x, "stem", x),
+)
+def test_a_recipe_gives_what_it_gives_on_the_cpu(recipe, kind, tiny_folder, tmp_path, monkeypatch):
+    sums = []
+    for name in ("cpu", kind):
+        folder = tmp_path / name
+        folder.mkdir()
+        sums.append(run(small(recipe, folder, tiny_folder), folder, monkeypatch, name))
+    assert difference(sums[1], sums[0]) < (1e-2 if "lora" in recipe.stem else 1e-4)
+
+
+def test_bf16_true(tiny_folder, tmp_path, monkeypatch):
+    recipe = next(r for r in RECIPES if r.stem == "emmet_replay")
+    arguments = [*small(recipe, tmp_path, tiny_folder), "--trainer.precision", "bf16-true"]
+    assert all(total.isfinite().all() for total in run(arguments, tmp_path, monkeypatch, "cuda"))
+
+
+def test_a_run_is_resumed_and_read(tiny_folder, tmp_path, monkeypatch, capsys):
+    recipe = next(r for r in RECIPES if r.stem == "emmet_replay")
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for folder in (whole, parted):
+        folder.mkdir()
+    run(small(recipe, whole, tiny_folder), whole, monkeypatch, "cuda")
+    arguments = small(recipe, parted, tiny_folder)
+    run([*arguments, "--trainer.max_steps", "1"], parted, monkeypatch, "cuda")
+    run([*arguments, "--ckpt_path", "last"], parted, monkeypatch, "cuda")
+    assert same(outcome(parted)["weights"], outcome(whole)["weights"])
+    checkpoint = str(last(parted))
+    run(["validate", *arguments[1:], "--ckpt_path", checkpoint], parted, monkeypatch, "cuda")
+    run(["export", "--ckpt_path", checkpoint, "--out", "here", "--device", "cuda"], parted, monkeypatch, "cuda")
+    run(["export", "--ckpt_path", checkpoint, "--out", "there"], parted, monkeypatch)
+    assert Path("here/model.safetensors").read_bytes() == Path("there/model.safetensors").read_bytes()
+    run(["report", str(Path(checkpoint).parents[1]), "--device", "cuda"], parted, monkeypatch, "cuda")
+    answers = []
+    for kind in ("cuda", "cpu"):
+        capsys.readouterr()
+        ask = ["ask", "--ckpt_path", checkpoint, "Oslo lies in", "--new_tokens", "3", "--json", "--device", kind]
+        run(ask, parted, monkeypatch, kind)
+        answers.append(json.loads(capsys.readouterr().out)[0]["after"]["continuation"])
+    assert answers[0] == answers[1]
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for device in ("cuda:7", "toaster"):
+        assert main(["export", "--ckpt_path", "none", "--out", "x", "--device", device]) != 0
+        assert "--device" in capsys.readouterr().err
