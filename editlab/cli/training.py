@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import ParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
-from editlab import compat
 from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.failures import note_saved
 from editlab.cli.recipe import SaveConfig, can_resume, complete
@@ -21,6 +20,7 @@ from editlab.distributed.strategy import NAME, EditStrategy
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.runs.trainer import TRAINER_DEFAULTS
+from editlab.utils import compat
 from editlab.utils.progress import bars, speaks
 
 

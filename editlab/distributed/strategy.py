@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from editlab import compat
 from editlab.distributed import ranks
+from editlab.utils import compat
 
 NAME = "editlab_ddp"
 """What ``--trainer.strategy`` takes."""

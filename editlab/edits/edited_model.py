@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from editlab import compat
 from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer, unedited
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
+from editlab.utils import compat
 
 AUTO: Final = "auto"
 """Setting of ``layers`` that leaves the choice to :mod:`editlab.edits.layer_search`."""

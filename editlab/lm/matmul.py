@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from editlab.compat import replace_parameters
 from editlab.lm.probe import LinearMap, linear_maps
 from editlab.lm.runner import ModelRunner
+from editlab.utils.compat import replace_parameters
 
 MATMULS = ("auto", "float32", "bfloat16")
 """How matrices may be multiplied; see :func:`products`."""

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from editlab.compat import attention_of, attention_set
 from editlab.lm.forward import cache_of
 from editlab.lm.precision import rounding
 from editlab.lm.prefix_cache import Past, read_prefixes
 from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import by_length, pad
+from editlab.utils.compat import attention_of, attention_set
 
 PACKED = "editlab_packed"
 """Name of our attention function among transformers'."""

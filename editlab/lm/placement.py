@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from editlab.compat import offload_hook, replace_parameters
 from editlab.errors import UserError
+from editlab.utils.compat import offload_hook, replace_parameters
 
 DeviceMap = str | dict[str, int | str]
 """transformers' ``device_map``: ``auto``, ``balanced``, ``sequential``, a device, or module path -> device."""

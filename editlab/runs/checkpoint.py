@@ -18,9 +18,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from editlab.compat import CheckpointHooks, save_unless_saved
 from editlab.errors import UserError
 from editlab.runs.resume import ENTRIES, KEY, sums
+from editlab.utils.compat import CheckpointHooks, save_unless_saved
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from editlab import compat
 from editlab.distributed import ranks
 from editlab.errors import UserError
+from editlab.utils import compat
 from editlab.utils.files import atomic_file
 
 OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")

@@ -8,7 +8,7 @@ from editlab.experiments.plan import Case, Options, Run
 def finish(folder, metrics=None, edits=8, **more):
     """Writes a run's summary, and returns its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"edits": edits, "metrics": metrics or {}, , **more}
+    content = {"edits": edits, "metrics": metrics or {}, **more}
     (folder / "summary.json").write_text(json.dumps(content))
     return folder
 

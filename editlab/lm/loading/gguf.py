@@ -19,11 +19,11 @@ import transformers
 from gguf import GGUFReader
 from transformers import PreTrainedTokenizerBase
 
-from editlab.compat import forget_quantization, gguf_without_bars
 from editlab.errors import UserError
 from editlab.lm.loading.causal import require_causal
 from editlab.lm.memory import require_memory
 from editlab.lm.save import save
+from editlab.utils.compat import forget_quantization, gguf_without_bars
 from editlab.utils.disk_cache import cached_folder
 from editlab.utils.files import cache_dir, sha256
 

@@ -183,7 +183,7 @@ def test_the_table_gives_baselines_as_many_rejections():
 def finished(folder, faults):
     """A made-up run of four batches with the gate: those with faults score low and lose much."""
     folder.mkdir(parents=True)
-    summary = {"edits": 4, "metrics": {"before/perplexity": 20.0}, "immediate": {}, "retained": {}, "seconds": 60.0,
+    summary = {"edits": 4, "metrics": {"before/perplexity": 20.0}, "seconds": 60.0,
                "versions": {"torch": "2"}}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     found = {"faults": faults, "kept": [0, 2, 3], "batches": 4, "good": {"accuracy": 0.5, "ES": 0.75},

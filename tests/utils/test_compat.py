@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch import nn
 
-from editlab import compat
+from editlab.utils import compat
 from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
