@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -125,9 +125,13 @@ class Worker:
         return found
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Ends the process and closes the pipes to it."""
         self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(BrokenPipeError):  # it may not have read all that it was sent
+                if pipe is not None:
+                    pipe.close()
 
 
 # ---- the process that measures ------------------------------------------------------------------------------------

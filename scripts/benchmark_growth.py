@@ -153,7 +153,7 @@ def batch(options: argparse.Namespace) -> Iterator[Point]:
 
 
 def buffer(options: argparse.Namespace) -> Iterator[Point]:
-    """One solve of a batch with more and more replayed edits beside it."""
+    """One solve of a batch with more and more replayed edits next to it."""
     metric = _metric(D_K)
     for m in (0, 10, 32, 96, 250, 500, 1000):
         yield Point("solve", m, best_of(_solving(metric, D_K, BATCH + m)), resident_mib())

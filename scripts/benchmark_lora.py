@@ -1,4 +1,4 @@
-"""What a LoRA adjustment costs beside full fine-tuning of the same maps: parameters, peak memory, time a step.
+"""Cost of a LoRA adjustment and of full fine-tuning of the same maps: parameters, peak memory, time a step.
 
     python scripts/benchmark_lora.py --rank 8 --layers 2 3 4 5 6
 
@@ -78,8 +78,8 @@ def main() -> None:
     for number in range(options.rounds):
         for kind in KINDS:
             command = [sys.executable, *sys.argv, "--kind", kind]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            found = json.loads(said)
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            found = json.loads(output)
             print(
                 f"round {number + 1}  {kind:5} {found['parameters']:>10,} trainable ({found['share']:.3%})  "
                 f"peak {found['peak_mb']:.0f} MiB  {found['seconds']:.2f} s a step",

@@ -84,7 +84,7 @@ class Relation:
     """What the records of one relation are made of."""
 
     prompt: str
-    paraphrases: tuple[str, str]
+    paraphrases: tuple[str, ...]
     neighbors: tuple[str, ...]
     """Templates of the neighbor prompts; further ones are used where there are few neighbors."""
     edited: dict[str, str]
@@ -151,7 +151,7 @@ def load_countries() -> list[Country]:
 
 
 def place_of(city: City) -> str:
-    """Where a city's facts are told apart: its state in the United States, elsewhere its country."""
+    """Group that a city belongs to: its state in the United States, elsewhere its country."""
     return f"US-{city.state}" if city.country == "US" else city.country
 
 

@@ -159,12 +159,12 @@ class ForkLabels(EditCallback):
         for known, numbers in self._known:
             if all(torch.equal(a, b) for a, b in zip(known, totals, strict=True)):
                 return numbers
-        beside = [(fact.neighbors[0], fact) for fact in self.bystanders]
-        pairs = [(n.prompt, n.truth) for n, _ in beside] + [(n.prompt, fact.target_new) for n, fact in beside]
+        near = [(fact.neighbors[0], fact) for fact in self.bystanders]
+        pairs = [(n.prompt, n.truth) for n, _ in near] + [(n.prompt, fact.target_new) for n, fact in near]
         with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
-            near_true, near_new = score_pairs(editor.lm, pairs)[0].split(len(beside))
+            near_true, near_new = score_pairs(editor.lm, pairs)[0].split(len(near))
             nll = float(-token_log_probs(editor.lm, self.ids).mean())
-        numbers = {"NS": float((near_true > near_new).float().mean()) if beside else float("nan"), "nll": nll}
+        numbers = {"NS": float((near_true > near_new).float().mean()) if near else float("nan"), "nll": nll}
         self._known.append((totals, numbers))
         return numbers
 

@@ -17,9 +17,11 @@ from editlab.experiments.statistics import quantiles
 from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
+"""What a batch may harm: right facts, neighbors, and the mean negative log-probability of a text."""
 ENOUGH = 5
 """Fewest bad batches of an interval."""
 SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
+"""gate -> the signal of ``trust_events.jsonl`` that it rejects batches by"""
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,10 @@ from io import TextIOWrapper
 from typing import Any
 
 from editlab import __version__
-from editlab.cli.commands import VERBS
+from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS, VERBS
 from editlab.errors import EditLabError, UserError, causes
 from editlab.utils.machine import LoadMeter, choose_threads, wait_passively
 from editlab.utils.progress import speaks
-
-DESCRIPTION = (
-    "Edits facts in a language model, one batch after another, and shows what it keeps and forgets. With --debug, an "
-    "error comes with its traceback."
-)
-
-TRAINER_VERBS = {
-    "fit": "Edit the facts of a recipe, batch by batch, and evaluate the edited model.",
-    "validate": "Evaluate all edits of a checkpoint again.",
-    "test": "Evaluate facts that were not edited, on the model of a checkpoint.",
-}
-"""Verbs that the Trainer runs, with a recipe, and their help."""
 
 PLUGINS = "editlab.plugins"
 """Entry-point group of packages with callbacks, methods or formats, which YAML may then name by bare class name."""

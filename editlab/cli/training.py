@@ -13,8 +13,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from editlab import compat
+from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.failures import note_saved
-from editlab.cli.main import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.recipe import SaveConfig, can_resume, complete
 from editlab.data import EditDataModule
 from editlab.distributed.strategy import NAME, EditStrategy

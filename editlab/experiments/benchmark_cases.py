@@ -1,4 +1,4 @@
-"""The cases of ``scripts/benchmark.py``: the same work the plain way and editlab's way, and how far the two differ."""
+"""Cases of ``scripts/benchmark.py``: the same work done plainly and by editlab, and how much the results differ."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}),
 }  # fmt: skip
 LAMBDA, GAMMA = 300.0, 1.0
-"""As in the recipes."""
+"""Weight of C0 and slack, as in the recipes."""
 
 
 class Round(NamedTuple):
@@ -56,12 +56,12 @@ class Round(NamedTuple):
     plain: Callable[[], Any]
     ours: Callable[[], Any]
     difference: Callable[[Any, Any], float]
-    """of the results; what it is, the case says"""
+    """of the two results; each case says which"""
 
 
 @dataclass
 class Setting:
-    """What the cases share."""
+    """Model, facts, contexts and settings that all cases share."""
 
     lm: LanguageModel
     facts: list[Fact]
@@ -72,7 +72,7 @@ class Setting:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Setting:
-        """The model, facts that it knows (all where its weights are random), and contexts."""
+        """The model, facts of which it prefers the truth (of random weights: all facts), and contexts."""
         lm = _language_model(options)
         data = EditDataModule(options.path, limit=options.facts)
         data.setup()
@@ -106,7 +106,7 @@ def relative(plain: Tensor, ours: Tensor) -> float:
 
 
 def values(s: Setting) -> list[Round]:
-    """Values v* of a batch; ours end at a mean loss that is higher by this share."""
+    """Values v* of a batch; the difference is the relative excess of our mean final loss."""
 
     def plain(facts: list[Fact]) -> float:
         return sum(plain_value(s.lm, fact, s.site, s.contexts, s.values)[1] for fact in facts) / len(facts)
@@ -118,7 +118,7 @@ def values(s: Setting) -> list[Round]:
 
 
 def products(s: Setting) -> list[Round]:
-    """Editlab's own values with products in float32 and as asked for: what their type alone does to time and loss."""
+    """Our values with float32 products and with those of ``--matmul``: the effect of that type on time and loss."""
     float32 = replace(s.values, matmul="float32")
 
     def found(facts: list[Fact], settings: ValueSettings) -> float:
@@ -130,7 +130,7 @@ def products(s: Setting) -> list[Round]:
 
 
 def early(s: Setting) -> list[Round]:
-    """Values of a batch, ours stopped once each target was said twice; of ours this share more is said in the end."""
+    """Values of a batch, ours stopped early; the difference is that of the fractions of targets that are the argmax."""
     settings = replace(s.values, early_stop=2)
 
     def said(facts: list[Fact], targets: Tensor) -> float:
@@ -151,7 +151,7 @@ def early(s: Setting) -> list[Round]:
 
 
 def keys(s: Setting) -> list[Round]:
-    """Keys of a batch, the mean over contexts; they differ by a norm, relatively."""
+    """Keys of a batch, the mean over contexts; the difference is relative, in norm."""
 
     def ours(facts: list[Fact]) -> Tensor:
         return read_keys(s.lm, facts, s.site.layer, s.site, s.contexts, "mean").keys
@@ -163,7 +163,7 @@ def keys(s: Setting) -> list[Round]:
 
 
 def moments(s: Setting) -> list[Round]:
-    """Second moments over text; they differ by a norm, relatively."""
+    """Second moments over text; the difference is relative, in norm."""
     windows = sample_text(s.lm, s.options.tokens, 0, "Sampling text")
     windows = [w for w in windows if len(w) == WINDOW]
     size = max(1, len(windows) // 4)
@@ -177,7 +177,7 @@ def moments(s: Setting) -> list[Round]:
 
 
 def solver(s: Setting) -> list[Round]:
-    """Eight batches of 128 at d_k = 6400, d_v = 1600 (GPT-2-XL's); updates differ by a norm, relatively."""
+    """Eight batches of 128 at d_k = 6400, d_v = 1600 (GPT-2-XL's); the difference is relative, in norm."""
     d_k, d_v, n, batches = (6400, 1600, 128, 8) if s.lm.anatomy.key_size(s.site.layer) > 100 else (60, 20, 8, 2)
     draw = torch.Generator().manual_seed(0)
     factor = torch.randn(d_k, 2 * d_k, generator=draw, dtype=torch.float64)
@@ -199,7 +199,7 @@ def solver(s: Setting) -> list[Round]:
 
 
 def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
-    """All prompts of facts; they differ by the largest of all log-probabilities."""
+    """Scores of all prompts of facts; the difference is the largest one of a log-probability."""
     settings = EvaluationSettings(matmul=matmul)
 
     def ours(facts: list[Fact]) -> list[tuple[float, float]]:
@@ -223,7 +223,7 @@ def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
 
 
 def whole(s: Setting) -> list[Round]:
-    """A sequential run with its evaluation; they differ by retained ES, in points."""
+    """A sequential run with its evaluation; the difference is that of retained ES, in points."""
     names: dict[str, Any] = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
     c0 = second_moments(s.lm, [s.site.layer], MomentSettings(), s.options.language_model)[s.site.layer]
 
@@ -254,7 +254,7 @@ def whole(s: Setting) -> list[Round]:
                 default_root_dir=folder,
             )
             editor.configure_model()
-            editor.unedited_scores.folder = Path(folder) / "scores"  # found in each round, as the plain way does
+            editor.unedited_scores.folder = Path(folder) / "scores"  # computed in each round, as by the plain way
             trainer.fit(editor, datamodule=data)
         return 100 * editor.evaluation.retained["retained/ES"]
 
@@ -272,4 +272,4 @@ CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "evaluation_bfloat16": ("fact", partial(evaluation, matmul="bfloat16")),
     "whole": ("fact", whole),
 }
-"""name -> what is counted, and its rounds"""
+"""name -> unit of work, and the function that makes its rounds"""

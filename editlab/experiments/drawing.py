@@ -10,13 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from editlab.experiments.csv_files import Row, read_rows
-from editlab.experiments.figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
-from editlab.experiments.plan import Run, load_function
-from editlab.experiments.spec import (
-    COLORS,
+from editlab.experiments.figure_spec import (
     BarsSpec,
     CurvesSpec,
-    Experiment,
     FigureSpec,
     HeatMapSpec,
     LineSpec,
@@ -24,10 +20,26 @@ from editlab.experiments.spec import (
     RadarSpec,
     RunsFigureSpec,
 )
+from editlab.experiments.figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
+from editlab.experiments.plan import Run, load_function
+from editlab.experiments.spec import Experiment
 from editlab.experiments.tables import SNAPSHOT
-from editlab.runs.figures import comparison_figure, save_figure
+from editlab.runs.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    comparison_figure,
+    save_figure,
+)
 
 log = logging.getLogger(__name__)
+
+COLORS = {"blue": BLUE, "orange": ORANGE, "green": GREEN, "vermilion": VERMILION, "purple": PURPLE, "sky": SKY,
+          "black": BLACK}  # fmt: skip
 
 
 def draw_all(experiment: Experiment, out: Path, runs: Sequence[Run] = ()) -> None:

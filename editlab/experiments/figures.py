@@ -1,6 +1,6 @@
 """Figures of whole experiments, drawn from rows of their tables: lines, heat maps, bars, radars, ROC curves.
 
-A row is a mapping from column to number or word; a value that was not measured is absent from it.
+A row is a mapping from column to number or text; a value that was not measured is absent.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ COLD_TO_WARM = "cividis"
 """A color map that is the same to color-blind readers, and falls evenly to gray in print."""
 
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo")
-"""Of bars, so that they are told apart in gray too."""
+"""Patterns of bars, so that they can be distinguished in gray too."""
 
 STYLES: tuple[tuple[str, Any], ...] = (
     (BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (VERMILION, ":"), (PURPLE, (0, (6, 1, 1, 1, 1, 1))),
     (SKY, (0, (1, 0.5))), (BLACK, (0, (8, 3))),
 )  # fmt: skip
-"""Color and line of the first group, the second, ...: told apart in gray too."""
+"""Color and line of the first group, the second, ...: distinguishable in gray too."""
 
 
 def values_of(rows: Sequence[Row], column: str) -> list[float]:
-    """What the rows have in a column."""
+    """Values of a column, of the rows that have it."""
     return [float(row[column]) for row in rows if column in row]
 
 
@@ -45,8 +45,8 @@ def lines_figure(
         groups: label -> rows.
         x: column of the abscissa, whole numbers.
         panels: column -> title.
-        xlabel: what x is.
-        repeat: column that tells the runs of a band apart.
+        xlabel: label of the abscissa.
+        repeat: column that distinguishes the runs of a band.
     """
     figure, axes = new_figure(1, len(panels), width=3.2, height=2.9)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
@@ -66,12 +66,12 @@ def lines_figure(
 
 
 def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], labels: tuple[str, str]) -> Figure:
-    """One heat map for each column: the mean over rows of the same place, written into it; empty where there is none.
+    """One heat map for each column: each cell shows the mean over its rows; cells without rows are empty.
 
     Args:
         rows: with whole or decimal numbers in ``x`` and ``y``.
-        x: column of the places from left to right.
-        y: column of the places from below to above.
+        x: column of the cells from left to right.
+        y: column of the cells from bottom to top.
         panels: column -> title.
         labels: of x and y.
     """
@@ -99,12 +99,12 @@ def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], 
 
 
 def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Mapping[str, str]) -> Figure:
-    """One radar for each panel, one line for each group in it: means over its rows, from 0 in the middle to 1.
+    """One radar for each panel, one line for each group in it: means over its rows, from 0 at the center to 1.
 
     Args:
         panels: title -> label -> rows.
-        measures: column -> name of its spoke; a panel has those that its rows have, and leaves out a group that lacks
-            one of them.
+        measures: column -> name of its spoke. A panel shows the columns that its rows have, and leaves out groups that
+            lack one of them.
     """
     labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
     style = dict(zip(labels, cycle(STYLES), strict=False))
@@ -145,12 +145,12 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
     """
     figure, axes = new_figure(1, len(panels), width=2.3, height=3.1)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
-        for place, ((label, rows), (color, _)) in enumerate(zip(groups.items(), STYLES, strict=False)):
+        for index, ((label, rows), (color, _)) in enumerate(zip(groups.items(), STYLES, strict=False)):
             values = values_of(rows, column)
             if values:
-                ax.bar(place, mean(values), color=color, width=0.75, label=label, edgecolor=BLACK, linewidth=0.5,
-                       hatch=HATCHES[place % len(HATCHES)])  # fmt: skip
-                ax.vlines(place, min(values), max(values), color=BLACK, linewidth=1.2)
+                ax.bar(index, mean(values), color=color, width=0.75, label=label, edgecolor=BLACK, linewidth=0.5,
+                       hatch=HATCHES[index % len(HATCHES)])  # fmt: skip
+                ax.vlines(index, min(values), max(values), color=BLACK, linewidth=1.2)
         ax.set(title=title, xticks=[])
         ax.grid(False, axis="x")
         ax.set_axisbelow(True)

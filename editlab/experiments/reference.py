@@ -1,7 +1,7 @@
-"""The plain ways: one fact at a time, whole prompts, the whole model, full logits, a fresh inverse for each batch.
+"""Plain, slow editing: one fact at a time, whole prompts, the whole model, full logits, an inverse for each batch.
 
-They follow the reference codes' procedures (ROME, MEMIT, EMMET) and share nothing with editlab's own ways but the text
-of the prompts. They are the tests' oracles and the yardsticks of ``scripts/benchmark.py``.
+The functions follow the reference codes (ROME, MEMIT, EMMET) and share nothing with the rest of editlab but the text of
+the prompts. They are the oracle of tests and the baseline of ``scripts/benchmark.py``.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 def _value_prompts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Ids, mask and labels (-100 where none) of the prompts of one fact, and where each subject ends.
+    """Ids, mask and labels (-100: none) of the prompts of one fact, and the index of each subject's last token.
 
-    The last is the essence prompt, which has no labels.
+    The last prompt is the one of the KL term, which has no labels.
     """
     texts = [context + fact.question for context in contexts] + [f"{fact.subject} is a"]
     starts = [len(context) + fact.subject_span[0] for context in contexts] + [0]
@@ -47,8 +47,8 @@ def _value_prompts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> tu
         tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
         lasts.append(last_token(offsets, start + len(fact.subject)))
         rows.append(tokens)
-        said = [b > len(text) and not essence for _, b in offsets]
-        targets.append([token if answer else -100 for token, answer in zip(tokens, said, strict=True)])
+        in_target = [b > len(text) and not essence for _, b in offsets]
+        targets.append([token if hit else -100 for token, hit in zip(tokens, in_target, strict=True)])
     ids, mask = padded(rows, lm.device)
     width = ids.shape[1]
     labels = torch.tensor([[*target, *[-100] * (width - len(target))] for target in targets], device=lm.device)
@@ -58,7 +58,7 @@ def _value_prompts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> tu
 def plain_value(
     lm: LanguageModel, fact: Fact, site: Site, contexts: Sequence[str], settings: ValueSettings
 ) -> tuple[Tensor, float, int]:
-    """The target [d_v] of one fact, its final loss, and the evaluations of the loss it took."""
+    """Value [d_v] of one fact, its final loss, and the number of evaluations of the loss."""
     ids, mask, labels, lasts = _value_prompts(lm, fact, contexts)
     delta = torch.zeros(lm.anatomy.value_size(site.layer), device=lm.device, requires_grad=True)
     origin: Tensor | None = None
@@ -75,7 +75,7 @@ def plain_value(
     optimizer = torch.optim.Adam([delta], lr=settings.step_size)
     direction: Tensor | None = None
     initial = None
-    said = 0
+    hit_streak = 0
     for step in range(settings.steps):
         handle = site.module.register_forward_hook(add)
         logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
@@ -85,14 +85,15 @@ def plain_value(
         picked = logp[:-1, :-1].gather(2, labels[:-1, 1:].clamp_min(0)[..., None]).squeeze(-1)
         wanted = labels[:-1, 1:] != -100
         nll = -(picked * wanted).sum(1) / wanted.sum(1)
-        said = said + 1 if bool((logp[:-1, :-1].argmax(2) == labels[:-1, 1:])[wanted].all()) else 0
+        hit = bool((logp[:-1, :-1].argmax(2) == labels[:-1, 1:])[wanted].all())
+        hit_streak = hit_streak + 1 if hit else 0
         essence = logp[-1, int(mask[-1].sum()) - 1]
         if initial is None:
             initial = essence.detach()
         kl = kl_div(initial[None], essence[None], log_target=True, reduction="batchmean")
         decay = settings.weight_decay * delta.norm() / origin.norm() ** 2
         loss = nll.mean() + settings.kl_factor * kl + decay
-        if loss < settings.loss_threshold or step == settings.steps - 1 or 0 < settings.early_stop <= said:
+        if loss < settings.loss_threshold or step == settings.steps - 1 or 0 < settings.early_stop <= hit_streak:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -114,13 +115,13 @@ def plain_value(
 
 @torch.no_grad()
 def plain_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]) -> Tensor:
-    """Keys at the subjects' last tokens, the mean over contexts, [d_k, facts] in float64: a pass for each fact."""
+    """Mean over contexts of the keys at the subjects' last tokens, [d_k, facts] in float64: a pass for each fact."""
     keys = []
     for fact in facts:
         encoded = [_offsets(lm.tokenizer, context + fact.question) for context in contexts]
         ends = [len(context) + fact.subject_span[1] for context in contexts]
         ids, mask = padded([e["input_ids"] for e in encoded], lm.device)
-        seen = _seen(lm, lm.anatomy.edit_module(layer), ids, mask)
+        seen = _record(lm, lm.anatomy.edit_module(layer), ids, mask)
         at = [last_token(e["offset_mapping"], end) for e, end in zip(encoded, ends, strict=True)]
         keys.append(seen[range(len(at)), at].double().mean(0))
     return torch.stack(keys, 1)
@@ -132,14 +133,14 @@ def plain_moments(lm: LanguageModel, layer: int, windows: Sequence[Sequence[int]
     total, count = torch.zeros(lm.anatomy.key_size(layer), lm.anatomy.key_size(layer), dtype=torch.float64), 0
     for start in range(0, len(windows), rows):
         ids, mask = padded(windows[start : start + rows], lm.device)
-        keys = _seen(lm, lm.anatomy.edit_module(layer), ids, mask).flatten(0, 1).double().cpu()
+        keys = _record(lm, lm.anatomy.edit_module(layer), ids, mask).flatten(0, 1).double().cpu()
         total += keys.T @ keys
         count += len(keys)
     return total / count
 
 
 def plain_solve(keys: Tensor, residuals: Tensor, moments: Tensor, weight: float, slack: float) -> Tensor:
-    """EMMET's update [d_v, d_k] of one batch, with the metric inverted anew; all float64."""
+    """Update [d_v, d_k] of one batch in closed form, with explicit inverses; all float64."""
     inverse = torch.linalg.inv(weight * moments)
     gram = keys.T @ inverse @ keys + slack * torch.eye(keys.shape[1]).to(keys)
     return residuals @ torch.linalg.inv(gram) @ keys.T @ inverse
@@ -151,17 +152,16 @@ def plain_scores(lm: LanguageModel, fact: Fact, neighbors: int | None = None) ->
 
     The edit prompt comes first, then paraphrases, then neighbors; a neighbor's truth is its own.
     """
-    beside = fact.neighbors[:neighbors]
-    asked = [(p, str(fact.target_true)) for p in (fact.question, *fact.paraphrases)]
-    asked += [(n.prompt, n.truth) for n in beside]
-    pairs = [(p, target) for p, true in asked for target in (fact.target_new, true)]
+    prompts = [(p, str(fact.target_true)) for p in (fact.question, *fact.paraphrases)]
+    prompts += [(n.prompt, n.truth) for n in fact.neighbors[:neighbors]]
+    pairs = [(p, target) for p, true in prompts for target in (fact.target_new, true)]
     encoded = [_offsets(lm.tokenizer, f"{p} {target}") for p, target in pairs]
     ids, mask = padded([e["input_ids"] for e in encoded], lm.device)
     logp = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
     means = []
     for row, (e, (prompt, _)) in enumerate(zip(encoded, pairs, strict=True)):
-        places = [i for i, (_, b) in enumerate(e["offset_mapping"]) if b > len(prompt)]
-        means.append(sum(float(logp[row, i - 1, ids[row, i]]) for i in places) / len(places))
+        indices = [i for i, (_, b) in enumerate(e["offset_mapping"]) if b > len(prompt)]
+        means.append(sum(float(logp[row, i - 1, ids[row, i]]) for i in indices) / len(indices))
     return list(zip(means[::2], means[1::2], strict=True))
 
 
@@ -169,12 +169,12 @@ def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
     return dict(tokenizer(text, return_offsets_mapping=True))
 
 
-def _seen(lm: LanguageModel, module: torch.nn.Module, ids: Tensor, mask: Tensor, output: bool = False) -> Tensor:
-    """What a module sees or gives, [rows, tokens, d], from a pass of the whole model with all logits."""
+def _record(lm: LanguageModel, module: torch.nn.Module, ids: Tensor, mask: Tensor, output: bool = False) -> Tensor:
+    """Input or output of a module, [rows, tokens, d], from a pass of the whole model with all logits."""
     seen: list[Tensor] = []
 
-    def note(module: torch.nn.Module, args: tuple[Tensor, ...], given: Tensor | tuple[Tensor, ...]) -> None:
-        seen.append(args[0] if not output else given[0] if isinstance(given, tuple) else given)
+    def note(module: torch.nn.Module, args: tuple[Tensor, ...], result: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append(args[0] if not output else result[0] if isinstance(result, tuple) else result)
 
     handle = module.register_forward_hook(note)
     lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -184,13 +184,13 @@ def _seen(lm: LanguageModel, module: torch.nn.Module, ids: Tensor, mask: Tensor,
 
 @torch.no_grad()
 def plain_outputs(lm: LanguageModel, facts: Sequence[Fact], site: Site) -> Tensor:
-    """What the site gives at the subjects' last tokens of the bare prompts, [d_v, facts] in float64."""
+    """Output of the site at the subjects' last tokens of the bare prompts, [d_v, facts] in float64."""
     found = []
     for fact in facts:
         encoded = _offsets(lm.tokenizer, fact.question)
         ids, mask = padded([encoded["input_ids"]], lm.device)
         last = last_token(encoded["offset_mapping"], fact.subject_span[1])
-        found.append(_seen(lm, site.module, ids, mask, output=True)[0, last].double())
+        found.append(_record(lm, site.module, ids, mask, output=True)[0, last].double())
     return torch.stack(found, 1)
 
 
@@ -204,7 +204,7 @@ def plain_step(
     weight: float,
     slack: float,
 ) -> Tensor:
-    """One batch edited into the site's layer the plain way; gives the update, [d_v, d_k] in float64."""
+    """Edits one batch into the site's layer; returns the update, [d_v, d_k] in float64."""
     targets = torch.stack([plain_value(lm, fact, site, contexts, settings)[0] for fact in facts], 1).double()
     keys = plain_keys(lm, facts, site.layer, contexts)
     delta = plain_solve(keys, targets - plain_outputs(lm, facts, site), moments.to(keys), weight, slack)

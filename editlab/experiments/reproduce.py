@@ -13,9 +13,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from editlab.experiments.drawing import draw_from_table
+from editlab.experiments.figure_spec import RunsFigureSpec
 from editlab.experiments.launch import LAUNCHERS, sigterm_as_exit
 from editlab.experiments.provenance import cores
-from editlab.experiments.spec import RunsFigureSpec, load_experiment
+from editlab.experiments.spec import load_experiment
 from editlab.runs.figures import save_figure
 
 FIGURES = "figures"

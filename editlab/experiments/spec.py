@@ -17,25 +17,17 @@ replaced by that quantity, with its type; in a grid, names of the grid's axes ma
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import yaml
 
 from editlab.errors import UserError
+from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec
 from editlab.experiments.schema import build
-
-COLORS = {
-    "blue": "#0072B2", "orange": "#E69F00", "green": "#009E73", "vermilion": "#D55E00", "purple": "#CC79A7",
-    "sky": "#56B4E9", "black": "#000000",
-}  # fmt: skip
-"""Okabe and Ito's palette, which color-blind readers can tell apart."""
-
-Color: TypeAlias = Literal["blue", "orange", "green", "vermilion", "purple", "sky", "black"]
 
 
 @dataclass(frozen=True)
@@ -98,117 +90,6 @@ class CopySpec:
 
     file: str
     case: str
-
-
-@dataclass(frozen=True)
-class LineSpec:
-    """How a case is drawn."""
-
-    label: str
-    color: Color = "black"
-    line: str = "-"
-    """line style of matplotlib; ``none`` draws points alone"""
-
-
-@dataclass(frozen=True)
-class CurvesSpec:
-    """Retained ES, accuracy, NS and perplexity over edits, a line for each case; bands are the range over seeds."""
-
-    kind: Literal["curves"]
-    file: str
-    table: str
-    rows: tuple[Mapping[str, LineSpec], ...]
-    """of panels: case -> its line"""
-
-
-@dataclass(frozen=True)
-class LinesSpec:
-    """One panel for each column, one line for each group, over a column of whole numbers (in powers of two)."""
-
-    kind: Literal["lines"]
-    file: str
-    table: str
-    x: str
-    xlabel: str
-    group: str
-    """column whose values are the groups"""
-    label: str
-    """of a group: ``"replay rate {}"``"""
-    panels: Mapping[str, str]
-    """column -> title"""
-    where: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class HeatMapSpec:
-    """One heat map for each column."""
-
-    kind: Literal["heat_map"]
-    file: str
-    table: str
-    x: str
-    xlabel: str
-    y: str
-    ylabel: str
-    panels: Mapping[str, str]
-    where: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class BarsSpec:
-    """One panel for each column, one bar for each case."""
-
-    kind: Literal["bars"]
-    file: str
-    table: str
-    cases: Mapping[str, str]
-    """case -> label"""
-    panels: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class RadarPanel:
-    """One radar: some rows, and the group of metrics that is drawn."""
-
-    title: str
-    metrics: Literal["retained", "immediate"]
-    where: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RadarSpec:
-    """One radar for each panel, one line for each label in it."""
-
-    kind: Literal["radar"]
-    file: str
-    table: str
-    label: str
-    """of a row, from its columns: ``"{method}, weight {effective_weight:g}"``; rows that lack one are left out"""
-    spokes: Mapping[str, str]
-    """metric -> name of its spoke"""
-    panels: tuple[RadarPanel, ...]
-
-
-@dataclass(frozen=True)
-class RocSpec:
-    """ROC curves, and precision over recall."""
-
-    kind: Literal["roc"]
-    file: str
-    table: str
-
-
-@dataclass(frozen=True)
-class RunsFigureSpec:
-    """A figure that a function draws from the runs themselves, and not from a table."""
-
-    kind: Literal["runs"]
-    file: str
-    draw: str
-    """import path of a function of the finished runs that returns a figure"""
-
-
-FigureSpec: TypeAlias = CurvesSpec | LinesSpec | HeatMapSpec | BarsSpec | RadarSpec | RocSpec | RunsFigureSpec
 
 
 @dataclass(frozen=True)
@@ -368,8 +249,3 @@ def first_existing(choices: tuple[str, ...], project: Path) -> str | None:
         if Path(full).exists():
             return full
     return full or None
-
-
-def fields_of(kind: Any) -> list[tuple[str, str]]:
-    """Names and types of a part of the schema, for its documentation."""
-    return [(one.name, str(one.type)) for one in dataclasses.fields(kind) if one.init]

@@ -23,7 +23,7 @@ SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "i
 """Metrics of a snapshot."""
 
 _SHOWN = {"immediate": ("ES", "PS", "NS", "accuracy"), "before": ("PS", "NS", "perplexity")}
-"""Metrics of a run's row by group; of ``retained`` all."""
+"""Metrics of a run's row by group; of ``retained`` all but those by age."""
 
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "retained/accuracy": lambda row: float(row["retained/accuracy"]),
@@ -60,7 +60,7 @@ def rows_of_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[Row]:
     for run in runs:
         summary, metrics = run.summary or {}, run.metrics
         row: Row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-        retained = [name for name in metrics if name.startswith("retained/") and name != "retained/perplexity"]
+        retained = [n for n in metrics if n.startswith("retained/") and n != "retained/perplexity" and "_age_" not in n]
         others = [f"{group}/{name}" for group, names in _SHOWN.items() for name in names]
         row |= {name: round(metrics[name], 4) for name in (*retained, *others) if name in metrics}
         perplexity = {name: metrics[name] for name in ("before/perplexity", "retained/perplexity") if name in metrics}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from editlab import __version__
-from editlab.cli.commands import VERBS
+from editlab.cli.commands import TRAINER_VERBS, VERBS
 from editlab.cli.main import main
 
 HEAVY = ("torch", "lightning", "transformers", "jsonargparse", "numpy", "matplotlib")
@@ -93,7 +93,6 @@ def test_every_file_of_a_verb_is_listed():
 
 
 def test_every_listed_verb_is_one_of_lightning_s_or_has_a_file():
-    from editlab.cli.main import TRAINER_VERBS
     from editlab.cli.training import EditLabCLI
 
     assert list(EditLabCLI.subcommands()) == list(TRAINER_VERBS)

@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from editlab.experiments.drawing import curves_figure, draw_from_table
+from editlab.experiments.figure_spec import LineSpec, RunsFigureSpec
 from editlab.experiments.reproduce import draw_figures, experiment_files
-from editlab.experiments.spec import LineSpec, RunsFigureSpec, load_experiment
+from editlab.experiments.spec import load_experiment
 
 PROJECT = Path(__file__).parents[2]
 SPECS = {spec.file: spec for file in experiment_files(PROJECT) for spec in load_experiment(file).figures

@@ -92,13 +92,15 @@ def test_further_columns_of_a_run_by_hand(tmp_path):
     columns = ("effective_weight", "delta_norm", "seconds_an_edit", "peak_memory_mb", "seconds")
     more = {"edits": 64, "delta_norm": {"5": 0.125, "6": 0.25}, "seconds": 96.04, "peak_memory_mb": 1500.4,
             "versions": {"torch": "2"}}  # fmt: skip
-    metrics = {"immediate/ES": 1.0, "immediate/accuracy": 0.5, "before/NS": 0.8, "before/perplexity": 20.0}
+    metrics = {"immediate/ES": 1.0, "immediate/accuracy": 0.5, "before/NS": 0.8, "before/perplexity": 20.0,
+               "retained/S": 0.25, "retained/accuracy_age_1": 0.5}  # fmt: skip
     made = run(tmp_path, "memit", 1, metrics, labels={"method": "MEMIT"}, **more)
     (made.folder / "metrics.csv").write_text("edits,solve/layer_6/effective_weight\n32,100.0\n64,300.0\n")
     (row,) = rows_of_runs([made], columns)
     assert [row[name] for name in columns] == [300.0, 0.25, 1.501, 1500, 96.0]
     assert (row["method"], row["immediate/ES"], row["before/NS"], row["before/perplexity"]) == ("MEMIT", 1.0, 0.8, 20.0)
-    assert "perplexity_ratio" not in row
+    assert row["retained/S"] == 0.25
+    assert {"perplexity_ratio", "retained/accuracy_age_1"}.isdisjoint(row)
     assert (row["recipe"], row["torch"]) == ("a.yaml", "2")
 
 

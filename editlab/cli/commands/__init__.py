@@ -1,4 +1,4 @@
-"""The verbs that need no Trainer, one file each, and the list of them.
+"""The verbs: what the Trainer runs, and those that need no Trainer, one file each.
 
 A verb's file is imported only when the verb runs, as most of them import torch. A new verb is a file with a
 ``COMMAND`` (:class:`editlab.cli.commands.command.Command`) and a line in :data:`VERBS`.
@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from editlab.cli.commands.command import Command
+
+
+DESCRIPTION = (
+    "Edits facts in a language model, one batch after another, and shows what it keeps and forgets. With --debug, an "
+    "error comes with its traceback."
+)
+
+TRAINER_VERBS = {
+    "fit": "Edit the facts of a recipe, batch by batch, and evaluate the edited model.",
+    "validate": "Evaluate all edits of a checkpoint again.",
+    "test": "Evaluate facts that were not edited, on the model of a checkpoint.",
+}
+"""Verbs that the Trainer runs, with a recipe, and their help."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,6 @@ VERBS: dict[str, Verb] = {
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
     )
 }
-"""The verbs by name, in the order in which ``editlab --help`` lists them."""
+"""The verbs without a Trainer by name, in the order in which ``editlab --help`` lists them."""
 
-__all__ = ["VERBS", "Verb"]
+__all__ = ["DESCRIPTION", "TRAINER_VERBS", "VERBS", "Verb"]

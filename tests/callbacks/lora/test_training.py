@@ -48,7 +48,7 @@ def test_steps_get_shorter_to_the_end(lm):
     bias = torch.nn.Parameter(torch.zeros(1))
 
     class Slope:
-        edits, others = [None], []
+        edits, other_rows = [None], []
 
         def loss(self, lm, edits, others):
             return {"edits": bias.sum()}
@@ -92,7 +92,7 @@ def trained(lm, path, key="this", stop=None):
     aim, calls = objective(lm, {"edits": 1.0, "before": 2.0, "unedited": 0.0}), []
 
     class Stopping:
-        edits, others, total = aim.edits, aim.other_rows, aim.total
+        edits, other_rows, total = aim.edits, aim.other_rows, aim.total
 
         def loss(self, lm, edits, others):
             if len(calls) == stop:
@@ -126,7 +126,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
 
 def test_one_that_is_told_to_stop_is_kept_first(lm, tmp_path):
     class Slope:
-        edits, others, total = [None], [], staticmethod(lambda parts: parts["edits"])
+        edits, other_rows, total = [None], [], staticmethod(lambda parts: parts["edits"])
 
         def loss(self, lm, edits, others):
             return {"edits": bias.sum()}
@@ -151,7 +151,7 @@ def test_the_losses_are_those_of_the_whole_training(lm, tmp_path, monkeypatch):
     bias = torch.nn.Parameter(torch.zeros(1))
 
     class Counting:
-        edits, others = [None], []
+        edits, other_rows = [None], []
 
         def loss(self, lm, edits, others):
             value = next(values)

@@ -105,7 +105,7 @@ class TestTheWheelAtHand:
 
     def test_no_such_file(self, monkeypatch, cache):
         monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", "/no/such/file.whl")
-        assert "names /no/such/file.whl, which is no file: set it to" in refusal(UserError)
+        assert "names /no/such/file.whl, which is not a file: set it to" in refusal(UserError)
         assert left_over(cache) == []
 
     def test_another_file(self, monkeypatch, tmp_path, cache):
