@@ -1,6 +1,7 @@
 """The documentation: every public name has an entry, every page is in the navigation, every link leads somewhere."""
 
 import ast
+import csv
 import dataclasses
 import inspect
 import re
@@ -125,6 +126,16 @@ def test_settings_of_callbacks_exist(page, name):
     named = [n for row in table.splitlines() for n in re.findall(r"`(\w+)", row.split("|")[1])]
     assert named
     assert [n for n in named if n not in inspect.signature(getattr(callbacks, name)).parameters] == []
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "results").glob("*.md")), ids=lambda p: p.stem)
+def test_rows_of_results_are_cases_of_the_files_that_the_page_names(page):
+    text = page.read_text(encoding="utf-8")
+    known = set()
+    for name in re.findall(r"\]\(\.\./\.\./results/(\w+\.csv)\)", text):
+        with (ROOT / "results" / name).open(encoding="utf-8", newline="") as file:
+            known |= {row.get("case", "") for row in csv.DictReader(file)}
+    assert [case for case in re.findall(r"\| `([\w.]+)` \|$", text, re.MULTILINE) if case not in known] == []
 
 
 def test_the_readme_is_short_and_has_the_command_that_ci_runs():
