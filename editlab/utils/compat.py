@@ -47,11 +47,6 @@ class CommandHooks:
         """
 
 
-def verbs_of(parser: Any) -> Any:
-    """Return the action that holds a parser's verbs: jsonargparse cannot add to those that LightningCLI has made."""
-    return parser._subcommands_action
-
-
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
 
 
