@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
+from editlab.solver.closed_form import Constraints, Preservation, solve
 from tests.facts import FACTS
 from tests.pretend.device import pretend
 from tests.pretend.editing import difference, edited, on_device
@@ -57,14 +58,13 @@ def test_cached_keys():
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_lora(kind, mode):
-    def lora():
-        return LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+    def callbacks():
+        lora = LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+        return [MemoryReplay(rate=1.0), lora] if mode == "merge" else [lora]
 
-    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
-    there = edited(kind, **replayed)
-    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
+    cpu, there = (edited(k, callbacks=callbacks()) for k in ("cpu", kind))
     # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step.
-    assert difference(there, edited("cpu", **replayed)) < 1e-2
+    assert difference(there, cpu) < 1e-2
 
 
 @pytest.mark.parametrize(("action", "granularity"), [("rollback", "batch"), ("scale", "edit"), ("search", "batch")])
@@ -93,10 +93,6 @@ def test_solving_on_another_device_than_the_model_s():
 
 
 def test_a_metric_that_the_device_cannot_hold_is_made_on_the_cpu(caplog):
-    from editlab.keys.moments import MomentSettings
-    from editlab.solver.closed_form import Constraints, Preservation, solve
-
-    assert MomentSettings  # the moments themselves are on the CPU
     a = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = a @ a.T
     keys, residuals = moments[:, :2].clone(), moments[:3, :2].clone()
