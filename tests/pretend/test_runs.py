@@ -58,7 +58,8 @@ def test_a_recipe_gives_what_it_gives_on_the_cpu(recipe, kind, tiny_folder, tmp_
         folder = tmp_path / name
         folder.mkdir()
         sums.append(run(small(recipe, folder, tiny_folder), folder, monkeypatch, name))
-    assert difference(sums[1], sums[0]) < (1e-2 if "lora" in recipe.stem else 1e-4)
+    # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step of LoRA.
+    assert difference(sums[1], sums[0]) < (5e-2 if "LoRAAdjust" in recipe.read_text() else 1e-4)
 
 
 def test_bf16_true(tiny_folder, tmp_path, monkeypatch):
