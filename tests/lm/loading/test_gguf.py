@@ -102,7 +102,7 @@ def test_a_flipped_byte_in_any_file_is_noticed(tmp_path, name, where, caplog):
     damaged[int(where * len(damaged))] ^= 1
     (folder / name).write_bytes(damaged)
     assert gguf_folder(tmp_path / "tiny.gguf") == folder
-    assert f"{folder} is damaged ({name} has changed): it is made again." in caplog.text
+    assert f"{folder} is damaged ({name} has changed): it is recreated." in caplog.text
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == right
 
 
@@ -111,7 +111,7 @@ def test_an_incomplete_folder_is_made_again(tmp_path, caplog):
     folder = gguf_folder(tmp_path / "tiny.gguf")
     (folder / "model.safetensors").unlink()
     assert (gguf_folder(tmp_path / "tiny.gguf") / "model.safetensors").is_file()
-    assert "is damaged (model.safetensors is missing): it is made again." in caplog.text
+    assert "is damaged (model.safetensors is missing): it is recreated." in caplog.text
 
 
 def test_a_run_on_the_file_is_one_on_its_folder(tmp_path, monkeypatch):
