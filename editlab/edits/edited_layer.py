@@ -80,7 +80,7 @@ class EditedLayer(nn.Module):
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
         """Adds an update [d_v, d_k] to the sum and writes the weight; with several ranks, the first rank's update."""
-        self.total.add_(ranks.same(update.to(self.total)))
+        self.total.add_(ranks.broadcast(update.to(self.total)))
         self.write()
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class EditedLayer(nn.Module):
 
         With several ranks, the first rank's adapter is used.
         """
-        self.adapter = None if adapter is None else ranks.same(adapter)
+        self.adapter = None if adapter is None else ranks.broadcast(adapter)
         self.write()
 
     @torch.no_grad()
