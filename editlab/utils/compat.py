@@ -47,11 +47,6 @@ class CommandHooks:
         """
 
 
-def verbs_of(parser: Any) -> Any:
-    """Return the action that holds a parser's verbs; jsonargparse has no public way to add a verb to LightningCLI's."""
-    return parser._subcommands_action
-
-
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
 
 

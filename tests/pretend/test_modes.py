@@ -57,14 +57,13 @@ def test_cached_keys():
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_lora(kind, mode):
-    def lora():
-        return LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+    def callbacks():
+        lora = LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+        return [MemoryReplay(rate=1.0), lora] if mode == "merge" else [lora]
 
-    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
-    there = edited(kind, **replayed)
-    replayed = {"callbacks": [MemoryReplay(rate=1.0), lora()]} if mode == "merge" else {"callbacks": [lora()]}
+    cpu, there = (edited(k, callbacks=callbacks()) for k in ("cpu", kind))
     # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step.
-    assert difference(there, edited("cpu", **replayed)) < 1e-2
+    assert difference(there, cpu) < 1e-2
 
 
 @pytest.mark.parametrize(("action", "granularity"), [("rollback", "batch"), ("scale", "edit"), ("search", "batch")])

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -111,13 +110,6 @@ def test_command_hooks():
     for name in ("_run_subcommand", "_parse_ckpt_path"):  # Lightning calls them by these names
         assert callable(getattr(LightningCLI, name))
         assert name in LightningCLI.__init__.__code__.co_names
-
-
-def test_verbs_of_a_parser():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subcommands().add_subcommand("fit", ArgumentParser())
-    compat.verbs_of(parser).add_subcommand("ask", ArgumentParser())
-    assert parser.parse_args(["ask"]).subcommand == "ask"
 
 
 class OneStep(LightningModule):
