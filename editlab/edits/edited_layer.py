@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab.distributed import ranks
-from editlab.lm.placement import settle
+from editlab.lm.placement import load_offloaded
 from editlab.lm.runner import ModelRunner
 
 
@@ -33,7 +33,7 @@ class EditedLayer(nn.Module):
         super().__init__()
         self._modules_outside = (module,)  # in a tuple, so that it is not registered here as well
         self.transposed = transposed
-        settle(module)
+        load_offloaded(module)
         weight = self.weight.detach()
         shape = weight.T.shape if transposed else weight.shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))

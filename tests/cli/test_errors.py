@@ -196,7 +196,7 @@ FIT = {
     # models
     "no model": (setting("model.language_model", "./nowhere"), "nowhere"),
     "a folder without a model": (setting("model.language_model", "models/empty"), "has no config.json"),
-    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but no GGUF file"),
+    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but not a GGUF file"),
     "a quantized model": (setting("model.language_model", "models/quantized"), "name the model in full precision"),
     "a model that keeps a state": (setting("model.language_model", "models/state"), "such as a recurrent state"),
     "a GGUF file cut short": (setting("model.language_model", "cut.gguf"), "cut.gguf is damaged, cut short, or of"),
@@ -321,7 +321,7 @@ def test_a_model_whose_weights_are_damaged_is_refused(place, capsys, models):
     weights["model.layers.3.mlp.up_proj.weight"].fill_(float("nan"))
     save_file(weights, spoilt / "model.safetensors", {"format": "pt"})
     assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 2
-    assert "What the model says is not finite: its weights are damaged" in said_by(capsys)
+    assert "The model's logits are not finite: its weights are damaged" in said_by(capsys)
 
 
 def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(place, capsys, models, monkeypatch):
@@ -332,4 +332,4 @@ def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(place, c
     assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 1
     said = said_by(capsys)
     assert "the weights of" in said
-    assert "set trainer.precision to bf16-true (0.0 GiB), or take a smaller model" in said
+    assert "set trainer.precision to bf16-true (0.0 GiB), or choose a smaller model" in said
