@@ -210,8 +210,8 @@ class Probes:
             self._after = measure_batch(editor.lm, self._facts, self.neighbors)
             self._heldout_after = measure_heldout(editor.lm, self.sentences)
         self._weights_after = [layer.weight.clone() for layer in editor.changed_layers]
-        finite_before = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
-        if finite_before and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
+        was_finite = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
+        if was_finite and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
             return None
         remaining = outcome.remaining
         singular = zip(self._singular, self._singular_values(editor), strict=True)
@@ -233,7 +233,7 @@ class Probes:
         return metrics
 
     def measure_facts(self, outcome: EditOutcome) -> list[TrustMetrics]:
-        """Return the signals of each fact: its gain, its own neighbor, and its residual norm over the batch's median."""
+        """Return the signals of each fact: gain, flip of its neighbor, and residual norm over the batch's median."""
         assert outcome.residual_norm is not None  # it was solved
         norms = outcome.residual_norm.tolist()
         median = max(median_low(norms), 1e-12)
