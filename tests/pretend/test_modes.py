@@ -1,4 +1,4 @@
-"""Callbacks in all their modes, families of models and data types: on a pretend accelerator as on the CPU."""
+"""Tests that all modes of the callbacks, model families and data types give the results of the CPU."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.tiny import FAMILIES
 
 pytestmark = on_device
 FLOAT32 = 1e-4
-"""Relative difference of sums of updates that float32's rounding may make."""
+"""Largest relative difference of the updates' sums that float32 rounding may cause."""
 AMPLIFIED = 5e-2
 """The same where a step amplifies rounding; with float64 weights such runs are the same to the last digits."""
 FLOAT64 = 1e-9
@@ -46,7 +46,7 @@ REPLAY = {
 @pytest.mark.parametrize("mode", REPLAY)
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_replay(kind, mode):
-    facts = [*FACTS[:3], FACTS[0]]  # the last one is edited anew, so its keys leave the past
+    facts = [*FACTS[:3], FACTS[0]]  # the last one is edited again, so its keys are removed from the past keys
     cpu, there = (edited(k, facts=facts, callbacks=[MemoryReplay(**REPLAY[mode])]) for k in ("cpu", kind))
     assert difference(there, cpu) < FLOAT32
 
@@ -71,7 +71,7 @@ def test_lora(kind, mode):
         lora = LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
         return [MemoryReplay(rate=1.0), lora] if mode == "merge" else [lora]
 
-    # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step.
+    # Adam divides by the gradient's size, so rounding of a tiny gradient can change a whole step.
     assert_same(kind, callbacks)
 
 
@@ -95,12 +95,12 @@ def test_layers_are_found():
     assert difference(cuda, cpu) < FLOAT32
 
 
-def test_solving_on_another_device_than_the_model_s():
+def test_solving_on_another_device_than_that_of_the_model():
     cpu, cuda = edited("cpu"), edited("cuda", solver_device="cpu")
     assert difference(cuda, cpu) < FLOAT32
 
 
-def test_a_metric_that_the_device_cannot_hold_is_made_on_the_cpu(caplog):
+def test_a_metric_that_does_not_fit_on_the_device_is_computed_on_the_cpu(caplog):
     a = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = a @ a.T
     keys, residuals = moments[:, :2].clone(), moments[:3, :2].clone()

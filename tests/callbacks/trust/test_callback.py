@@ -200,7 +200,7 @@ def test_what_ends_the_run_is_not_taken_for_a_probe_that_failed(tiny_folder, tmp
     from callbacks.trust import probes
 
     def lost(*arguments):
-        raise EditLabError("The ranks are at different places.")
+        raise EditLabError("The ranks made different calls.")
 
     monkeypatch.setattr(probes, "measure_heldout", lost)
     with pytest.raises(EditLabError, match="different places"):
