@@ -16,7 +16,8 @@ import callbacks.lora.callback
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.lora.adapter import Adapter, between
 from callbacks.lora.callback import EVENTS, UNFINISHED
-from callbacks.lora.objective import Health, Objective, edit_rows
+from callbacks.lora.guard import Health
+from callbacks.lora.objective import Objective, edit_rows
 from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
@@ -193,12 +194,12 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
     settings = {"every_n_batches": None, "mode": mode}
     learnt = {}
     monkeypatch.setattr(
-        "callbacks.lora.callback.between", lambda a, b, share: learnt.update(a=a, b=b) or between(a, b, share)
+        "callbacks.lora.guard.between", lambda a, b, share: learnt.update(a=a, b=b) or between(a, b, share)
     )
     run(tmp_path, tiny_folder, name="whole", **settings)
     halves = {name: 0.5 * (learnt["a"][name] + learnt["b"][name]) for name in learnt["b"]}
     tried = iter([1.0, 1.5, 1.0])  # the held-out text: before, with the whole, with half
-    monkeypatch.setattr("callbacks.lora.callback.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
+    monkeypatch.setattr("callbacks.lora.guard.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
     module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
     assert [(e["decision"], e["fraction"]) for e in events] == [("keep", 0.5)]
     plain = editor(tiny_folder)

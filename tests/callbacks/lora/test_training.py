@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.lora import training
-from callbacks.lora.objective import distributions, divergence, examine
+from callbacks.lora.guard import examine
+from callbacks.lora.objective import distributions, divergence
 from callbacks.lora.training import Deck, Training, Unfinished
 from editlab.lm.language_model import LanguageModel
 from tests.callbacks.lora.test_objective import objective
