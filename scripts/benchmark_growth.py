@@ -33,8 +33,10 @@ from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
 from editlab.runs.figures import BLACK, BLUE, GREEN, new_figure, save_figure
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
+from editlab.solver.preservation import Preservation
 from editlab.values.optimize import ValueSettings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,7 +30,8 @@ from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.placement import device_named
 from editlab.lm.precision import widened
-from editlab.solver.closed_form import Constraints, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
 from editlab.utils.progress import bars
 from editlab.values.optimize import ValueSettings, optimize_values

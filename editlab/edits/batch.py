@@ -18,16 +18,11 @@ from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import room_beside
 from editlab.lm.precision import rounding, widened
-from editlab.solver.closed_form import (
-    Constraints,
-    Preservation,
-    diagnostics,
-    duplicate_tolerance,
-    effective_weight,
-    solve,
-)
+from editlab.solver.closed_form import diagnostics, effective_weight, solve
+from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
+from editlab.solver.preservation import Preservation
 from editlab.utils.validation import at_least_one, not_negative, one_of
 
 log = logging.getLogger(__name__)

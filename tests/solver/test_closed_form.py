@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editlab.errors import EditLabError
-from editlab.solver.closed_form import Constraints, Preservation, duplicate_tolerance, effective_weight, solve
+from editlab.solver.closed_form import effective_weight, solve
+from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.solver.preservation import Preservation
 
 D_K, D_V = 12, 7
 

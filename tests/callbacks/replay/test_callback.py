@@ -9,8 +9,10 @@ from callbacks.replay.callback import MemoryReplay
 from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.keys.subject_keys import read_keys
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
+from editlab.solver.preservation import Preservation
 from editlab.values.optimize import ValueSettings
 from tests.facts import CITIES, FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
