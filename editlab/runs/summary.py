@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from editlab.edits.edited_layer import EditedLayer
+from editlab.edits.ledger import Ledger
 from editlab.runs.logger import RunLogger
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
@@ -61,6 +64,34 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
         "recipe": trainer.logger.name if trainer.logger else None,
         "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         "versions": versions(),
+    }
+
+
+def summarize(
+    trainer: Trainer,
+    ledger: Ledger,
+    layers: Mapping[int, EditedLayer],
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """A run as a dict, for ``summary.json``.
+
+    Args:
+        trainer: of the run.
+        ledger: its edits.
+        layers: layer number -> the edited layer.
+        metrics: ``group/metric`` -> value, for what was measured.
+        seconds: duration of the run.
+    """
+    return {
+        "edits": ledger.kept,
+        "rolled_back": len(ledger) - ledger.kept,
+        "superseded": ledger.superseded,
+        "batches": trainer.global_step,
+        "metrics": metrics,
+        "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
+        "seconds": seconds,
+        **provenance(trainer),
     }
 
 

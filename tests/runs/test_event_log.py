@@ -11,7 +11,7 @@ from editlab.runs.event_log import EventLog
 def test_what_is_written_is_read(tmp_path):
     events = EventLog(tmp_path / "run" / "events.jsonl")
     assert events.read() == []
-    events.go_on(0)  # no file is no trouble
+    events.resume(0)  # no file is no trouble
     for step in range(3):
         events.append({"step": step, "what": "Zürich\nand on"})
     lines = (tmp_path / "run" / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -25,7 +25,7 @@ def test_a_resumed_run_makes_its_events_anew(tmp_path):
         events.append({"step": step})
     with events.path.open("a") as file:
         file.write('{"step": 3, "sc')  # killed here
-    events.go_on(2)
+    events.resume(2)
     events.append({"step": 2, "new": True})
     assert events.read() == [{"step": 0}, {"step": 0}, {"step": 1}, {"step": 2, "new": True}]
 
@@ -36,7 +36,7 @@ def test_what_is_none_of_ours_is_passed_over(tmp_path):
     with events.path.open("ab") as file:
         file.write(b'[1]\n{"a": 1}\n\xff\n{"step": "x"}\n{"step": 1, "what": "Z\xc3')  # killed within a character
     assert events.read() == [{"step": 0}]
-    events.go_on(5)
+    events.resume(5)
     assert events.path.read_bytes() == b'{"step": 0}\n'
 
 

@@ -171,7 +171,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
             saved = {edits: dict(row) for edits, row in logger.rows.items()}
     logger.finalize("failed")
     resumed = open_run(tmp_path)
-    resumed.go_on(saved, 64)
+    resumed.resume(saved, 64)
     resumed.log_metrics({"a": 7.0}, step=96)
     resumed.finalize("success")
     assert [(row["edits"], row["a"], row["val"]) for row in table(resumed)] == [
@@ -189,7 +189,7 @@ def test_a_new_run_in_an_old_folder_begins_an_empty_table(logger, tmp_path):
     logger.log_metrics({"m": 1.0}, step=1)
     logger.finalize("failed")
     again = open_run(tmp_path)
-    again.go_on({}, 0)
+    again.resume({}, 0)
     again.save()
     assert table(again) == []
 
