@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from editlab.cli.failures import describe, note_saved, surprise
+from editlab.cli.failures import describe, note_saved, unexpected
 from editlab.cli.main import main
 
 
@@ -47,16 +47,18 @@ def test_other_errors_are_not_described(error):
     assert describe(error) is None
 
 
-def test_a_surprise_names_the_error_and_asks_for_a_report():
-    assert str(surprise(ValueError("first line.\nsecond"))).startswith("ValueError: first line. This should not happen")
-    assert "KeyError: no message" in str(surprise(KeyError())), surprise(KeyError())
+def test_an_unexpected_error_names_the_error_and_asks_for_a_report():
+    assert str(unexpected(ValueError("first line.\nsecond"))).startswith(
+        "ValueError: first line. This should not happen"
+    )
+    assert "KeyError: no message" in str(unexpected(KeyError())), unexpected(KeyError())
 
 
 def test_a_verb_that_edits_nothing_is_not_told_to_go_on():
     for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
         assert "--ckpt_path" not in describe(error, editing=False)
         assert "model." not in describe(error, editing=False)
-    assert "--ckpt_path" not in str(surprise(ValueError("x"), editing=False))
+    assert "--ckpt_path" not in str(unexpected(ValueError("x"), editing=False))
 
 
 def test_a_home_that_is_not_there(tmp_path):

@@ -24,7 +24,7 @@ def test_all_bad_records_are_named(tmp_path, capsys):
         "Record 0 (line 2) has a prompt in which its subject 'Oslo' does not occur",
         "Record 2 (line 4) lacks 'subject'",
     ]
-    assert err == [f"editlab: 2 of 3 records of {path} are wrong: mend or remove what is named above."]
+    assert err == [f"editlab: 2 of 3 records of {path} are wrong: correct or remove those named above."]
 
 
 def test_half_a_character_is_named(tmp_path, capsys):
@@ -44,7 +44,7 @@ def test_good_files_are_counted(tmp_path, capsys):
         "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or with "
         "data.keep_repeats all.",
         f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
-        "Set data.only_known to false: without a truth, what the model knows can not be told.",
+        "Set data.only_known to false: without a truth it is unknown whether the model prefers it.",
     ]
     assert err == []
     out, _ = check(write_counterfact(tmp_path / "facts.json"), capsys, 0)
