@@ -331,7 +331,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_folder, tmp_path):
     assert resumed.evaluation.compute("immediate") == whole.evaluation.compute("immediate")
 
 
-def test_values_of_the_original_weights_are_found_once(tiny_folder, tmp_path, monkeypatch):
+def test_values_on_the_original_weights_are_computed_once(tiny_folder, tmp_path, monkeypatch):
     found = []
     from editlab import editor as module_under_test
 
@@ -371,7 +371,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
         ({"method": ROME()}, "set data.batch_size to 1"),
     ],
 )
-def test_settings_that_can_not_be(tiny_folder, tmp_path, changes, message):
+def test_invalid_settings_are_refused(tiny_folder, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, editor(tiny_folder, **changes))
 

@@ -36,7 +36,7 @@ def wrapped(error):
         (MemoryError(), ["Memory does not suffice: lower", "smaller model"]),
     ],
 )  # fmt: skip
-def test_the_sentence_names_what_failed_and_the_mend(error, parts):
+def test_the_sentence_names_the_failure_and_a_fix(error, parts):
     said = describe(error)
     assert all(part in said for part in parts), said
     assert "\n" not in said
@@ -54,7 +54,7 @@ def test_an_unexpected_error_names_the_error_and_asks_for_a_report():
     assert "KeyError: no message" in str(unexpected(KeyError())), unexpected(KeyError())
 
 
-def test_a_verb_that_edits_nothing_is_not_told_to_go_on():
+def test_a_verb_that_edits_nothing_gets_no_advice_to_resume():
     for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
         assert "--ckpt_path" not in describe(error, editing=False)
         assert "model." not in describe(error, editing=False)
@@ -67,7 +67,7 @@ def test_a_home_that_is_not_there(tmp_path):
     assert "write it in full" in describe(caught.value)
 
 
-def test_torch_really_says_that(monkeypatch):
+def test_torch_really_raises_these_messages(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert describe(caught.value).startswith("Memory does not suffice")
@@ -82,7 +82,7 @@ def test_torch_really_says_that(monkeypatch):
         (SIGTERMException(), 143, "editlab: Terminated.\n"),
     ],
 )
-def test_one_sentence_and_a_traceback_only_where_it_is_asked_for(monkeypatch, capsys, error, code, sentence):
+def test_one_sentence_and_a_traceback_only_with_debug(monkeypatch, capsys, error, code, sentence):
     seen = []
 
     def fail(arguments):
@@ -113,7 +113,7 @@ def test_the_trainer_passes_an_interrupt_on_as_its_own_exit(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SIGTERMException()])
-def test_only_what_is_saved_is_said_to_go_on(monkeypatch, capsys, stopped):
+def test_only_a_saved_run_gets_advice_to_resume(monkeypatch, capsys, stopped):
     def stop(arguments):
         note_saved(stopped)
         raise stopped

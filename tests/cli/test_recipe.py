@@ -32,7 +32,7 @@ def edits_of(run):
 TWO_LOGGERS = '--trainer.logger=[{"class_path":"RunLogger"},{"class_path":"CSVLogger","init_args":{"save_dir":"csv"}}]'
 
 
-def test_a_run_with_several_loggers_goes_on_in_its_own_folder(fit, tmp_path):
+def test_a_run_with_several_loggers_resumes_in_its_own_folder(fit, tmp_path):
     assert fit(TWO_LOGGERS, "--trainer.max_steps", "1") == 0
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     assert edits_of(run) == 2
@@ -41,7 +41,7 @@ def test_a_run_with_several_loggers_goes_on_in_its_own_folder(fit, tmp_path):
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
 
 
-def test_the_newest_run_is_not_to_be_found_without_a_logger(fit, capsys):
+def test_the_newest_run_cannot_be_found_without_a_logger(fit, capsys):
     assert fit("--trainer.logger", "false", "--ckpt_path", "last") == 2
     assert "trainer.logger has none" in last_line(capsys)
 
@@ -92,7 +92,7 @@ def test_checkpoints_are_editlabs_unless_the_recipe_has_its_own(fit, tmp_path, g
         ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback: absent then, present now"),
     ],
 )
-def test_a_run_goes_on_with_the_edits_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
+def test_a_run_resumes_only_with_the_settings_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
     assert fit("--trainer.max_steps", "1") == 0
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -119,7 +119,7 @@ RUN = "lightning_logs/tiny/version_0"
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_by_its_path_is_held_against_its_own_run(fit, tmp_path, capsys):
+def test_a_checkpoint_given_by_its_path_is_compared_with_its_own_run(fit, tmp_path, capsys):
     """Also where the run that goes on has another folder, as another recipe's has."""
     assert fit("--trainer.max_steps", "1") == 0
     shutil.copy("tiny.yaml", "other.yaml")
@@ -190,7 +190,7 @@ def fails_at(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOSPC, "No space left"), MemoryError()])
-def test_only_a_run_with_a_checkpoint_is_said_to_go_on(fit, fails_at, capsys, error):
+def test_only_a_run_with_a_checkpoint_gets_advice_to_resume(fit, fails_at, capsys, error):
     for step, saved in ((1, False), (2, True)):
         fails_at(step, error)
         assert fit() == 1

@@ -80,7 +80,7 @@ def test_the_module_runs_as_the_command(capfd):
     assert done.stdout == f"editlab {__version__}\n"
 
 
-def test_the_list_of_verbs_says_what_their_files_say():
+def test_the_list_of_verbs_agrees_with_their_files():
     for verb in VERBS.values():
         command = verb.load()
         assert (verb.name, verb.help) == (command.name, command.help)

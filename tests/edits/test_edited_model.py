@@ -22,7 +22,7 @@ def test_the_model_is_loaded_once(tiny_folder):
 
 
 @pytest.mark.parametrize(("layers", "message"), [([], "at least one layer"), ([1, 1], "each once"), ([9], "0 to 3")])
-def test_layers_that_can_not_be(tiny_folder, layers, message):
+def test_invalid_layers_are_refused(tiny_folder, layers, message):
     with pytest.raises(UserError, match=message):
         loaded(tiny_folder, layers)
 

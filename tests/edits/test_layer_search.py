@@ -81,7 +81,7 @@ def test_the_table_has_a_line_a_trial_and_a_star():
     ]
 
 
-def test_the_first_candidates_lie_evenly():
+def test_the_first_candidates_are_evenly_spaced():
     assert coarse(range(29)) == [2, 7, 12, 16, 21, 26]  # the middles of six parts of 29 layers
     assert coarse([0, 1, 2]) == [0, 1, 2]
     assert coarse([5]) == [5]
@@ -135,7 +135,7 @@ def test_the_best_is_found_by_trying(monkeypatch):
     assert best(trials).layers == (8, 9, 10)
 
 
-def test_one_layer_where_a_norm_follows_the_mlp():
+def test_only_one_layer_if_a_norm_follows_the_mlp():
     search = Search(setup_of(automatic("gemma2")), FACTS)
     trials = search.run()
     assert {trial.layers for trial in trials} == {(0,), (1,), (2,)}
@@ -190,7 +190,7 @@ def distributions(measured):
     return torch.stack([measured.lm.model(row).logits[0, -1].softmax(0) for row in rows])
 
 
-def test_generality_is_of_paraphrases_where_there_are_some():
+def test_generality_is_measured_on_paraphrases_if_there_are_some():
     measured = evaluator(FACTS)
     pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases[:1]]
     assert measured.evaluate(slice(None))[1] == pytest.approx(float(score_pairs(measured.lm, pairs)[0].exp().mean()))
@@ -259,7 +259,7 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_layers_of_its_checkpoint(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
     monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen again"))

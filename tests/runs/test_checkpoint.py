@@ -56,7 +56,7 @@ def edit(model, folder, checkpoint, ckpt_path=None):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_all_are_kept_where_asked_also_over_a_kill(tiny_folder, tmp_path):
+def test_keep_all_keeps_every_checkpoint_even_across_a_kill(tiny_folder, tmp_path):
     checkpoint = EditCheckpoint(every_n_batches=2, keep_all=True)
     edit(tiny_folder, tmp_path, checkpoint)
     folder = Path(checkpoint.dirpath)

@@ -19,7 +19,7 @@ def test_what_is_written_is_read(tmp_path):
     assert events.read()[1] == {"step": 1, "what": "Zürich\nand on"}
 
 
-def test_a_resumed_run_makes_its_events_anew(tmp_path):
+def test_a_resumed_run_drops_the_events_that_it_writes_again(tmp_path):
     events = EventLog(tmp_path / "events.jsonl")
     for step in (0, 0, 1, 2, 2):
         events.append({"step": step})
@@ -40,14 +40,14 @@ def test_what_is_none_of_ours_is_passed_over(tmp_path):
     assert events.path.read_bytes() == b'{"step": 0}\n'
 
 
-def test_what_json_can_not_say_is_an_error_and_leaves_no_half_line(tmp_path):
+def test_an_event_that_json_cannot_hold_is_an_error_and_writes_nothing(tmp_path):
     events = EventLog(tmp_path / "events.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
         events.append({"step": 0, "score": float("nan")})
     assert not events.path.exists()
 
 
-def test_a_place_that_can_not_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         EventLog(tmp_path / "file" / "events.jsonl").append({"step": 0})

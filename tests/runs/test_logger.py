@@ -32,7 +32,7 @@ def table(logger) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_table_lies_in_the_runs_folder(logger, tmp_path):
+def test_the_table_is_in_the_folder_of_the_run(logger, tmp_path):
     assert logger.table_path == tmp_path / "recipe" / "version_0" / "metrics.csv"
 
 
@@ -85,7 +85,7 @@ def test_without_a_step_there_is_no_row(logger):
     assert not logger.table_path.exists()
 
 
-def test_nothing_is_written_where_nothing_is_new(logger):
+def test_nothing_is_written_if_nothing_is_new(logger):
     logger.log_metrics({"a": 1.0}, step=1)
     logger.save()
     logger.table_path.write_text("untouched")
@@ -132,7 +132,7 @@ def test_all_ranks_have_the_first_ones_version(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["taken", "taken/below"])
-def test_a_file_in_the_place_of_the_runs_is_named(where, tmp_path):
+def test_a_file_at_the_path_of_the_runs_folder_is_named(where, tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=r"taken.* a file is in its way"):
         RunLogger(str(tmp_path / where), name="recipe").version  # noqa: B018
@@ -163,7 +163,7 @@ def test_opening_alone_changes_nothing(logger, tmp_path):
     assert logger.table_path.read_bytes() == before
 
 
-def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
+def test_a_resumed_run_starts_from_the_table_of_its_checkpoint(logger, tmp_path):
     """A run killed at 96 edits and resumed at 64 makes 96 again, without what it had there."""
     for step in (32, 64, 96):
         logger.log_metrics({"a": float(step), "val": 1.0}, step=step)

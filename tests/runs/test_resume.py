@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_named(run_once, tiny_folder, tmp_path, capsys):
         assert said in last_line
 
 
-def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_no_checkpoint_to_resume_from(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = shrunk(ROOT / "configs" / "emmet.yaml", tmp_path, tiny_folder)
     assert main([*arguments, "--ckpt_path", "last"]) == 2

@@ -42,7 +42,7 @@ def test_auto_weighs_speed_and_memory_of_a_gpu(gpu, capability, units, room, exp
     assert choose_device(AUTO, CUDA, SIZES, room) == expected
 
 
-def test_auto_is_the_cpu_where_there_is_no_float64():
+def test_auto_is_the_cpu_without_float64():
     assert choose_device(AUTO, MPS, [8], None) == choose_device(AUTO, CPU, [8], None) == CPU
 
 

@@ -96,7 +96,7 @@ def test_the_loss_is_made_of_its_parts(lm):
     assert float(parts_of.total(parts)) == pytest.approx(float(total))
 
 
-def test_what_weighs_nothing_is_not_asked(lm):
+def test_losses_of_weight_0_are_not_computed(lm):
     parts = objective(lm, {"edits": 1.0, "before": 0.0, "unedited": 0.0}).loss(lm, [0], [0])
     assert list(parts) == ["edits"]
 

@@ -110,7 +110,7 @@ def trained(lm, path, key="this", stop=None):
     return weight.detach(), calls
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
+def test_a_killed_training_resumes_to_the_same_bits(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SECONDS", 0.0)
     whole, steps = trained(lm, tmp_path / "whole.pt")
     path = tmp_path / "killed.pt"
@@ -125,7 +125,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
     assert torch.equal(again, whole)
 
 
-def test_one_that_is_told_to_stop_is_kept_first(lm, tmp_path):
+def test_a_training_that_should_stop_saves_its_state_first(lm, tmp_path):
     class Slope:
         edits, other_rows, total = [None], [], staticmethod(lambda parts: parts["edits"])
 
@@ -179,7 +179,7 @@ def test_another_training_is_not_gone_on_with(lm, tmp_path, monkeypatch):
     assert len(trained(lm, tmp_path / "kept.pt", key="other")[1]) == 8
 
 
-def test_a_damaged_file_is_said_and_not_used(lm, tmp_path, monkeypatch, caplog):
+def test_a_damaged_file_is_reported_and_not_used(lm, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(training, "SECONDS", 0.0)
     path = tmp_path / "kept.pt"
     trained(lm, path, stop=3)

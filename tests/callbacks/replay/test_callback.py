@@ -47,7 +47,7 @@ def test_out_of_range(arguments, message):
         ({}, {"restore_between_batches": True}, "nothing to remember"),
     ],
 )
-def test_what_can_not_be_exact_is_refused(tiny_folder, tmp_path, replay, settings, message):
+def test_settings_that_cannot_be_exact_are_refused(tiny_folder, tmp_path, replay, settings, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, editor(tiny_folder, **settings), callbacks=[MemoryReplay(**replay)])
 
@@ -151,7 +151,7 @@ def test_loss_is_minus_the_targets_log_probability(tiny_folder, tmp_path):
         assert memory.importance == pytest.approx(-float(logp), abs=1e-4)
 
 
-def test_weights_decay_with_age_and_values_may_be_found_anew(tiny_folder, tmp_path):
+def test_weights_decay_with_age_and_values_may_be_recomputed(tiny_folder, tmp_path):
     spy = Spy()
     replay = MemoryReplay(rate=10.0, weight=8.0, age_decay=0.5, refresh="values")
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, spy])
@@ -220,7 +220,7 @@ def past_of(module, facts, weights, replay):
     return replay.past.weight * (read.keys * each) @ read.keys.T
 
 
-def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder, tmp_path):
+def test_a_fact_dropped_when_edited_again_is_preserved_as_before(tiny_folder, tmp_path):
     class LeaveOut(EditCallback):
         def on_edit_applied(self, trainer, editor, outcome):
             if outcome.plan.step == 2 and not outcome.dropped:
@@ -241,7 +241,7 @@ def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_several_layers_edited_anew(tiny_folder, tmp_path):
+def test_facts_edited_again_at_several_layers(tiny_folder, tmp_path):
     replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, method=MEMIT(5.0))
     fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
     assert module.ledger.superseded == 2  # keys of the upper layer have moved since, and go as far as they can

@@ -75,7 +75,7 @@ def test_side_by_side(runs, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
-def test_columns_keep_their_places(monkeypatch):
+def test_columns_are_aligned(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     before = Answer(" Paris, a large\ncity in France, and more than that", ((" Paris", 0.75), ('"', 0.1)))
     shown = render(Pair("The capital is", before, Answer("", ((" Rome", 1.0),))))

@@ -53,7 +53,7 @@ def test_good_files_are_counted(tmp_path, capsys):
     assert "21 with a truth, 6 with paraphrases, 6 with neighbors" in out[0]
 
 
-def test_files_that_can_not_be_read(tmp_path, capsys):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, message in (("none.csv", "does not exist: check the path"), ("empty.jsonl", "holds no record")):
         out, err = check(tmp_path / name, capsys, 2)

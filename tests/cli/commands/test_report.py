@@ -54,7 +54,7 @@ def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_pat
     assert sum(kind in rows for kind in ("forgotten", "never learnt")) >= 1
 
 
-def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
+def test_the_page_is_written_into_the_run_without_loading_the_model(runs, capsys):
     run = runs("llama")
     assert report(run.folder, "--no_answers", "--model", "nowhere") == 0
     page = (run.folder / "report.html").read_text(encoding="utf-8")
@@ -78,7 +78,7 @@ def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_p
     assert "without the separate adapter that the run keeps for" in page
 
 
-def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):
+def test_a_run_with_a_given_edit_module_is_reported_with_it(tmp_path, monkeypatch):
     """In a mixture of experts no structure tells which map was edited."""
     monkeypatch.chdir(tmp_path)
     config = transformers.Qwen2MoeConfig(
