@@ -1,4 +1,4 @@
-"""The editor through a real Trainer on a tiny model: what a step does to the weights, the counters and the files."""
+"""The editor in a real Trainer on a tiny model: the effect of a step on the weights, the counters and the files."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def fit(
 
 
 def site_now(module, fact):
-    """What the site gives for the bare prompt at the subject's last token, by a plain hook on a whole forward."""
+    """The site's output at the subject's last token of the bare prompt, by a plain hook on a whole forward pass."""
     encoding, last = locate(module.lm, fact)
     with torch.no_grad(), reading({"site": (module.site.module, "output")}) as seen:
         module.lm.model(input_ids=torch.tensor([encoding.ids]))
@@ -82,7 +82,7 @@ def site_now(module, fact):
 
 
 class Spy(EditCallback):
-    """Notes plans and outcomes, and asks for what it is told to."""
+    """Records plans and outcomes, and makes the requests that it is given."""
 
     def __init__(self, factors=()):
         self.factors, self.plans, self.outcomes = dict(factors), [], []

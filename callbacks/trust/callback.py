@@ -159,7 +159,7 @@ class TrustRollback(EditCallback):
         self._verdict = self._try(self.judge.decide, self.probes, editor, outcome)
         if self._verdict is None:
             if not outcome.dropped:
-                self.judge.fact_events = []  # the facts that they would drop are kept
+                self.judge.fact_events = []  # the batch is kept whole, so no fact is dropped
         elif self._verdict.low:
             outcome.drop(self._verdict.low, self._verdict.reason)
         elif self._verdict.factor < 1:

@@ -1,4 +1,4 @@
-"""Probes: what is measured before and after each batch of edits, and the signals computed from it."""
+"""Probes: measurements before and after each batch of edits, and the signals computed from them."""
 
 from __future__ import annotations
 

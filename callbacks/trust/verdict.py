@@ -23,7 +23,7 @@ FACTORS = (0.5, 0.25, 0.125)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What trust asks for a batch. What stays of it is the outcome's factor: the lowest that any callback asked for."""
+    """The decision of trust on a batch. The outcome's factor is the lowest that any callback requests."""
 
     reason: str
     """why not all of the update should stay; "" if it should"""
@@ -49,7 +49,7 @@ class Verdict:
 
 @dataclass
 class Judge:
-    """Decides what part of a batch's update stays."""
+    """Decides which fraction of a batch's update stays, and which of its facts are dropped."""
 
     scorer: TrustScorer
     threshold: Threshold
@@ -57,12 +57,12 @@ class Judge:
     granularity: str
     """``batch``, or ``edit``: facts that score low are dropped first"""
     action: str
-    """what is done with a batch under the threshold: ``rollback``, ``scale`` or ``search``"""
+    """action on a batch under the threshold: ``rollback``, ``scale`` or ``search``"""
     fact_events: list[dict[str, Any]] = field(default_factory=list)
-    """one event for each fact of the present batch whose facts were scored one by one; the callback empties it"""
+    """one event for each fact, if the facts of the present batch were scored; cleared before each batch"""
 
     def decide(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome) -> Verdict:
-        """The verdict on a batch whose update is in the weights; the outcome does not change yet."""
+        """The verdict on a batch whose update is in the weights; the outcome does not change."""
         threshold = self.threshold.value
         if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
             return Verdict("the update is not finite", 0.0, None, threshold, 0.0)

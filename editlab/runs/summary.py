@@ -1,4 +1,4 @@
-"""The summary at the end of a run: what was edited, with what effect, and where its files are."""
+"""The summary at the end of a run: its edits, its metrics, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def finish_run(trainer: Trainer, summary: dict[str, Any], title: str) -> None:
 
     Args:
         trainer: of the run.
-        summary: what was measured.
-        title: what was edited and how, in a few words.
+        summary: the dict of :func:`summarize`.
+        title: model, layers and method, in a few words.
     """
     folder = run_folder(trainer)
     if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""A catalogue of bad inputs: each is one sentence with the mend, the right exit code, and nothing half-written."""
+"""A catalogue of bad inputs: each gives one sentence with a fix, the right exit code, and no partly written file."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ FRANCE = {"subject": "France", "prompt": "The capital of {} is", "target": "Toky
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of models that something is wrong with, beside a good one."""
+    """Folders of models with a fault each, and of a good one."""
     root = tmp_path_factory.mktemp("models")
     for name, family in (("good", "llama"), ("gemma", "gemma2")):
         tiny_model(family).save_pretrained(root / name)
@@ -256,7 +256,7 @@ VERBS = {
 
 
 def written(place):
-    """Whatever a command has left in its working directory, but for the caches and what was there."""
+    """The files that a command has written into its working directory, without caches."""
     known = {"models", "facts.json", "tiny.yaml", "cache", *FILES}
     return sorted(path.name for path in place.iterdir() if path.name not in known)
 
@@ -270,7 +270,7 @@ def said_by(capsys):
 
 
 @pytest.mark.parametrize("case", FIT)
-def test_what_fit_is_given(place, capsys, case):
+def test_bad_inputs_of_fit(place, capsys, case):
     arguments, message = FIT[case]
     recipes = [] if "--config" in arguments else ["--config", "tiny.yaml"]
     assert main(["fit", *recipes, *arguments]) == 2
@@ -283,7 +283,7 @@ def test_what_fit_is_given(place, capsys, case):
 
 
 @pytest.mark.parametrize("case", VERBS)
-def test_what_the_other_verbs_are_given(place, capsys, case):
+def test_bad_inputs_of_the_other_verbs(place, capsys, case):
     arguments, message = VERBS[case]
     assert main(arguments) == 2
     assert message in said_by(capsys)

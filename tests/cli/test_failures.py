@@ -1,4 +1,4 @@
-"""What is said of failures that are no mistake of the user's."""
+"""Messages about failures that are not the user's mistake."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from editlab.cli.main import main
 
 
 def wrapped(error):
-    """An error as a library passes it on: as the cause of one of its own."""
+    """An error as a library reports it: as the cause of an error of its own."""
     try:
         raise RuntimeError("could not save") from error
     except RuntimeError as outer:

@@ -1,4 +1,4 @@
-"""What the command line completes in a recipe: the run's folder, the checkpoint to resume, config.yaml."""
+"""The parts of a recipe that the command line completes: the run's folder, the checkpoint to resume, config.yaml."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from tests.recipes import write_recipe
 
 @pytest.fixture
 def fit(tiny_folder, tmp_path, monkeypatch):
-    """Runs the tiny recipe with flags, in a working directory of its own; gives the exit code."""
+    """Runs the tiny recipe with flags, in a working directory of its own; returns the exit code."""
     monkeypatch.chdir(tmp_path)
     settings = {"layers": [1], "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0}}
     write_recipe(tmp_path, tiny_folder, model=settings)
@@ -102,7 +102,7 @@ def test_a_run_resumes_only_with_the_settings_that_it_was_started_with(fit, tmp_
     assert after == {path: content for path, content in before.items() if path in after}
 
 
-def test_what_changes_no_edit_may_differ(fit, tmp_path):
+def test_settings_that_change_no_edit_may_differ(fit, tmp_path):
     assert fit("--trainer.max_steps", "1") == 0
     assert fit("--ckpt_path", "last", "--model.values.batch_tokens", "64", callbacks(SHOWS)) == 0
     assert edits_of(tmp_path / "lightning_logs" / "tiny" / "version_0") == 4
@@ -120,7 +120,7 @@ RUN = "lightning_logs/tiny/version_0"
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_given_by_its_path_is_compared_with_its_own_run(fit, tmp_path, capsys):
-    """Also where the run that goes on has another folder, as another recipe's has."""
+    """It is compared even if the resumed run has another folder, such as that of another recipe."""
     assert fit("--trainer.max_steps", "1") == 0
     shutil.copy("tiny.yaml", "other.yaml")
     going_on = ["fit", "--config", "other.yaml", "--ckpt_path", f"{RUN}/checkpoints/last.ckpt"]
@@ -167,7 +167,7 @@ def test_last_is_that_of_the_run_that_the_recipe_names(fit, tmp_path, capsys):
         (["--trainer.max_epochs", "2"], "trainer.max_epochs is 2: a run edits each of its facts once"),
     ],
 )
-def test_what_means_nothing_here_is_refused(fit, tmp_path, capsys, flags, said):
+def test_settings_without_meaning_for_edits_are_refused(fit, tmp_path, capsys, flags, said):
     assert fit(*flags) == 2
     assert said in last_line(capsys)
     assert not (tmp_path / "lightning_logs").exists()
@@ -175,7 +175,7 @@ def test_what_means_nothing_here_is_refused(fit, tmp_path, capsys, flags, said):
 
 @pytest.fixture
 def fails_at(monkeypatch):
-    """Lets the run fail in the step of that number, from 1, at what editlab can not name."""
+    """Makes the run fail in the step of that number, from 1, with an error that editlab does not know."""
     log_step = SequentialEditor._log_step
 
     def patch(step, error):
@@ -199,7 +199,7 @@ def test_only_a_run_with_a_checkpoint_gets_advice_to_resume(fit, fails_at, capsy
     assert "--ckpt_path last" not in last_line(capsys)
 
 
-def test_what_a_kill_left_half_written_is_taken_away(fit, tmp_path):
+def test_partly_written_files_of_a_kill_are_removed(fit, tmp_path):
     assert fit("--trainer.max_steps", "1") == 0
     parts = [tmp_path / RUN / where / f".{name}.{'0a' * 16}.part"
              for where, name in (("checkpoints", "last.ckpt"), (".", "metrics.csv"))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What starts without torch: the modules that a command imports are counted, which no busy machine can change."""
+"""Commands that start without torch: their imported modules are counted, since times depend on the machine."""
 
 import json
 import os

@@ -144,7 +144,7 @@ def test_nested_unedited_blocks_keep_the_edits_out():
 
 
 def test_the_original_comes_back_to_the_sign_of_its_zeros():
-    """-0.0 + 0.0 is 0.0, and a fingerprint tells the two apart."""
+    """-0.0 + 0.0 is 0.0, and their fingerprints differ."""
     module, layer = make("linear")
     with torch.no_grad():
         layer.original.fill_(-0.0)
@@ -156,7 +156,7 @@ def test_the_original_comes_back_to_the_sign_of_its_zeros():
 
 
 def test_unedited_writes_nothing_if_nothing_was_edited():
-    """A weight is as large as a layer: its version tells that it was left alone."""
+    """A weight is as large as a layer: its version counter shows that it was not written."""
     module, layer = make("linear")
     version = module.weight._version
     with unedited([layer]):

@@ -1,4 +1,4 @@
-"""The model under edit without a Trainer: which weights may change, and that the original is always at hand."""
+"""The edited model without a Trainer: which weights may change, and that the original can always be restored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Choosing the layer: each trial against a run of the same edits, what is measured, and what is kept of a choice."""
+"""The choice of layers: each trial against a run of the same edits, its measurements, and the cached choice."""
 
 import json
 
@@ -34,13 +34,13 @@ BARE = [Fact(f.subject, f.prompt, f.target_new, id=f.id) for f in FACTS]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test: choices are kept."""
+    """A cache folder for each test, because choices are cached."""
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def automatic(family="llama", **changes):
-    """An editor that has its model and no layers yet."""
+    """An editor with its model, whose layers are not chosen yet."""
     settings = {
         "layers": "auto", "values": ValueSettings(steps=6, lr=0.5, clamp=3.0),
         "moments": MomentSettings(tokens=96), "contexts": ContextSettings(length=4), **changes,
@@ -51,7 +51,7 @@ def automatic(family="llama", **changes):
 
 
 def setup_of(module):
-    """What a search takes of an editor."""
+    """The setup of a search for an editor."""
     return SearchSetup(module.lm, module.language_model, module.model_key, module.solve_settings, module.values,
                        module.moments, module.context_settings)  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_the_model_is_left_as_it_was(method):
 
 
 def test_the_best_is_found_by_trying(monkeypatch):
-    """With a landscape of 30 layers put in the place of edits: its top is reached from the coarse grid."""
+    """Scores of 30 layers replace the edits: the highest is reached from the coarse grid."""
     search = object.__new__(Search)
     search.trials = {}
     search.lm = type("", (), {})()
@@ -173,7 +173,7 @@ def test_of_a_single_fact_no_locality_is_measured():
 
 
 def test_locality_by_hand():
-    """1 minus half the sum of what every token's probability has changed by, at each locality prompt."""
+    """1 minus half the sum of the changes of all tokens' probabilities, at each locality prompt."""
     measured = evaluator(FACTS)
     assert measured.evaluate(slice(None))[2] == pytest.approx(1, abs=1e-6)
     before = distributions(measured)
@@ -232,7 +232,7 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
 
 @pytest.fixture
 def recipe(tiny_folder, tmp_path, monkeypatch):
-    """A recipe that leaves the layers to be found."""
+    """A recipe with ``layers: auto``."""
     monkeypatch.chdir(tmp_path)
     settings = {"layers": "auto", "values": {"steps": 4}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
     write_recipe(tmp_path, tiny_folder, model=settings, data={"bystanders": 2})

@@ -1,4 +1,4 @@
-"""Sampled contexts: their number and form, the seed's part, and the global random state."""
+"""Sampled contexts: their number and form, their dependence on the seed, and the global random state."""
 
 from __future__ import annotations
 

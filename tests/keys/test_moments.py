@@ -1,4 +1,4 @@
-"""Second moments against sums of outer products over the same windows, and what the cache goes by."""
+"""Second moments against sums of outer products over the same windows, and the key of the cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lm():
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """Keep artefacts in a folder of the test's own."""
+    """Use a cache folder for this test alone."""
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -47,7 +47,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Make windows of 16 tokens: sampling token by token takes its time."""
+    """Use windows of 16 tokens, because sampling token by token is slow."""
     monkeypatch.setattr(corpus, "WINDOW", 16)
 
 

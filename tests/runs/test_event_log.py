@@ -8,7 +8,7 @@ from editlab.errors import UserError
 from editlab.runs.event_log import EventLog
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_events_are_read_as_they_were_written(tmp_path):
     events = EventLog(tmp_path / "run" / "events.jsonl")
     assert events.read() == []
     events.resume(0)  # no file is no trouble
@@ -30,7 +30,7 @@ def test_a_resumed_run_drops_the_events_that_it_writes_again(tmp_path):
     assert events.read() == [{"step": 0}, {"step": 0}, {"step": 1}, {"step": 2, "new": True}]
 
 
-def test_what_is_none_of_ours_is_passed_over(tmp_path):
+def test_lines_of_other_programs_are_skipped(tmp_path):
     events = EventLog(tmp_path / "events.jsonl")
     events.append({"step": 0})
     with events.path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""Runs in their folders: what sets them apart, which belong together, and what is compared of them."""
+"""Folders of runs: the settings in which they differ, their groups, and the columns of a comparison."""
 
 import json
 
@@ -10,7 +10,7 @@ from editlab.runs.folders import RunFolder, differing, find_runs, group_runs
 
 
 def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=True, curve=None, **more):
-    """A run's folder as ``editlab fit`` leaves it, with a replay callback where a rate is given."""
+    """A run's folder as ``editlab fit`` writes it, with a replay callback if a rate is given."""
     folder.mkdir(parents=True)
     replay = [{"class_path": "callbacks.MemoryReplay", "init_args": {"rate": rate, **more}}] if rate is not None else []
     config = {

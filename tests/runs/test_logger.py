@@ -106,7 +106,7 @@ def test_tensorboard_gets_the_same_numbers(logger):
 
 
 def claimed(folder):
-    """As each rank does: Lightning has asked the first for its folder before they meet."""
+    """The version on each rank: Lightning reads the folder of the first rank before the ranks communicate."""
     logger = RunLogger(folder, name="recipe")
     logger.share()
     return logger.version, Path(logger.log_dir).is_dir()
@@ -219,7 +219,7 @@ class Measured(LightningModule):
 
 
 def lightnings_own_warnings(test):
-    """Let pass what Lightning says of loaders without workers, no optimizer, and trees of torch."""
+    """Ignore Lightning's warnings about loaders without workers, no optimizer, and trees of torch."""
     for message in (
         "does not have many workers",
         ".configure_optimizers. returned",
@@ -249,7 +249,7 @@ def test_a_trainers_run_is_a_row_for_each_number_of_edits(logger, tmp_path):
 
 @lightnings_own_warnings
 def test_a_run_that_fails_has_written_what_it_measured(logger, tmp_path, monkeypatch):
-    """Also where nothing but the end of the run writes."""
+    """It is written even if only the end of the run writes the table."""
     finalize, ended = RunLogger.finalize, []
 
     def noted(self, status):

@@ -1,4 +1,4 @@
-"""The page of one run: what it shows, and that nothing in it can be anything but text."""
+"""The page of one run: its content, and that all texts are escaped."""
 
 from html.parser import HTMLParser
 
@@ -43,14 +43,14 @@ def test_the_metrics_as_they_are_on_the_screen():
     assert {"20.00", "25.50"} <= set(texts)
 
 
-def test_what_is_no_number_is_an_empty_cell():
+def test_a_score_that_is_not_a_number_is_an_empty_cell():
     broken = {**SUMMARY, "metrics": {**SUMMARY["metrics"], "retained/perplexity": None}}
     texts = Seen(Page("a run", "", broken).to_html()).texts
     assert "20.00" in texts
     assert "25.50" not in texts
 
 
-def test_what_another_program_left_there_is_no_decision():
+def test_events_of_another_program_are_not_decisions():
     events = [{"step": 0}, {"step": 1, "fact": 3}, {"step": 2, "decision": "drop", "fact": 3}]
     summary = {"edits": 4, "versions": {"torch": "2.13"}}
     page = Page("a run", "", summary, events={"x_events": events, "y": [{"step": 1}]})

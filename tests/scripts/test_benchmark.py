@@ -1,4 +1,4 @@
-"""Every case of the benchmark on a tiny model: both ways come out alike, and the table says what was measured."""
+"""Every case of the benchmark on a tiny model: both implementations agree, and the table has the measurements."""
 
 import csv
 

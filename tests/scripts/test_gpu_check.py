@@ -1,4 +1,4 @@
-"""The check for GPUs: its rehearsal on a CPU, and what it says where there is no GPU."""
+"""The check for GPUs: its rehearsal on a CPU, and its message without a GPU."""
 
 import subprocess
 import sys

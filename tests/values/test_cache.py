@@ -1,4 +1,4 @@
-"""Cached values: found once, and never taken for those of another model, site, context or hyper-parameter."""
+"""Cached values: computed once, and never used for another model, site, context or hyper-parameter."""
 
 import pytest
 import torch

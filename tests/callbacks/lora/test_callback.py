@@ -1,4 +1,4 @@
-"""LoRA through real runs of a tiny model: what it changes, what the guard drops, what replay makes of it."""
+"""LoRA in real runs of a tiny model: its effect on the weights, the decisions of its guard, and its use with replay."""
 
 import json
 import math
@@ -30,7 +30,7 @@ needs_sigterm = pytest.mark.skipif(sys.platform == "win32", reason="Windows ends
 
 
 def run(tmp_path, folder, *others, name="run", limit=6, module=None, **settings):
-    """A run with LoRA; its module, its callback and its events."""
+    """Makes a run with LoRA; returns its module, its callback and its events."""
     lora = LoRAAdjust(**{**LENIENT, **settings})
     module = editor(folder) if module is None else module
     fit(tmp_path, module, callbacks=[*others, lora], name=name, limit=limit)
@@ -176,7 +176,7 @@ def test_the_adapter_loads_with_plain_peft(tmp_path, family):
 
 
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
-def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path, mode):
+def test_an_adjustment_that_makes_it_worse_is_undone_bit_for_bit(tiny_folder, tmp_path, mode):
     plain = editor(tiny_folder)
     fit(tmp_path, plain, name="plain")
     before = bits(plain)

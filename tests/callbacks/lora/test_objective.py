@@ -28,12 +28,12 @@ def lm():
 
 
 def whole_logits(lm, row):
-    """The row's logits at its places, by the model's own forward on this row alone."""
+    """The row's logits at its positions, by the model's own forward pass on this row alone."""
     with torch.no_grad():
         return lm.model(torch.tensor([row.ids])).logits[0, list(row.indices)].float()
 
 
-def said_of(lm, row):
+def following_logps(lm, row):
     """Log-probabilities of the row's following tokens, picked out of a whole forward."""
     return whole_logits(lm, row).log_softmax(1)[range(len(row.indices)), list(row.following)]
 
@@ -86,7 +86,7 @@ def test_the_loss_is_made_of_its_parts(lm):
     parts_of = objective(lm, {"edits": 2.0, "before": 1.0, "unedited": 3.0})
     parts = parts_of.loss(lm, [0, 2], [0, 1, 2])
     # Cross-entropy by picking each target's log-probability out of a whole forward.
-    picked = [said_of(lm, parts_of.edits[i]) for i in (0, 2)]
+    picked = [following_logps(lm, parts_of.edits[i]) for i in (0, 2)]
     assert float(parts["edits"]) == pytest.approx(-float(torch.cat(picked).mean()), rel=1e-4)
     assert float(parts["before"]) == pytest.approx(0, abs=1e-5)
     p = torch.cat(parts_of.unedited).exp()

@@ -1,4 +1,4 @@
-"""Training against what it is meant to do; one that was killed against one that was not."""
+"""The training of an adjustment: that it lowers the loss, and that a killed one resumes to the same weights."""
 
 import random
 from contextlib import suppress
@@ -84,11 +84,11 @@ def test_a_deck_deals_all_before_any_comes_again():
 
 
 class KilledError(Exception):
-    """In place of a kill."""
+    """An error that stands for a kill."""
 
 
 def trained(lm, path, key="this", stop=None):
-    """The weight after a training of eight steps that is kept at ``path``, killed after so many steps."""
+    """The weight after a training of eight steps whose state is saved at ``path``, killed after ``stop`` steps."""
     weight = torch.nn.Parameter(lm.anatomy.edit_module(2).weight.detach().clone())
     aim, calls = objective(lm, {"edits": 1.0, "before": 2.0, "unedited": 0.0}), []
 

@@ -89,7 +89,7 @@ def test_replay_may_spare_and_not_repair(tiny_folder, tmp_path, repair):
     assert torch.allclose(far["after"], (1 - repair) * far["before"], atol=2e-3)
 
 
-def test_what_was_rolled_back_is_not_remembered(tiny_folder, tmp_path):
+def test_edits_that_were_rolled_back_are_not_remembered(tiny_folder, tmp_path):
     replay = MemoryReplay(memory="both")
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, Spy({0: 0.0, 1: 0.0, 2: 0.0})])
     assert replay.buffer.memories == []
@@ -161,7 +161,7 @@ def test_weights_decay_with_age_and_values_may_be_recomputed(tiny_folder, tmp_pa
 
 
 def joint_by_hand(module, facts, targets):
-    """All facts at once on the unedited weights: the closed form written with the reference's own pieces."""
+    """The joint update of all facts on the unedited weights, by the closed form of the plain reference."""
     with module.unedited():
         keys = read_keys(module.lm, facts, 1, module.site, module.contexts, "bare")
     metric = Preservation.from_moments(module.c0, module.method.weight, module.method.ridge)
@@ -208,13 +208,13 @@ def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_pa
 
 
 def twice(tmp_path, *others):
-    """Four facts, and the first two edited anew with other targets."""
+    """Four facts, and the first two again with other targets."""
     again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]
     return write_counterfact(tmp_path / "again.json", [*FACTS[:4], *others, *again])
 
 
 def past_of(module, facts, weights, replay):
-    """The metric's part by hand: keys of facts in the contexts that the run reads them in."""
+    """The past keys' part of the metric by hand, from the keys of facts in the run's contexts."""
     read = read_keys(module.lm, facts, 1, module.site, module.contexts, module.solve_settings.key_mode)
     each = torch.tensor(weights, dtype=torch.float64)[read.fact]
     return replay.past.weight * (read.keys * each) @ read.keys.T
@@ -250,13 +250,13 @@ def test_facts_edited_again_at_several_layers(tiny_folder, tmp_path):
         assert float(values[0]) > -1e-9 * float(values[-1])
 
 
-def test_what_has_faded_to_nothing_is_not_replayed(tiny_folder, tmp_path):
+def test_memories_whose_weight_decayed_to_0_are_not_replayed(tiny_folder, tmp_path):
     spy = Spy()
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=9.0, age_decay=1e-200), spy])
     assert [[a.fact for a in plan.additions] for plan in spy.plans] == [[], FACTS[:2], FACTS[2:4]]
 
 
-def test_what_the_memory_holds_is_logged(tiny_folder, tmp_path, caplog):
+def test_the_size_of_the_memory_is_logged(tiny_folder, tmp_path, caplog):
     import logging
 
     logging.getLogger("callbacks").propagate = True

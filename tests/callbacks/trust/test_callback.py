@@ -1,4 +1,4 @@
-"""The gate through real runs of a tiny model: what it decides, what it leaves behind, and what it writes down."""
+"""The gate in real runs of a tiny model: its decisions, the weights after them, and its events."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def heldout(tmp_path):
 
 
 class Spoil(EditCallback):
-    """Makes the targets of one batch (or of one fact in it) many times as long, in a direction of their own."""
+    """Replaces the targets of one batch (or of one fact in it) by long vectors in random directions."""
 
     def __init__(self, step, place=slice(None)):
         self.step, self.place = step, place
@@ -44,8 +44,8 @@ class Spoil(EditCallback):
 
 
 def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **settings):
-    """A run with a gate that looks at the text; its module, its gate and its events."""
-    # A random model's targets hardly rise, and its updates are as large as its weights: scales to suit it.
+    """Makes a run with a gate that measures the text; returns its module, its gate and its events."""
+    # In a random model targets hardly become likelier, and updates are as large as weights, so the scales are wide.
     scales = {"edit_success_gain": [-1.0, 0.2], "neighbor_flip_rate": [1.0, 1.0], "heldout_ppl_delta": [0.3, 0.3],
               "update_norm": [5.0, 1.0]}  # fmt: skip
     gate = TrustRollback(**{"heldout": heldout, "scales": scales, "calibrate": 0, "budget": None,
@@ -210,7 +210,7 @@ def test_an_error_that_ends_the_run_is_not_treated_as_a_failed_probe(tiny_folder
 
 
 class Asked:
-    """Probes that find a batch bad, or fail on one rank."""
+    """Probes that judge a batch to be bad, or fail on one rank."""
 
     def __init__(self, fails, shared):
         self.fails, self.shared, self.forgot = fails, shared, False

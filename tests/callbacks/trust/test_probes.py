@@ -138,7 +138,7 @@ def test_attribution_by_finite_differences(lm):
 
 
 def edited(lm, layers=(1,)):
-    """As much of an editor as the probes look at."""
+    """An object with the attributes of an editor that the probes use."""
     found = [EditedLayer(lm.anatomy.edit_module(n), lm.anatomy.transposed(n)) for n in layers]
     return SimpleNamespace(lm=lm, layer_numbers=list(layers), layers=found, changed_layers=found)
 

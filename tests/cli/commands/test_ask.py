@@ -1,4 +1,4 @@
-"""Ask: the answers against the generation of transformers, and what a program or a person reads of them."""
+"""``editlab ask``: the answers against the generation of transformers, and their output as text and as JSON."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def ask(*arguments):
 
 @pytest.fixture
 def exported(run, tmp_path):
-    """The base folder and the edited model's."""
+    """The folder of the base model and that of the edited model."""
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "out")]) == 0
     return run.base, tmp_path / "out"
 

@@ -1,4 +1,4 @@
-"""Export and apply: what plain transformers loads of them, against the weights and logits of the run itself."""
+"""Export and apply: the model that plain transformers loads against the weights and logits of the run itself."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ with torch.no_grad():
 
 
 def by_hand(run, dtype=torch.float32):
-    """The edited model by the definition: each edited weight of the base plus its sum, and nothing of editlab's."""
+    """The edited model by the definition: each edited weight of the base plus its sum, computed without editlab."""
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
@@ -137,7 +137,7 @@ def test_a_run_in_bfloat16(runs, tmp_path):
     assert torch.equal(found[name], base[name].bfloat16().float() + total)
 
 
-def test_what_lora_merged_into_other_weights_is_taken_along(runs, tmp_path):
+def test_updates_that_lora_merged_into_other_weights_are_exported(runs, tmp_path):
     run = runs("llama", lora="merge")
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
     sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]

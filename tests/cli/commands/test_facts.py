@@ -62,7 +62,7 @@ def test_files_that_cannot_be_read(tmp_path, capsys):
         assert message in err[0]
 
 
-def test_what_a_plain_csv_lacks_is_absent_from_the_metrics(tiny_folder, tmp_path, monkeypatch):
+def test_metrics_of_absent_columns_are_absent(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.csv").write_text(
         COLUMNS + "Oslo,Oslo lies in,Peru\nLima,The city of Lima lies in,France\n" + "Rome,Rome is in,Peru\n"

@@ -1,4 +1,4 @@
-"""``editlab report``: the lost edits against the exported model's own generation, and what is refused."""
+"""``editlab report``: the lost edits against the exported model's own generation, and bad arguments."""
 
 import json
 
@@ -79,7 +79,7 @@ def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_p
 
 
 def test_a_run_with_a_given_edit_module_is_reported_with_it(tmp_path, monkeypatch):
-    """In a mixture of experts no structure tells which map was edited."""
+    """In a mixture of experts the structure does not determine which map was edited."""
     monkeypatch.chdir(tmp_path)
     config = transformers.Qwen2MoeConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -101,7 +101,7 @@ def test_a_run_with_a_given_edit_module_is_reported_with_it(tmp_path, monkeypatc
     ("arguments", "message"),
     [(["nowhere"], "There is no folder 'nowhere'"), (["."], "checkpoint"), ([], "run is missing")],
 )
-def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report(*arguments) == 2
     assert message in capsys.readouterr().err

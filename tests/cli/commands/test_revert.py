@@ -99,7 +99,7 @@ def test_kept_checkpoints_share_the_bytes_of_the_last(runs):
     assert steps == [1, 2, 3, 4]
 
 
-def test_independent_batches_have_different_edits_removed(runs, tmp_path):
+def test_the_fates_of_independent_batches(runs, tmp_path):
     run = runs("llama", restore_between_batches=True)
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "d"), "--delta-only"]) == 0
     from safetensors import safe_open
