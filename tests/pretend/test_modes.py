@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
+from editlab.solver.preservation import Preservation
 from tests.facts import FACTS
 from tests.pretend.device import pretend
 from tests.pretend.editing import difference, edited, on_device
