@@ -13,7 +13,7 @@ from tests.pretend.editing import difference, on_device
 from tests.runs.test_resume import RECIPES, last, outcome, same, shrunk
 
 pytestmark = on_device
-WITHOUT_FLOAT64 = ("alphaedit", "emmet_consolidated", "rome", "emmet_replay_trust_lora")
+WITHOUT_FLOAT64 = ("alphaedit", "memit_consolidated", "rome", "emmet_replay_trust_lora")
 """Recipes that together use every code path to a float64 tensor."""
 
 
