@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -100,12 +99,17 @@ def test_every_listed_verb_is_one_of_lightning_s_or_has_a_file():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_an_interrupt_before_any_run_is_one_sentence(tmp_path):
-    os.mkfifo(tmp_path / "facts.csv")  # reading it waits for a writer
-    with subprocess.Popen(
-        [sys.executable, "-m", "editlab", "facts", "check", str(tmp_path / "facts.csv")],
-        stderr=subprocess.PIPE, text=True,
-    ) as checking:  # fmt: skip
-        time.sleep(3)
+    fifo = tmp_path / "facts.csv"
+    os.mkfifo(fifo)
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "editlab", "facts", "check", str(fifo)],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        ) as checking,
+        fifo.open("w"),
+    ):  # opening it waits for the reader, which then waits for text
         checking.send_signal(signal.SIGINT)
-        assert checking.communicate()[1] == "editlab: Interrupted.\n"
+        assert checking.communicate(timeout=60)[1] == "editlab: Interrupted.\n"
     assert checking.returncode == 130
