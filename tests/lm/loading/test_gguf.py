@@ -213,11 +213,11 @@ class TestWrongFiles:
 
 
 def test_messages_are_restored_after_the_conversion():
-    chatter = transformers.utils.logging
-    reader = module.modeling_gguf_pytorch_utils
+    messages = transformers.utils.logging
+    reader = transformers.modeling_gguf_pytorch_utils
 
     def state():
-        return chatter.get_verbosity(), chatter.is_progress_bar_enabled(), reader.tqdm
+        return messages.get_verbosity(), messages.is_progress_bar_enabled(), reader.tqdm
 
     def fail():
         with module._quiet():
