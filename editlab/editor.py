@@ -27,11 +27,11 @@ from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
 from editlab.keys.subject_keys import too_long
-from editlab.lm.fingerprint import architecture
-from editlab.lm.precision import default_dtype, dtype_name
+from editlab.lm.precision import default_dtype
 from editlab.runs import resume
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import finish_run, provenance
+from editlab.runs.step_metrics import step_metrics
+from editlab.runs.summary import finish_run, summarize
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
@@ -68,8 +68,8 @@ class SequentialEditor(EditedModel):
             the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
-        solver_device: where the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which is the
-            model's device, or the CPU if that device has no float64, computes it slowly, or lacks memory for the
+        solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which
+            is the model's device, or the CPU if that device has no float64, computes it slowly, or lacks memory for the
             metrics.
 
     Raises:
@@ -101,9 +101,7 @@ class SequentialEditor(EditedModel):
         self.solve_settings = SolveSettings(
             method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
         )
-        self.values = values
-        self.moments = moments
-        self.context_settings = contexts
+        self.values, self.moments, self.context_settings = values, moments, contexts
         self.restore_between_batches = restore_between_batches
         self.automatic_optimization = False
         self.contexts: list[str] = []
@@ -116,13 +114,13 @@ class SequentialEditor(EditedModel):
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Lets the data module check whether a fact fits into the model."""
+        """Gives the data module the check whether a fact fits into the model."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             data.fault = self.too_long
 
     def too_long(self, fact: Fact) -> str | None:
-        """The text of a fact that is too long for the model, as :func:`~editlab.keys.subject_keys.too_long` has it."""
+        """Why a fact does not fit into the model (:func:`~editlab.keys.subject_keys.too_long`); None if it does."""
         measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
         return too_long(self.lm, measured, self.contexts)
 
@@ -183,8 +181,7 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            layers = dict(zip(self.layer_numbers, self.layers, strict=True))
-            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, layers, self.contexts)
+            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
             self.solver.set_moments(
                 second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
             )
@@ -249,20 +246,12 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             before = self.evaluation.update("before", self.lm, facts, self.unedited_scores)
         immediate = self.evaluation.update("immediate", self.lm, facts)
-        rows = before | immediate
-        rows |= {f"solve/{k}": v for k, v in outcome.diagnostics.items()}
-        rows |= {
-            f"weights/layer_{n}/delta_norm": layer.relative_norm()
-            for n, layer in zip(self.layer_numbers, self.layers, strict=True)
-        }
-        rows |= {"edit/factor": outcome.factor, "edit/dropped": float(len(outcome.dropped))}
-        rows |= {"edit/additions": float(len(outcome.plan.additions)), "edit/superseded": float(self.ledger.superseded)}
-        rows |= outcome.measured
+        rows = before | immediate | step_metrics(outcome, self.layers_by_number, self.ledger.superseded)
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
         for logger in self.trainer.loggers:
             logger.log_metrics(rows, step=self.edits)
-        shown = ("immediate/ES", "immediate/accuracy")  # there is no ES of facts that name no truth
-        bar: dict[str, Any] = {name: immediate[name] for name in shown if name in immediate}
+        # Facts without a truth have no ES.
+        bar: Any = {name: immediate[name] for name in ("immediate/ES", "immediate/accuracy") if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
     # ---- the end, and the other verbs -------------------------------------------------------------------------
@@ -277,7 +266,7 @@ class SequentialEditor(EditedModel):
         return self.evaluation.measure_retained(self.lm, self.edited_facts, self.edits, self.trainer.loggers)
 
     def on_train_end(self) -> None:
-        """Measures all edits on the final weights, while the model is on its device and all ranks are here."""
+        """Measures all edits on the final weights, while the model is on its device and all ranks are running."""
         self.measure_retained()
 
     def on_fit_end(self) -> None:
@@ -286,30 +275,20 @@ class SequentialEditor(EditedModel):
             given = len(self.trainer.datamodule.facts)  # type: ignore[attr-defined]
             resume.require_unfinished(self.trainer, self.resumed, self.edits, given)
         self.measure_retained()  # for a finished run that was resumed: its training did not start
-        layers = ", ".join(map(str, self.layer_numbers))
-        title = f"{self.language_model}, layers {layers}, {type(self.method).__name__}"
+        title = f"{self.language_model}, layers {', '.join(map(str, self.layer_numbers))}, {type(self.method).__name__}"
         finish_run(self.trainer, self.summarize(), title)
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
-        norms = zip(self.layer_numbers, self.layers, strict=True)
-        return {
-            "edits": self.ledger.kept,
-            "rolled_back": self.edits - self.ledger.kept,
-            "superseded": self.ledger.superseded,
-            "batches": self.global_step,
-            "metrics": self.evaluation.results(),
-            "delta_norm": {str(number): layer.relative_norm() for number, layer in norms},
-            "seconds": self.evaluation.stop_clock(),
-            **provenance(self.trainer),
-        }
+        metrics, seconds = self.evaluation.results(), self.evaluation.stop_clock()
+        return summarize(self.trainer, self.ledger, self.layers_by_number, metrics, seconds)
 
     def on_validation_start(self) -> None:
-        """Clears what was measured of past edits before."""
+        """Clears earlier measurements of past edits."""
         self._begin("retained")
 
     def on_test_start(self) -> None:
-        """Clears what was measured of bystanders before."""
+        """Clears earlier measurements of bystanders."""
         self._begin("bystanders")
 
     def _begin(self, group: str) -> None:
@@ -342,15 +321,7 @@ class SequentialEditor(EditedModel):
     @property
     def identity(self) -> resume.RunIdentity:
         """What must agree for a run to resume from a checkpoint of this one."""
-        return resume.RunIdentity(
-            language_model=self.language_model,
-            weights=self.fingerprint,
-            dtype=dtype_name(self.lm.model.dtype),
-            layers=self.layer_numbers,
-            batch_size=getattr(self.trainer.datamodule, "batch_size", 0),  # type: ignore[attr-defined]
-            architecture=architecture(self.lm.model),
-            precision=self.trainer.precision,
-        )
+        return resume.RunIdentity.of_run(self, self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves what editing changed, without the language model."""
@@ -368,11 +339,11 @@ class SequentialEditor(EditedModel):
         """Loads the state; Lightning loads the sums of updates, and :meth:`on_train_start` the random states."""
         saved = checkpoint[resume.KEY]
         restore_threads(saved.get("threads"))
-        if not self.layer_numbers:  # ``auto``: the run that the checkpoint is of has chosen them
+        if not self.layer_numbers:  # ``auto``: the run that wrote the checkpoint has chosen them
             self.edit_at(saved["layers"])
         resume.RunIdentity.of(saved).require_model(self.identity)
         for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
-            self.changed_layer(path)  # it has to exist for Lightning to load its sum
+            self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])
         self.contexts = list(saved["contexts"])
         self.evaluation.load_state_dict(saved["evaluation"])

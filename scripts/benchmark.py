@@ -1,4 +1,4 @@
-"""editlab's ways against the plain ones on the same work, in turn: ratios of their times, where both come out alike.
+"""Times of editlab's implementations and of plain ones on the same work, in turn: ratios, if the results agree.
 
     python scripts/benchmark.py                                   # SmolLM2-135M, every case but products and whole
     python scripts/benchmark.py --only values --facts 32 --profile
@@ -35,7 +35,7 @@ RESULTS = ROOT / "results" / "performance.csv"
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that ``work()`` takes, and what it gives."""
+    """Duration of ``work()`` in seconds, and its result."""
     _wait(device)
     start = time.perf_counter()
     result = work()
@@ -63,7 +63,7 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 
 def measure(rounds: list[Round], device: torch.device, count: bool, title: str) -> dict[str, Any]:
-    """Times the rounds of a case, both ways in turn; the first round is also what FLOPs are counted on."""
+    """Times the rounds of a case for both implementations in turn; FLOPs are counted in the first round."""
     row: dict[str, Any] = {}
     if count:
         ways = {"plain_gflop": rounds[0].plain, "our_gflop": rounds[0].ours}
@@ -84,12 +84,12 @@ def measure(rounds: list[Round], device: torch.device, count: bool, title: str) 
 
 
 def _digits(seconds: float) -> float:
-    """Four significant digits: what takes microseconds a token is not nothing."""
+    """A number with four significant digits, so that microseconds a token are not rounded to 0."""
     return float(f"{seconds:.4g}")
 
 
 def profile(work: Callable[[], object]) -> list[tuple[str, float]]:
-    """Shares of the time by kind of operation, the largest first."""
+    """Fractions of the time by kind of operation, the largest first."""
     kinds = {
         "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
         "attention": ("aten::_scaled_dot_product", "aten::_softmax"),
@@ -106,7 +106,7 @@ def profile(work: Callable[[], object]) -> list[tuple[str, float]]:
 
 
 def write(row: dict[str, Any], path: Path) -> None:
-    """Adds a row to a CSV file; columns that the others lack are empty there."""
+    """Adds a row to a CSV file; columns that other rows lack are empty in them."""
     earlier: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -119,10 +119,10 @@ def write(row: dict[str, Any], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases; all but products and whole if not given")
-    parser.add_argument("--facts", type=int, default=32, help="facts altogether")
+    parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases; default: all but products and whole")
+    parser.add_argument("--facts", type=int, default=32, help="number of facts")
     parser.add_argument("--batch_size", type=int, default=16, help="facts in a round")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the moments, in four rounds")
     parser.add_argument("--path", default="worldfacts", help="fact file")
@@ -131,8 +131,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--matmul", default="auto", choices=MATMULS, help="our products above the site, for values")
-    parser.add_argument("--profile", action="store_true", help="say where our ways spend their time")
+    parser.add_argument("--matmul", default="auto", choices=MATMULS, help="type of our products above the site")
+    parser.add_argument("--profile", action="store_true", help="print the fractions of time by kind of operation")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file that rows are appended to")
     return parser.parse_args(arguments)
 

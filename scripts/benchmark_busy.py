@@ -1,4 +1,4 @@
-"""Values of a few facts beside other busy processes: how much longer they take, by how OpenMP's threads wait.
+"""Time to compute values of a few facts while other processes are busy, by how OpenMP's threads wait.
 
     python scripts/benchmark_busy.py                              # SmolLM2-135M; about fifteen minutes on two cores
     python scripts/benchmark_busy.py --busy 0 1 --rounds 2 --settings torch editlab
@@ -83,7 +83,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 class Worker:
-    """A process that computes the values with one setting whenever it is asked to."""
+    """A process that computes the values with one setting each time it is requested."""
 
     def __init__(self, setting: str, options: argparse.Namespace) -> None:
         kept = {name: value for name, value in os.environ.items() if name not in (*WAIT_VARIABLES, *THREAD_VARIABLES)}
@@ -150,7 +150,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def measure(count: int, settings: Sequence[str], options: argparse.Namespace) -> dict[str, Worker]:
-    """Workers of each setting that have computed the values in turn, beside ``count`` busy processes."""
+    """Workers of each setting that have computed the values in turn, while ``count`` processes were busy."""
     workers: dict[str, Worker] = {}
     with ExitStack() as stack:
         stack.enter_context(busy(count))
@@ -198,7 +198,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 3], help="numbers of busy processes")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))

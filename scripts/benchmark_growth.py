@@ -1,4 +1,4 @@
-"""How cost grows: time and memory of a step over edits made, batch size, key dimension and replay buffer.
+"""Growth of cost: time and memory of a step over edits made, batch size, key dimension and replay buffer.
 
     python scripts/benchmark_growth.py                       # minutes; up to d_k 14,336
     python scripts/benchmark_growth.py --largest 28672       # Llama-3-70B's, which takes 20 GB
@@ -33,13 +33,15 @@ from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
 from editlab.runs.figures import BLACK, BLUE, GREEN, new_figure, save_figure
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
+from editlab.solver.preservation import Preservation
 from editlab.values.optimize import ValueSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 D_K, D_V, BATCH = 1536, 576, 32
-"""SmolLM2-135M's projection, and the batch of the experiments."""
+"""Dimensions of SmolLM2-135M's projection, and the batch size of the experiments."""
 STYLES = {"": (BLUE, "-"), "plain": (BLACK, ":"), "replay": (GREEN, "--"), "consolidated": (BLUE, "-"),
           "solve": (BLUE, "-"), "metric": (GREEN, "--")}  # fmt: skip
 """series -> color and line"""
@@ -61,14 +63,14 @@ class Point(NamedTuple):
 
 
 def resident_mib() -> float:
-    """Memory that this process holds now, as Linux tells; NaN elsewhere."""
+    """Present memory of this process, as Linux reports it; NaN elsewhere."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), float("nan"))
 
 
 def best_of(work: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the quickest of some calls."""
+    """Duration of the fastest of some calls, in seconds."""
     found = []
     for _ in range(times):
         start = time.perf_counter()
@@ -81,7 +83,7 @@ def best_of(work: Callable[[], object], times: int = 3) -> float:
 
 
 class _Clock(Callback):
-    """Seconds of each batch, and what the process holds after it."""
+    """Duration of each batch in seconds, and the memory of the process after it."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float]] = []
@@ -179,7 +181,7 @@ AXES: dict[str, Callable[[argparse.Namespace], Iterator[Point]]] = {
 
 
 def slopes(rows: list[Row]) -> dict[tuple[str, str], float]:
-    """For each axis and series by what power time grows over the last doubling or more of the axis.
+    """The power with which time grows over at least the last doubling of an axis, for each axis and series.
 
     1 is linear growth, 0 none.
     """
@@ -195,7 +197,7 @@ def slopes(rows: list[Row]) -> dict[tuple[str, str], float]:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Seconds above, memory below, a column for each axis."""
+    """A figure with a column for each axis: seconds above, memory below."""
     figure, axes = new_figure(2, len(AXES), width=3.0, height=2.6)
     for column, axis in enumerate(AXES):
         for offset, (name, title) in enumerate((("seconds", "seconds"), ("mib", "memory, MiB"))):
@@ -211,7 +213,7 @@ def draw(rows: list[Row]) -> Figure:
                 ax.set_xscale("log")
             if axis != "edits" and name == "seconds":
                 ax.set_yscale("log")
-            elif math.isfinite(ax.dataLim.y1):  # not where there are no points, or memory can not be read
+            elif math.isfinite(ax.dataLim.y1):  # unless there are no points, or memory cannot be read
                 ax.set_ylim(0, 1.08 * ax.dataLim.y1)
             if offset == 0 and ax.lines:
                 ax.legend(frameon=False, fontsize=8)
@@ -222,8 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, and writes the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(AXES), default=list(AXES), help="axes")
-    parser.add_argument("--edits", type=int, default=5000, help="of the sequence")
-    parser.add_argument("--largest", type=int, default=14336, help="key dimension")
+    parser.add_argument("--edits", type=int, default=5000, help="edits in the sequence")
+    parser.add_argument("--largest", type=int, default=14336, help="largest key dimension")
     parser.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
     options = parser.parse_args(arguments)
     path = options.out / "results" / "cost_growth.csv"

@@ -32,7 +32,7 @@ KINDS = ("lora", "full")
 
 @contextmanager
 def trained(kind: str, lm: LanguageModel, paths: list[str], rank: int) -> Iterator[list[nn.Parameter]]:
-    """The parameters that are trained: an adapter's, or the maps' own."""
+    """The parameters that are trained: those of an adapter, or those of the maps themselves."""
     if kind == "lora":
         with Adapter(lm, paths, rank, 2.0 * rank, 0.0, seed=0).in_place() as model:
             yield parameters(model)
@@ -41,7 +41,7 @@ def trained(kind: str, lm: LanguageModel, paths: list[str], rank: int) -> Iterat
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains one kind in this process."""
+    """Trains an adapter or the full maps in this process."""
     lm = LanguageModel.from_name(options.model, torch.float32)
     data = EditDataModule(only_known=False, limit=64)
     data.setup()
@@ -61,13 +61,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compares the two."""
+    """Trains each in a process of its own and compares their costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--targets", default="edited")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6])
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts of edits, and others, in each step")
+    parser.add_argument("--batch_size", type=int, default=32, help="edit prompts in each step, and other prompts")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""What replay adds to a step's time: the same batches without and with it, in turn, values included.
+"""Time that replay adds to a step: the same batches without and with it, in turn, values included.
 
     python scripts/benchmark_replay.py --rate 0.3
 
@@ -19,11 +19,11 @@ from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.evaluation.scoring import prefers_truth
 
 TRAINER = cast(Any, None)
-"""MemoryReplay does not look at it."""
+"""Placeholder for the Trainer, which MemoryReplay does not use."""
 
 
 def step(editor: SequentialEditor, replay: MemoryReplay, number: int, facts: Any) -> tuple[float, EditOutcome]:
-    """One batch as the editor does it, up to the settled weights; seconds, and what came of it."""
+    """Edits one batch as the editor does, up to the verdict; returns its duration in seconds and its outcome."""
     start = time.perf_counter()
     plan = EditPlan(number, facts, editor.optimize_values(facts))
     replay.on_edit_planned(TRAINER, editor, plan)

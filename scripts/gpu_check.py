@@ -30,7 +30,8 @@ from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.placement import device_named
 from editlab.lm.precision import widened
-from editlab.solver.closed_form import Constraints, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
 from editlab.utils.progress import bars
 from editlab.values.optimize import ValueSettings, optimize_values
@@ -42,7 +43,7 @@ PLACES = ["Arlen", "Brone", "Caldor", "Dunmere", "Esk", "Farholt", "Galen", "Har
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape and what is timed on it."""
+    """A model's shape and the parts that are timed at it."""
 
     name: str
     config: PretrainedConfig
@@ -50,7 +51,7 @@ class Shape:
     facts: int
     steps: int
     tokens: int
-    """of the second moments"""
+    """number of tokens of the second moments"""
 
 
 SHAPES = [
@@ -86,7 +87,7 @@ class Timings:
     failed: bool = False
 
     def take(self, what: str, work: Callable[[], str]) -> None:
-        """Do the work and add a row: its time, and what it says of itself, or its error."""
+        """Run a part and add a row with its time and the text that it returns, or its error."""
         self._wait()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -131,7 +132,7 @@ def main() -> int:
 
 
 def main_job(device: torch.device) -> str:
-    """The recipe configs/emmet.yaml on its built-in model."""
+    """Run the recipe configs/emmet.yaml on its built-in model."""
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
     command = [sys.executable, "-c", "from editlab.cli.main import main; raise SystemExit(main())", "fit"]
     command += ["--config", str(ROOT / "configs" / "emmet.yaml"), "--data.limit", "32"]
@@ -145,7 +146,7 @@ def main_job(device: torch.device) -> str:
 
 
 def check_shape(shape: Shape, timings: Timings) -> None:
-    """Values, moments, factor and solve at one shape."""
+    """Time values, moments, factor and solve at one shape."""
     device, facts = timings.device, made_up(shape.facts)
     made: dict[str, LanguageModel] = {}
 
@@ -191,7 +192,7 @@ def check_shape(shape: Shape, timings: Timings) -> None:
 
 
 def made_up(count: int) -> list[Fact]:
-    """Facts about places that do not exist: random weights know none anyway."""
+    """Facts about invented places, since a model with random weights knows no facts."""
     return [
         Fact(f"{PLACES[i % len(PLACES)]} {i}", "The capital of {} is", PLACES[(i + 3) % len(PLACES)])
         for i in range(count)
@@ -199,7 +200,7 @@ def made_up(count: int) -> list[Fact]:
 
 
 def random_model(config: PretrainedConfig, device: torch.device) -> LanguageModel:
-    """A model of that shape with random bfloat16 weights, made on the device."""
+    """A model of that shape with random bfloat16 weights, created on the device."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The editor through a real Trainer on a tiny model: what a step does to the weights, the counters and the files."""
+"""The editor in a real Trainer on a tiny model: the effect of a step on the weights, the counters and the files."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def fit(
 
 
 def site_now(module, fact):
-    """What the site gives for the bare prompt at the subject's last token, by a plain hook on a whole forward."""
+    """The site's output at the subject's last token of the bare prompt, by a plain hook on a whole forward pass."""
     encoding, last = locate(module.lm, fact)
     with torch.no_grad(), reading({"site": (module.site.module, "output")}) as seen:
         module.lm.model(input_ids=torch.tensor([encoding.ids]))
@@ -82,7 +82,7 @@ def site_now(module, fact):
 
 
 class Spy(EditCallback):
-    """Notes plans and outcomes, and asks for what it is told to."""
+    """Records plans and outcomes, and makes the requests that it is given."""
 
     def __init__(self, factors=()):
         self.factors, self.plans, self.outcomes = dict(factors), [], []
@@ -331,7 +331,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_folder, tmp_path):
     assert resumed.evaluation.compute("immediate") == whole.evaluation.compute("immediate")
 
 
-def test_values_of_the_original_weights_are_found_once(tiny_folder, tmp_path, monkeypatch):
+def test_values_on_the_original_weights_are_computed_once(tiny_folder, tmp_path, monkeypatch):
     found = []
     from editlab import editor as module_under_test
 
@@ -371,7 +371,7 @@ def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
         ({"method": ROME()}, "set data.batch_size to 1"),
     ],
 )
-def test_settings_that_can_not_be(tiny_folder, tmp_path, changes, message):
+def test_invalid_settings_are_refused(tiny_folder, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, editor(tiny_folder, **changes))
 

@@ -136,6 +136,22 @@ class Adapter:
                 os.replace(file, folder / file.name)  # atomic: no reader sees half a file
 
 
+def size_of_adapter(rank: int, weights: Sequence[Tensor], model: nn.Module) -> str:
+    """A sentence with an adapter's number of parameters, next to those of its linear maps and of the whole model.
+
+    Args:
+        rank: rank of its update of each map.
+        weights: weights of the maps that get it.
+        model: the model that the maps are in.
+    """
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    own, full = sum(rank * sum(weight.shape) for weight in weights), sum(weight.numel() for weight in weights)
+    return (
+        f"LoRA of rank {rank} on {len(weights)} linear maps: {own} trainable parameters, {100 * own / whole:.3f}% of "
+        f"the model's (all of those maps: {full}, {100 * full / whole:.2f}%)"
+    )
+
+
 def parameters(model: PeftModel) -> list[nn.Parameter]:
     """The adapter's parameters: the only ones that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

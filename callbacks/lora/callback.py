@@ -9,22 +9,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
-from callbacks.lora.adapter import Adapter, between, find_targets, parameters
+from callbacks.lora.adapter import Adapter, find_targets, parameters, size_of_adapter
+from callbacks.lora.guard import Adjustment, Guard
 from callbacks.lora.objective import (
     WINDOW,
-    Adjustment,
     Objective,
     distributions,
     draw_edits,
     edit_rows,
-    examine,
     loss_weights,
     prompt_rows,
     short_windows,
@@ -50,9 +48,6 @@ EVENTS = "lora_events.jsonl"
 UNFINISHED = "lora_unfinished.pt"
 """File in the run's folder with the state of an adjustment in training, from which a killed run resumes."""
 MODES = ("merge", "adapter")
-FRACTIONS = (1.0, 0.5, 0.25)
-"""Fractions of an adjustment that are tried, the largest first. Half of it does about a quarter of the harm elsewhere
-and keeps more than half of the benefit (interpolated weights, Wortsman et al. 2022, arXiv:2109.01903)."""
 
 
 class LoRAAdjust(EditCallback):
@@ -140,9 +135,7 @@ class LoRAAdjust(EditCallback):
         self.tolerance = tolerance
         self.weights = loss_weights(f"{where}.weights", weights or {})
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
-        self.matmul = matmul
-        self.mode = mode
-        self.seed = seed
+        self.matmul, self.mode, self.seed = matmul, mode, seed
         self.charts = {"edits around an adjustment": ["^lora/accuracy_(before|after)$"]} if probes else {}
         self.adapter: Adapter | None = None
         self.paths: list[str] = []
@@ -166,19 +159,13 @@ class LoRAAdjust(EditCallback):
             raise UserError(
                 "LoRAAdjust has nothing to adjust with model.restore_between_batches: remove one of the two."
             )
-        self._events = EventLog(
-            run_folder(trainer) / EVENTS
-        )  # a resumed run that was finished never starts its training
+        # Opened here, because a resumed run that was finished never starts its training.
+        self._events = EventLog(run_folder(trainer) / EVENTS)
         self._unfinished = run_folder(trainer) / UNFINISHED
         self.reset_for_new_run(editor, self._initial_state)
         self._load_adapter(editor)
         weights = [editor.changed_layer(path).weight for path in self.paths]
-        whole = sum(p.numel() for p in editor.lm.model.parameters())
-        own, full = sum(self.rank * sum(w.shape) for w in weights), sum(w.numel() for w in weights)
-        log.info(
-            "LoRA of rank %d on %d linear maps: %d trainable parameters, %.3f%% of the model's (all of those maps: %d, "
-            "%.2f%%)", self.rank, len(weights), own, 100 * own / whole, full, 100 * full / whole,
-        )  # fmt: skip
+        log.info("%s", size_of_adapter(self.rank, weights, editor.lm.model))
 
     def _load_adapter(self, editor: SequentialEditor) -> None:
         """Puts the adapter of a checkpoint on top of the weights."""
@@ -224,7 +211,7 @@ class LoRAAdjust(EditCallback):
             with self._products(editor):
                 self._unedited_distributions = distributions(lm, self.other_rows) if self.weights["unedited"] else []
         if trainer.is_global_zero:
-            self._events.go_on(trainer.global_step)
+            self._events.resume(trainer.global_step)
 
     def _products(self, editor: SequentialEditor) -> AbstractContextManager[None]:
         highest = max([*editor.layer_numbers, *(self.layers or ())])
@@ -281,7 +268,8 @@ class LoRAAdjust(EditCallback):
         contexts = [context for context in editor.contexts if context]
         if contexts:
             rows += [row for fact in trained for row in edit_rows(lm, [fact], [draw.choice(contexts)])]
-        done = Adjustment(examine(lm, held_out, self.texts))
+        guard = Guard(held_out, self.texts, self.tolerance)
+        done = Adjustment(guard.examine(lm))
         with self._products(editor):
             now = distributions(lm, self.other_rows) if self.weights["before"] else []
         objective = Objective(rows, self.other_rows, now, self._unedited_distributions, self.weights)
@@ -303,7 +291,7 @@ class LoRAAdjust(EditCallback):
                 done.reason = str(error)
             end = adapter.state(model)
         if not done.reason:
-            self._try(editor, adapter, (start, end), held_out, done)
+            guard.apply(editor, adapter, (start, end), self.mode == "merge", done)
         if not done.reason and self.mode == "adapter":
             self.adapter, self._optimizer = adapter, optimizer.state_dict()
         done.seconds = time.perf_counter() - started
@@ -317,55 +305,13 @@ class LoRAAdjust(EditCallback):
         key = hashlib.sha256(f"{editor.fingerprint} {fingerprint(weights)} {content}".encode()).hexdigest()
         return Unfinished(self._unfinished, key)
 
-    def _try(
-        self,
-        editor: SequentialEditor,
-        adapter: Adapter,
-        endpoints: tuple[dict[str, Tensor], dict[str, Tensor]],
-        held_out: Sequence[Fact],
-        done: Adjustment,
-    ) -> None:
-        """Puts the largest fraction of an adjustment into the weights with which nothing gets worse.
-
-        Args:
-            editor: whose weights change.
-            adapter: the trained adapter.
-            endpoints: its factors before and after the training.
-            held_out: edits that it was not trained on.
-            done: gets the fraction, or the reason if no fraction is acceptable.
-        """
-        before, factors = Snapshot(editor.changed_layers), adapter.factors
-        for done.fraction in FRACTIONS:
-            adapter.factors = between(*endpoints, done.fraction)
-            with adapter.in_place() as model:
-                updates = adapter.updates(model)
-            for path, update in updates.items():
-                layer = editor.changed_layer(path)
-                if self.mode == "merge":
-                    layer.add(update)
-                else:
-                    layer.set_adapter(update)
-            done.after = examine(editor.lm, held_out, self.texts)
-            done.reason = done.after.worse_than(done.before, self.tolerance)
-            if not done.reason:
-                return
-            before.restore_weights()
-        adapter.factors = factors
-
     def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, done: Adjustment) -> None:
-        decision = "drop" if done.reason else "keep"
-        self.decisions[decision] += 1
-        outcome.measured["lora/fraction"] = 0.0 if done.reason else done.fraction
-        numbers = {"before": done.before.numbers(), "after": done.after.numbers() if done.after else {}}
-        for when, found in numbers.items():
-            outcome.measured |= {f"lora/{name}_{when}": number for name, number in found.items()}
-        outcome.measured |= {f"lora/loss_{name}": value for name, value in done.losses.items()}
-        outcome.measured["lora/kept"] = float(not done.reason)
+        self.decisions[done.decision] += 1
+        outcome.measured |= done.measured()
         if done.reason:
             log.info("Batch %d: the LoRA adjustment is dropped: %s", outcome.plan.step, done.reason)
         if trainer.is_global_zero:
-            event = {**asdict(done), **numbers, "seconds": round(done.seconds, 3)}
-            self._events.append({"step": outcome.plan.step, "edits": editor.edits, "decision": decision, **event})
+            self._events.append({"step": outcome.plan.step, "edits": editor.edits, **done.event()})
 
     # ---- the end, and checkpoints -----------------------------------------------------------------------------
 
@@ -373,10 +319,8 @@ class LoRAAdjust(EditCallback):
         """Logs how many adjustments were kept; saves the adapter, if there is one."""
         assert isinstance(pl_module, SequentialEditor)
         if self.decisions:
-            counts = ", ".join(
-                f"{self.decisions[name]} {what}" for name, what in (("keep", "kept"), ("drop", "dropped"))
-            )
-            log.info("LoRA adjustments: %s (see %s)", counts, self._events.path)
+            kept, dropped = self.decisions["keep"], self.decisions["drop"]
+            log.info("LoRA adjustments: %d kept, %d dropped (see %s)", kept, dropped, self._events.path)
         elif self.at_end and not trainer.is_last_batch:
             log.info("No LoRA adjustment: the run stopped before its last batch")
         folder = run_folder(trainer) / "adapter"  # collective: every rank has to call it

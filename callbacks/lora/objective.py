@@ -1,14 +1,13 @@
-"""The objective of an adjustment (learn the edits, keep everything else), and the measurements of its guard.
+"""The objective of an adjustment: learn the edits and keep everything else.
 
 This module knows neither the callback nor PEFT, only a model and rows of tokens.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from editlab.data.fact import Fact
 from editlab.errors import UserError
-from editlab.evaluation.scoring import score_facts
 from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
@@ -208,62 +206,3 @@ def draw_edits(
     earlier = [fact for fact, new in rest if not new]
     drawn = draw.sample(earlier, min(replayed, len(earlier)))
     return [fact for fact, new in rest if new] + drawn, [edits[i] for i in sorted(held_out)]
-
-
-@dataclass(frozen=True)
-class Health:
-    """The guard's measurements on held-out edits and text."""
-
-    edits: float | None
-    """mean log-probability per token of edits' targets, in nats; None if none are held out"""
-    accuracy: float | None
-    """fraction of edits whose targets are the argmax at every token; None if none are held out"""
-    text: float | None
-    """mean negative log-probability per token of the texts, in nats; None if there are none"""
-    ES: float | None = None
-    """fraction of edits whose new target is likelier than the truth; None if no truth is given"""
-
-    def numbers(self) -> dict[str, float]:
-        """The measured numbers by name, without those that are not finite."""
-        return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
-
-    def worse_than(self, before: Health, tolerance: float) -> str:
-        """What got worse by more than ``tolerance`` nats per token, as a sentence; "" if nothing did."""
-        if before.edits is not None and self.edits is not None and not self.edits >= before.edits - tolerance:
-            return f"held-out edits went from {before.edits:.3f} to {self.edits:.3f} nats per token"
-        if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:
-            return f"the held-out text went from {before.text:.3f} to {self.text:.3f} nats per token"
-        return ""
-
-
-def examine(lm: LanguageModel, facts: Sequence[Fact], texts: Sequence[Row]) -> Health:
-    """Measures the model on some edits and texts, with the weights as they are."""
-    scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit if facts else None
-    wanted = [list(zip(row.indices, row.following, strict=True)) for row in texts]
-    logps = lm.next_token_scores([row.ids for row in texts], wanted).logps
-    text = float(-torch.cat(logps).mean()) if logps else None
-    if scores is None:
-        return Health(None, None, text)
-    with_truth = ~scores.logp_true.isnan()
-    success = (scores.logp_new > scores.logp_true)[with_truth].float()
-    return Health(
-        edits=float(scores.logp_new.mean()),
-        accuracy=float(scores.hit_new.float().mean()),
-        text=text,
-        ES=float(success.mean()) if len(success) else None,
-    )
-
-
-@dataclass
-class Adjustment:
-    """Result of one adjustment."""
-
-    before: Health
-    after: Health | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    """parts of the loss at the end of the training"""
-    fraction: float = 1.0
-    """fraction of the trained adapter that is kept"""
-    reason: str = ""
-    """why it is dropped; "" if it is kept"""
-    seconds: float = 0.0

@@ -23,7 +23,7 @@ from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
 from editlab.lm.precision import widened
-from editlab.solver.closed_form import Preservation
+from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero, decays, fractions, one_of
 
 log = logging.getLogger(__name__)

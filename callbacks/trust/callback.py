@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.trust.probes import Probes, sentences_of_facts, sentences_of_text
-from callbacks.trust.score import FACT_SCALES, GAIN, HarmBudget, Threshold, TrustMetrics, TrustScorer
+from callbacks.trust.score import HarmBudget, Threshold, TrustScorer
+from callbacks.trust.verdict import ACTIONS, GRANULARITIES, Judge, Verdict
 from editlab.callback import EditCallback
 from editlab.distributed import ranks
 from editlab.editor import SequentialEditor
@@ -30,37 +29,6 @@ from editlab.utils.validation import at_least_one, one_of
 log = logging.getLogger(__name__)
 
 EVENTS = "trust_events.jsonl"
-ACTIONS = ("rollback", "scale", "search")
-GRANULARITIES = ("batch", "edit")
-FACT_SIGNALS = (GAIN, "certainty", *FACT_SCALES)
-FACTORS = (0.5, 0.25, 0.125)
-"""Fractions of the update that ``search`` tries, the largest first."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What trust asks for a batch. What stays of it is the outcome's factor: the lowest that any callback asked for."""
-
-    reason: str
-    """why not all of the update should stay; "" if it should"""
-    score: float | None
-    """trust in the batch, 0 to 1; None if it was not measured"""
-    metrics: TrustMetrics | None
-    """signals of the batch; None if they were not measured"""
-    threshold: float
-    """the score that was required"""
-    factor: float = 1.0
-    """fraction of the update that should stay"""
-    harm: float = 0.0
-    """nats by which the whole update makes held-out sentences less likely; a fraction of it is taken to do that
-    fraction of the harm"""
-    low: tuple[int, ...] = ()
-    """indices in the batch of facts to drop; the batch is solved again and judged once more"""
-
-    @property
-    def decision(self) -> str:
-        """``keep``, ``scale`` or ``rollback``."""
-        return "keep" if self.factor == 1 else "scale" if self.factor else "rollback"
 
 
 class TrustRollback(EditCallback):
@@ -129,13 +97,12 @@ class TrustRollback(EditCallback):
         self.heldout_samples = heldout_samples
         self.heldout_path = heldout
         self.neighbor_samples = neighbor_samples
-        self.granularity = granularity
-        self.action = action
         self.matmul = matmul
         self.attribution = attribution or bool((weights or {}).get("attribution_focus_delta"))
         self.scorer = TrustScorer(weights, scales, calibrate)
         self.threshold = Threshold(threshold, quantile, window)
         self.budget = HarmBudget(*budget) if budget else None
+        self.judge = Judge(self.scorer, self.threshold, self.budget, granularity, action)
         self.decisions: Counter[str] = Counter()
         self.probes: Probes | None = None
         self._singular: dict[int, Tensor] = {}
@@ -159,7 +126,7 @@ class TrustRollback(EditCallback):
             return
         assert isinstance(pl_module, SequentialEditor)
         if trainer.is_global_zero:
-            self._events.go_on(trainer.global_step)
+            self._events.resume(trainer.global_step)
         lm, count = pl_module.lm, self.heldout_samples
         sentences = (
             sentences_of_text(lm, read_file(self.heldout_path), count)
@@ -179,7 +146,7 @@ class TrustRollback(EditCallback):
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Measures the model before the batch."""
         self._verdict: Verdict | None = None
-        self._fact_events: list[dict[str, Any]] = []
+        self.judge.fact_events = []
         self._error: str | None = None
         self._seconds = 0.0
         if self.probes is not None:
@@ -189,10 +156,10 @@ class TrustRollback(EditCallback):
         """Measures the model after the batch, and decides; called a second time if facts were dropped."""
         if self.probes is None or self._error is not None:
             return
-        self._verdict = self._try(self._decide, self.probes, editor, outcome)
+        self._verdict = self._try(self.judge.decide, self.probes, editor, outcome)
         if self._verdict is None:
             if not outcome.dropped:
-                self._fact_events = []  # the facts that they would drop are kept
+                self.judge.fact_events = []  # the batch is kept whole, so no fact is dropped
         elif self._verdict.low:
             outcome.drop(self._verdict.low, self._verdict.reason)
         elif self._verdict.factor < 1:
@@ -242,75 +209,6 @@ class TrustRollback(EditCallback):
         self._seconds += time.perf_counter() - start
         return result
 
-    # ---- deciding ---------------------------------------------------------------------------------------------
-
-    def _decide(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome) -> Verdict:
-        """The verdict on a batch whose update is in the weights; the outcome does not change yet."""
-        threshold = self.threshold.value
-        if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
-            return Verdict("the update is not finite", 0.0, None, threshold, 0.0)
-        metrics = probes.measure_after(editor, outcome)
-        if metrics is None:
-            return Verdict("the model's log-probabilities are not finite after the batch", 0.0, None, threshold, 0.0)
-        if self.granularity == "edit" and not outcome.dropped:
-            low = self._low_facts(outcome, probes.measure_facts(outcome))
-            if low:
-                facts = len(outcome.plan.facts)
-                reason = f"{len(low)} of {facts} facts score under {threshold:.2f}"
-                if len(low) == facts:
-                    return Verdict(reason, 0.0, None, threshold, 0.0, low=low)
-                return Verdict(reason, None, None, threshold, low=low)
-        return self._judge(probes, editor, outcome, metrics)
-
-    def _low_facts(self, outcome: EditOutcome, signals: Sequence[TrustMetrics]) -> tuple[int, ...]:
-        """Indices in the batch of the facts that score under the threshold; notes an event for every fact."""
-        facts, threshold = outcome.plan.facts, self.threshold.value
-        scores = [self.scorer.score_fact(metrics) for metrics in signals]
-        self._fact_events = [
-            {"fact": {"subject": fact.subject, "prompt": fact.prompt, "target_new": fact.target_new},
-             "signals": {name: getattr(metrics, name) for name in FACT_SIGNALS}, "score": score,
-             "threshold": threshold, "decision": "keep" if score >= threshold else "drop"}
-            for fact, metrics, score in zip(facts, signals, scores, strict=True)
-        ]  # fmt: skip
-        return tuple(index for index, score in enumerate(scores) if score < threshold)
-
-    def _judge(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> Verdict:
-        """The verdict on a whole batch by its signals."""
-        score, threshold = self.scorer.score(metrics), self.threshold.value
-        harm = math.log1p(metrics.heldout_ppl_delta)
-        if self.budget and self.budget.refuses(harm):
-            reason = f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
-            return Verdict(reason, score, metrics, threshold, 0.0, harm)
-        if score >= threshold:
-            return Verdict("", score, metrics, threshold, 1.0, harm)
-        reason = f"score {score:.2f} is under {threshold:.2f} ({_costliest_signal(self.scorer, metrics)})"
-        factor = 0.0
-        if self.action == "scale":
-            factor = max(0.0, 2 * score / max(threshold, 1e-12) - 1)
-        elif self.action == "search":
-            factor, harm = self._search(probes, editor, outcome, threshold)
-        return Verdict(reason, score, metrics, threshold, factor, harm)
-
-    def _search(
-        self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float
-    ) -> tuple[float, float]:
-        """The largest factor that scores high enough, and the harm measured there over the factor; else (0, 0)."""
-        totals = [layer.total.clone() for layer in editor.layers]
-        try:
-            for factor in FACTORS:
-                for number, layer, total in zip(editor.layer_numbers, editor.layers, totals, strict=True):
-                    layer.restore(total - (1 - factor) * outcome.updates[number])
-                metrics = probes.measure_after(editor, outcome)
-                if metrics is None:
-                    continue  # a smaller fraction may leave the model finite
-                metrics = replace(metrics, update_norm=factor * metrics.update_norm)
-                if self.scorer.score(metrics) >= threshold:
-                    return factor, math.log1p(metrics.heldout_ppl_delta) / factor
-            return 0.0, 0.0
-        finally:
-            for layer, total in zip(editor.layers, totals, strict=True):
-                layer.restore(total)
-
     # ---- recording --------------------------------------------------------------------------------------------
 
     def _record(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome, verdict: Verdict) -> None:
@@ -328,7 +226,7 @@ class TrustRollback(EditCallback):
         if not trainer.is_global_zero:
             return
         common = {"step": outcome.plan.step, "edits": editor.edits}
-        for event in self._fact_events:
+        for event in self.judge.fact_events:
             self._events.append({**common, "kind": "fact", **event})
         self._events.append(
             {**common, "kind": "batch", "signals": asdict(verdict.metrics) if verdict.metrics else None,
@@ -362,11 +260,3 @@ class TrustRollback(EditCallback):
             self.budget.queue = state_dict["queue"]
         self.decisions = Counter(state_dict["decisions"])
         self._singular = dict(state_dict["singular"])
-
-
-def _costliest_signal(scorer: TrustScorer, metrics: TrustMetrics) -> str:
-    """Name and value of the signal that lowers a batch's score the most."""
-    lost = {name: scorer.weights[name] * scorer.scales[name](getattr(metrics, name)) for name in scorer.scales}
-    lost[GAIN] = scorer.weights[GAIN] * (1 - max(scorer.scales[GAIN](metrics.edit_success_gain), metrics.certainty))
-    name = max(lost, key=lambda n: lost[n])
-    return f"{name} {getattr(metrics, name):.3g}"

@@ -90,7 +90,7 @@ class ForkLabels(EditCallback):
         injected = [callback for callback in trainer.callbacks if isinstance(callback, InjectFaults)]  # type: ignore[attr-defined]
         self.with_faults = set(injected[0].faults) if injected else set()
         self.events = EventLog(run_folder(trainer) / FILE)
-        self.events.go_on(trainer.global_step)
+        self.events.resume(trainer.global_step)
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
         """Keeps the state before the batch."""

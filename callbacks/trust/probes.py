@@ -1,4 +1,4 @@
-"""Measurements of the model before and after each batch of edits, and the trust signals computed from them."""
+"""Probes: measurements before and after each batch of edits, and the signals computed from them."""
 
 from __future__ import annotations
 

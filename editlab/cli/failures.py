@@ -31,7 +31,7 @@ def describe(error: BaseException, editing: bool = True, saved: bool = True) -> 
 
     Args:
         error: what was raised.
-        editing: whether one of the Trainer's verbs raised it, which have settings.
+        editing: whether a verb of the Trainer raised it, so that the sentence may name settings.
         saved: whether the run can be resumed from a checkpoint.
     """
     for link in causes(error):
@@ -41,13 +41,13 @@ def describe(error: BaseException, editing: bool = True, saved: bool = True) -> 
     return None
 
 
-def surprise(error: Exception, editing: bool = True, saved: bool = True) -> EditLabError:
-    """Return the sentence for an unexpected error; the arguments are those of :func:`describe`."""
+def unexpected(error: Exception, editing: bool = True, saved: bool = True) -> EditLabError:
+    """Return an error with a sentence for an unexpected one; the arguments are those of :func:`describe`."""
     first = (str(error).strip() or "no message").splitlines()[0]
     written = " What was written so far is complete, and --ckpt_path last resumes it." if editing and saved else ""
     return EditLabError(
         f"{type(error).__name__}: {first.rstrip('.')}. This should not happen: run it again with --debug and report "
-        f"what it shows.{written}"
+        f"the output.{written}"
     )
 
 
@@ -58,28 +58,27 @@ def _of_system(error: BaseException, editing: bool, saved: bool) -> str | None:
         return None
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in FULL:
-        place = "trainer.logger.init_args.save_dir" if editing else "--out"
+        setting = "trainer.logger.init_args.save_dir" if editing else "--out"
         after = "what was written is complete" + (", and --ckpt_path last resumes it" if editing and saved else "")
         return (
-            f"The disk is full{where}: free some space, or write elsewhere ({place}, EDITLAB_CACHE, HF_HOME); {after}."
+            f"The disk is full{where}: free some space, or use another disk ({setting}, EDITLAB_CACHE, HF_HOME); "
+            f"{after}."
         )
     if error.errno in FORBIDDEN:
-        return (
-            f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another place."
-        )
+        return f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another path."
     return None
 
 
 def _of_memory(error: BaseException, editing: bool, saved: bool) -> str | None:
     text = str(error)
-    asked = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
+    requested = re.search(r"allocate(?:d memory)?:?\D*([\d.]+ ?(?:bytes|[KMGT]i?B))", text)
     if isinstance(error, torch.OutOfMemoryError):
         place, more = "The GPU's memory", "model.values.batch_tokens, data.batch_size, or trainer.precision bf16-true"
     elif lacks_memory(error):
         place, more = "Memory", "model.values.batch_tokens or data.batch_size, or take a smaller model"
     else:
         return None
-    wanted = f" ({_readable(asked.group(1))} more were requested)" if asked else ""
+    wanted = f" ({_readable(requested.group(1))} more were requested)" if requested else ""
     if not editing:
         return f"{place} does not suffice{wanted}: close other programs, or take a machine with more."
     after = "; --ckpt_path last resumes after the last finished batch" if saved else ""

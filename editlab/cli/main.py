@@ -1,7 +1,7 @@
-"""The ``editlab`` command: it runs a verb, and ends every error in one sentence and an exit code.
+"""The ``editlab`` command, which runs a verb and turns every error into one sentence and an exit code.
 
-Nothing that this module imports at its top imports torch, Lightning or transformers, which takes seconds: ``--help``,
-``--version`` and ``facts check`` do without them, and what OpenMP is to do is set before torch is imported.
+The imports at the top of this module do not import torch, Lightning or transformers, which takes seconds: ``--help``,
+``--version`` and ``facts check`` do not need them, and OpenMP has to be configured before torch is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_plugins() -> None:
     """Imports every registered plug-in, so that its classes can be named in recipes.
 
     Raises:
-        UserError: a plug-in cannot be imported.
+        UserError: A plug-in cannot be imported.
     """
     for plugin in entry_points(group=PLUGINS):
         try:
@@ -43,13 +43,13 @@ def load_plugins() -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Runs a command and lets its errors through.
+    """Runs a command without catching its errors.
 
     Args:
-        arguments: what follows ``editlab`` on the command line; default: this process's own arguments.
+        arguments: the words after ``editlab`` on the command line; default: this process's own arguments.
 
     Raises:
-        UserError: there is no such verb.
+        UserError: There is no such verb.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
@@ -96,7 +96,7 @@ def _require_verb(word: str) -> None:
     """Refuses a first argument that is neither a verb nor an option.
 
     Raises:
-        UserError: with the closest verb, or with all of them.
+        UserError: The argument is not a verb; the message suggests the closest verb, or lists all of them.
     """
     verbs = _verbs()
     if not word:
@@ -104,18 +104,18 @@ def _require_verb(word: str) -> None:
     if word not in verbs and not word.startswith("-"):
         close = difflib.get_close_matches(word, list(verbs), n=1)
         *some, last = verbs
-        advice = f"did you mean {close[0]}?" if close else f"say {', '.join(some)} or {last}."
+        advice = f"did you mean {close[0]}?" if close else f"use {', '.join(some)} or {last}."
         raise UserError(f"There is no verb {word!r}: {advice}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The ``editlab`` command.
 
-    With ``--debug`` among the arguments, errors come with their traceback.
+    With ``--debug`` among the arguments, errors are shown with their traceback.
 
     Returns:
-        0 for success; 2 where the user's input was at fault; 1 for any other failure; 130 where it was interrupted, and
-        143 where it was terminated; 141 where the reader of its output has gone.
+        0 for success; 2 for a mistake in the user's input; 1 for any other failure; 130 if it was interrupted, 143 if
+        it was terminated; 141 if the program that read its output has ended.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -124,11 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run([argument for argument in arguments if argument != "--debug"])
     except (KeyboardInterrupt, SystemExit) as error:
-        # --help exits so; where the user interrupts a run, Lightning turns the interrupt into such an exit.
+        # --help raises SystemExit; Lightning also turns the user's interrupt of a run into one.
         if type(error) is SystemExit and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         return _stopped(error)
-    except BrokenPipeError:  # the reader has gone, as behind `| head`: write no more, at the exit either
+    except BrokenPipeError:  # the reader has ended, as with `| head`: nothing more may be written, not even at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         if not speaks() and _is_known_to_all_ranks(error):
             return 0  # rank 0 reports it, and its exit code counts
-        return _say(*_explained(error, editing))
+        return _print_error(*_explained(error, editing))
     return 0
 
 
@@ -148,11 +148,11 @@ def _stopped(error: BaseException) -> int:
         from editlab.cli.failures import is_saved
 
         after = "; --ckpt_path last resumes the run after its last finished batch" if is_saved(error) else ""
-        # What Lightning makes of SIGTERM; by itself it would exit with 0.
+        # Lightning turns SIGTERM into this exception, which alone would lead to exit code 0.
         terminated = isinstance(error, lightning.SIGTERMException)
     if terminated:
-        return _say(f"Terminated{after}.", 128 + signal.SIGTERM)
-    return _say(f"Interrupted{after}.", 128 + signal.SIGINT)
+        return _print_error(f"Terminated{after}.", 128 + signal.SIGTERM)
+    return _print_error(f"Interrupted{after}.", 128 + signal.SIGINT)
 
 
 def _is_known_to_all_ranks(error: Exception) -> bool:
@@ -162,21 +162,21 @@ def _is_known_to_all_ranks(error: Exception) -> bool:
 
 
 def _explained(error: Exception, editing: bool) -> tuple[str, int]:
-    """One sentence for an error, and the exit code."""
+    """A sentence for an error, and the exit code."""
     for link in causes(error):  # the parser wraps errors that a class raises about its arguments
         if isinstance(link, EditLabError):
             return str(link), link.exit_code
-    from editlab.cli.failures import describe, is_saved, surprise
+    from editlab.cli.failures import describe, is_saved, unexpected
     from editlab.cli.messages import explain
 
     mistake = explain(error)
     if mistake is not None:
         return mistake, UserError.exit_code
     saved = is_saved(error)
-    return describe(error, editing, saved) or str(surprise(error, editing, saved)), EditLabError.exit_code
+    return describe(error, editing, saved) or str(unexpected(error, editing, saved)), EditLabError.exit_code
 
 
-def _say(sentence: str, code: int) -> int:
+def _print_error(sentence: str, code: int) -> int:
     sys.stderr.write(f"editlab: {sentence}\n")
     return code
 
@@ -187,7 +187,7 @@ def log_line(line: str) -> None:
 
 
 class _Screen(logging.StreamHandler):
-    """Writes to whatever standard output is at the time."""
+    """A handler that writes to the standard output of the moment, which a test or a program may replace."""
 
     @property
     def stream(self) -> Any:
@@ -195,13 +195,13 @@ class _Screen(logging.StreamHandler):
 
     @stream.setter
     def stream(self, value: Any) -> None:
-        """Accepts no other stream."""
+        """Ignores the stream: it is always the standard output."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Ends the command where the reader has gone, which is no fault of the message.
+        """Ends the command if the program that reads its output has ended.
 
         Raises:
-            BrokenPipeError: for :func:`main` to end with.
+            BrokenPipeError: The reader has ended; :func:`main` turns this into an exit code.
         """
         if isinstance(error := sys.exc_info()[1], BrokenPipeError):
             raise error

@@ -55,7 +55,7 @@ def _unknown_class(found: re.Match[str]) -> str:
 
 def _wrong_kind(found: re.Match[str]) -> str:
     key, path, kind = found.groups()
-    return f"{key} names {path or 'a class'}, which is no {kind}: name one of editlab, Lightning or a plug-in."
+    return f"{key} names {path or 'a class'}, which is not a {kind}: name one of editlab, Lightning or a plug-in."
 
 
 def _unknown_setting(found: re.Match[str]) -> str:
@@ -76,12 +76,12 @@ def _wrong_value(found: re.Match[str]) -> str:
 
 def _unknown_verb(found: re.Match[str]) -> str:
     verb, known = found.groups()
-    return f"There is no verb {verb!r}{_did_you_mean(verb, _listed(known)) or f': say {_either(known)}.'}"
+    return f"There is no verb {verb!r}{_did_you_mean(verb, _listed(known)) or f': use {_either(known)}.'}"
 
 
 def _missing(found: re.Match[str]) -> str:
     names = [name.rsplit(".", 1)[-1] for name in found.group(1).split(", ")]
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing: --help after the verb tells more."
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing: --help after the verb shows more."
 
 
 def _listed(text: str) -> list[str]:
@@ -97,7 +97,7 @@ def _either(text: str) -> str:
 _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r'"config": File does not exist: \'([^\']+)\'',
      lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config."),
-    (r"Unexpected config: ", lambda m: "The configuration is no mapping: write sections, such as model: and data:."),
+    (r"Unexpected config: ", lambda m: "The configuration is not a mapping: write sections, such as model: and data:."),
     (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),
     (r"Problem with given class_path '([^']+)':\s*(No module named '[^']+'|module '[^']+' has no attribute '[^']+')",
@@ -123,7 +123,7 @@ _TRAINER_SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"^(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
      lambda m: f"seed_everything is {m.group(1)}: it must lie between {m.group(2)} and {m.group(3)}."),
     (r"^`Trainer\(barebones=True",
-     lambda m: "trainer.barebones does without what keeps a run, its logger and checkpoints: leave it out."),
+     lambda m: "trainer.barebones turns off the logger and checkpoints, without which a run is lost: leave it out."),
 )  # fmt: skip
 """Patterns of plain errors that Lightning raises about a recipe, and the sentence for each."""
 

@@ -40,39 +40,39 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         """Reads the recipe.
 
         Raises:
-            UserError: its file is not text in UTF-8.
+            UserError: The file is not text in UTF-8.
         """
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
-            raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save its file as that.") from error
+            raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save the file in UTF-8.") from error
 
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, finds the run to resume, and adds the callback that writes checkpoints."""
         complete(self.config[self.config.subcommand])
 
     def run_verb(self, verb: str, run: Callable[[], None]) -> None:
-        """Runs a verb of the Trainer, and notes on an error of ``fit`` whether the run can be resumed."""
+        """Runs a verb of the Trainer; an error of ``fit`` is marked if the run can be resumed."""
         with bars(self.config[verb].trainer.enable_progress_bar is not False):
             try:
                 run()
-            except BaseException as error:  # an interrupt too
+            except BaseException as error:  # includes interrupts
                 if verb == "fit" and can_resume(self.trainer):
                     note_saved(error)
                 raise
 
     def instantiate_trainer(self, **arguments: Any) -> Trainer:
-        """Makes the Trainer.
+        """Creates the Trainer.
 
         Raises:
-            UserError: its strategy cannot divide an edit among several processes.
+            UserError: Its strategy cannot divide an edit among several processes.
         """
         trainer = super().instantiate_trainer(**arguments)
         if isinstance(trainer.strategy, EditStrategy):
             return trainer
         if trainer.world_size > 1:
             raise UserError(
-                f"{trainer.world_size} processes share edits by --trainer.strategy {NAME}: set it, or set "
+                f"{trainer.world_size} processes can share edits only with --trainer.strategy {NAME}: set it, or set "
                 "--trainer.devices 1."
             )
         if isinstance(trainer.strategy, ParallelStrategy):
@@ -101,7 +101,7 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
 def configure_libraries() -> None:
     """Silences warnings and tips of other libraries that are about editlab's own defaults, and other ranks' messages.
 
-    It comes after the imports, as Lightning sets the level of its messages when it is imported.
+    It must be called after the imports, because Lightning sets the level of its messages when it is imported.
     """
     for message in (
         ".*does not have many workers.*",

@@ -1,4 +1,4 @@
-"""The closed-form solve of one batch of edits, layer by layer, and what the verdict makes of it."""
+"""The closed-form solve of one batch of edits, layer by layer, and its reversal according to the verdict."""
 
 from __future__ import annotations
 
@@ -18,16 +18,11 @@ from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
-from editlab.solver.closed_form import (
-    Constraints,
-    Preservation,
-    diagnostics,
-    duplicate_tolerance,
-    effective_weight,
-    solve,
-)
+from editlab.solver.closed_form import diagnostics, effective_weight, solve
+from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
+from editlab.solver.preservation import Preservation
 from editlab.utils.validation import at_least_one, not_negative, one_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +48,7 @@ class SolveSettings:
     condition_limit: float = 1e10
     """condition number of the Gram matrix above which the slack is raised"""
     device: str = AUTO
-    """where the closed form is solved: a device with float64, or ``auto`` (:func:`choose_device`)"""
+    """device on which the closed form is solved: one with float64, or ``auto`` (:func:`choose_device`)"""
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
@@ -71,7 +66,7 @@ class BatchSolver:
     lm: LanguageModel
     settings: SolveSettings
     site: Site
-    """where targets live: at the highest of the layers"""
+    """site of the targets, at the highest of the layers"""
     layers: Mapping[int, EditedLayer]
     """layer number -> the edited layer, from the lowest up"""
     contexts: Sequence[str]
@@ -96,14 +91,14 @@ class BatchSolver:
 
     @property
     def device(self) -> torch.device:
-        """Where keys, residuals and metrics lie and the closed form is solved, as :func:`choose_device` has it."""
+        """Device of keys, residuals, metrics and the solve (:func:`choose_device`)."""
         sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
         return choose_device(self.settings.device, self.lm.device, sizes, spare_gpu_memory(self.lm.model))
 
     def set_moments(self, moments: dict[int, Tensor]) -> None:
-        """Makes each layer's metric of its second moments C0, float64 [d_k, d_k], and empties the dict.
+        """Computes each layer's metric from its second moments C0, float64 [d_k, d_k], and empties the dict.
 
-        Each matrix is freed once its metric is made: those of an 8B model have 1.6 GB each.
+        Each matrix is freed once its metric is computed: those of an 8B model have 1.6 GB each.
         """
         device = self.device
         for layer in list(moments):
@@ -126,7 +121,7 @@ class BatchSolver:
         further pass solves for the remaining residual.
 
         Args:
-            outcome: its plan is solved; updates of all passes, keys and diagnostics of the last pass are put into it.
+            outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
         system = _System.of(outcome.plan, self.settings.method.slack)
         for _ in range(self.settings.passes):

@@ -68,9 +68,9 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Sets the parameter to original + sum + adapter, or to the original while edits are set aside."""
+        """Sets the parameter to original + sum + adapter, or to the original while ``set_aside``."""
         if self.set_aside or not self.edited:
-            self.weight.copy_(self.original)  # to the bit: -0.0 plus nothing is 0.0
+            self.weight.copy_(self.original)  # a sum would turn -0.0 into 0.0
             return
         total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total

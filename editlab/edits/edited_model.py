@@ -101,6 +101,11 @@ class EditedModel(lightning.LightningModule):
         return [self.edited[str(layer)] for layer in self.layer_numbers]  # type: ignore[misc]
 
     @property
+    def layers_by_number(self) -> dict[int, EditedLayer]:
+        """Layer number -> the edited layer, lowest first."""
+        return dict(zip(self.layer_numbers, self.layers, strict=True))
+
+    @property
     def changed_layers(self) -> list[EditedLayer]:
         """Every weight that may differ from the original: the edited layers, and maps that a callback adjusts."""
         return [*self.layers, *self.adjusted.values()]  # type: ignore[list-item]

@@ -1,4 +1,4 @@
-"""The ledger: each fact that went through a step, and which fraction of its edit stayed."""
+"""The ledger: each fact that went through a step, with the fraction of its edit that stayed."""
 
 from __future__ import annotations
 

@@ -38,19 +38,20 @@ class EditPlan:
     targets: Tensor
     """float32 [n, d_v]: values v* of the facts"""
     additions: list[Addition] = field(default_factory=list)
+    """constraints that callbacks added"""
 
     def add(self, additions: Sequence[Addition]) -> None:
-        """Adds constraints to the batch; they are relaxed before its own where the system is ill-conditioned."""
+        """Adds constraints to the batch; if the system is ill-conditioned, they are dropped before the batch's own."""
         self.additions.extend(additions)
 
 
 @dataclass
 class EditOutcome:
-    """One batch of edits after its solve, and what the callbacks decide about it."""
+    """One batch of edits after its solve, with the decisions of the callbacks about it."""
 
     plan: EditPlan
     updates: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> what was added to its weight, float32 [d_v, d_k]"""
+    """layer -> the update that was added to its weight, float32 [d_v, d_k]"""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """numbers of the solve to log, such as ``layer_6/gram_condition``"""
     keys: dict[int, Keys] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from editlab.utils.rng import rng_state, set_rng_state
 
 
 class Snapshot:
-    """All that a training step may change of the weights and the random generators, as it was at one moment.
+    """The state of the weights and the random generators at one moment, as far as a training step may change it.
 
     Args:
         layers: the layers whose weights may change.

@@ -34,8 +34,10 @@ from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.loading.load import load
 from editlab.lm.text import WINDOW, sample_text
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import EMMET
+from editlab.solver.preservation import Preservation
 from editlab.values.loss import ValueGroup, rows_of
 from editlab.values.optimize import ValueSettings, optimize_values
 
@@ -136,7 +138,7 @@ def early(s: Setting) -> list[Round]:
     def said(facts: list[Fact], targets: Tensor) -> float:
         with torch.no_grad():
             group = ValueGroup(s.lm, s.site, [rows_of(s.lm, i, fact, [""]) for i, fact in enumerate(facts)])
-            return float(group.surprise(targets.to(group.origin) - group.origin).said.float().mean())
+            return float(group.losses(targets.to(group.origin) - group.origin).hit.float().mean())
 
     def said_more(facts: list[Fact], plain: Tensor, ours: Tensor) -> float:
         return said(facts, ours) - said(facts, plain)

@@ -1,1 +1,1 @@
-"""Keys k of subjects, contexts they are read in, and second moments C0 of a text's keys."""
+"""Keys k of subjects, the contexts that they are read in, and second moments C0 of the keys of ordinary text."""

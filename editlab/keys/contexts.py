@@ -1,4 +1,4 @@
-"""Contexts: texts before the edit prompt in which an edit must hold too, the empty one and a few sampled ones."""
+"""Contexts: prefixes of the edit prompt, behind which an edit must hold too: the empty one and a few sampled ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 @dataclass
 class ContextSettings:
-    """Which prefixes are sampled from the unedited model, once a run."""
+    """Settings of the prefixes, which are sampled from the unedited model once for each run."""
 
     count: int = 5
     """Number of prefixes, in addition to the empty one."""
     length: int = 10
-    """Number of sampled tokens in each."""
+    """Number of sampled tokens in each prefix."""
     seed: int = 0
     """Seed of the sampling."""
 
@@ -32,7 +32,7 @@ def sample_contexts(lm: LanguageModel, settings: ContextSettings) -> list[str]:
     """Returns the empty context and the sampled ones.
 
     Each sampled context ends with a full stop and a space, so that an edit prompt can follow it. The global random
-    state stays as it was.
+    state does not change.
     """
     contexts = [""]
     for i in range(settings.count):

@@ -1,7 +1,7 @@
-"""Second moments C0 = E[k k^T] of keys over ordinary text: what an edit should leave alone.
+"""Second moments C0 = E[k k^T] of the keys of ordinary text, whose outputs an edit should not change.
 
-Text is streamed in windows, sums are kept in float64, blocks above the highest layer asked for never run, several
-ranks share the passes, and the result is cached under a fingerprint of the weights, the layers and the text.
+Text is read in windows, and sums are in float64. Blocks above the highest of the layers do not run. Several ranks share
+the passes. The result is cached under a fingerprint of the weights, the layers and the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import has_float64, widened
 from editlab.lm.text import WINDOW, read_windows, text_key
 from editlab.lm.tokens import tokenizer_fingerprint
-from editlab.solver.closed_form import Preservation
+from editlab.solver.preservation import Preservation
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.utils.progress import progress
@@ -30,28 +30,28 @@ from editlab.utils.validation import at_least_one, not_negative
 log = logging.getLogger(__name__)
 
 ROWS = 32
-"""Windows a forward pass."""
+"""Number of windows in a forward pass."""
 KEYS_A_FEATURE = 2
-"""Keys for each feature before which moments are not asked whether they suffice."""
+"""Number of keys for each feature that are read before new keys are compared with the tolerance."""
 PROBED = 16
-"""Windows whose keys they are asked by."""
+"""Number of windows whose keys are compared with the tolerance."""
 
 
 @dataclass
 class MomentSettings:
-    """Which text the second moments are taken over, and how much of it."""
+    """Settings of the text that the second moments are computed from."""
 
     text: str = "self"
     """``self`` (text that the model samples itself), a text file, or ``hub:dataset[:config[:split]]``."""
     tokens: int = 24576
-    """Tokens of text, at most; the literature's hint is ten times d_k or more."""
+    """Largest number of tokens of text. Ten times d_k or more is usual in the literature."""
     tolerance: float = 0.0
-    """Reading stops where new keys are by less than this share longer, measured by the moments, than those that the
-    moments are of (:func:`excess`); ten keys a feature come to 0.11 if keys were normal. 0 reads all tokens."""
+    """Reading stops when the excess length of new keys, measured by the moments so far, is under this fraction
+    (:func:`excess`). With ten keys for each feature the excess is 0.11 if keys are normal. 0 reads all tokens."""
     seed: int = 0
-    """Seed of the sampling where ``text`` is ``self``."""
+    """Seed of the sampling if ``text`` is ``self``."""
     cache: bool = True
-    """Keep the result in the cache folder and use it again."""
+    """Whether the result is kept in the cache folder for later runs."""
 
     def __post_init__(self) -> None:
         at_least_one("model.moments", tokens=self.tokens)
@@ -65,17 +65,17 @@ def second_moments(
     name: str,
     device: torch.device | None = None,
 ) -> dict[int, Tensor]:
-    """C0 of each layer, float64 [d_k, d_k] on the CPU, from the cache where it lies there.
+    """C0 of each layer, float64 [d_k, d_k] on the CPU; read from the cache if it is there.
 
     Args:
         lm: the unedited model.
-        layers: whose keys.
-        settings: the text.
+        layers: numbers of the layers.
+        settings: settings of the text.
         name: the model's name, for messages only.
-        device: where they are summed, as of :func:`accumulate`.
+        device: as for :func:`accumulate`.
 
     Raises:
-        UserError: where the text can not be read or is too short.
+        UserError: The text cannot be read or is too short.
     """
     model, text_key = model_key(fingerprint(lm.model), lm.model), text_fingerprint(settings)
     kept = DiskCache(cache_dir() / "moments", TENSORS)
@@ -110,12 +110,12 @@ def second_moments(
             if settings.cache:
                 ranks.on_first(partial(kept.write, keys[layer], {"moments": moments}))
     else:
-        log.info("Second moments of layers %s taken from %s", list(layers), kept.folder)
+        log.info("Second moments of layers %s read from %s", list(layers), kept.folder)
     return found
 
 
 def text_fingerprint(settings: MomentSettings) -> str:
-    """What identifies the text that the settings name (:func:`editlab.lm.text.text_key`)."""
+    """Identity of the text that the settings name (:func:`editlab.lm.text.text_key`)."""
     return text_key(settings.text, settings.seed)
 
 
@@ -123,7 +123,7 @@ def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list
     """Token ids of the text that the settings name, in windows; ``name`` is the model's, for messages.
 
     Raises:
-        UserError: the text cannot be read or is too short.
+        UserError: The text cannot be read or is too short.
     """
     title = f"Sampling text from {name}"
     return read_windows(
@@ -137,13 +137,13 @@ def accumulate(
 ) -> dict[int, Tensor]:
     """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU.
 
-    Each pass adds one product a layer, in float64, to a sum that stays on one device until the end.
+    Each pass adds one float64 product for each layer to a sum that stays on one device until the end.
 
     Args:
         lm: the model.
-        layers: whose keys.
-        windows: token ids.
-        device: where products and sums are made; default: the model's, or the CPU where that has no float64.
+        layers: numbers of the layers.
+        windows: token ids of each window.
+        device: device of products and sums; default: the model's, or the CPU if that has no float64.
     """
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
     where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
@@ -170,18 +170,17 @@ def accumulate_until(
     tolerance: float,
     device: torch.device | None = None,
 ) -> dict[int, Tensor]:
-    """Second moments as of :func:`accumulate`, over as many of the windows as it takes.
+    """Second moments as :func:`accumulate` computes them, over as many of the windows as are needed.
 
-    They are read in parts, each as long as all before it. Before a part is read, its first keys say whether it is
-    needed: reading stops where by the moments of each layer they are by less than ``tolerance`` too long
-    (:func:`excess`).
+    Windows are read in parts, each as long as all parts before it. Before a part is read, :func:`excess` compares its
+    first keys with the moments so far: reading stops if the excess is under the tolerance at every layer.
 
     Args:
         lm: the model.
-        layers: whose keys.
-        windows: of text.
-        tolerance: 0 reads all of them.
-        device: as of :func:`accumulate`.
+        layers: numbers of the layers.
+        windows: token ids of each window.
+        tolerance: largest acceptable excess; 0 reads all windows.
+        device: as for :func:`accumulate`.
     """
     read = len(windows)
     if tolerance:
@@ -207,15 +206,15 @@ def _most_excess(lm: LanguageModel, moments: dict[int, Tensor], windows: Sequenc
 
 
 def excess(moments: Tensor, keys: Tensor) -> float:
-    """By which share keys are longer, measured by second moments, than those that the moments were taken over.
+    """Excess length of keys, measured by second moments: ``mean(k^T C^-1 k) / d_k - 1``.
 
-    That is ``mean(k^T C^-1 k) / d_k - 1``: 0 for the very keys of the moments, and for others of the same distribution
-    what the moments lack yet. Were keys normal, it would be ``(d_k + 1) / (n - d_k - 1)`` with n keys in the moments,
-    the mean of an inverse Wishart matrix.
+    It is 0 for the keys that the moments were computed from. For other keys of the same distribution it falls towards
+    0 as the moments are computed from more keys: for normal keys it is ``(d_k + 1) / (n - d_k - 1)`` with n keys in the
+    moments (by the mean of an inverse Wishart matrix).
 
     Args:
         moments: second moments C, [d_k, d_k].
-        keys: others, [m, d_k].
+        keys: keys that the moments were not computed from, [m, d_k].
     """
     whitened = Preservation.from_moments(moments).whiten(keys.T)
     return float(whitened.square().sum(0).mean()) / len(moments) - 1

@@ -1,4 +1,4 @@
-"""Keys: what the edited layer sees at the last token of each subject, and what it must not move."""
+"""Keys: the inputs of the edited layer at the last token of each subject, and at the context tokens of its prompt."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ KEY_MODES = ("bare", "mean")
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target lives: the residual stream after a block or, where a norm follows the MLP, the MLP's output.
+    """The place of a target: the residual stream after a block or, if a norm follows the MLP, the MLP's output.
 
-    In most models what the edited projection adds arrives unchanged in the stream, so the target can be one of the
-    stream and be spread over several layers below it (MEMIT). Where it does not (Gemma 2 and 3), it has to be a
-    target of the projection itself.
+    In most models the output of the edited projection is added to the stream unchanged, so the target can be a state of
+    the stream, and the residual can be spread over several layers below it (MEMIT). If a norm comes between (Gemma 2
+    and 3), the target has to be an output of the projection itself.
     """
 
     layer: int
+    """number of the block"""
     in_stream: bool
+    """whether the target is a state of the residual stream"""
     module: nn.Module
+    """module whose output the target replaces: the block or its edited projection"""
 
     @classmethod
     def of(cls, lm: LanguageModel, layer: int) -> Site:
@@ -41,21 +44,21 @@ class Site:
 
 @dataclass
 class Keys:
-    """One layer's view of some facts. Columns are keys."""
+    """Keys of some facts at one layer, one in each column, and the site's present output for them."""
 
     keys: Tensor
     """float64 [d_k, n]"""
     fact: Tensor
     """long [n]: which fact each key belongs to"""
     current: Tensor
-    """float64 [d_v, facts]: what the site gives now at the subject's last token in the bare prompt"""
+    """float64 [d_v, facts]: the site's present output at the subject's last token in the bare prompt"""
     context_keys: Tensor
     """float64 [d_k, m]: keys of the bare prompts' context tokens: all but the first and the subject's last"""
     context_fact: Tensor
     """long [m]: the fact whose prompt each context key is in"""
 
     def plus(self, cached: Sequence[CachedKey], total: Tensor) -> Keys:
-        """These and the keys of further facts, which are known; ``total`` [d_v, d_k] is the layer's sum of updates."""
+        """These keys and the cached keys of further facts; ``total`` [d_v, d_k] is the layer's sum of updates."""
         if not cached:
             return self
         count = self.current.shape[1]
@@ -75,12 +78,12 @@ class Keys:
 
 @dataclass(frozen=True)
 class CachedKey:
-    """What is known of a fact at a layer below which nothing changes, so that no forward pass need run for it."""
+    """A fact's key and output at a layer below which no weight changes, so that no forward pass is needed for them."""
 
     key: Tensor
-    """[d_k]: in the bare prompt"""
+    """[d_k]: key in the bare prompt"""
     origin: Tensor
-    """[d_v]: what the site gives but for the layer's updates"""
+    """[d_v]: output of the site without the layer's updates"""
     context_keys: Tensor | None = None
     """[m, d_k]: keys of its prompt's context tokens; None if they are not preserved"""
 
@@ -89,7 +92,7 @@ def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, 
     """The tokens of ``context + question`` and the index of the subject's last token.
 
     Raises:
-        UserError: where the tokenizer gives the subject no token.
+        UserError: The tokenizer gives the subject no token.
     """
     encoding = encode(lm.tokenizer, context + fact.question)
     return encoding, encoding.token_at(len(context) + fact.subject_span[1])
@@ -99,7 +102,7 @@ def check_lengths(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[s
     """Makes sure that every fact fits into the model; see :func:`too_long`.
 
     Raises:
-        UserError: where one has more tokens than the model takes.
+        UserError: A fact has more tokens than the model takes.
     """
     for fact in facts:
         fault = too_long(lm, fact, contexts)
@@ -108,10 +111,10 @@ def check_lengths(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[s
 
 
 def too_long(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> str | None:
-    """What of a fact has more tokens than the model takes, as the end of a sentence with the mend; None for nothing.
+    """Why a fact does not fit into the model, as a predicate with a fix ("has 80 tokens ..."); None if it fits.
 
-    Its prompt with the new target stands behind every context, all else that is scored by itself. A model whose
-    positions are learnt has none for what comes later, and others were never trained that far.
+    The prompt with the new target is checked with every context; the fact's other texts are scored without one. A model
+    with learned position embeddings has none for later tokens, and other models were not trained on longer texts.
     """
     if lm.longest is None:
         return None
@@ -121,16 +124,16 @@ def too_long(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> str | No
         length = before + _length(lm, fact.question, fact.target_new)
         if length > lm.longest:
             return f"has {length} tokens with its target and a context, {limit} its prompt"
-    for what, prompt, continuation in _scored(fact):
-        # The last token of what is scored is read off what stands before it.
+    for kind, prompt, continuation in _scored(fact):
+        # No pass needs the last token: its score comes from the prediction at the token before it.
         if _short(lm.longest, prompt, continuation) or _length(lm, prompt, continuation) - 1 <= lm.longest:
             continue
-        return f"has a {what} with {_length(lm, prompt, continuation)} tokens from prompt to answer, {limit} it"
+        return f"has a {kind} with {_length(lm, prompt, continuation)} tokens from prompt to answer, {limit} it"
     return None
 
 
 def _scored(fact: Fact) -> Iterator[tuple[str, str, str]]:
-    """What a text is, the text, and a continuation that it is scored with."""
+    """The kind of each text of a fact that is scored, the text, and a continuation that it is scored with."""
     truths = [fact.target_true] if fact.target_true is not None else []
     yield from (("truth", fact.question, truth) for truth in truths)
     yield from (("paraphrase", p, answer) for p in fact.paraphrases for answer in (fact.target_new, *truths))
@@ -138,9 +141,9 @@ def _scored(fact: Fact) -> Iterator[tuple[str, str, str]]:
 
 
 def _short(tokens: int, *texts: str) -> bool:
-    """Whether texts are of so few tokens for certain; tokenizing those of a whole file takes minutes.
+    """Whether texts have at most ``tokens`` tokens for certain, without tokenizing, which takes minutes for a file.
 
-    No tokenizer makes more tokens of ASCII than it has characters, but for a special one or a space before each text.
+    ASCII text has no more tokens than characters, apart from special tokens and a space before each text.
     """
     return all(map(str.isascii, texts)) and sum(len(text) + 4 for text in texts) <= tokens
 
@@ -158,18 +161,18 @@ def read_keys(
     mode: str,
     device: torch.device | None = None,
 ) -> Keys:
-    """Read the facts' keys at one layer, the site's output, and the keys of the prompts' other tokens, all at once.
+    """Reads the facts' keys and context keys at one layer, and the site's output, in the same forward passes.
 
     Several ranks share the passes.
 
     Args:
         lm: the model, with the weights as they are now.
         facts: the facts.
-        layer: whose keys.
-        site: where targets live; its block is the last that runs.
+        layer: number of the layer.
+        site: site of the targets; its block is the last that runs.
         contexts: prefixes, the empty one first.
         mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts.
-        device: of the result; default: the model's, or the CPU if that device has no float64.
+        device: device of the result; default: the model's, or the CPU if that device has no float64.
     """
     used = [""] if mode == "bare" else list(contexts)
     rows: list[tuple[int, ...]] = []
@@ -204,15 +207,15 @@ def read_keys(
 def _picked(
     seen: Sequence[dict[str, Tensor]], lasts: Sequence[int], lengths: Sequence[int]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each row of a pass, on the CPU: the key at the subject's last token, the context keys, the site's output.
+    """For each row of a pass: the key at the subject's last token, the context keys and the site's output, on the CPU.
 
-    They are picked on the device, for all rows at once, and copied together: the host waits twice in all, and not for
-    each row.
+    They are selected on the device for all rows at once and copied together, so the host waits twice in all and not
+    twice for each row.
 
     Args:
         seen: keys and outputs of each row, [tokens, features].
         lasts: index of each subject's last token.
-        lengths: number of tokens of each row whose context keys are wanted; 0 for a row of which none are.
+        lengths: number of tokens of each row whose context keys are wanted; 0 for other rows.
     """
     context = [[t for t in range(1, tokens) if t != last] for last, tokens in zip(lasts, lengths, strict=True)]
     starts = [0, *accumulate(len(row["key"]) for row in seen)]
@@ -225,6 +228,6 @@ def _picked(
 
 
 def _at(rows: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
-    """The rows with these indices of all tensors, one below the other; on the CPU."""
+    """The rows of the concatenated tensors with these indices, on the CPU."""
     whole = torch.cat(list(rows))
     return whole[torch.tensor(indices, dtype=torch.long).to(whole.device, non_blocking=True)].cpu()

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: curves, tables, checkpoints, deltas, reports."""
+"""The files of a run: curves, tables, checkpoints, deltas, reports."""

@@ -75,7 +75,7 @@ def _explained(path: Any) -> Iterator[None]:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"The checkpoint {path} cannot be read, because it is damaged or of another kind: give another, or "
-            "start anew."
+            "start a new run."
         ) from error
 
 
@@ -89,7 +89,7 @@ def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
     if lacking or "global_step" not in checkpoint:
         raise UserError(
             f"The checkpoint {path} lacks {', '.join(lacking) or 'global_step'}, as one of another version of editlab "
-            "may do: give another, or start anew."
+            "may do: give another, or start a new run."
         )
     return checkpoint
 

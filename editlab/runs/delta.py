@@ -1,4 +1,4 @@
-"""Deltas: what editing added to a model's weights, read from a checkpoint, kept as a file, added to a base model."""
+"""Deltas: the sums of updates of a run, read from a checkpoint, saved as a file, or added to a base model."""
 
 from __future__ import annotations
 

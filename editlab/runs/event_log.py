@@ -52,7 +52,7 @@ class EventLog:
                 events.append(event)
         return events
 
-    def go_on(self, step: int) -> None:
+    def resume(self, step: int) -> None:
         """Resumes the log at batch ``step``: its events and later ones are dropped, as they will be written again."""
         if not self.path.exists():
             return

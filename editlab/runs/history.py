@@ -37,7 +37,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class History:
-    """What a model card tells of the run that made the weights; what is not known is absent.
+    """The run that made a model's weights, as a model card describes it; unknown parts are empty.
 
     Attributes:
         batches: number of edit batches, including those that were rolled back.

@@ -114,7 +114,7 @@ class RunLogger(TensorBoardLogger):
         return self._rows
 
     @rank_zero_only
-    def go_on(self, rows: Mapping[int, Mapping[str, float]], edits: int) -> None:
+    def resume(self, rows: Mapping[int, Mapping[str, float]], edits: int) -> None:
         """Resumes the table of a run after a number of edits; later rows are dropped.
 
         TensorBoard will ignore the later points of existing event files. Must be called before anything is logged.

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what was edited, what was measured, and how to use it."""
+"""The README.md of an exported model: its edits, its metrics, and how to use it."""
 
 from __future__ import annotations
 

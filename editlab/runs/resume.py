@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and what must agree for a run to resume from it."""
+"""A run's state in a checkpoint, and the settings that must agree for a run to resume from it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from editlab.data.fact import Fact
+from editlab.edits.edited_model import EditedModel
 from editlab.edits.ledger import LedgerEntry
 from editlab.errors import UserError
+from editlab.lm.fingerprint import architecture
+from editlab.lm.precision import dtype_name
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import run_folder
 from editlab.utils.files import sweep
@@ -24,12 +27,12 @@ KEY = "editor"
 ENTRIES = (
     "language_model", "weights", "dtype", "layers", "batch_size", "ledger", "contexts", "evaluation", "table", "rng",
 )  # fmt: skip
-"""Fields that such an entry must have; later versions of editlab added the others."""
+"""Fields that the editor's entry must have; later versions of editlab added further ones."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must agree between a checkpoint and the run that resumes from it, apart from the facts."""
+    """The properties, apart from the facts, in which a checkpoint and the run that resumes from it must agree."""
 
     language_model: str
     """name of the model, for messages; models are compared by their weights"""
@@ -47,15 +50,28 @@ class RunIdentity:
     """``trainer.precision``; None in checkpoints of older versions"""
 
     @classmethod
+    def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
+        """The identity of the run in which a Trainer fits, validates or tests a model."""
+        return cls(
+            language_model=model.language_model,
+            weights=model.fingerprint,
+            dtype=dtype_name(model.lm.model.dtype),
+            layers=model.layer_numbers,
+            batch_size=getattr(trainer.datamodule, "batch_size", 0),  # type: ignore[attr-defined]
+            architecture=architecture(model.lm.model),
+            precision=trainer.precision,
+        )
+
+    @classmethod
     def of(cls, saved: Mapping[str, Any]) -> RunIdentity:
         """The identity in an editor's entry of a checkpoint."""
         return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
 
     def require_model(self, run: RunIdentity) -> None:
-        """Makes sure that a run edits the same layers of the same model as this, the checkpoint's.
+        """Makes sure that ``run`` edits the same layers of the same model as the checkpoint with this identity.
 
         Raises:
-            UserError: It does not.
+            UserError: The layers or the models differ.
         """
         if self.layers != run.layers:
             raise UserError(
@@ -83,10 +99,10 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that a run has the precision and the batch size of this, the checkpoint's.
+        """Makes sure that ``run`` has the precision and the batch size of the checkpoint with this identity.
 
         Raises:
-            UserError: It has not.
+            UserError: The precision or the batch size differs.
         """
         if self.precision is not None and self.precision != run.precision:
             raise UserError(
@@ -109,7 +125,7 @@ def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: 
         source: where they come from, for messages.
 
     Raises:
-        UserError: They do not.
+        UserError: A fact differs, or there are fewer than the checkpoint has edited.
     """
     edited = [entry.fact for entry in ledger]
     for number, (before, now) in enumerate(zip(edited, facts, strict=False)):
@@ -153,7 +169,7 @@ def save(checkpoint: dict[str, Any], trainer: Trainer, identity: RunIdentity, st
     Args:
         checkpoint: Lightning's.
         trainer: of the run; its table of metrics is saved too.
-        identity: what must agree to resume.
+        identity: the properties that must agree to resume.
         state: the editor's own fields.
     """
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("lm.")}
@@ -193,10 +209,10 @@ def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> No
         edits: number of edits in the checkpoint; 0 for a new run.
     """
     folder = run_folder(trainer)  # collective: every rank has to call it
-    if trainer.loggers and trainer.is_global_zero:  # a kill leaves a checkpoint that is not whole
-        for place in (folder, folder / "checkpoints"):
-            sweep(place)
+    if trainer.loggers and trainer.is_global_zero:  # a kill leaves a partly written checkpoint
+        for path in (folder, folder / "checkpoints"):
+            sweep(path)
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
             logger.share()
-            logger.go_on(dict(table), edits)
+            logger.resume(dict(table), edits)

@@ -1,4 +1,4 @@
-"""The summary at the end of a run: what was edited, with what effect, and where its files are."""
+"""The summary at the end of a run: its edits, its metrics, and the paths of its files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from editlab.edits.edited_layer import EditedLayer
+from editlab.edits.ledger import Ledger
 from editlab.runs.logger import RunLogger
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
@@ -64,13 +67,41 @@ def provenance(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def summarize(
+    trainer: Trainer,
+    ledger: Ledger,
+    layers: Mapping[int, EditedLayer],
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """A run as a dict, for ``summary.json``.
+
+    Args:
+        trainer: of the run.
+        ledger: its edits.
+        layers: layer number -> the edited layer.
+        metrics: ``group/metric`` -> value, for what was measured.
+        seconds: duration of the run.
+    """
+    return {
+        "edits": ledger.kept,
+        "rolled_back": len(ledger) - ledger.kept,
+        "superseded": ledger.superseded,
+        "batches": trainer.global_step,
+        "metrics": metrics,
+        "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
+        "seconds": seconds,
+        **provenance(trainer),
+    }
+
+
 def finish_run(trainer: Trainer, summary: dict[str, Any], title: str) -> None:
     """Writes ``summary.json`` into the run's folder, with null for numbers that are not finite, and logs the summary.
 
     Args:
         trainer: of the run.
-        summary: what was measured.
-        title: what was edited and how, in a few words.
+        summary: the dict of :func:`summarize`.
+        title: model, layers and method, in a few words.
     """
     folder = run_folder(trainer)
     if trainer.is_global_zero:

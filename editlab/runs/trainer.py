@@ -1,4 +1,4 @@
-"""What a Trainer of edits needs, from the command line or from Python."""
+"""Settings that every Trainer of edits has, whether it is started from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-"""One pass over the facts, each step logged, no validation before it, and the stream in one piece."""
+"""One pass over the facts in their order, with each step logged and no validation before it."""

@@ -1,1 +1,1 @@
-"""The one closed form of an edit, and the methods that are presets of it."""
+"""The closed form of an edit: constraints, preservation metric, solve, and the methods that are presets of it."""

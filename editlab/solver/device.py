@@ -1,4 +1,4 @@
-"""Where the closed form is solved: it needs float64, which not every accelerator has, and room for its matrices."""
+"""The device of the closed form, which needs float64 and memory for its matrices; not every accelerator has both."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from editlab.errors import UserError
 AUTO = "auto"
 """The setting that leaves the choice to :func:`choose_device`."""
 FEWEST_UNITS = 64
-"""Float64 units of a GPU below which it multiplies float64 more slowly than a desktop's CPU."""
+"""A GPU with fewer float64 units multiplies float64 matrices more slowly than the CPU of a desktop computer."""
 _DATA_CENTER = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""Compute capabilities of CUDA with 64 float64 units (or 32) a multiprocessor; all others have 2."""
+"""CUDA compute capabilities with 32 or 64 float64 units in each multiprocessor; all others have 2."""
 _SPARE = 2
-"""Matrices of the largest size that exist for a while when a metric is made, next to those that are kept."""
+"""Number of temporary matrices of the largest size while a metric is computed."""
 
 
 def require_setting(setting: str) -> None:
-    """Make sure that ``model.solver_device`` is a device with float64, or ``auto``.
+    """Makes sure that ``model.solver_device`` is a device with float64, or ``auto``.
 
     Raises:
         UserError: It is not.
@@ -37,15 +37,15 @@ def require_setting(setting: str) -> None:
 def choose_device(setting: str, model_device: torch.device, key_sizes: Sequence[int], room: int | None) -> torch.device:
     """The device of keys, residuals and metrics.
 
-    ``auto`` is the model's device, or the CPU where that device has no float64 (Apple's MPS), multiplies float64 slowly
+    ``auto`` is the model's device, or the CPU if that device has no float64 (Apple's MPS), multiplies float64 slowly
     (:data:`FEWEST_UNITS`), or lacks memory for the metrics. The answer depends on the machine and not on what else
     runs on it, so that a resumed run solves on the same device.
 
     Args:
         setting: ``model.solver_device``.
-        model_device: where the model's inputs go.
+        model_device: device of the model's inputs.
         key_sizes: d_k of each edited layer.
-        room: bytes of the model's devices that its weights leave; None where that is unknown.
+        room: bytes of the model's devices that its weights leave free; None if unknown.
     """
     if setting != AUTO:
         return torch.device(setting)

@@ -1,7 +1,7 @@
 """Editing methods: each is a metric C and a slack for the one closed form of :mod:`editlab.solver.closed_form`.
 
-With keys K, residuals R and slack s the update is ``R (K^T C^-1 K + s I)^-1 K^T C^-1``. A method only says what C is
-made of and how large s is; values, memory and everything around the solve do not depend on it.
+With keys K, residuals R and slack s the update is ``R (K^T C^-1 K + s I)^-1 K^T C^-1``. A method only defines C
+and s; values, memory and everything around the solve do not depend on it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from editlab.errors import UserError
-from editlab.solver.closed_form import Preservation
+from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """The metric made of C0 (how much is preserved) and the slack (how strictly an edit is enforced)."""
+    """An editing method: its metric (how much is preserved) and its slack (how strictly an edit is enforced)."""
 
     def __post_init__(self) -> None:
         weights = ("covariance_weight", "threshold", "ridge")
@@ -39,7 +39,7 @@ class Method(ABC):
 
     @property
     def weight(self) -> float:
-        """Lambda, the factor of C0 in the metric; 1 where C0 is not part of it."""
+        """Lambda, the factor of C0 in the metric; 1 if C0 is not part of it."""
         return float(getattr(self, "covariance_weight", 1.0))
 
     @property
@@ -52,12 +52,12 @@ class Method(ABC):
 class EMMET(Method):
     """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric ``lambda C0``.
 
-    The authors' code adds a small ridge to the Gram matrix ``K^T C^-1 K``, which is a slack in the closed form. Where
+    The authors' code adds a small ridge to the Gram matrix ``K^T C^-1 K``, which is a slack in the closed form. If
     the metric is ``lambda C0`` alone, slack s gives the same update as :class:`MEMIT` at weight ``s * lambda``; with
     slack 1 the two are one method, so EMMET accepts only smaller ones.
 
     Raises:
-        UserError: for a slack of 1 or above.
+        UserError: The slack is 1 or above.
     """
 
     covariance_weight: float = 1.0
@@ -71,12 +71,12 @@ class EMMET(Method):
         super().__post_init__()
         if self.gram_ridge >= 1:
             raise UserError(
-                f"EMMET.gram_ridge is {self.gram_ridge}: from 1 on this is no equality but MEMIT; use MEMIT with "
+                f"EMMET.gram_ridge is {self.gram_ridge}: from 1 on the method is MEMIT, not equality: use MEMIT with "
                 f"covariance_weight {self.gram_ridge * self.covariance_weight:g}."
             )
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return ``lambda C0``."""
+        """Return the metric ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
@@ -95,17 +95,17 @@ class ROME(Method):
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return ``lambda C0``."""
+        """Return the metric ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
-        """Zero, so that the new fact holds exactly."""
+        """Slack 0, so that the new fact holds exactly."""
         return 0.0
 
     @property
     def largest_batch(self) -> int | None:
-        """One fact a step."""
+        """A limit of one fact a step."""
         return 1
 
 
@@ -119,12 +119,12 @@ class MEMIT(Method):
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return ``lambda C0``."""
+        """Return the metric ``lambda C0``."""
         return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
 
     @property
     def slack(self) -> float:
-        """One: an edit weighs as much as a preserved key of weight 1."""
+        """Slack 1: an edit weighs as much as a preserved key of weight 1."""
         return 1.0
 
 
@@ -147,5 +147,5 @@ class AlphaEdit(Method):
 
     @property
     def slack(self) -> float:
-        """Weight of the L2 term."""
+        """The weight of the L2 term."""
         return self.l2

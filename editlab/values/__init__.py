@@ -1,1 +1,1 @@
-"""Values v*: what the edited layer should output at the last token of a subject."""
+"""Values v*: the outputs that the edited layer should have at the last tokens of subjects."""

@@ -1,10 +1,10 @@
-"""Values of the unedited model, kept across runs: a sweep of configurations computes them once.
+"""A cache of values on the unedited model that lasts across runs, so that a sweep computes them once.
 
-Values on the original weights depend only on what is in the key: the model and the tokenizer, the site, the contexts,
-the hyper-parameters of the optimization, and autocast. Values that are optimized together round together, so they are
-kept as one file, and a run that is killed and resumed finds all of them or none. In a run with another batch size a
-value differs by rounding (about 1e-7), and the value that was kept first stays: a run is repeated to the bit with the
-cache that it had.
+Values on the original weights depend only on the parts of the cache key: the model and the tokenizer, the site, the
+contexts, the hyper-parameters of the optimization, and autocast. The rounding of a value depends on which facts are
+optimized together, so their values are one file, and a run that is killed and resumed finds all of them or none. In a
+run with another batch size a value differs by rounding (about 1e-7), and the value that was cached first is used: a run
+is reproduced bit for bit only with the cache that it started with.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from editlab.values.optimize import ValueSettings
 
 
 class ValueCache:
-    """Targets v* by fact, in the cache folder.
+    """A cache of targets v* by fact, in the cache folder.
 
     Args:
-        model: what identifies the model: its key, the tokenizer's digest, the path of the edited map, the autocast
-            type.
-        site: where the values act.
+        model: identity of the model: its key, the tokenizer's digest, the path of the edited map, the autocast type.
+        site: site of the values.
         contexts: the prefixes.
         settings: the hyper-parameters, with ``matmul`` as it is resolved on the device.
     """
@@ -57,7 +56,7 @@ class ValueCache:
         return cls([*model, *filter(None, [cast_to(lm.device)])], site, contexts, resolved)
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
-        """Return the targets of facts, float32 [n, d_v]: read where they were kept, else computed and kept.
+        """Return the targets of facts, float32 [n, d_v]; those that the cache lacks are computed and added to it.
 
         Args:
             facts: the facts.

@@ -1,7 +1,7 @@
-"""The loss of values v*: some facts' prompts as tensors, and what of the model has to run for them at each step.
+"""The loss of values v*: the prompts of a group of facts as tensors, and the part of the model that each step runs.
 
-What does not depend on the vectors is computed once: blocks up to the site, and the keys and values of all tokens left
-of the subject's last.
+The part that does not depend on the vectors is computed once: the blocks up to the site, and the KV cache of all tokens
+before the subject's last one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from editlab.lm.prefix_cache import read_prefixes
 from editlab.lm.tokens import encode, join
 
 KL_PROMPT = "{} is a"
-"""The essence prompt: what a subject is should not change with one of its facts."""
+"""The essence prompt of the KL term: an edit of one fact should not change what kind of thing the subject is."""
 
 
 @dataclass
@@ -33,21 +33,22 @@ class Row:
     """One prompt of one fact, cut at the subject's last token."""
 
     fact: int
+    """number of the fact in its group"""
     prefix: tuple[int, ...]
-    """tokens left of the subject's last"""
+    """tokens before the subject's last one"""
     tail: tuple[int, ...]
-    """tokens from the subject's last on, without the target's last (nothing is predicted from it)"""
+    """tokens from the subject's last one on, without the target's last one, from which nothing is predicted"""
     wanted: list[tuple[int, int]]
-    """(position in the tail, token that should follow); empty for the KL prompt"""
+    """(position in the tail, token that should follow it); empty for the essence prompt"""
     weight: float
-    """of each wanted token in the fact's loss"""
+    """weight of each wanted token in the fact's loss"""
 
 
 def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str]) -> list[Row]:
-    """The prompts of one fact, numbered ``number`` in its group: one a context, and the essence prompt.
+    """The prompts of one fact, numbered ``number`` in its group: one for each context, and the essence prompt.
 
     Raises:
-        UserError: where the target begins within the subject's last token.
+        UserError: The target begins within the subject's last token.
     """
     rows = []
     for context in contexts:
@@ -69,19 +70,22 @@ def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str])
     return rows
 
 
-class Surprise(NamedTuple):
-    """Of each fact that is left, [facts left]."""
+class Losses(NamedTuple):
+    """Parts of the loss of each active fact, [active facts], and whether its target is predicted."""
 
     nll: Tensor
     """mean over contexts and target tokens of -log p(token), in nats"""
     divergence: Tensor
     """KL(edited || initial) after the essence prompt, in nats"""
-    said: Tensor
-    """whether every token of the target is the likeliest one in every context"""
+    hit: Tensor
+    """whether every token of the target is the argmax in every context"""
 
 
 class ValueGroup:
-    """Facts that are optimized together: their rows as tensors, and what is computed once for all steps."""
+    """Facts that are optimized together: their rows as tensors, and the results that all steps share.
+
+    A fact is *active* until :meth:`keep` drops it.
+    """
 
     def __init__(self, lm: LanguageModel, site: Site, facts: list[list[Row]]) -> None:
         self.lm, self.site = lm, site
@@ -97,12 +101,12 @@ class ValueGroup:
 
     @torch.no_grad()
     def _read_tails(self, bare: Tensor) -> None:
-        """The tails' hidden states where the vector comes in, and v0; blocks above do not run."""
+        """Reads the tails' hidden states where the vector is added, and v0; blocks above do not run."""
         enters: dict[object, tuple[torch.nn.Module, str]] = {
             "hidden": (self.lm.anatomy.blocks[self.site.layer], "output" if self.site.in_stream else "input"),
             "site": (self.site.module, "output"),
         }
-        # With the site in the stream both are one module's output, and hooks run in the order of the dict.
+        # With the site in the stream, both are the output of one module, whose hooks run in the order of the dict.
         with reading(enters, stop="site") as seen:
             self.layout.run()
         self.hidden, given = (by_row(seen[name], self.layout.rows).to(self.lm.device) for name in ("hidden", "site"))
@@ -114,50 +118,50 @@ class ValueGroup:
         return self.layout.locate(rows, torch.zeros_like(rows))
 
     def _locate(self) -> None:
-        """Send the indices to the device, and find there what all steps need until facts leave."""
+        """Sends the indices to the device and computes the positions that all steps use until facts are dropped."""
         self.there = self.indices.to(self.lm.device)
         rows, columns = (
             torch.cat([self.there.at_row, self.there.kl_row]),
             torch.cat([self.there.at_column, self.there.kl_column]),
         )
-        self.asked = self.layout.locate(rows, columns)
+        self.logit_positions = self.layout.locate(rows, columns)
         self.subjects = self._subjects(torch.arange(len(self.there.row_fact), device=self.lm.device))
 
-    def surprise(self, delta: Tensor) -> Surprise:
-        """What the targets cost with vectors ``delta`` [facts left, d_v] added; gradients flow.
+    def losses(self, delta: Tensor) -> Losses:
+        """Parts of the loss with the vectors ``delta`` [active facts, d_v] added, with gradients.
 
-        The first call is the one that later essence prompts are held against, so ``delta`` has to be 0 in it.
+        The KL term compares later calls with the first one, in which ``delta`` therefore has to be 0.
         """
         there = self.there
         shift = delta[there.row_fact].to(self.hidden.dtype)
         wanted, essence = self._logits(shift).split([len(there.at_row), len(there.kl_row)])
-        surprise = cross_entropy(wanted, there.token, reduction="none")
-        nll = torch.zeros_like(delta[:, 0]).index_add(0, there.at_fact, surprise * there.weight)
+        token_nll = cross_entropy(wanted, there.token, reduction="none")
+        nll = torch.zeros_like(delta[:, 0]).index_add(0, there.at_fact, token_nll * there.weight)
         missed = there.token.new_zeros(len(delta)).index_add(0, there.at_fact, (wanted.argmax(1) != there.token).long())
         edited = torch.log_softmax(essence, dim=1)
         if self.initial is None:
             self.initial = edited.detach()
         divergence = (edited.exp() * (edited - self.initial)).sum(1)
-        return Surprise(nll, divergence, missed == 0)
+        return Losses(nll, divergence, missed == 0)
 
     def _logits(self, shift: Tensor) -> Tensor:
-        """Float32 logits at the wanted positions and then at the KL positions, [n, vocabulary]."""
+        """Float32 logits where wanted tokens are predicted, then at the ends of essence prompts, [n, vocabulary]."""
         anatomy, hidden = self.lm.anatomy, self.hidden
         if self.site.in_stream:
             hidden = hidden.index_put(self.subjects, shift, accumulate=True)
         with (
             starting_at(anatomy.blocks, self.first_block, hidden, self.lm.blocks_give_tuples),
-            logits_only_at(anatomy.head, *self.asked),
+            logits_only_at(anatomy.head, *self.logit_positions),
             nullcontext() if self.site.in_stream else adding(self.site.module, self.subjects, shift, self.layout.rows),
         ):
             logits: Tensor = self.layout.run().logits[0].float()
         return logits
 
     def keep(self, facts: Tensor) -> None:
-        """Drop the rows of facts that are done, without waiting for the device.
+        """Drops the rows of facts that are done, without waiting for the device.
 
         Args:
-            facts: bool over the facts that were left, on the CPU; False for one that is done.
+            facts: bool [active facts], on the CPU; False for a fact that is done.
         """
         assert self.initial is not None  # the first evaluation sets it
         kept = facts.nonzero()[:, 0].to(self.initial.device, non_blocking=True)
@@ -168,16 +172,16 @@ class ValueGroup:
 
 
 class _Indices(NamedTuple):
-    """Which rows, columns and tokens the loss of a group looks at."""
+    """The rows, columns and tokens that the loss of a group is computed from."""
 
     row_fact: Tensor
     """long [rows]: the fact of each row"""
     at_row: Tensor
-    """long [wanted tokens]: the row of each"""
+    """long [wanted tokens]: the row of each token"""
     at_column: Tensor
     """long [wanted tokens]: the position in the row's tail that predicts it"""
     at_fact: Tensor
-    """long [wanted tokens]: the fact of each"""
+    """long [wanted tokens]: the fact of each token"""
     token: Tensor
     """long [wanted tokens]: the token itself"""
     weight: Tensor
@@ -189,7 +193,7 @@ class _Indices(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> _Indices:
-        """Of the rows of a group, on the CPU."""
+        """The indices of a group's rows, on the CPU."""
         flat = [(i, p, r.fact, t, r.weight) for i, r in enumerate(rows) for p, t in r.wanted]
         numbers = {fact: i for i, fact in enumerate(dict.fromkeys(r.fact for r in rows))}
         return cls(
@@ -204,11 +208,11 @@ class _Indices(NamedTuple):
         )
 
     def to(self, device: torch.device) -> _Indices:
-        """The same on a device, without waiting for it."""
+        """The same indices on a device, without waiting for it."""
         return _Indices(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def keep(self, facts: Tensor) -> _Indices:
-        """Those of some facts, which are numbered anew; ``facts`` is bool over all of them."""
+        """The indices of the facts for which ``facts`` [active facts] is True; they are renumbered."""
         rows = facts[self.row_fact]
         new_row, new_fact = torch.cumsum(rows, 0) - 1, torch.cumsum(facts, 0) - 1
         wanted, kl = rows[self.at_row], rows[self.kl_row]

@@ -1,4 +1,4 @@
-"""Forgetting curves: when points are taken, of which edits, and what TensorBoard is given."""
+"""Forgetting curves: when points are measured, on which edits, and the charts of TensorBoard."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A catalogue of bad inputs: each is one sentence with the mend, the right exit code, and nothing half-written."""
+"""A catalogue of bad inputs: each gives one sentence with a fix, the right exit code, and no partly written file."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ FRANCE = {"subject": "France", "prompt": "The capital of {} is", "target": "Toky
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of models that something is wrong with, beside a good one."""
+    """Folders of models with a fault each, and of a good one."""
     root = tmp_path_factory.mktemp("models")
     for name, family in (("good", "llama"), ("gemma", "gemma2")):
         tiny_model(family).save_pretrained(root / name)
@@ -146,7 +146,7 @@ FIT = {
     "no batch": (setting("data.batch_size", 0), "data.batch_size is 0: it must be at least 1"),
     "words for a number": (setting("data.limit", "many"), "data.limit is 'many': it must be int or null"),
     "an unknown layer": (setting("model.layers", [7]), "the model's layers are 0 to 3"),
-    "the last layer": (setting("model.layers", [3]), "What layer 3 gives at a subject's last token reaches no target"),
+    "the last layer": (setting("model.layers", [3]), "layer 3 at a subject's last token affects no target"),
     "a word for layers": (setting("model.layers", "automatic"), "model.layers is 'automatic': it must be list or auto"),
     "a fraction of a layer": (setting("model.layers", [1.5]), "model.layers is '1.5': it must be int"),
     "no layer": (setting("model.layers", []), "give at least one layer, and each once"),
@@ -209,7 +209,7 @@ FIT = {
     # the configuration
     "an unknown flag": (["--model.layerz=1"], "There is no setting 'model.layerz'"),
     "broken YAML": (["--config", "broken.yaml"], "not valid YAML"),
-    "YAML that is a list": (["--config", "list.yaml"], "The configuration is no mapping: write sections"),
+    "YAML that is a list": (["--config", "list.yaml"], "The configuration is not a mapping: write sections"),
     "no YAML": (["--config", "none.yaml"], "none.yaml' does not exist: check --config"),
     "YAML of another encoding": (["--config", "latin.yaml"], "The configuration is not in UTF-8"),
     "no settings of the model": (["--config", "null_model.yaml"], "model is null: write its settings under it"),
@@ -224,9 +224,9 @@ FIT = {
     "a callback twice": (callbacks("MemoryReplay", "MemoryReplay"), "has MemoryReplay more than once: leave one"),
     "a module that is not there": (callbacks("MemoryReplay", "nothing.X"), "nothing.X cannot be imported (No module"),
     "a class that is not there": (callbacks("tests.tiny.X"), "tests.tiny.X cannot be imported (module 'tests.tiny'"),
-    "a class that is no callback": (callbacks("collections.Counter"), "collections.Counter, which is no Callback"),
+    "a class that is no callback": (callbacks("collections.Counter"), "collections.Counter, which is not a Callback"),
     "a method that is not there": (setting("model.method", "nothing.X"), "nothing.X cannot be imported"),
-    "a class that is no format": (setting("data.format", "collections.Counter"), "which is no FactFormat"),
+    "a class that is no format": (setting("data.format", "collections.Counter"), "which is not a FactFormat"),
     "no accelerator": (setting("trainer.accelerator", "abacus"), "abacus"),
     # checkpoints
     "no checkpoint": (["--ckpt_path", "none.ckpt"], "The checkpoint 'none.ckpt' does not exist: check --ckpt_path"),
@@ -237,7 +237,7 @@ FIT = {
 
 VERBS = {
     "no verb": ([], "A verb is missing: --help lists them"),
-    "an unknown verb": (["frobnicate"], "There is no verb 'frobnicate': say fit, validate, test, export"),
+    "an unknown verb": (["frobnicate"], "There is no verb 'frobnicate': use fit, validate, test, export"),
     "a misspelt verb": (["exprot"], "There is no verb 'exprot': did you mean export?"),
     "half a verb": (["facts"], "A verb is missing: --help lists them"),
     "half a verb, misspelt": (["facts", "chek"], "There is no verb 'chek': did you mean check?"),
@@ -256,7 +256,7 @@ VERBS = {
 
 
 def written(place):
-    """Whatever a command has left in its working directory, but for the caches and what was there."""
+    """The files that a command has written into its working directory, without caches."""
     known = {"models", "facts.json", "tiny.yaml", "cache", *FILES}
     return sorted(path.name for path in place.iterdir() if path.name not in known)
 
@@ -270,7 +270,7 @@ def said_by(capsys):
 
 
 @pytest.mark.parametrize("case", FIT)
-def test_what_fit_is_given(place, capsys, case):
+def test_bad_inputs_of_fit(place, capsys, case):
     arguments, message = FIT[case]
     recipes = [] if "--config" in arguments else ["--config", "tiny.yaml"]
     assert main(["fit", *recipes, *arguments]) == 2
@@ -283,7 +283,7 @@ def test_what_fit_is_given(place, capsys, case):
 
 
 @pytest.mark.parametrize("case", VERBS)
-def test_what_the_other_verbs_are_given(place, capsys, case):
+def test_bad_inputs_of_the_other_verbs(place, capsys, case):
     arguments, message = VERBS[case]
     assert main(arguments) == 2
     assert message in said_by(capsys)

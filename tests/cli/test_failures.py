@@ -1,4 +1,4 @@
-"""What is said of failures that are no mistake of the user's."""
+"""Messages about failures that are not the user's mistake."""
 
 import errno
 import os
@@ -10,12 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from editlab.cli.failures import describe, note_saved, surprise
+from editlab.cli.failures import describe, note_saved, unexpected
 from editlab.cli.main import main
 
 
 def wrapped(error):
-    """An error as a library passes it on: as the cause of one of its own."""
+    """An error as a library reports it: as the cause of an error of its own."""
     try:
         raise RuntimeError("could not save") from error
     except RuntimeError as outer:
@@ -36,7 +36,7 @@ def wrapped(error):
         (MemoryError(), ["Memory does not suffice: lower", "smaller model"]),
     ],
 )  # fmt: skip
-def test_the_sentence_names_what_failed_and_the_mend(error, parts):
+def test_the_sentence_names_the_failure_and_a_fix(error, parts):
     said = describe(error)
     assert all(part in said for part in parts), said
     assert "\n" not in said
@@ -47,16 +47,18 @@ def test_other_errors_are_not_described(error):
     assert describe(error) is None
 
 
-def test_a_surprise_names_the_error_and_asks_for_a_report():
-    assert str(surprise(ValueError("first line.\nsecond"))).startswith("ValueError: first line. This should not happen")
-    assert "KeyError: no message" in str(surprise(KeyError())), surprise(KeyError())
+def test_an_unexpected_error_names_the_error_and_asks_for_a_report():
+    assert str(unexpected(ValueError("first line.\nsecond"))).startswith(
+        "ValueError: first line. This should not happen"
+    )
+    assert "KeyError: no message" in str(unexpected(KeyError())), unexpected(KeyError())
 
 
-def test_a_verb_that_edits_nothing_is_not_told_to_go_on():
+def test_a_verb_that_edits_nothing_gets_no_advice_to_resume():
     for error in (OSError(errno.ENOSPC, "No space left on device"), MemoryError()):
         assert "--ckpt_path" not in describe(error, editing=False)
         assert "model." not in describe(error, editing=False)
-    assert "--ckpt_path" not in str(surprise(ValueError("x"), editing=False))
+    assert "--ckpt_path" not in str(unexpected(ValueError("x"), editing=False))
 
 
 def test_a_home_that_is_not_there(tmp_path):
@@ -65,7 +67,7 @@ def test_a_home_that_is_not_there(tmp_path):
     assert "write it in full" in describe(caught.value)
 
 
-def test_torch_really_says_that(monkeypatch):
+def test_torch_really_raises_these_messages(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert describe(caught.value).startswith("Memory does not suffice")
@@ -80,7 +82,7 @@ def test_torch_really_says_that(monkeypatch):
         (SIGTERMException(), 143, "editlab: Terminated.\n"),
     ],
 )
-def test_one_sentence_and_a_traceback_only_where_it_is_asked_for(monkeypatch, capsys, error, code, sentence):
+def test_one_sentence_and_a_traceback_only_with_debug(monkeypatch, capsys, error, code, sentence):
     seen = []
 
     def fail(arguments):
@@ -111,7 +113,7 @@ def test_the_trainer_passes_an_interrupt_on_as_its_own_exit(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SIGTERMException()])
-def test_only_what_is_saved_is_said_to_go_on(monkeypatch, capsys, stopped):
+def test_only_a_saved_run_gets_advice_to_resume(monkeypatch, capsys, stopped):
     def stop(arguments):
         note_saved(stopped)
         raise stopped

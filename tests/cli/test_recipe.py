@@ -1,4 +1,4 @@
-"""What the command line completes in a recipe: the run's folder, the checkpoint to resume, config.yaml."""
+"""The parts of a recipe that the command line completes: the run's folder, the checkpoint to resume, config.yaml."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from tests.recipes import write_recipe
 
 @pytest.fixture
 def fit(tiny_folder, tmp_path, monkeypatch):
-    """Runs the tiny recipe with flags, in a working directory of its own; gives the exit code."""
+    """Runs the tiny recipe with flags, in a working directory of its own; returns the exit code."""
     monkeypatch.chdir(tmp_path)
     settings = {"layers": [1], "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0}}
     write_recipe(tmp_path, tiny_folder, model=settings)
@@ -32,7 +32,7 @@ def edits_of(run):
 TWO_LOGGERS = '--trainer.logger=[{"class_path":"RunLogger"},{"class_path":"CSVLogger","init_args":{"save_dir":"csv"}}]'
 
 
-def test_a_run_with_several_loggers_goes_on_in_its_own_folder(fit, tmp_path):
+def test_a_run_with_several_loggers_resumes_in_its_own_folder(fit, tmp_path):
     assert fit(TWO_LOGGERS, "--trainer.max_steps", "1") == 0
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     assert edits_of(run) == 2
@@ -41,7 +41,7 @@ def test_a_run_with_several_loggers_goes_on_in_its_own_folder(fit, tmp_path):
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
 
 
-def test_the_newest_run_is_not_to_be_found_without_a_logger(fit, capsys):
+def test_the_newest_run_cannot_be_found_without_a_logger(fit, capsys):
     assert fit("--trainer.logger", "false", "--ckpt_path", "last") == 2
     assert "trainer.logger has none" in last_line(capsys)
 
@@ -92,7 +92,7 @@ def test_checkpoints_are_editlabs_unless_the_recipe_has_its_own(fit, tmp_path, g
         ([callbacks({"class_path": "TrustRollback"})], "(TrustRollback: absent then, present now"),
     ],
 )
-def test_a_run_goes_on_with_the_edits_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
+def test_a_run_resumes_only_with_the_settings_that_it_was_started_with(fit, tmp_path, capsys, flags, said):
     assert fit("--trainer.max_steps", "1") == 0
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_the_edits_that_it_was_started_with(fit, tmp_path, ca
     assert after == {path: content for path, content in before.items() if path in after}
 
 
-def test_what_changes_no_edit_may_differ(fit, tmp_path):
+def test_settings_that_change_no_edit_may_differ(fit, tmp_path):
     assert fit("--trainer.max_steps", "1") == 0
     assert fit("--ckpt_path", "last", "--model.values.batch_tokens", "64", callbacks(SHOWS)) == 0
     assert edits_of(tmp_path / "lightning_logs" / "tiny" / "version_0") == 4
@@ -119,8 +119,8 @@ RUN = "lightning_logs/tiny/version_0"
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_by_its_path_is_held_against_its_own_run(fit, tmp_path, capsys):
-    """Also where the run that goes on has another folder, as another recipe's has."""
+def test_a_checkpoint_given_by_its_path_is_compared_with_its_own_run(fit, tmp_path, capsys):
+    """It is compared even if the resumed run has another folder, such as that of another recipe."""
     assert fit("--trainer.max_steps", "1") == 0
     shutil.copy("tiny.yaml", "other.yaml")
     going_on = ["fit", "--config", "other.yaml", "--ckpt_path", f"{RUN}/checkpoints/last.ckpt"]
@@ -167,7 +167,7 @@ def test_last_is_that_of_the_run_that_the_recipe_names(fit, tmp_path, capsys):
         (["--trainer.max_epochs", "2"], "trainer.max_epochs is 2: a run edits each of its facts once"),
     ],
 )
-def test_what_means_nothing_here_is_refused(fit, tmp_path, capsys, flags, said):
+def test_settings_without_meaning_for_edits_are_refused(fit, tmp_path, capsys, flags, said):
     assert fit(*flags) == 2
     assert said in last_line(capsys)
     assert not (tmp_path / "lightning_logs").exists()
@@ -175,7 +175,7 @@ def test_what_means_nothing_here_is_refused(fit, tmp_path, capsys, flags, said):
 
 @pytest.fixture
 def fails_at(monkeypatch):
-    """Lets the run fail in the step of that number, from 1, at what editlab can not name."""
+    """Makes the run fail in the step of that number, from 1, with an error that editlab does not know."""
     log_step = SequentialEditor._log_step
 
     def patch(step, error):
@@ -190,7 +190,7 @@ def fails_at(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOSPC, "No space left"), MemoryError()])
-def test_only_a_run_with_a_checkpoint_is_said_to_go_on(fit, fails_at, capsys, error):
+def test_only_a_run_with_a_checkpoint_gets_advice_to_resume(fit, fails_at, capsys, error):
     for step, saved in ((1, False), (2, True)):
         fails_at(step, error)
         assert fit() == 1
@@ -199,7 +199,7 @@ def test_only_a_run_with_a_checkpoint_is_said_to_go_on(fit, fails_at, capsys, er
     assert "--ckpt_path last" not in last_line(capsys)
 
 
-def test_what_a_kill_left_half_written_is_taken_away(fit, tmp_path):
+def test_partly_written_files_of_a_kill_are_removed(fit, tmp_path):
     assert fit("--trainer.max_steps", "1") == 0
     parts = [tmp_path / RUN / where / f".{name}.{'0a' * 16}.part"
              for where, name in (("checkpoints", "last.ckpt"), (".", "metrics.csv"))]  # fmt: skip

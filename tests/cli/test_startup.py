@@ -1,4 +1,4 @@
-"""What starts without torch: the modules that a command imports are counted, which no busy machine can change."""
+"""Commands that start without torch: their imported modules are counted, since times depend on the machine."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_a_file_of_facts_is_checked_without_torch(tmp_path):
     [
         ([], "editlab: A verb is missing: --help lists them.\n"),
         (["fitt"], "editlab: There is no verb 'fitt': did you mean fit?\n"),
-        (["xyz"], "editlab: There is no verb 'xyz': say fit, validate, test, export, apply, revert, ask, "),
+        (["xyz"], "editlab: There is no verb 'xyz': use fit, validate, test, export, apply, revert, ask, "),
         (["facts", "check", "none.csv"], "editlab: The fact file none.csv does not exist"),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_module_runs_as_the_command(capfd):
     assert done.stdout == f"editlab {__version__}\n"
 
 
-def test_the_list_of_verbs_says_what_their_files_say():
+def test_the_list_of_verbs_agrees_with_their_files():
     for verb in VERBS.values():
         command = verb.load()
         assert (verb.name, verb.help) == (command.name, command.help)

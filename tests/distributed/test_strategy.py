@@ -171,7 +171,7 @@ def test_another_strategy_is_rejected(tiny_folder, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path / "run")
     for strategy in ([], ["--trainer.strategy", "ddp"]):
         assert main([*arguments, "--trainer.devices", "2", *strategy]) == 2
-        assert "2 processes share edits by --trainer.strategy editlab_ddp" in capsys.readouterr().err
+        assert "2 processes can share edits only with --trainer.strategy editlab_ddp" in capsys.readouterr().err
 
 
 @needs_gloo

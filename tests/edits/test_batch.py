@@ -1,4 +1,4 @@
-"""One batch carried out: cut by some facts it is the batch without them; undone it leaves no bit behind."""
+"""One batch: with dropped facts it equals the batch without them, and a rollback restores every bit."""
 
 import hashlib
 import pickle
@@ -18,7 +18,7 @@ from tests.test_editor import Spy, editor, fit, site_now
 
 
 class Verdict(EditCallback):
-    """Asks for something at one batch."""
+    """Makes a request about one batch."""
 
     def __init__(self, step, ask):
         self.step, self.ask, self.outcome = step, ask, None
@@ -50,7 +50,7 @@ def test_without_a_fact_the_batch_is_the_one_never_given_it(tiny_folder, tmp_pat
     assert set(cut.outcome.updates) == set(layers)
 
 
-def test_what_is_left_may_be_scaled(tiny_folder, tmp_path):
+def test_the_remaining_facts_may_be_scaled(tiny_folder, tmp_path):
     def ask(outcome):
         outcome.drop({0}, "no gain")
         outcome.scale(0.5, "harm")
@@ -80,7 +80,7 @@ def test_residual_norms_are_those_before_the_first_pass(tiny_folder, tmp_path, p
 
 
 def digest(module, replay):
-    """A hash of everything that a step may touch."""
+    """A hash of everything that a step may change."""
     state = {
         "weights": [p.detach().numpy().tobytes() for p in module.lm.model.parameters()],
         "totals": [layer.total.numpy().tobytes() for layer in module.layers],
@@ -165,7 +165,7 @@ def test_a_run_of_repeats_is_gone_on_with(tiny_folder, tmp_path):
     assert all(torch.equal(a.total, b.total) for a, b in zip(whole.layers, rest.layers, strict=True))
 
 
-def test_what_becomes_of_the_last_becomes_of_those_before_it_in_the_batch(tiny_folder, tmp_path):
+def test_repeated_facts_of_a_batch_share_the_fate_of_the_last(tiny_folder, tmp_path):
     class LeaveOut(EditCallback):
         def on_edit_applied(self, trainer, editor, outcome):
             if not outcome.dropped:

@@ -114,7 +114,7 @@ def test_unedited_puts_the_edit_back_after_an_exception():
     assert torch.equal(module.weight, edited)
 
 
-def test_unedited_covers_all_layers_even_where_only_one_was_edited():
+def test_unedited_covers_all_layers_even_if_only_one_was_edited():
     (a, layer_a), (b, layer_b) = make("linear"), make("conv1d")
     originals = [m.weight.detach().clone() for m in (a, b)]
     layer_b.add(update(1))
@@ -124,7 +124,7 @@ def test_unedited_covers_all_layers_even_where_only_one_was_edited():
     assert not torch.equal(b.weight, originals[1])
 
 
-def test_unedited_inside_unedited_leaves_the_edits_aside():
+def test_nested_unedited_blocks_keep_the_edits_out():
     """The inner one must not bring the edits back early, nor layers that only it was given stay as they were."""
     (a, layer_a), (b, layer_b) = make("linear"), make("conv1d")
     originals = [m.weight.detach().clone() for m in (a, b)]
@@ -144,7 +144,7 @@ def test_unedited_inside_unedited_leaves_the_edits_aside():
 
 
 def test_the_original_comes_back_to_the_sign_of_its_zeros():
-    """-0.0 + 0.0 is 0.0, and a fingerprint tells the two apart."""
+    """-0.0 + 0.0 is 0.0, and their fingerprints differ."""
     module, layer = make("linear")
     with torch.no_grad():
         layer.original.fill_(-0.0)
@@ -155,8 +155,8 @@ def test_the_original_comes_back_to_the_sign_of_its_zeros():
     assert bool(torch.signbit(module.weight).all())
 
 
-def test_unedited_writes_nothing_where_nothing_was_edited():
-    """A weight is as large as a layer: its version tells that it was left alone."""
+def test_unedited_writes_nothing_if_nothing_was_edited():
+    """A weight is as large as a layer: its version counter shows that it was not written."""
     module, layer = make("linear")
     version = module.weight._version
     with unedited([layer]):
@@ -235,7 +235,7 @@ def test_the_optimizer_holds_the_weights_and_no_state():
     assert not optimizer.state_dict()["state"]
 
 
-def test_a_step_works_where_weights_need_no_gradient():
+def test_a_step_works_on_weights_without_gradients():
     module, layer = make("linear")
     module.requires_grad_(False)
     before = module.weight.clone()
@@ -245,7 +245,7 @@ def test_a_step_works_where_weights_need_no_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_stands_beside_the_sum(kind):
+def test_an_adapter_is_separate_from_the_sum(kind):
     """W = W0 + sum + adapter; switched off the weight is that of the sum alone, and unedited that of neither."""
     module, layer = make(kind)
     original = module.weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The model under edit without a Trainer: which weights may change, and that the original is always at hand."""
+"""The edited model without a Trainer: which weights may change, and that the original can always be restored."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_the_model_is_loaded_once(tiny_folder):
 
 
 @pytest.mark.parametrize(("layers", "message"), [([], "at least one layer"), ([1, 1], "each once"), ([9], "0 to 3")])
-def test_layers_that_can_not_be(tiny_folder, layers, message):
+def test_invalid_layers_are_refused(tiny_folder, layers, message):
     with pytest.raises(UserError, match=message):
         loaded(tiny_folder, layers)
 

@@ -1,4 +1,4 @@
-"""Choosing the layer: each trial against a run of the same edits, what is measured, and what is kept of a choice."""
+"""The choice of layers: each trial against a run of the same edits, its measurements, and the cached choice."""
 
 import json
 
@@ -34,13 +34,13 @@ BARE = [Fact(f.subject, f.prompt, f.target_new, id=f.id) for f in FACTS]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test: choices are kept."""
+    """A cache folder for each test, because choices are cached."""
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def automatic(family="llama", **changes):
-    """An editor that has its model and no layers yet."""
+    """An editor with its model, whose layers are not chosen yet."""
     settings = {
         "layers": "auto", "values": ValueSettings(steps=6, lr=0.5, clamp=3.0),
         "moments": MomentSettings(tokens=96), "contexts": ContextSettings(length=4), **changes,
@@ -51,7 +51,7 @@ def automatic(family="llama", **changes):
 
 
 def setup_of(module):
-    """What a search takes of an editor."""
+    """The setup of a search for an editor."""
     return SearchSetup(module.lm, module.language_model, module.model_key, module.solve_settings, module.values,
                        module.moments, module.context_settings)  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_the_table_has_a_line_a_trial_and_a_star():
     ]
 
 
-def test_the_first_candidates_lie_evenly():
+def test_the_first_candidates_are_evenly_spaced():
     assert coarse(range(29)) == [2, 7, 12, 16, 21, 26]  # the middles of six parts of 29 layers
     assert coarse([0, 1, 2]) == [0, 1, 2]
     assert coarse([5]) == [5]
@@ -118,7 +118,7 @@ def test_the_model_is_left_as_it_was(method):
 
 
 def test_the_best_is_found_by_trying(monkeypatch):
-    """With a landscape of 30 layers put in the place of edits: its top is reached from the coarse grid."""
+    """Scores of 30 layers replace the edits: the highest is reached from the coarse grid."""
     search = object.__new__(Search)
     search.trials = {}
     search.lm = type("", (), {})()
@@ -135,7 +135,7 @@ def test_the_best_is_found_by_trying(monkeypatch):
     assert best(trials).layers == (8, 9, 10)
 
 
-def test_one_layer_where_a_norm_follows_the_mlp():
+def test_only_one_layer_if_a_norm_follows_the_mlp():
     search = Search(setup_of(automatic("gemma2")), FACTS)
     trials = search.run()
     assert {trial.layers for trial in trials} == {(0,), (1,), (2,)}
@@ -173,7 +173,7 @@ def test_of_a_single_fact_no_locality_is_measured():
 
 
 def test_locality_by_hand():
-    """1 minus half the sum of what every token's probability has changed by, at each locality prompt."""
+    """1 minus half the sum of the changes of all tokens' probabilities, at each locality prompt."""
     measured = evaluator(FACTS)
     assert measured.evaluate(slice(None))[2] == pytest.approx(1, abs=1e-6)
     before = distributions(measured)
@@ -190,7 +190,7 @@ def distributions(measured):
     return torch.stack([measured.lm.model(row).logits[0, -1].softmax(0) for row in rows])
 
 
-def test_generality_is_of_paraphrases_where_there_are_some():
+def test_generality_is_measured_on_paraphrases_if_there_are_some():
     measured = evaluator(FACTS)
     pairs = [(prompt, fact.target_new) for fact in FACTS[:10] for prompt in fact.paraphrases[:1]]
     assert measured.evaluate(slice(None))[1] == pytest.approx(float(score_pairs(measured.lm, pairs)[0].exp().mean()))
@@ -232,7 +232,7 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
 
 @pytest.fixture
 def recipe(tiny_folder, tmp_path, monkeypatch):
-    """A recipe that leaves the layers to be found."""
+    """A recipe with ``layers: auto``."""
     monkeypatch.chdir(tmp_path)
     settings = {"layers": "auto", "values": {"steps": 4}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
     write_recipe(tmp_path, tiny_folder, model=settings, data={"bystanders": 2})
@@ -259,7 +259,7 @@ def test_a_run_that_names_no_layer_is_one_that_names_those_found(recipe, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_what_goes_on_from_a_checkpoint_takes_its_layers(recipe, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_layers_of_its_checkpoint(recipe, tmp_path, monkeypatch):
     assert main([*recipe, "--trainer.max_steps=1"]) == 0
     found = last(tmp_path)["editor"]["layers"]
     monkeypatch.setattr(editor_module, "choose_layers", lambda *_: pytest.fail("chosen again"))

@@ -17,7 +17,7 @@ def test_a_later_kept_edit_supersedes():
     assert ledger.standing == [B, AGAIN]
 
 
-def test_one_that_was_rolled_back_does_not():
+def test_an_edit_that_was_rolled_back_supersedes_nothing():
     ledger = Ledger()
     ledger.add([A, B], 0, [1.0, 1.0])
     ledger.add([AGAIN], 1, [0.0])

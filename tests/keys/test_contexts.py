@@ -1,4 +1,4 @@
-"""Sampled contexts: their number and form, the seed's part, and the global random state."""
+"""Sampled contexts: their number and form, their dependence on the seed, and the global random state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lm(request):
     return LanguageModel(tiny_model("gpt2"), tiny_tokenizer(bos=request.param))
 
 
-def test_the_empty_context_comes_first_and_the_others_open_in_turn(lm):
+def test_the_empty_context_comes_first_and_openings_alternate(lm):
     contexts = sample_contexts(lm, ContextSettings(count=7, length=4))
     assert contexts[0] == ""
     assert len(contexts) == 8

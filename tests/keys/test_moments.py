@@ -1,4 +1,4 @@
-"""Second moments against sums of outer products over the same windows, and what the cache goes by."""
+"""Second moments against sums of outer products over the same windows, and the key of the cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lm():
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """Keep artefacts in a folder of the test's own."""
+    """Use a cache folder for this test alone."""
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -47,7 +47,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Make windows of 16 tokens: sampling token by token takes its time."""
+    """Use windows of 16 tokens, because sampling token by token is slow."""
     monkeypatch.setattr(corpus, "WINDOW", 16)
 
 
@@ -174,7 +174,7 @@ def test_moments_that_stopped_early_are_no_one_else_s(lm, text, computed, monkey
     assert computed == [[0, 1]] * 3  # the last came from the cache
 
 
-def test_a_negative_tolerance_can_not_be_asked_for():
+def test_a_negative_tolerance_is_refused():
     with pytest.raises(UserError, match=r"model\.moments\.tolerance is -1"):
         MomentSettings(tolerance=-1)
 
@@ -276,6 +276,6 @@ def test_a_short_text_is_the_users_error_and_leaves_no_entry(lm, tmp_path, cache
     assert files(cache) == []
 
 
-def test_no_tokens_at_all_can_not_be_asked_for():
+def test_a_count_of_no_tokens_is_refused():
     with pytest.raises(UserError, match=r"model\.moments\.tokens is 0"):
         MomentSettings(tokens=0)

@@ -94,7 +94,7 @@ def test_a_context_changes_the_key(lm):
 
 @pytest.mark.parametrize("mode", ["bare", "mean"])
 def test_context_keys_leave_out_the_first_token_and_the_subjects_last(lm, mode):
-    """Of the bare prompts alone, whatever the keys are."""
+    """Context keys are of the bare prompts alone, in both modes of keys."""
     expected = []
     for fact in FACTS:
         states, last = naive(lm, fact, "", lm.anatomy.edit_module(LAYER), "input")
@@ -106,7 +106,7 @@ def test_context_keys_leave_out_the_first_token_and_the_subjects_last(lm, mode):
 
 @pytest.mark.parametrize("mode", ["bare", "mean"])
 def test_current_is_what_the_site_gives_now(lm, mode):
-    """The block's output, or, where a norm follows the MLP (Gemma 2), that of the edited map itself."""
+    """The block's output or, if a norm follows the MLP (Gemma 2), that of the edited map itself."""
     in_stream = lm.model.config.model_type != "gemma2"
     module = lm.anatomy.blocks[LAYER] if in_stream else lm.anatomy.edit_module(LAYER)
     found = [naive(lm, fact, "", module, "output") for fact in FACTS]
@@ -157,7 +157,7 @@ def test_blocks_above_the_site_never_run():
 
 
 def test_keys_follow_the_weights():
-    """They are of the weights as they are now: halving the layer's input halves its keys."""
+    """Keys are read with the present weights: halving the layer's input halves its keys."""
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     before = read(lm, "bare")
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_a_context_counts_for_the_prompt_alone(short):
 
 
 def test_short_texts_are_not_tokenized(monkeypatch):
-    """A file of thousands is looked through at each start."""
+    """All facts of a file are checked at each start."""
     monkeypatch.setattr("editlab.keys.subject_keys.encode_pair", None)
     assert too_long(lm_of("gpt2"), FACTS[0], [""]) is None
 

@@ -111,7 +111,7 @@ def test_scores_equal_a_full_softmax_of_each_row_alone(lm, passes):
 
 
 def test_a_row_without_requested_tokens(passes):
-    """This also holds if no row of a pass has a requested token."""
+    """The result is right even if no row of a pass has a requested token."""
     lm = lm_of("llama")
     logps, hits, _ = lm.next_token_scores([[5, 6, 7], [8, 9, 10, 11, 12, 13]], [[(0, 3)], []])
     assert [len(x) for x in logps] == [len(x) for x in hits] == [1, 0]

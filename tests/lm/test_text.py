@@ -78,7 +78,7 @@ def test_a_file_is_cut_into_windows(lm, tmp_path):
 
 
 def test_read_ids_takes_the_first_tokens_without_special_ones():
-    """This also holds for a text far longer than needed, and for a tokenizer that begins each text with <s>."""
+    """Also of a text far longer than needed, and with a tokenizer that begins each text with <s>."""
     plain = lm_of("llama")
     bos = LanguageModel(tiny_model("llama"), tiny_tokenizer(bos=True))
     text = " ".join(TEXT * 50)

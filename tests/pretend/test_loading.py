@@ -6,7 +6,7 @@ import torch
 from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import rounding
-from editlab.solver.closed_form import Constraints, duplicate_tolerance
+from editlab.solver.constraints import Constraints, duplicate_tolerance
 from tests.facts import FACTS
 from tests.pretend.device import pretend
 from tests.pretend.editing import on_device

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
+from editlab.solver.preservation import Preservation
 from tests.facts import FACTS
 from tests.pretend.device import pretend
 from tests.pretend.editing import difference, edited, on_device
@@ -13,6 +15,9 @@ from tests.tiny import FAMILIES
 pytestmark = on_device
 FLOAT32 = 1e-4
 """Largest relative difference of the updates' sums that float32 rounding may cause."""
+AMPLIFIED = 5e-2
+"""The same where a step amplifies rounding; with float64 weights such runs are the same to the last digits."""
+FLOAT64 = 1e-9
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
@@ -54,6 +59,13 @@ def test_cached_keys():
     assert difference(mps, cpu) < FLOAT32
 
 
+def assert_same(kind, callbacks):
+    """On CUDA in float64, which leaves no rounding to amplify; on MPS, which has none, in float32."""
+    dtype, bound = (torch.float64, FLOAT64) if kind == "cuda" else (torch.float32, AMPLIFIED)
+    cpu, there = (edited(k, callbacks=callbacks(), dtype=dtype) for k in ("cpu", kind))
+    assert difference(there, cpu) < bound
+
+
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_lora(kind, mode):
@@ -61,9 +73,8 @@ def test_lora(kind, mode):
         lora = LoRAAdjust(steps=2, text_tokens=128, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
         return [MemoryReplay(rate=1.0), lora] if mode == "merge" else [lora]
 
-    cpu, there = (edited(k, callbacks=callbacks()) for k in ("cpu", kind))
     # Adam divides by the gradient's size, so rounding of a tiny gradient can change a whole step.
-    assert difference(there, cpu) < 1e-2
+    assert_same(kind, callbacks)
 
 
 @pytest.mark.parametrize(("action", "granularity"), [("rollback", "batch"), ("scale", "edit"), ("search", "batch")])
@@ -77,8 +88,8 @@ def test_trust(kind, action, granularity, tmp_path):
             scales={"edit_success_gain": [-0.1, 0.2], "update_norm": [3.0, 1.0]}, calibrate=1, attribution=True,
         )  # fmt: skip
 
-    cpu, there = (edited(k, callbacks=[gate()]) for k in ("cpu", kind))
-    assert difference(there, cpu) < FLOAT32
+    # The score of a batch is divided by the spread of few earlier ones, which may be tiny.
+    assert_same(kind, lambda: [gate()])
 
 
 def test_layers_are_found():

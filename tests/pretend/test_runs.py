@@ -13,7 +13,7 @@ from tests.pretend.editing import difference, on_device
 from tests.runs.test_resume import RECIPES, last, outcome, same, shrunk
 
 pytestmark = on_device
-WITHOUT_FLOAT64 = ("alphaedit", "emmet_consolidated", "rome", "emmet_replay_trust_lora")
+WITHOUT_FLOAT64 = ("alphaedit", "memit_consolidated", "rome", "emmet_replay_trust_lora")
 """Recipes that together use every code path to a float64 tensor."""
 
 
@@ -58,7 +58,8 @@ def test_a_recipe_gives_the_results_of_the_cpu(recipe, kind, tiny_folder, tmp_pa
         folder = tmp_path / name
         folder.mkdir()
         sums.append(run(small(recipe, folder, tiny_folder), folder, monkeypatch, name))
-    assert difference(sums[1], sums[0]) < (1e-2 if "lora" in recipe.stem else 1e-4)
+    # Adam divides by the gradient's size, so that rounding of a tiny gradient becomes a whole step of LoRA.
+    assert difference(sums[1], sums[0]) < (5e-2 if "LoRAAdjust" in recipe.read_text() else 1e-4)
 
 
 def test_bf16_true(tiny_folder, tmp_path, monkeypatch):

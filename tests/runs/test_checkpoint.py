@@ -24,7 +24,7 @@ def test_the_newest_run_counts_by_number_not_by_name(tmp_path):
         newest_checkpoint(tmp_path / "none")
 
 
-def test_whose_run_a_checkpoint_belongs_to(tmp_path):
+def test_the_run_that_a_checkpoint_belongs_to(tmp_path):
     assert run_version(tmp_path / "version_3" / "checkpoints" / "last.ckpt", tmp_path) == "version_3"
     assert run_version(Path("elsewhere/last.ckpt"), tmp_path) is None
     assert run_version(tmp_path / "version_3" / "other" / "last.ckpt", tmp_path) is None
@@ -56,7 +56,7 @@ def edit(model, folder, checkpoint, ckpt_path=None):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_all_are_kept_where_asked_also_over_a_kill(tiny_folder, tmp_path):
+def test_keep_all_keeps_every_checkpoint_even_across_a_kill(tiny_folder, tmp_path):
     checkpoint = EditCheckpoint(every_n_batches=2, keep_all=True)
     edit(tiny_folder, tmp_path, checkpoint)
     folder = Path(checkpoint.dirpath)
@@ -81,7 +81,7 @@ def test_a_disk_without_links_gets_copies(tiny_folder, tmp_path, monkeypatch):
     assert not last.samefile(kept)
 
 
-def test_one_file_every_so_many_batches_and_at_the_end(tiny_folder, tmp_path):
+def test_a_checkpoint_every_n_batches_and_at_the_end(tiny_folder, tmp_path):
     checkpoint, saved = EditCheckpoint(every_n_batches=2), []
     plain = checkpoint._save_checkpoint
     checkpoint._save_checkpoint = lambda trainer, path: (saved.append(trainer.global_step), plain(trainer, path))

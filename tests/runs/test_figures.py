@@ -1,4 +1,4 @@
-"""Figures show the numbers that they are given, and stand without those that are absent."""
+"""Figures show the given numbers, and are drawn without those that are absent."""
 
 import pytest
 

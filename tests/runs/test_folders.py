@@ -1,4 +1,4 @@
-"""Runs in their folders: what sets them apart, which belong together, and what is compared of them."""
+"""Folders of runs: the settings in which they differ, their groups, and the columns of a comparison."""
 
 import json
 
@@ -10,7 +10,7 @@ from editlab.runs.folders import RunFolder, differing, find_runs, group_runs
 
 
 def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=True, curve=None, **more):
-    """A run's folder as ``editlab fit`` leaves it, with a replay callback where a rate is given."""
+    """A run's folder as ``editlab fit`` writes it, with a replay callback if a rate is given."""
     folder.mkdir(parents=True)
     replay = [{"class_path": "callbacks.MemoryReplay", "init_args": {"rate": rate, **more}}] if rate is not None else []
     config = {
@@ -77,7 +77,7 @@ def test_runs_that_differ_by_seed_are_one_group(tmp_path):
     assert "retained/NS" not in measured
 
 
-def test_groups_of_one_name_are_told_apart_by_what_differs(tmp_path):
+def test_groups_of_one_name_are_labelled_by_the_settings_that_differ(tmp_path):
     for number, (rate, seed) in enumerate([(0.1, 1), (0.1, 2), (0.3, 1), (0.3, 2)]):
         write_run(tmp_path / "logs" / "replay" / f"version_{number}", rate=rate, seed=seed)
     write_run(tmp_path / "logs" / "none" / "version_0", layers=(5,))
@@ -135,7 +135,7 @@ def test_a_summary_without_its_time_is_one(tmp_path):
     assert RunFolder(folder).measures() == {"retained/ES": 0.5, "edits": 4.0}
 
 
-def test_bad_places(tmp_path):
+def test_folders_without_runs_are_refused(tmp_path):
     with pytest.raises(UserError, match="There is no folder 'nowhere'"):
         find_runs(["nowhere"])
     (tmp_path / "empty").mkdir()

@@ -32,7 +32,7 @@ def table(logger) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_table_lies_in_the_runs_folder(logger, tmp_path):
+def test_the_table_is_in_the_folder_of_the_run(logger, tmp_path):
     assert logger.table_path == tmp_path / "recipe" / "version_0" / "metrics.csv"
 
 
@@ -85,7 +85,7 @@ def test_without_a_step_there_is_no_row(logger):
     assert not logger.table_path.exists()
 
 
-def test_nothing_is_written_where_nothing_is_new(logger):
+def test_nothing_is_written_if_nothing_is_new(logger):
     logger.log_metrics({"a": 1.0}, step=1)
     logger.save()
     logger.table_path.write_text("untouched")
@@ -106,7 +106,7 @@ def test_tensorboard_gets_the_same_numbers(logger):
 
 
 def claimed(folder):
-    """As each rank does: Lightning has asked the first for its folder before they meet."""
+    """The version on each rank: Lightning reads the folder of the first rank before the ranks communicate."""
     logger = RunLogger(folder, name="recipe")
     logger.share()
     return logger.version, Path(logger.log_dir).is_dir()
@@ -132,7 +132,7 @@ def test_all_ranks_have_the_first_ones_version(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["taken", "taken/below"])
-def test_a_file_in_the_place_of_the_runs_is_named(where, tmp_path):
+def test_a_file_at_the_path_of_the_runs_folder_is_named(where, tmp_path):
     (tmp_path / "taken").touch()
     with pytest.raises(UserError, match=r"taken.* a file is in its way"):
         RunLogger(str(tmp_path / where), name="recipe").version  # noqa: B018
@@ -163,7 +163,7 @@ def test_opening_alone_changes_nothing(logger, tmp_path):
     assert logger.table_path.read_bytes() == before
 
 
-def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
+def test_a_resumed_run_starts_from_the_table_of_its_checkpoint(logger, tmp_path):
     """A run killed at 96 edits and resumed at 64 makes 96 again, without what it had there."""
     for step in (32, 64, 96):
         logger.log_metrics({"a": float(step), "val": 1.0}, step=step)
@@ -171,7 +171,7 @@ def test_a_resumed_run_goes_on_from_the_checkpoints_table(logger, tmp_path):
             saved = {edits: dict(row) for edits, row in logger.rows.items()}
     logger.finalize("failed")
     resumed = open_run(tmp_path)
-    resumed.go_on(saved, 64)
+    resumed.resume(saved, 64)
     resumed.log_metrics({"a": 7.0}, step=96)
     resumed.finalize("success")
     assert [(row["edits"], row["a"], row["val"]) for row in table(resumed)] == [
@@ -189,7 +189,7 @@ def test_a_new_run_in_an_old_folder_begins_an_empty_table(logger, tmp_path):
     logger.log_metrics({"m": 1.0}, step=1)
     logger.finalize("failed")
     again = open_run(tmp_path)
-    again.go_on({}, 0)
+    again.resume({}, 0)
     again.save()
     assert table(again) == []
 
@@ -219,7 +219,7 @@ class Measured(LightningModule):
 
 
 def lightnings_own_warnings(test):
-    """Let pass what Lightning says of loaders without workers, no optimizer, and trees of torch."""
+    """Ignore Lightning's warnings about loaders without workers, no optimizer, and trees of torch."""
     for message in (
         "does not have many workers",
         ".configure_optimizers. returned",
@@ -249,7 +249,7 @@ def test_a_trainers_run_is_a_row_for_each_number_of_edits(logger, tmp_path):
 
 @lightnings_own_warnings
 def test_a_run_that_fails_has_written_what_it_measured(logger, tmp_path, monkeypatch):
-    """Also where nothing but the end of the run writes."""
+    """It is written even if only the end of the run writes the table."""
     finalize, ended = RunLogger.finalize, []
 
     def noted(self, status):

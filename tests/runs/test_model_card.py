@@ -1,4 +1,4 @@
-"""Model cards: what a fact's text may hold, the hub's front matter, and what is absent where it is not known."""
+"""Model cards: special characters in facts, the hub's front matter, and unknown parts, which are absent."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_front_matter():
     assert "base_model" not in edited_card(replace(DELTA, language_model="/some/folder/of/mine"), "float32")
 
 
-def test_what_is_not_known_is_absent():
+def test_unknown_parts_are_absent():
     card = edited_card(DELTA, "float32")
     for word in ("| ES |", "Recipe `", "seed", "run with", "Settings of the run"):
         assert word not in card

@@ -1,4 +1,4 @@
-"""The page of one run: what it shows, and that nothing in it can be anything but text."""
+"""The page of one run: its content, and that all texts are escaped."""
 
 from html.parser import HTMLParser
 
@@ -43,14 +43,14 @@ def test_the_metrics_as_they_are_on_the_screen():
     assert {"20.00", "25.50"} <= set(texts)
 
 
-def test_what_is_no_number_is_an_empty_cell():
+def test_a_score_that_is_not_a_number_is_an_empty_cell():
     broken = {**SUMMARY, "metrics": {**SUMMARY["metrics"], "retained/perplexity": None}}
     texts = Seen(Page("a run", "", broken).to_html()).texts
     assert "20.00" in texts
     assert "25.50" not in texts
 
 
-def test_what_another_program_left_there_is_no_decision():
+def test_events_of_another_program_are_not_decisions():
     events = [{"step": 0}, {"step": 1, "fact": 3}, {"step": 2, "decision": "drop", "fact": 3}]
     summary = {"edits": 4, "versions": {"torch": "2.13"}}
     page = Page("a run", "", summary, events={"x_events": events, "y": [{"step": 1}]})
@@ -60,7 +60,7 @@ def test_what_another_program_left_there_is_no_decision():
     assert "Y" not in texts
 
 
-def test_what_the_model_says_to_lost_edits():
+def test_the_answers_to_edits_that_were_lost():
     missed = [Missed(1, 1, "The capital of France is", "Tokyo", "Paris", True), Missed(4, 2, "a", "b", "c", False)]
     page = Seen(Page("a run", "", SUMMARY, missed=missed).to_html())
     assert any(text.startswith("1 forgotten, 1 never learnt") for text in page.texts)
@@ -104,7 +104,7 @@ def test_events_that_did_not_let_things_be():
     assert "Empty" not in texts
 
 
-def test_a_run_on_its_way_and_a_model_that_was_not_asked():
+def test_an_unfinished_run_and_a_model_that_was_not_evaluated():
     texts = Seen(Page("a run", "", None, CURVE).to_html()).texts
     assert "This run has not finished; --ckpt_path last resumes it after its last saved batch." in texts
     assert "The model was not evaluated (--no_answers)." in texts

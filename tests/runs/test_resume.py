@@ -26,7 +26,7 @@ needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has 
 
 
 def shrunk(recipe, folder, tiny, **changes):
-    """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; gives its arguments."""
+    """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; returns its arguments."""
     config = yaml.safe_load(recipe.read_text())
     one = config["model"]["method"]["class_path"] == "ROME"
     config["model"] |= {
@@ -67,13 +67,13 @@ def shrunk(recipe, folder, tiny, **changes):
 
 
 def last(folder):
-    """The newest run's checkpoint; None where there is none yet."""
+    """The newest run's checkpoint; None if there is none yet."""
     found = sorted(folder.glob("lightning_logs/*/version_*/checkpoints/last.ckpt"))
     return found[-1] if found else None
 
 
 def outcome(folder):
-    """All that has to be the same: weights, ledger, scores, random states, callbacks' states, the table and events."""
+    """What must be equal: weights, ledger, scores, random states, callbacks' states, the table and events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
     saved["editor"]["evaluation"].pop("seconds")
@@ -235,7 +235,7 @@ def test_a_finished_run_whose_last_batch_came_between_two_checkpoints(tiny_folde
 
 @pytest.fixture
 def run_once(tiny_folder, tmp_path, monkeypatch):
-    """A finished run in the working directory; gives what runs it again with changes."""
+    """Makes a finished run in the working directory; returns a function that runs it again with changes."""
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "configs" / "emmet_replay.yaml"
     arguments = shrunk(recipe, tmp_path, tiny_folder)
@@ -248,7 +248,7 @@ def run_once(tiny_folder, tmp_path, monkeypatch):
     return again
 
 
-def test_what_does_not_fit_is_named(run_once, tiny_folder, tmp_path, capsys):
+def test_differences_from_the_checkpoint_are_named(run_once, tiny_folder, tmp_path, capsys):
     from tests.tiny import tiny_model, tiny_tokenizer
 
     other = tmp_path / "other"
@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_named(run_once, tiny_folder, tmp_path, capsys):
         assert said in last_line
 
 
-def test_nothing_to_go_on_from(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_no_checkpoint_to_resume_from(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = shrunk(ROOT / "configs" / "emmet.yaml", tmp_path, tiny_folder)
     assert main([*arguments, "--ckpt_path", "last"]) == 2

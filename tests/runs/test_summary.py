@@ -1,4 +1,4 @@
-"""The summary's table: what was measured is there, what was not is a dash, and it fits a screen."""
+"""The summary's table: measured values, dashes for those that were not measured, and a height of one screen."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_the_table():
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monkeypatch, capsys):
-    """Its update is no number, so nothing that it says is one: no edit took, and the summary is valid JSON."""
+    """Its update is not finite, so no score is: no edit holds, and the summary is valid JSON."""
     monkeypatch.chdir(tmp_path)
     add = EditedLayer.add
     monkeypatch.setattr(EditedLayer, "add", lambda layer, update: add(layer, update * math.nan))

@@ -1,4 +1,4 @@
-"""The benchmark beside busy processes, on a tiny model: every setting computes the same values, and is timed."""
+"""The benchmark with busy processes, on a tiny model: every setting computes the same values, and is timed."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""How cost grows: powers by hand, what the table keeps, and the solver's axes on this machine."""
+"""Growth of cost: powers by hand, the rows of the table, and the solver's axes on this machine."""
 
 import argparse
 

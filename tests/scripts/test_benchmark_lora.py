@@ -1,4 +1,4 @@
-"""What a LoRA adjustment costs beside full fine-tuning: both kinds are trained, and their parameters are counted."""
+"""The cost of a LoRA adjustment and of full fine-tuning: both kinds are trained, and their parameters are counted."""
 
 import argparse
 

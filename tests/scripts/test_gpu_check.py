@@ -1,4 +1,4 @@
-"""The check for GPUs: its rehearsal on a CPU, and what it says where there is no GPU."""
+"""The check for GPUs: its rehearsal on a CPU, and its message without a GPU."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_the_rehearsal_times_every_part():
     assert "FAILED" not in done.stdout
 
 
-def test_without_a_gpu_it_says_so_in_one_sentence():
+def test_without_a_gpu_the_message_is_one_sentence():
     missing = f"cuda:{torch.cuda.device_count()}"
     done = check("--device", missing)
     assert done.returncode == 1

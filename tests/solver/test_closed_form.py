@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editlab.errors import EditLabError
-from editlab.solver.closed_form import Constraints, Preservation, duplicate_tolerance, effective_weight, solve
+from editlab.solver.closed_form import effective_weight, solve
+from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.solver.preservation import Preservation
 
 D_K, D_V = 12, 7
 
@@ -203,7 +205,7 @@ def near_duplicates(gap):
     return c0, Constraints(keys, batch.residuals, batch.slack)
 
 
-def test_condition_limit_raises_the_slack_and_says_so():
+def test_the_condition_limit_raises_the_slack_and_the_solution_reports_it():
     c0, batch = near_duplicates(1e-4)
     solution = solve(batch, Preservation.from_moments(c0), condition_limit=1e6)
     assert solution.condition <= 1e6
@@ -260,7 +262,7 @@ def test_bad_inputs():
         Preservation.null_space(c0, 1e-9)
 
 
-def test_the_factor_is_made_in_one_matrix_and_the_moments_are_left_alone():
+def test_the_factor_is_computed_in_one_matrix_and_the_moments_do_not_change():
     a = torch.randn(7, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     moments = a @ a.T
     before = moments.clone()
@@ -277,7 +279,7 @@ def test_memory_that_suffices_is_not_given_up_for_an_error_of_another_kind():
         Preservation.from_moments(-torch.eye(3, dtype=torch.float64))
 
 
-def test_keys_that_differ_by_bfloat16_s_rounding_are_one_key_only_where_told():
+def test_keys_that_differ_by_bfloat16_rounding_are_merged_only_with_its_tolerance():
     keys = torch.tensor([[1.0, 1.0], [0.0, 0.01]], dtype=torch.float64)
     constraints = Constraints(keys, torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.zeros(2).double())
     assert len(constraints.merged()) == 2

@@ -1,4 +1,4 @@
-"""Where the closed form is solved: by what the accelerator can do, and by what the user sets."""
+"""The device of the closed form: by the accelerator's abilities, and by the user's setting."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ SIZES = [14336] * 5  # Llama-3-8B: five factors of 1.64 GB
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Let torch.cuda describe a GPU."""
+    """Make torch.cuda describe a made-up GPU."""
 
     def describe(major, minor, units):
         properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=units)
@@ -42,12 +42,12 @@ def test_auto_weighs_speed_and_memory_of_a_gpu(gpu, capability, units, room, exp
     assert choose_device(AUTO, CUDA, SIZES, room) == expected
 
 
-def test_auto_is_the_cpu_where_there_is_no_float64():
+def test_auto_is_the_cpu_without_float64():
     assert choose_device(AUTO, MPS, [8], None) == choose_device(AUTO, CPU, [8], None) == CPU
 
 
 @pytest.mark.parametrize("setting", ["cpu", "cuda:0"])
-def test_what_is_set_holds(setting):
+def test_a_given_device_is_used(setting):
     require_setting(setting)
     assert choose_device(setting, MPS, [8], 0) == torch.device(setting)
 

@@ -23,7 +23,7 @@ def test_slack_of_each_method():
 
 
 @pytest.mark.parametrize("slack", [1.0, 3.0])
-def test_emmet_with_a_slack_of_memit_says_which_memit_it_is(slack):
+def test_emmet_with_slack_1_is_refused_and_names_the_equivalent_memit(slack):
     # slack s at lambda 20 is MEMIT at weight 20 s: the identity that test_closed_form.py proves.
     with pytest.raises(UserError, match=f"use MEMIT with covariance_weight {20 * slack:g}"):
         EMMET(covariance_weight=20.0, gram_ridge=slack)

@@ -1,4 +1,4 @@
-"""Cached values: found once, and never taken for those of another model, site, context or hyper-parameter."""
+"""Cached values: computed once, and never used for another model, site, context or hyper-parameter."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_the_key_holds_all_that_a_value_depends_on():
     assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
 
 
-def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
+def test_values_optimized_together_are_cached_together_or_not_at_all(monkeypatch):
     # A kill between two files would leave a part, and the rest, found in another group, would round otherwise.
     def fail(*arguments):
         raise OSError("killed")
@@ -66,7 +66,7 @@ def test_values_found_together_are_kept_together_or_not_at_all(monkeypatch):
     assert len(list(cache("part").folder.iterdir())) == 1
 
 
-def test_values_under_autocast_are_others():
+def test_values_under_autocast_have_a_cache_of_their_own():
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     plain = ValueCache.of(lm, "key", SITE, ("",), ValueSettings())
     with torch.autocast("cpu", torch.bfloat16):

@@ -56,7 +56,7 @@ def test_equal_along_the_normalized_gradient(family):
     check(*make(family), exact(optimizer="gradient", steps=8, lr=0.1, clamp=0.5))
 
 
-def test_step_sizes_where_none_is_given():
+def test_default_step_sizes():
     assert ValueSettings().step_size == 0.5
     assert ValueSettings(optimizer="gradient").step_size == 0.06
     assert ValueSettings(optimizer="gradient", lr=0.1).step_size == 0.1
@@ -72,7 +72,7 @@ def test_equal_at_the_first_and_the_last_layer(family, layer):
     check(*make(family, layer=layer), exact(steps=4, lr=0.1))
 
 
-def test_equal_where_the_ball_binds():
+def test_equal_to_the_reference_if_the_ball_binds():
     check(*make("llama"), exact(steps=6, lr=0.5, clamp=0.1))
 
 
@@ -86,7 +86,7 @@ def test_facts_that_are_done_leave_at_the_same_step():
 
 
 @pytest.mark.parametrize("patience", [1, 3])
-def test_facts_leave_when_their_targets_were_said_so_many_times(patience):
+def test_facts_leave_after_enough_consecutive_hits(patience):
     lm, site = make("llama")
     settings = {"steps": 25, "lr": 0.5, "clamp": 20.0, "loss_threshold": 0.0}
     check(lm, site, exact(early_stop=patience, **settings))
@@ -182,8 +182,8 @@ def test_a_group_that_memory_does_not_hold_is_halved(monkeypatch):
 
 
 def test_tokens_together_by_hand(monkeypatch):
-    lm, site = make("llama")  # 4 blocks, states of 32, an MLP of 48, float32
-    each = (10 * 32 + 4 * 48) * (4 - site.layer) * 4
+    lm, site = make("llama")  # 4 blocks, states of 32, an MLP of 48, a vocabulary of 400, float32
+    each = (10 * 32 + 4 * 48) * (4 - site.layer) * 4 + 4 * 4 * 400
     for room, tokens in ((None, 512), (2 * each * 1000, 1000), (2 * each * 100, 512), (2 * each * 10**6, 4096)):
-        monkeypatch.setattr(values, "spare_gpu_memory", lambda model, room=room: room)
+        monkeypatch.setattr(values, "spare_gpu_memory", lambda model, reserved, room=room: room)
         assert values.tokens_together(lm, site) == tokens

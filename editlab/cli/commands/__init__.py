@@ -1,4 +1,4 @@
-"""The verbs: what the Trainer runs, and those that need no Trainer, one file each.
+"""The verbs of the command line: those that the Trainer runs, and those that need no Trainer, in one file each.
 
 A verb's file is imported only when the verb runs, as most of them import torch. A new verb is a file with a
 ``COMMAND`` (:class:`editlab.cli.commands.command.Command`) and a line in :data:`VERBS`.
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 DESCRIPTION = (
-    "Edits facts in a language model, one batch after another, and shows what it keeps and forgets. With --debug, an "
-    "error comes with its traceback."
+    "Edits facts in a language model, one batch after another, and measures which edits it retains. With --debug, an "
+    "error is shown with its traceback."
 )
 
 TRAINER_VERBS = {
@@ -24,7 +24,7 @@ TRAINER_VERBS = {
     "validate": "Evaluate all edits of a checkpoint again.",
     "test": "Evaluate facts that were not edited, on the model of a checkpoint.",
 }
-"""Verbs that the Trainer runs, with a recipe, and their help."""
+"""Verbs that the Trainer runs with a recipe -> their help."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Verb:
     name: str
     """the word after ``editlab``, and the name of its file"""
     help: str
-    """one sentence"""
+    """its help, in one sentence"""
     needs_model: bool = True
-    """whether it works with models or runs; one that does not starts without importing torch or any plug-in"""
+    """whether it works with models or runs; a verb that does not is started without importing torch or a plug-in"""
 
     def load(self) -> Command:
         """Imports the verb's file and returns its command."""
@@ -49,11 +49,11 @@ VERBS: dict[str, Verb] = {
     for verb in (
         Verb("export", "Write the edited model of a checkpoint as a folder that transformers loads."),
         Verb("apply", "Put a delta on its base model and write the edited model."),
-        Verb("revert", "Take edits out again, all or those after a batch, and write the model."),
-        Verb("ask", "Show what the model says to prompts before and after its edits."),
-        Verb("compare", "Several runs in one table and one figure, from what they logged."),
-        Verb("report", "Write one run as one HTML page, with the edits that it lost."),
-        Verb("facts", "Look at files of facts.", needs_model=False),
+        Verb("revert", "Remove all edits, or those after a batch, and write the model."),
+        Verb("ask", "Show the model's answers to prompts before and after its edits."),
+        Verb("compare", "Compare several runs in one table and one figure."),
+        Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),
+        Verb("facts", "Check files of facts.", needs_model=False),
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
     )
 }

@@ -1,4 +1,4 @@
-"""``editlab apply``: a delta put on its base model, and written as a folder of transformers."""
+"""``editlab apply``: puts a delta on its base model and writes the edited model as a folder for transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from editlab.runs.delta import Delta
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--delta", required=True, help="What export --delta-only wrote: the file or its folder.")
-    parser.add_argument("--model", required=True, help="The base model: a name or a path.")
+    parser.add_argument("--delta", required=True, help="Delta that export --delta-only wrote: its file or folder.")
+    parser.add_argument("--model", required=True, help="Name or path of the base model.")
     add_writing_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""``editlab ask``: what the model says before and after its edits, side by side."""
+"""``editlab ask``: shows the model's answers before and after its edits, side by side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LABEL = 14
 
 @dataclass(frozen=True)
 class Pair:
-    """The answers to one prompt."""
+    """The answers to one prompt before and after the edits."""
 
     prompt: str
     before: Answer
@@ -39,12 +39,14 @@ class Pair:
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", type=str, help="One or more; without any, one a line of standard input.")
+    parser.add_argument("prompts", nargs="*", type=str, help="Default: read from standard input, one on each line.")
     add_checkpoint_arguments(parser)
     add_device_argument(parser)
-    parser.add_argument("--new_tokens", type=int, default=20, help="Tokens of the continuation.")
-    parser.add_argument("--top", type=int, default=5, help="Next tokens to show.")
-    parser.add_argument("--json", action="store_true", help="Write a JSON array to standard output, and no more there.")
+    parser.add_argument("--new_tokens", type=int, default=20, help="Number of tokens of the continuation.")
+    parser.add_argument("--top", type=int, default=5, help="Number of likeliest next tokens to show.")
+    parser.add_argument(
+        "--json", action="store_true", help="Write a JSON array to standard output, and messages elsewhere."
+    )
 
 
 def _ask(given: Namespace) -> None:
@@ -52,7 +54,7 @@ def _ask(given: Namespace) -> None:
         if given[name] < least:
             raise UserError(f"--{name} is {given[name]}: it must be at least {least}.")
     if given.json:
-        with redirect_stdout(sys.stderr):  # where messages belong while standard output is for a program to read
+        with redirect_stdout(sys.stderr):  # a program reads standard output, so messages must not be in it
             pairs = _answers(given)
         sys.stdout.write(json.dumps([_plain(pair) for pair in pairs], ensure_ascii=False, indent=2) + "\n")
     else:
@@ -63,12 +65,12 @@ def _ask(given: Namespace) -> None:
 def _answers(given: Namespace) -> list[Pair]:
     delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
     device = device_named(given.device)
-    return ask(delta, given.prompts or _typed(), given.new_tokens, given.top, given.model, device)
+    return ask(delta, given.prompts or _prompts_from_input(), given.new_tokens, given.top, given.model, device)
 
 
-def _typed() -> list[str]:
+def _prompts_from_input() -> list[str]:
     if sys.stdin.isatty():
-        sys.stderr.write("One prompt a line; end with an empty line or Ctrl-D.\n")
+        sys.stderr.write("Type one prompt on each line; end with an empty line or Ctrl-D.\n")
     prompts = []
     for line in sys.stdin:
         if line.strip():
@@ -76,7 +78,7 @@ def _typed() -> list[str]:
         elif sys.stdin.isatty():
             break
     if not prompts:
-        raise UserError("There is no prompt: give some as arguments, or one a line on standard input.")
+        raise UserError("There is no prompt: give some as arguments, or one on each line of standard input.")
     return prompts
 
 
@@ -88,12 +90,12 @@ def ask(
     base: str | None = None,
     device: torch.device | None = None,
 ) -> list[Pair]:
-    """Answers of the unedited model and of the edited one.
+    """Answers of the unedited model and of the edited one to each prompt.
 
     Raises:
-        UserError: A prompt is empty or too long, or the base model is another.
+        UserError: A prompt is empty or too long, or the base model is not the one that was edited.
     """
-    for prompt in prompts:  # before the work on the first
+    for prompt in prompts:  # all are checked before the first is answered
         require_words(prompt)
     model, tokenizer = delta.base(base)
     model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
@@ -112,7 +114,7 @@ def _plain(pair: Pair) -> dict[str, object]:
 
 
 def render(pair: Pair, with_text: bool = True) -> str:
-    """The two answers as columns, as wide as the terminal within limits."""
+    """The two answers as columns that fill the terminal, up to a largest and from a least width."""
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns))
     column = (width - _LABEL - 2) // 2
     rows: list[tuple[str, ...]] = [("", "before", "after")]
@@ -121,8 +123,8 @@ def render(pair: Pair, with_text: bool = True) -> str:
         labels = ("continuation",)
         rows += list(zip_longest(labels, *texts, fillvalue=""))
     nexts = zip_longest(pair.before.next, pair.after.next)
-    for place, (before, after) in enumerate(nexts, start=1):
-        rows.append((f"{place}. next token", _token(before, column), _token(after, column)))
+    for rank, (before, after) in enumerate(nexts, start=1):
+        rows.append((f"{rank}. next token", _token(before, column), _token(after, column)))
     lines = [f"{label:{_LABEL}} {left:{column}} {right}".rstrip() for label, left, right in rows]
     return "\n".join([pair.prompt, *lines])
 
@@ -135,8 +137,8 @@ def _token(one: tuple[str, float] | None, width: int) -> str:
     if one is None:
         return ""
     token, probability = one
-    shown = json.dumps(token, ensure_ascii=False)  # in quotes, for a space before it tells words from parts of them
+    shown = json.dumps(token, ensure_ascii=False)  # quotes show the space that begins a word
     return f"{probability:5.3f} {shown}"[:width]
 
 
-COMMAND = Command("ask", "Show what the model says to prompts before and after its edits.", _add_arguments, _ask)
+COMMAND = Command("ask", "Show the model's answers to prompts before and after its edits.", _add_arguments, _ask)

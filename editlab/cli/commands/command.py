@@ -1,4 +1,4 @@
-"""What a verb is: a name, its arguments, and what it does with them."""
+"""The class of a verb: its name, its arguments, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Command:
 
     name: str
     help: str
-    """one sentence, which ``editlab --help`` shows"""
+    """its help, in one sentence"""
     add_arguments: Callable[[ArgumentParser], None] = _nothing
     carry_out: Callable[[Namespace], None] | None = None
-    """None for a group"""
+    """function that runs the verb with its parsed arguments; None for a group"""
     commands: tuple[Command, ...] = field(default=())
     """the verbs of a group"""
 
     def parser(self, prefix: str = "editlab") -> ArgumentParser:
-        """A parser of its arguments, which raises and does not exit where they are wrong."""
+        """The parser of its arguments, which raises an error and does not exit if they are wrong."""
         name = f"{prefix} {self.name}"
         parser = ArgumentParser(prog=name, description=self.help, exit_on_error=False)
         self.add_arguments(parser)
@@ -37,11 +37,11 @@ class Command:
         return parser
 
     def run(self, arguments: Sequence[str]) -> None:
-        """Parses what stands after its name, and does it.
+        """Parses the arguments that follow the verb on the command line, and runs it.
 
         Raises:
-            ArgumentError: for arguments that can not be.
-            EditLabError: where it fails.
+            ArgumentError: The arguments are wrong.
+            EditLabError: The verb fails.
         """
         command, given = self, self.parser().parse_args(list(arguments))
         while command.carry_out is None:

@@ -1,4 +1,4 @@
-"""``editlab compare``: several runs in one table and one figure, made from what they logged."""
+"""``editlab compare``: shows several runs in one table and one figure, made from their logs."""
 
 from __future__ import annotations
 
@@ -124,6 +124,4 @@ def write(groups: Sequence[Group], names: Sequence[str], path: Path) -> None:
                 )
 
 
-COMMAND = Command(
-    "compare", "Compare several runs in one table and one figure, made from what they logged.", _add_arguments, _compare
-)
+COMMAND = Command("compare", "Compare several runs in one table and one figure.", _add_arguments, _compare)

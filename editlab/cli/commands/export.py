@@ -1,4 +1,4 @@
-"""``editlab export``: the edited model as a folder of transformers, or only what editing added to it."""
+"""``editlab export``: writes the edited model as a folder for transformers, or only the sums of its updates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def _add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     add_writing_arguments(parser)
-    parser.add_argument("--delta-only", action="store_true", help=f"Write only {FILE}, the sum of all edits, float32.")
+    parser.add_argument("--delta-only", action="store_true", help=f"Write only {FILE}, the sums of updates in float32.")
 
 
 def _export(given: Namespace) -> None:
@@ -32,7 +32,7 @@ def _export(given: Namespace) -> None:
     if not given.delta_only:
         writing.edited(delta, given.model)
     elif given.dtype not in (None, "float32"):
-        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: give --dtype to editlab apply.")
+        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: set --dtype in editlab apply.")
     else:
         write_delta(delta, writing.out)
 
@@ -41,9 +41,9 @@ def write_delta(delta: Delta, out: Path) -> None:
     """Writes the delta and its card into a new folder; the base model is not needed.
 
     Raises:
-        EditLabError: The folder can not be written.
+        EditLabError: The folder cannot be written.
     """
-    shown = os.path.relpath(out)  # while there is a working directory: it may be the folder to be written
+    shown = os.path.relpath(out)  # computed now: the working directory itself may be replaced by the folder
     with atomic_folder(out) as folder:
         card = folder / "README.md"
         card.write_text(delta_card(delta), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``editlab facts check``: what is wrong in a file of facts, record by record."""
+"""``editlab facts check``: lists the wrong records of a file of facts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts.")
+    parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts for the built-in facts.")
 
 
 def _check(given: Namespace) -> None:
@@ -32,16 +32,16 @@ def _check(given: Namespace) -> None:
         first = slots.setdefault(fact.slot, where)
         if first != where:
             other = first[0].lower() + first[1:]
-            log.info("%s repeats subject and prompt of %s: one of them is edited, or with data.keep_repeats all.",
+            log.info("%s repeats subject and prompt of %s: one of them is edited, or all with data.keep_repeats.",
                      where, other)  # fmt: skip
     if wrong:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
-        raise UserError(f"{count}: mend or remove what is named above.")
+        raise UserError(f"{count}: correct or remove those named above.")
     log.info("%s", measured(facts, given.file))
 
 
 def measured(facts: Sequence[Fact], name: str) -> str:
-    """How many facts there are, and what can be measured of them."""
+    """The number of facts, and of those with a truth, with paraphrases and with neighbors, as text."""
     total = len(facts)
     truths = sum(fact.target_true is not None for fact in facts)
     paraphrases = sum(bool(fact.paraphrases) for fact in facts)
@@ -51,9 +51,9 @@ def measured(facts: Sequence[Fact], name: str) -> str:
         f"with paraphrases, {neighbors} with neighbors."
     ]
     if truths < total:
-        lines.append("Set data.only_known to false: without a truth, what the model knows can not be told.")
+        lines.append("Set data.only_known to false: without a truth it is unknown whether the model prefers it.")
     return "\n".join(lines)
 
 
-_CHECK = Command("check", "Say what is wrong in a file of facts, record by record.", _add_arguments, _check)
-COMMAND = Command("facts", "Look at files of facts.", commands=(_CHECK,))
+_CHECK = Command("check", "List the wrong records of a file of facts.", _add_arguments, _check)
+COMMAND = Command("facts", "Check files of facts.", commands=(_CHECK,))

@@ -1,4 +1,4 @@
-"""``editlab report``: one run as one HTML page, with the model's answers where it does not hold an edit."""
+"""``editlab report``: writes one run as one HTML page, with the model's answers where it does not hold an edit."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def find_missed(
     """The edits that the edited model should hold and does not, with its answers.
 
     Args:
-        delta: the sums of all updates, and the model that they belong to.
+        delta: the sums of all updates, with the identity of their base model.
         ledger: all edits.
         learnt: whether each edit was right just after its batch.
         base: name or path of the base model; default: the run's.
-        device: where the model runs; default: the CPU.
+        device: device of the model; default: the CPU.
     """
     standing = {id(fact) for fact in ledger.standing}
     numbered: list[tuple[int, LedgerEntry]] = [(i, e) for i, e in enumerate(ledger) if id(e.fact) in standing]
@@ -102,11 +102,11 @@ def find_missed(
     lm = LanguageModel(model, tokenizer, delta.edit_module)
     facts = [entry.fact for _, entry in numbered]
     hits = score_facts(lm, facts, paraphrases=False, neighbors=0).edit.hit_new.tolist()
-    gone = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]
-    answers = _answers(lm, [entry.fact.question for _, entry in gone])
+    missed = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]
+    answers = _answers(lm, [entry.fact.question for _, entry in missed])
     return [
         Missed(i + 1, e.batch + 1, e.fact.question, e.fact.target_new, answer, i < len(learnt) and learnt[i])
-        for (i, e), answer in zip(gone, answers, strict=True)
+        for (i, e), answer in zip(missed, answers, strict=True)
     ]
 
 

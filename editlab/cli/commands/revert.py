@@ -1,4 +1,4 @@
-"""``editlab revert``: edits taken out again, all of them or those after some batch."""
+"""``editlab revert``: removes all edits, or those after a batch, and writes the model."""
 
 from __future__ import annotations
 
@@ -30,6 +30,4 @@ def _revert(given: Namespace) -> None:
         writing.edited(Delta.from_checkpoint(earlier_checkpoint(checkpoint, given.to_step)), given.model)
 
 
-COMMAND = Command(
-    "revert", "Take edits out again, all or those after a batch, and write the model.", _add_arguments, _revert
-)
+COMMAND = Command("revert", "Remove all edits, or those after a batch, and write the model.", _add_arguments, _revert)

@@ -19,37 +19,50 @@ if TYPE_CHECKING:
 QUICK: dict[str, Any] = {"facts": "worldfacts", "heldout": "builtin", "moments": "self", "moment_tokens": 4096}
 QUICK_CALLBACKS: tuple[tuple[str, str, Any], ...] = (("LoRAAdjust", "steps", 4),)
 QUICK_FLAGS = {"model.evaluation.heldout_tokens": "512"}
-"""What ``--quick`` sets in each experiment: built-in data, little of it, and short trainings."""
+"""Settings of ``--quick`` in each experiment: a little built-in data, and short trainings."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("experiment", type=str, help="YAML file of the experiment, such as configs/experiments/replay_ablation.yaml.")
     add("--only", nargs="+", type=str, help="Names of the cases to run. Default: all.")
-    add("--where", nargs="+", type=str, metavar="COLUMN=VALUE[,VALUE]", help="Labels of the cases to run: "
+    add("--where", nargs="+", type=str, metavar="COLUMN=VALUE[,VALUE]", help="Labels of the cases to run, such as "
         "batch_size=32,128.")  # fmt: skip
     add("--seeds", nargs="+", type=int, help="Seeds. Default: those of the experiment.")
     add("--edits", type=int, help="Number of facts. Default: that of the experiment.")
-    add("--batch_size", type=int, help="Facts in a batch, in cases without a batch size of their own.")
+    add("--batch_size", type=int, help="Number of facts in a batch, in cases without a batch size of their own.")
     add("--path", help="File of facts, or worldfacts for the built-in ones.")
-    add("--heldout", help="Text of the perplexity, or builtin.")
-    add("--moments", help="Text of the second moments, or self for text of the model's own.")
-    add("--tokens", type=int, help="Tokens of the second moments. Default: 24576 of self, 160000 of other texts.")
+    add("--heldout", help="File of the text that perplexity is measured on, or builtin.")
+    add("--moments", help="File of the text of the second moments, or self for text sampled from the model.")
+    add(
+        "--tokens",
+        type=int,
+        help="Number of tokens of the second moments. Default: 24576 of self, 160000 of other texts.",
+    )
     add("--callback", nargs="+", type=str, metavar="CLASS.NAME=VALUE",
-        help="Settings of callbacks, in all cases that have them: LoRAAdjust.steps=4.")  # fmt: skip
+        help="Settings of callbacks, in all cases that have them, such as LoRAAdjust.steps=4.")  # fmt: skip
     add("--set", nargs="+", type=str, metavar="NAME=VALUE",
-        help="Settings of all cases, over their own: model.evaluation.neighbors=1.")  # fmt: skip
+        help="Settings that replace those of all cases, such as model.evaluation.neighbors=1.")  # fmt: skip
     add("--work", help="Folder of the runs. Default: lightning_logs/NAME.")
     add("--out", help="Folder that results/ and figs/ are written to. Default: the project's.")
-    add("--workers", type=int, default=1, help="Runs at a time; they share the cores.")
-    add("--launcher", choices=["local", "ray"], default="local", help="ray: on the machines of a Ray cluster.")
-    add("--quick", action="store_true", help="A few small runs on built-in facts, to see that everything works.")
-    add("--dry-run", action="store_true", help="Show what would be run, and how long it takes.")
-    add("--no-run", action="store_true", help="Write tables and figures of the runs that are finished.")
+    add("--workers", type=int, default=1, help="Number of runs at a time; they share the cores.")
+    add(
+        "--launcher",
+        choices=["local", "ray"],
+        default="local",
+        help="ray: start runs on a Ray cluster.",
+    )
+    add("--quick", action="store_true", help="Make a few small runs on built-in facts, as a test of the installation.")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="Show the runs and their estimated duration, and make none.",
+    )
+    add("--no-run", action="store_true", help="Make no runs, and write tables and figures of the finished ones.")
 
 
 def _sweep(given: Namespace) -> None:
-    from editlab.experiments.spec import load_experiment  # these import much: only when needed
+    from editlab.experiments.spec import load_experiment  # imported late, because they import torch
     from editlab.experiments.sweep import sweep
 
     experiment = load_experiment(given.experiment)
@@ -57,10 +70,10 @@ def _sweep(given: Namespace) -> None:
 
 
 def options_of(experiment: Experiment, given: Namespace) -> Options:
-    """What the command line says, over what ``--quick`` sets.
+    """The options of the command line; they take precedence over those that ``--quick`` sets.
 
     Raises:
-        UserError: for a value that is out of range or in the wrong form, or ``--quick`` of an experiment without it.
+        UserError: A value is out of range or in the wrong form, or the experiment has no ``quick``.
     """
     from editlab.experiments.plan import Options
 
@@ -94,12 +107,12 @@ def options_of(experiment: Experiment, given: Namespace) -> Options:
 
 
 def _full_path(text: str | None) -> str | None:
-    """The full path of a file that exists, as runs start in another folder; other words as they are."""
+    """The full path of a file that exists, because runs start in another folder; other texts unchanged."""
     return str(Path(text).resolve()) if text is not None and Path(text).is_file() else text
 
 
 def _callback_setting(text: str) -> tuple[str, str, Any]:
-    """Class, name and value of ``CLASS.NAME=VALUE``; the value as JSON, or else as text."""
+    """Class, name and value of ``CLASS.NAME=VALUE``; the value is parsed as JSON or, if that fails, taken as text."""
     found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", text)
     if found is None:
         raise UserError(f"--callback {text!r} must have the form CLASS.NAME=VALUE: LoRAAdjust.steps=4.")
@@ -118,6 +131,4 @@ def _assignment(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-COMMAND = Command(
-    "sweep", "Runs an experiment of many runs, and writes its tables and figures.", _add_arguments, _sweep
-)
+COMMAND = Command("sweep", "Run an experiment of many runs and write its tables and figures.", _add_arguments, _sweep)

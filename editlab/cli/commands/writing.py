@@ -1,4 +1,4 @@
-"""What export, apply and revert share: the arguments that say where and how, and the writing itself."""
+"""The common part of export, apply and revert: their arguments, and writing a model as a folder."""
 
 from __future__ import annotations
 
@@ -24,48 +24,50 @@ log = logging.getLogger(__name__)
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    """Those that name an edited model."""
+    """Adds the arguments that name an edited model."""
     parser.add_argument(
-        "--ckpt_path", required=True, help="A checkpoint, or a run's folder for its checkpoints/last.ckpt."
+        "--ckpt_path", required=True, help="A checkpoint, or a run's folder, which means its checkpoints/last.ckpt."
     )
-    parser.add_argument("--model", help="Where the base model is, if no longer where the run found it: a name or path.")
+    parser.add_argument("--model", help="Name or path of the base model, if it has moved since the run.")
 
 
 def add_device_argument(parser: ArgumentParser) -> None:
-    """The device that the model is on."""
-    parser.add_argument("--device", default="cpu", help="Where the model runs: cpu, cuda, cuda:1 or mps.")
+    """Adds the argument that names the model's device."""
+    parser.add_argument("--device", default="cpu", help="Device of the model: cpu, cuda, cuda:1 or mps.")
 
 
 def add_writing_arguments(parser: ArgumentParser) -> None:
-    """Those that say where and how a model is written."""
+    """Adds the arguments that say where and how a model is written."""
     add_out_argument(parser)
-    parser.add_argument("--dtype", choices=WEIGHTS, help="Type of the weights; that of the run where not given.")
+    parser.add_argument("--dtype", choices=WEIGHTS, help="Type of the weights. Default: that of the run.")
     add_device_argument(parser)
-    parser.add_argument("--max_shard_size", default=SHARD, help="Size above which the weights go to several files.")
+    parser.add_argument(
+        "--max_shard_size", default=SHARD, help="Largest size of a file of weights; larger ones are split."
+    )
 
 
 def add_out_argument(parser: ArgumentParser) -> None:
-    """The folder to write."""
-    parser.add_argument("--out", required=True, help="The folder to write: a new or an empty one.")
+    """Adds the argument that names the folder to write."""
+    parser.add_argument("--out", required=True, help="Folder to write: a new or an empty one.")
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Where and how a model is written."""
+    """The folder, dtype and device with which a model is written."""
 
     out: Path
     dtype: torch.dtype | None
-    """None for the run's"""
+    """type of the weights; None for the run's"""
     max_shard_size: str
     device: torch.device
-    """where the sum of weights and updates is taken"""
+    """device on which updates are added to the weights"""
 
     @classmethod
     def of(cls, given: Namespace) -> Writing:
-        """Of parsed arguments; checked before any work is done.
+        """The settings in parsed arguments, checked before any work is done.
 
         Raises:
-            UserError: The folder holds something, or the size is none.
+            UserError: The folder is not empty, or the size of shards is not a size.
         """
         size = str(given.max_shard_size).replace(" ", "").upper()
         if not re.fullmatch(r"0*[1-9]\d*[KMG]B", size):
@@ -78,7 +80,8 @@ class Writing:
         """Writes the base model with a delta on it, and its card.
 
         Raises:
-            EditLabError: The base model is another or can not be loaded, or the folder not be written.
+            EditLabError: The base model is not the one that was edited or cannot be loaded, or the folder cannot be
+                written.
         """
         self._write(delta, base, delta.put_on, edited_card)
 
@@ -86,19 +89,21 @@ class Writing:
         """Writes the base model itself, and its card.
 
         Raises:
-            EditLabError: As :meth:`edited`.
+            EditLabError: As for :meth:`edited`.
         """
-        # Not with a delta of zeros: that would turn a weight of -0.0 into 0.0.
+        # A delta of zeros would turn a weight of -0.0 into 0.0.
         self._write(delta, base, lambda model: None, reverted_card)
 
     def _write(
         self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
     ) -> None:
-        shown = os.path.relpath(self.out)  # while there is a working directory: it may be the folder to be written
+        shown = os.path.relpath(
+            self.out
+        )  # computed now, because the working directory itself may be replaced by the folder
         model, tokenizer = delta.base(base)
         model.to(self.device)  # type: ignore[arg-type]
         dtype = self.dtype or delta.dtype
-        # The sum is taken in the wider of the two types, and rounded once.
+        # Updates are added in the wider of the two types, and the sum is rounded once.
         cast(model, torch.promote_types(delta.dtype, dtype))
         change(model)
         cast(model, dtype)
@@ -112,7 +117,7 @@ def new_folder(out: str) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
-        UserError: It holds something, or is a file.
+        UserError: It is a file, or a folder that is not empty.
     """
     path = Path(out).expanduser().resolve()
     if path.is_file():
@@ -123,5 +128,5 @@ def new_folder(out: str) -> Path:
 
 
 def size_of(folder: Path) -> str:
-    """The size of all files in a folder, in words."""
+    """The size of all files in a folder as text, such as ``12.3 MB``."""
     return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB"

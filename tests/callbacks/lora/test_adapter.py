@@ -1,4 +1,4 @@
-"""The adapter: which maps it goes to, that it leaves the model as it was, and what it adds by plain arithmetic."""
+"""The adapter: the maps that it is added to, the model that it leaves unchanged, and its update by plain arithmetic."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LoRA through real runs of a tiny model: what it changes, what the guard drops, what replay makes of it."""
+"""LoRA in real runs of a tiny model: its effect on the weights, the decisions of its guard, and its use with replay."""
 
 import json
 import math
@@ -16,7 +16,8 @@ import callbacks.lora.callback
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.lora.adapter import Adapter, between
 from callbacks.lora.callback import EVENTS, UNFINISHED
-from callbacks.lora.objective import Health, Objective, edit_rows
+from callbacks.lora.guard import Health
+from callbacks.lora.objective import Objective, edit_rows
 from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
@@ -29,7 +30,7 @@ needs_sigterm = pytest.mark.skipif(sys.platform == "win32", reason="Windows ends
 
 
 def run(tmp_path, folder, *others, name="run", limit=6, module=None, **settings):
-    """A run with LoRA; its module, its callback and its events."""
+    """Makes a run with LoRA; returns its module, its callback and its events."""
     lora = LoRAAdjust(**{**LENIENT, **settings})
     module = editor(folder) if module is None else module
     fit(tmp_path, module, callbacks=[*others, lora], name=name, limit=limit)
@@ -89,7 +90,7 @@ def test_when_it_is_done_and_what_is_written(tiny_folder, tmp_path):
     assert events == []
 
 
-def test_too_few_edits_to_set_one_aside(tiny_folder, tmp_path):
+def test_no_adjustment_with_too_few_edits_to_hold_one_out(tiny_folder, tmp_path):
     _, lora, events = run(tmp_path, tiny_folder, limit=1)
     assert events == []
     assert not lora.decisions
@@ -175,7 +176,7 @@ def test_the_adapter_loads_with_plain_peft(tmp_path, family):
 
 
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
-def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path, mode):
+def test_an_adjustment_that_makes_it_worse_is_undone_bit_for_bit(tiny_folder, tmp_path, mode):
     plain = editor(tiny_folder)
     fit(tmp_path, plain, name="plain")
     before = bits(plain)
@@ -188,17 +189,17 @@ def test_what_makes_it_worse_is_dropped_without_a_bit_left(tiny_folder, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
-def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypatch, mode):
+def test_half_of_an_adjustment_is_kept_if_the_whole_does_harm(tiny_folder, tmp_path, monkeypatch, mode):
     # Factors that are zero at first lie halfway at half of what they became; the others are read off the whole run.
     settings = {"every_n_batches": None, "mode": mode}
     learnt = {}
     monkeypatch.setattr(
-        "callbacks.lora.callback.between", lambda a, b, share: learnt.update(a=a, b=b) or between(a, b, share)
+        "callbacks.lora.guard.between", lambda a, b, share: learnt.update(a=a, b=b) or between(a, b, share)
     )
     run(tmp_path, tiny_folder, name="whole", **settings)
     halves = {name: 0.5 * (learnt["a"][name] + learnt["b"][name]) for name in learnt["b"]}
     tried = iter([1.0, 1.5, 1.0])  # the held-out text: before, with the whole, with half
-    monkeypatch.setattr("callbacks.lora.callback.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
+    monkeypatch.setattr("callbacks.lora.guard.examine", lambda *arguments: Health(-1.0, 0.5, next(tried)))
     module, lora, events = run(tmp_path, tiny_folder, name="half", **settings, tolerance=0.1)
     assert [(e["decision"], e["fraction"]) for e in events] == [("keep", 0.5)]
     plain = editor(tiny_folder)
@@ -210,7 +211,7 @@ def test_half_is_kept_where_the_whole_does_harm(tiny_folder, tmp_path, monkeypat
         assert all(torch.allclose(lora.adapter.factors[name], half) for name, half in halves.items())
 
 
-def test_none_are_set_aside_where_that_is_said(tiny_folder, tmp_path, monkeypatch):
+def test_no_edits_are_held_out_with_probes_0(tiny_folder, tmp_path, monkeypatch):
     rows, plain = [], callbacks.lora.callback.Objective
     monkeypatch.setattr(
         "callbacks.lora.callback.Objective", lambda edits, *others: rows.append(edits) or plain(edits, *others)
@@ -237,7 +238,7 @@ def test_an_adjustment_that_fails_is_dropped(tiny_folder, tmp_path, monkeypatch)
     ]
 
 
-def test_a_model_beyond_saying_anything_is_dropped_and_written_down(tiny_folder, tmp_path, monkeypatch):
+def test_an_adjustment_that_makes_the_model_not_finite_is_dropped_and_recorded(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Adapter, "updates", lambda self, model: {p: torch.full((32, 48), torch.inf) for p in self.paths}
     )
@@ -257,7 +258,7 @@ def test_a_checkpoint_with_another_adapter_is_refused(tiny_folder, tmp_path):
             fit(tmp_path, editor(tiny_folder), callbacks=[lora], ckpt_path=checkpoint, save=True)
 
 
-def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
+def test_fewer_prompts_than_requested_are_logged(tiny_folder, tmp_path, caplog):
     # Of the 21 facts six are edited and the others are bystanders, so none is left; 0 are there.
     caplog.set_level("INFO")
     said = "of the 5 prompts, as no more facts are neither edited nor bystanders"
@@ -268,7 +269,7 @@ def test_fewer_prompts_than_asked_for_are_said(tiny_folder, tmp_path, caplog):
     assert "prompts asked for" not in caplog.text
 
 
-def test_edits_set_aside_are_not_trained_on(tiny_folder, tmp_path):
+def test_held_out_edits_are_not_trained_on(tiny_folder, tmp_path):
     module, lora, _ = run(tmp_path, tiny_folder, limit=10)
     lora.last = 2
     trained, held_out = lora._draw(module, random.Random(0))
@@ -344,7 +345,7 @@ def test_the_order_of_callbacks_does_not_matter(tiny_folder, tmp_path):
         assert same(values, found[0][2])
 
 
-def test_a_run_that_stops_before_its_last_batch_says_that_nothing_was_adjusted(tiny_folder, tmp_path, caplog):
+def test_a_run_that_stops_before_its_last_batch_logs_that_nothing_was_adjusted(tiny_folder, tmp_path, caplog):
     with caplog.at_level("INFO", logger="callbacks.lora.callback"):
         fit(tmp_path, editor(tiny_folder), callbacks=[LoRAAdjust(**{**LENIENT, "every_n_batches": None})], max_steps=1)
     assert "No LoRA adjustment: the run stopped before its last batch" in caplog.messages
@@ -367,7 +368,7 @@ def test_dropout_is_drawn_alike_after_a_resume(tiny_folder, tmp_path, mode):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 @pytest.mark.parametrize("mode", ["merge", "adapter"])
 @pytest.mark.parametrize("told", [False, pytest.param(True, marks=needs_sigterm)])
-def test_one_that_was_stopped_midway_goes_on_from_there(tiny_folder, tmp_path, monkeypatch, mode, told):
+def test_an_adjustment_stopped_midway_resumes(tiny_folder, tmp_path, monkeypatch, mode, told):
     # Dropout makes every step's gradients another draw of torch's generator.
     settings = {**LENIENT, "steps": 6, "mode": mode, "dropout": 0.3}
     whole = editor(tiny_folder)

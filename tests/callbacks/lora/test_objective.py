@@ -7,19 +7,16 @@ import torch
 
 from callbacks.lora.objective import (
     LOSSES,
-    Health,
     Objective,
     Row,
     distributions,
     divergence,
     edit_rows,
-    examine,
     logits_of,
     loss_weights,
     prompt_rows,
     text_rows,
 )
-from editlab.evaluation.scoring import score_facts
 from editlab.lm.language_model import LanguageModel
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -31,12 +28,12 @@ def lm():
 
 
 def whole_logits(lm, row):
-    """The row's logits at its places, by the model's own forward on this row alone."""
+    """The row's logits at its positions, by the model's own forward pass on this row alone."""
     with torch.no_grad():
         return lm.model(torch.tensor([row.ids])).logits[0, list(row.indices)].float()
 
 
-def said_of(lm, row):
+def following_logps(lm, row):
     """Log-probabilities of the row's following tokens, picked out of a whole forward."""
     return whole_logits(lm, row).log_softmax(1)[range(len(row.indices)), list(row.following)]
 
@@ -89,7 +86,7 @@ def test_the_loss_is_made_of_its_parts(lm):
     parts_of = objective(lm, {"edits": 2.0, "before": 1.0, "unedited": 3.0})
     parts = parts_of.loss(lm, [0, 2], [0, 1, 2])
     # Cross-entropy by picking each target's log-probability out of a whole forward.
-    picked = [said_of(lm, parts_of.edits[i]) for i in (0, 2)]
+    picked = [following_logps(lm, parts_of.edits[i]) for i in (0, 2)]
     assert float(parts["edits"]) == pytest.approx(-float(torch.cat(picked).mean()), rel=1e-4)
     assert float(parts["before"]) == pytest.approx(0, abs=1e-5)
     p = torch.cat(parts_of.unedited).exp()
@@ -99,37 +96,9 @@ def test_the_loss_is_made_of_its_parts(lm):
     assert float(parts_of.total(parts)) == pytest.approx(float(total))
 
 
-def test_what_weighs_nothing_is_not_asked(lm):
+def test_losses_of_weight_0_are_not_computed(lm):
     parts = objective(lm, {"edits": 1.0, "before": 0.0, "unedited": 0.0}).loss(lm, [0], [0])
     assert list(parts) == ["edits"]
-
-
-def test_examine_says_what_scoring_says(lm):
-    texts = text_rows([list(range(3, 12)), list(range(20, 30))])
-    health = examine(lm, FACTS[:4], texts)
-    scores = score_facts(lm, FACTS[:4]).edit
-    assert health.edits == pytest.approx(float(scores.logp_new.mean()))
-    success = float((scores.logp_new > scores.logp_true).float().mean())
-    assert health.ES == pytest.approx(success)  # noqa: SIM300 - ES is a number and no constant
-    nll = [-said_of(lm, row) for row in texts]
-    assert health.text == pytest.approx(float(torch.cat(nll).mean()), rel=1e-4)
-    assert examine(lm, FACTS[:1], []).text is None
-    assert examine(lm, [], texts) == Health(None, None, health.text)
-
-
-def test_what_is_worse_is_said():
-    before = Health(edits=-1.0, accuracy=0.5, text=3.0, ES=None)
-    assert Health(-1.0, 0.5, 3.0).worse_than(before, 0.0) == ""
-    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.1) == "held-out edits went from -1.000 to -1.200 nats per token"
-    assert Health(-1.2, 0.5, 2.0).worse_than(before, 0.3) == ""
-    assert "held-out text went from 3.000 to 3.200" in Health(0.0, 1.0, 3.2).worse_than(before, 0.1)
-    assert Health(math.nan, 0.0, 3.0).worse_than(before, 9.0)
-    assert Health(-1.0, 0.0, math.nan).worse_than(before, 9.0)
-    # Where no edits are set aside, the text alone is looked at.
-    assert Health(None, None, 3.0).worse_than(Health(None, None, 3.0), 0.0) == ""
-    assert "the held-out text" in Health(None, None, 3.2).worse_than(Health(None, None, 3.0), 0.1)
-    assert before.numbers() == {"edits": -1.0, "accuracy": 0.5, "text": 3.0}
-    assert Health(math.nan, 0.0, math.inf).numbers() == {"accuracy": 0.0}
 
 
 def test_parts_of_the_loss_that_are_not_named_keep_their_weights():

@@ -1,4 +1,4 @@
-"""Training against what it is meant to do; one that was killed against one that was not."""
+"""The training of an adjustment: that it lowers the loss, and that a killed one resumes to the same weights."""
 
 import random
 from contextlib import suppress
@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.lora import training
-from callbacks.lora.objective import distributions, divergence, examine
+from callbacks.lora.guard import examine
+from callbacks.lora.objective import distributions, divergence
 from callbacks.lora.training import Deck, Training, Unfinished
 from editlab.lm.language_model import LanguageModel
 from tests.callbacks.lora.test_objective import objective
@@ -83,11 +84,11 @@ def test_a_deck_deals_all_before_any_comes_again():
 
 
 class KilledError(Exception):
-    """In place of a kill."""
+    """An error that stands for a kill."""
 
 
 def trained(lm, path, key="this", stop=None):
-    """The weight after a training of eight steps that is kept at ``path``, killed after so many steps."""
+    """The weight after a training of eight steps whose state is saved at ``path``, killed after ``stop`` steps."""
     weight = torch.nn.Parameter(lm.anatomy.edit_module(2).weight.detach().clone())
     aim, calls = objective(lm, {"edits": 1.0, "before": 2.0, "unedited": 0.0}), []
 
@@ -109,7 +110,7 @@ def trained(lm, path, key="this", stop=None):
     return weight.detach(), calls
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
+def test_a_killed_training_resumes_to_the_same_bits(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SECONDS", 0.0)
     whole, steps = trained(lm, tmp_path / "whole.pt")
     path = tmp_path / "killed.pt"
@@ -124,7 +125,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(lm, tmp_path, monkeypatch):
     assert torch.equal(again, whole)
 
 
-def test_one_that_is_told_to_stop_is_kept_first(lm, tmp_path):
+def test_a_training_that_should_stop_saves_its_state_first(lm, tmp_path):
     class Slope:
         edits, other_rows, total = [None], [], staticmethod(lambda parts: parts["edits"])
 
@@ -178,7 +179,7 @@ def test_another_training_is_not_gone_on_with(lm, tmp_path, monkeypatch):
     assert len(trained(lm, tmp_path / "kept.pt", key="other")[1]) == 8
 
 
-def test_a_damaged_file_is_said_and_not_used(lm, tmp_path, monkeypatch, caplog):
+def test_a_damaged_file_is_reported_and_not_used(lm, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(training, "SECONDS", 0.0)
     path = tmp_path / "kept.pt"
     trained(lm, path, stop=3)

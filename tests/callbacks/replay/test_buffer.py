@@ -1,4 +1,4 @@
-"""The replay buffer against plain-list oracles, chi-square tests of its draws, and its state there and back."""
+"""The replay buffer against plain-list oracles, chi-square tests of its draws, and saving and loading its state."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_the_longest_not_replayed_leaves_first():
 
 
 def test_the_least_important_leaves_first_but_no_newcomer():
-    """A batch of newcomers, whose importance is not measured yet, takes the places of old ones that drifted least."""
+    """A batch of newcomers, whose importance is not measured yet, replaces the old ones that drifted least."""
     buffer = ReplayBuffer(4, eviction="least_important")
     for number, importance in enumerate((3.0, 1.0, 2.0, 4.0)):
         buffer.add(memory(number, number, importance))

@@ -9,8 +9,10 @@ from callbacks.replay.callback import MemoryReplay
 from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.keys.subject_keys import read_keys
-from editlab.solver.closed_form import Constraints, Preservation, solve
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
+from editlab.solver.preservation import Preservation
 from editlab.values.optimize import ValueSettings
 from tests.facts import CITIES, FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
@@ -45,7 +47,7 @@ def test_out_of_range(arguments, message):
         ({}, {"restore_between_batches": True}, "nothing to remember"),
     ],
 )
-def test_what_can_not_be_exact_is_refused(tiny_folder, tmp_path, replay, settings, message):
+def test_settings_that_cannot_be_exact_are_refused(tiny_folder, tmp_path, replay, settings, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path, editor(tiny_folder, **settings), callbacks=[MemoryReplay(**replay)])
 
@@ -87,7 +89,7 @@ def test_replay_may_spare_and_not_repair(tiny_folder, tmp_path, repair):
     assert torch.allclose(far["after"], (1 - repair) * far["before"], atol=2e-3)
 
 
-def test_what_was_rolled_back_is_not_remembered(tiny_folder, tmp_path):
+def test_edits_that_were_rolled_back_are_not_remembered(tiny_folder, tmp_path):
     replay = MemoryReplay(memory="both")
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, Spy({0: 0.0, 1: 0.0, 2: 0.0})])
     assert replay.buffer.memories == []
@@ -149,7 +151,7 @@ def test_loss_is_minus_the_targets_log_probability(tiny_folder, tmp_path):
         assert memory.importance == pytest.approx(-float(logp), abs=1e-4)
 
 
-def test_weights_decay_with_age_and_values_may_be_found_anew(tiny_folder, tmp_path):
+def test_weights_decay_with_age_and_values_may_be_recomputed(tiny_folder, tmp_path):
     spy = Spy()
     replay = MemoryReplay(rate=10.0, weight=8.0, age_decay=0.5, refresh="values")
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, spy])
@@ -159,7 +161,7 @@ def test_weights_decay_with_age_and_values_may_be_found_anew(tiny_folder, tmp_pa
 
 
 def joint_by_hand(module, facts, targets):
-    """All facts at once on the unedited weights: the closed form written with the reference's own pieces."""
+    """The joint update of all facts on the unedited weights, by the closed form of the plain reference."""
     with module.unedited():
         keys = read_keys(module.lm, facts, 1, module.site, module.contexts, "bare")
     metric = Preservation.from_moments(module.c0, module.method.weight, module.method.ridge)
@@ -174,7 +176,7 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
 
     plain = module_under_test.second_moments
     seen = {}
-    monkeypatch.setattr(module_under_test, "second_moments", lambda *a: seen.setdefault("c0", plain(*a)) or seen["c0"])
+    monkeypatch.setattr(module_under_test, "second_moments", lambda *a: dict(seen.setdefault("c0", plain(*a))))
     spy = Spy()
     module = editor(tiny_folder, layers=[1], method=MEMIT(covariance_weight=5.0))
     fit(tmp_path, module, callbacks=[MemoryReplay(memory="consolidated"), spy])
@@ -206,19 +208,19 @@ def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_pa
 
 
 def twice(tmp_path, *others):
-    """Four facts, and the first two edited anew with other targets."""
+    """Four facts, and the first two again with other targets."""
     again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]
     return write_counterfact(tmp_path / "again.json", [*FACTS[:4], *others, *again])
 
 
 def past_of(module, facts, weights, replay):
-    """The metric's part by hand: keys of facts in the contexts that the run reads them in."""
+    """The past keys' part of the metric by hand, from the keys of facts in the run's contexts."""
     read = read_keys(module.lm, facts, 1, module.site, module.contexts, module.solve_settings.key_mode)
     each = torch.tensor(weights, dtype=torch.float64)[read.fact]
     return replay.past.weight * (read.keys * each) @ read.keys.T
 
 
-def test_a_fact_that_is_left_out_when_edited_anew_is_held_as_before(tiny_folder, tmp_path):
+def test_a_fact_dropped_when_edited_again_is_preserved_as_before(tiny_folder, tmp_path):
     class LeaveOut(EditCallback):
         def on_edit_applied(self, trainer, editor, outcome):
             if outcome.plan.step == 2 and not outcome.dropped:
@@ -239,7 +241,7 @@ def test_the_past_fades_with_batches_that_were_kept(tiny_folder, tmp_path):
     assert torch.allclose(replay.past.moments[1], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_several_layers_edited_anew(tiny_folder, tmp_path):
+def test_facts_edited_again_at_several_layers(tiny_folder, tmp_path):
     replay, module = MemoryReplay(memory="consolidated"), editor(tiny_folder, method=MEMIT(5.0))
     fit(tmp_path, module, callbacks=[replay], path=twice(tmp_path), keep_repeats=True)
     assert module.ledger.superseded == 2  # keys of the upper layer have moved since, and go as far as they can
@@ -248,13 +250,13 @@ def test_several_layers_edited_anew(tiny_folder, tmp_path):
         assert float(values[0]) > -1e-9 * float(values[-1])
 
 
-def test_what_has_faded_to_nothing_is_not_replayed(tiny_folder, tmp_path):
+def test_memories_whose_weight_decayed_to_0_are_not_replayed(tiny_folder, tmp_path):
     spy = Spy()
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=9.0, age_decay=1e-200), spy])
     assert [[a.fact for a in plan.additions] for plan in spy.plans] == [[], FACTS[:2], FACTS[2:4]]
 
 
-def test_what_the_memory_holds_is_logged(tiny_folder, tmp_path, caplog):
+def test_the_size_of_the_memory_is_logged(tiny_folder, tmp_path, caplog):
     import logging
 
     logging.getLogger("callbacks").propagate = True

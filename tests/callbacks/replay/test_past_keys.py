@@ -26,7 +26,7 @@ def test_the_sum_by_hand():
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3, 0.1, 3.0])
-def test_what_is_taken_out_leaves_no_negative_direction(moved):
+def test_removed_keys_leave_the_sum_positive_semidefinite(moved):
     # 5 keys in 33 dimensions: one that has moved lies outside of what the others span.
     past = PastKeys(2.0)
     keys = draw(33, 5, seed=1)

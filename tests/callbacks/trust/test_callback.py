@@ -1,4 +1,4 @@
-"""The gate through real runs of a tiny model: what it decides, what it leaves behind, and what it writes down."""
+"""The gate in real runs of a tiny model: its decisions, the weights after them, and its events."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def heldout(tmp_path):
 
 
 class Spoil(EditCallback):
-    """Makes the targets of one batch (or of one fact in it) many times as long, in a direction of their own."""
+    """Replaces the targets of one batch (or of one fact in it) by long vectors in random directions."""
 
     def __init__(self, step, place=slice(None)):
         self.step, self.place = step, place
@@ -44,8 +44,8 @@ class Spoil(EditCallback):
 
 
 def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **settings):
-    """A run with a gate that looks at the text; its module, its gate and its events."""
-    # A random model's targets hardly rise, and its updates are as large as its weights: scales to suit it.
+    """Makes a run with a gate that measures the text; returns its module, its gate and its events."""
+    # In a random model targets hardly become likelier, and updates are as large as weights, so the scales are wide.
     scales = {"edit_success_gain": [-1.0, 0.2], "neighbor_flip_rate": [1.0, 1.0], "heldout_ppl_delta": [0.3, 0.3],
               "update_norm": [5.0, 1.0]}  # fmt: skip
     gate = TrustRollback(**{"heldout": heldout, "scales": scales, "calibrate": 0, "budget": None,
@@ -58,7 +58,7 @@ def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **se
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2]])
-def test_a_spoilt_batch_is_rolled_back_and_the_others_stay(tiny_folder, tmp_path, heldout, layers):
+def test_a_spoilt_batch_is_rolled_back_and_other_batches_stay(tiny_folder, tmp_path, heldout, layers):
     spy = Spy()
     module, gate, events = run(tmp_path, tiny_folder, heldout, Spoil(1), spy, layers=layers)
     assert [e["decision"] for e in events] == ["keep", "rollback", "keep"]
@@ -103,7 +103,9 @@ def test_a_low_score_may_scale(tiny_folder, tmp_path, heldout):
 
 
 @pytest.mark.parametrize(("bearable", "expected"), [(0.9, 0.5), (0.3, 0.25), (0.13, 0.125), (0.1, 0.0)])
-def test_a_search_takes_the_largest_share_that_scores(tiny_folder, tmp_path, heldout, monkeypatch, bearable, expected):
+def test_a_search_takes_the_largest_fraction_that_scores_high_enough(
+    tiny_folder, tmp_path, heldout, monkeypatch, bearable, expected
+):
     # The probe tells which share of the update is applied; above ``bearable`` the score falls from 1 to 0.
     before = []
 
@@ -176,7 +178,7 @@ def test_a_batch_of_which_every_fact_is_low_is_rolled_back(tiny_folder, tmp_path
     assert {e["decision"] for e in events if e["kind"] == "batch"} == {"rollback"}
 
 
-def test_what_can_not_be_measured_is_kept_and_said(tiny_folder, tmp_path, heldout, monkeypatch, caplog):
+def test_a_batch_that_cannot_be_measured_is_kept_and_reported(tiny_folder, tmp_path, heldout, monkeypatch, caplog):
     from callbacks.trust import probes
 
     plain, calls = probes.measure_heldout, []
@@ -196,7 +198,7 @@ def test_what_can_not_be_measured_is_kept_and_said(tiny_folder, tmp_path, heldou
     assert "could not measure" in caplog.text
 
 
-def test_what_ends_the_run_is_not_taken_for_a_probe_that_failed(tiny_folder, tmp_path, heldout, monkeypatch):
+def test_an_error_that_ends_the_run_is_not_treated_as_a_failed_probe(tiny_folder, tmp_path, heldout, monkeypatch):
     from callbacks.trust import probes
 
     def lost(*arguments):
@@ -208,7 +210,7 @@ def test_what_ends_the_run_is_not_taken_for_a_probe_that_failed(tiny_folder, tmp
 
 
 class Asked:
-    """Probes that find a batch bad, or fail on one rank."""
+    """Probes that judge a batch to be bad, or fail on one rank."""
 
     def __init__(self, fails, shared):
         self.fails, self.shared, self.forgot = fails, shared, False
@@ -241,7 +243,7 @@ def judged(fails, shared=False):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 @pytest.mark.parametrize("fails", [0, 1])
-def test_where_one_rank_can_not_measure_all_keep(tmp_path, fails):
+def test_all_ranks_keep_a_batch_that_one_rank_cannot_measure(tmp_path, fails):
     assert ranked.together(2, tmp_path / "none", judged, -1) == [(0.0, None, False)] * 2
     assert ranked.together(2, tmp_path / "one", judged, fails) == [(1.0, "MemoryError: none is left", True)] * 2
 
@@ -253,7 +255,7 @@ def test_a_failure_in_work_that_was_dealt_out_ends_all_ranks(tmp_path):
     assert str(errors[0]) == "Rank 1 failed with MemoryError: none is left"
 
 
-def test_numbers_that_are_not_finite_are_kept_and_said(tiny_folder, tmp_path, heldout, monkeypatch):
+def test_a_batch_with_signals_that_are_not_finite_is_kept_and_reported(tiny_folder, tmp_path, heldout, monkeypatch):
     from callbacks.trust import probes
 
     monkeypatch.setattr(probes, "flip_rate", lambda before, after: float("nan"))
@@ -299,7 +301,7 @@ def test_another_callback_that_scales_lower_spends_that_fraction_of_the_harm(
     assert [entry.factor for entry in module.ledger] == [0.25] * 6
 
 
-def test_the_threshold_written_is_the_one_held_against(tiny_folder, tmp_path, heldout):
+def test_the_recorded_threshold_is_the_one_that_was_applied(tiny_folder, tmp_path, heldout):
     _, _, events = run(tmp_path, tiny_folder, heldout, threshold=0.9, quantile=0.0, window=5)
     scores = [e["score"] for e in events]
     # The lowest of the scores before, once there are two of them.
@@ -307,7 +309,7 @@ def test_the_threshold_written_is_the_one_held_against(tiny_folder, tmp_path, he
     assert [e["decision"] == "keep" for e in events] == [e["score"] >= e["threshold"] for e in events]
 
 
-def test_facts_of_the_file_serve_where_no_text_is_given(tiny_folder, tmp_path):
+def test_facts_of_the_file_are_the_held_out_sentences_without_a_text(tiny_folder, tmp_path):
     gate = TrustRollback(heldout_samples=4, threshold=0.0)
     module = editor(tiny_folder)
     path = write_counterfact(tmp_path / "many.json", FACTS)

@@ -1,4 +1,4 @@
-"""The trust experiment's parts: faults as described, forks that leave the run alone, labels and areas by hand."""
+"""The trust experiment's parts: faults as described, forks that do not change the run, labels and areas by hand."""
 
 import json
 import math

@@ -56,7 +56,7 @@ def test_heldout_perplexity_and_confidence_by_a_plain_forward(lm):
     assert found.confidence == pytest.approx(sum(tops) / 2, abs=1e-6)
 
 
-def test_sentences_of_a_text_are_windows_asked_before_their_last_token(lm):
+def test_sentences_of_a_text_are_windows_whose_confidence_is_at_the_last_token(lm):
     text = "The capital of France is Paris. " * 30
     ids = ids_of(lm, text)
     sentences = sentences_of_text(lm, text, 3)
@@ -138,7 +138,7 @@ def test_attribution_by_finite_differences(lm):
 
 
 def edited(lm, layers=(1,)):
-    """As much of an editor as the probes look at."""
+    """An object with the attributes of an editor that the probes use."""
     found = [EditedLayer(lm.anatomy.edit_module(n), lm.anatomy.transposed(n)) for n in layers]
     return SimpleNamespace(lm=lm, layer_numbers=list(layers), layers=found, changed_layers=found)
 
@@ -198,7 +198,7 @@ def test_signals_of_facts_by_hand(lm):
     assert third.certainty == 1.0
 
 
-def test_heldout_is_asked_anew_only_where_the_weights_are_new(lm, monkeypatch):
+def test_held_out_sentences_are_measured_again_only_if_the_weights_changed(lm, monkeypatch):
     from callbacks.trust import probes as module
 
     asked = []

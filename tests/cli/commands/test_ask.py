@@ -1,4 +1,4 @@
-"""Ask: the answers against the generation of transformers, and what a program or a person reads of them."""
+"""``editlab ask``: the answers against the generation of transformers, and their output as text and as JSON."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def ask(*arguments):
 
 @pytest.fixture
 def exported(run, tmp_path):
-    """The base folder and the edited model's."""
+    """The folder of the base model and that of the edited model."""
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "out")]) == 0
     return run.base, tmp_path / "out"
 
@@ -75,7 +75,7 @@ def test_side_by_side(runs, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
-def test_columns_keep_their_places(monkeypatch):
+def test_columns_are_aligned(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     before = Answer(" Paris, a large\ncity in France, and more than that", ((" Paris", 0.75), ('"', 0.1)))
     shown = render(Pair("The capital is", before, Answer("", ((" Rome", 1.0),))))

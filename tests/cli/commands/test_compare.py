@@ -1,4 +1,4 @@
-"""``editlab compare``: the table on the screen, the CSV, the figure, and what is refused."""
+"""``editlab compare``: the table on the screen, the CSV, the figure, and bad arguments."""
 
 import csv
 
@@ -58,7 +58,7 @@ def test_the_figure_comes_as_png_and_pdf(logs, tmp_path):
         ([], "runs is missing"),
     ],
 )
-def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *arguments]) == 2
     assert message in capsys.readouterr().err

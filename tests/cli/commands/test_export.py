@@ -1,4 +1,4 @@
-"""Export and apply: what plain transformers loads of them, against the weights and logits of the run itself."""
+"""Export and apply: the model that plain transformers loads against the weights and logits of the run itself."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ with torch.no_grad():
 
 
 def by_hand(run, dtype=torch.float32):
-    """The edited model by the definition: each edited weight of the base plus its sum, and nothing of editlab's."""
+    """The edited model by the definition: each edited weight of the base plus its sum, computed without editlab."""
     model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype)
     sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
@@ -85,7 +85,7 @@ def test_delta_and_apply_make_the_same_folder(run, tmp_path):
     assert not same_bits(weights(whole), weights(run.base))
 
 
-def test_what_the_delta_says_of_itself(run, tmp_path):
+def test_metadata_of_the_delta(run, tmp_path):
     assert export("--ckpt_path", run.checkpoint, "--out", tmp_path / "d", "--delta-only") == 0
     sums = torch.load(run.checkpoint, weights_only=True)
     with safe_open(tmp_path / "d" / "delta.safetensors", "pt") as file:
@@ -137,7 +137,7 @@ def test_a_run_in_bfloat16(runs, tmp_path):
     assert torch.equal(found[name], base[name].bfloat16().float() + total)
 
 
-def test_what_lora_merged_into_other_weights_is_taken_along(runs, tmp_path):
+def test_updates_that_lora_merged_into_other_weights_are_exported(runs, tmp_path):
     run = runs("llama", lora="merge")
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
     sums = torch.load(run.checkpoint, weights_only=True)["state_dict"]
@@ -154,7 +154,7 @@ def test_what_lora_merged_into_other_weights_is_taken_along(runs, tmp_path):
     assert files(tmp_path / "a") == files(tmp_path / "out")
 
 
-def test_an_adapter_beside_the_weights_is_named(runs, tmp_path, capsys):
+def test_a_separate_adapter_is_named(runs, tmp_path, capsys):
     run = runs("llama", lora="adapter")
     capsys.readouterr()
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
@@ -181,7 +181,7 @@ def test_a_large_model_goes_to_several_files(runs, tmp_path):
     assert torch.equal(loaded["model.layers.2.mlp.down_proj.weight"], by_hand(run).model.layers[2].mlp.down_proj.weight)
 
 
-def test_the_card_tells_what_was_edited(runs, tmp_path):
+def test_the_card_names_the_edits(runs, tmp_path):
     run = runs("gpt2")
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
     card = (tmp_path / "out" / "README.md").read_text()
@@ -206,7 +206,7 @@ def test_the_card_tells_what_was_edited(runs, tmp_path):
     assert "base_model:" not in card  # a folder on this machine is nothing on the hub
 
 
-def test_a_checkpoint_that_lies_alone_is_exported_without_its_metrics(runs, tmp_path):
+def test_a_checkpoint_outside_a_run_is_exported_without_metrics(runs, tmp_path):
     alone = tmp_path / "somewhere" / "else" / "alone.ckpt"
     alone.parent.mkdir(parents=True)
     alone.write_bytes(runs("gpt2").checkpoint.read_bytes())

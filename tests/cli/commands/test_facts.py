@@ -24,7 +24,7 @@ def test_all_bad_records_are_named(tmp_path, capsys):
         "Record 0 (line 2) has a prompt in which its subject 'Oslo' does not occur",
         "Record 2 (line 4) lacks 'subject'",
     ]
-    assert err == [f"editlab: 2 of 3 records of {path} are wrong: mend or remove what is named above."]
+    assert err == [f"editlab: 2 of 3 records of {path} are wrong: correct or remove those named above."]
 
 
 def test_half_a_character_is_named(tmp_path, capsys):
@@ -44,7 +44,7 @@ def test_good_files_are_counted(tmp_path, capsys):
         "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or with "
         "data.keep_repeats all.",
         f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
-        "Set data.only_known to false: without a truth, what the model knows can not be told.",
+        "Set data.only_known to false: without a truth it is unknown whether the model prefers it.",
     ]
     assert err == []
     out, _ = check(write_counterfact(tmp_path / "facts.json"), capsys, 0)
@@ -53,7 +53,7 @@ def test_good_files_are_counted(tmp_path, capsys):
     assert "21 with a truth, 6 with paraphrases, 6 with neighbors" in out[0]
 
 
-def test_files_that_can_not_be_read(tmp_path, capsys):
+def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, message in (("none.csv", "does not exist: check the path"), ("empty.jsonl", "holds no record")):
         out, err = check(tmp_path / name, capsys, 2)
@@ -62,7 +62,7 @@ def test_files_that_can_not_be_read(tmp_path, capsys):
         assert message in err[0]
 
 
-def test_what_a_plain_csv_lacks_is_absent_from_the_metrics(tiny_folder, tmp_path, monkeypatch):
+def test_metrics_of_absent_columns_are_absent(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.csv").write_text(
         COLUMNS + "Oslo,Oslo lies in,Peru\nLima,The city of Lima lies in,France\n" + "Rome,Rome is in,Peru\n"

@@ -1,4 +1,4 @@
-"""``editlab report``: the lost edits against the exported model's own generation, and what is refused."""
+"""``editlab report``: the lost edits against the exported model's own generation, and bad arguments."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_pat
     assert sum(kind in rows for kind in ("forgotten", "never learnt")) >= 1
 
 
-def test_the_page_lies_in_the_run_and_the_model_need_not_be_there(runs, capsys):
+def test_the_page_is_written_into_the_run_without_loading_the_model(runs, capsys):
     run = runs("llama")
     assert report(run.folder, "--no_answers", "--model", "nowhere") == 0
     page = (run.folder / "report.html").read_text(encoding="utf-8")
@@ -78,8 +78,8 @@ def test_independent_batches_and_an_adapter_are_not_taken_for_losses(runs, tmp_p
     assert "without the separate adapter that the run keeps for" in page
 
 
-def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):
-    """In a mixture of experts no structure tells which map was edited."""
+def test_a_run_with_a_given_edit_module_is_reported_with_it(tmp_path, monkeypatch):
+    """In a mixture of experts the structure does not determine which map was edited."""
     monkeypatch.chdir(tmp_path)
     config = transformers.Qwen2MoeConfig(
         vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -101,7 +101,7 @@ def test_a_run_that_was_told_its_module_tells_it_again(tmp_path, monkeypatch):
     ("arguments", "message"),
     [(["nowhere"], "There is no folder 'nowhere'"), (["."], "checkpoint"), ([], "run is missing")],
 )
-def test_what_is_refused(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report(*arguments) == 2
     assert message in capsys.readouterr().err

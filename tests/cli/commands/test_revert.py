@@ -64,7 +64,7 @@ def test_a_batch_that_was_rolled_back_changes_nothing(runs, tmp_path):
     assert same_bits(weights(tmp_path / "2"), weights(tmp_path / "3"))
 
 
-def test_what_was_not_kept_is_said_with_the_mend(runs, tmp_path, capsys):
+def test_a_state_that_was_not_kept_is_reported_with_a_fix(runs, tmp_path, capsys):
     run = runs("llama")
     kept = tmp_path / "checkpoints"
     shutil.copytree(run.folder / "checkpoints", kept)
@@ -99,7 +99,7 @@ def test_kept_checkpoints_share_the_bytes_of_the_last(runs):
     assert steps == [1, 2, 3, 4]
 
 
-def test_independent_batches_are_told_apart(runs, tmp_path):
+def test_the_fates_of_independent_batches(runs, tmp_path):
     run = runs("llama", restore_between_batches=True)
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(tmp_path / "d"), "--delta-only"]) == 0
     from safetensors import safe_open

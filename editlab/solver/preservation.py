@@ -1,0 +1,207 @@
+"""The preservation metric of the closed form: how much an update pays for moving the layer's output at a key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from editlab.errors import EditLabError, UserError
+from editlab.lm.memory import lacks_memory, release
+from editlab.lm.precision import widened
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preservation:
+    """A preservation metric ``C``, stored as the factor that whitens keys: ``C^-1 = T^T T``, whitened keys ``T K``.
+
+    ``columns`` are whitened extra keys ``B`` that were added since the factor was computed, so that the metric is
+    ``C`` plus a weighted sum of ``k k^T``. By Woodbury's identity they cost an m x m solve and no new factorization.
+    """
+
+    factor: Tensor
+    """Lower Cholesky factor L of C, or an orthonormal basis U of a subspace (then T = U^T), float64 [d_k, r]."""
+    is_basis: bool = False
+    """Whether ``factor`` is a basis (AlphaEdit's null space) rather than a Cholesky factor."""
+    columns: Tensor | None = None
+    """Whitened extra keys, float64 [r, m], already scaled by the square root of their weight."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the metric, on which :func:`~editlab.solver.closed_form.solve` works."""
+        return self.factor.device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the factor, a number that does not change while columns are added."""
+        return self.factor.numel() * self.factor.element_size()
+
+    def to(self, device: torch.device) -> Preservation:
+        """The same metric on another device."""
+        columns = None if self.columns is None else self.columns.to(device)
+        return Preservation(self.factor.to(device), self.is_basis, columns)
+
+    @classmethod
+    def from_moments(
+        cls, moments: Tensor, weight: float = 1.0, ridge: float = 1e-6, device: torch.device | None = None
+    ) -> Preservation:
+        """The metric ``weight * C0`` plus ``ridge`` times its mean eigenvalue on the diagonal, factored once.
+
+        One matrix [d_k, d_k] is allocated on the device and becomes the factor. If the device lacks memory for it, the
+        metric is computed on the CPU and stays there.
+
+        Args:
+            moments: second moments of keys C0 = E[k k^T], [d_k, d_k], symmetric.
+            weight: lambda, the number of ordinary tokens that C0 counts as.
+            ridge: fraction of the mean eigenvalue that is added to the diagonal, so that the metric is positive
+                definite in directions that the text never used.
+            device: device of the metric; default: that of the moments.
+
+        Raises:
+            EditLabError: The matrix is not finite, or not positive definite even with the ridge.
+        """
+        return _where_it_fits(device or moments.device, lambda there: cls._factored(moments, weight, ridge, there))
+
+    @classmethod
+    def _factored(cls, moments: Tensor, weight: float, ridge: float, device: torch.device) -> Preservation:
+        c = _copied(moments, device).mul_(weight)
+        if not torch.isfinite(c.sum()):  # testing each element would take memory for a third such matrix
+            raise EditLabError(
+                "The second moments hold values that are not finite: delete the cached file, and they are recomputed."
+            )
+        c.diagonal().add_(ridge * c.diagonal().mean())
+        factor, failed = _cholesky_in_place(c)
+        if failed:
+            raise EditLabError(
+                f"The second moments are not positive definite with a ridge of {ridge:g}: raise moments.tokens, "
+                "or the ridge."
+            )
+        return cls(factor)
+
+    @classmethod
+    def null_space(cls, moments: Tensor, threshold: float, device: torch.device | None = None) -> Preservation:
+        """AlphaEdit's metric: the identity on the span of C0's eigenvectors with eigenvalues under ``threshold``.
+
+        Outside that span an update is zero (Fang et al. 2024, arXiv:2410.02355).
+
+        Args:
+            moments: as for :meth:`from_moments`.
+            threshold: an absolute number in the units of C0, as in the paper.
+            device: as for :meth:`from_moments`.
+
+        Raises:
+            UserError: No eigenvalue lies under the threshold.
+        """
+        return _where_it_fits(device or moments.device, lambda there: cls._null_space(moments, threshold, there))
+
+    @classmethod
+    def _null_space(cls, moments: Tensor, threshold: float, device: torch.device) -> Preservation:
+        values, vectors = torch.linalg.eigh(widened(moments, device))
+        basis = vectors[:, values < threshold]
+        if basis.shape[1] == 0:
+            raise UserError(
+                f"No eigenvalue of the second moments is under {threshold:g}, so the null space is empty: raise the "
+                f"threshold (they run from {values[0]:.3g} to {values[-1]:.3g})."
+            )
+        return cls(basis.contiguous(), is_basis=True)
+
+    def whiten(self, keys: Tensor) -> Tensor:
+        """Whitened keys ``T K`` of keys ``K``: [d_k, n] -> [r, n], float64, on the metric's device."""
+        keys = widened(keys, self.device)
+        if self.is_basis:
+            return self.factor.T @ keys
+        return torch.linalg.solve_triangular(self.factor, keys, upper=False)
+
+    def unwhiten(self, whitened: Tensor) -> Tensor:
+        """``T^T A`` of whitened keys ``A``: [r, n] -> [d_k, n].
+
+        ``unwhiten(whiten(K))`` is ``C^-1 K`` if no columns were added.
+        """
+        if self.is_basis:
+            return self.factor @ whitened
+        return torch.linalg.solve_triangular(self.factor.T, whitened, upper=True)
+
+    def plus(self, keys: Tensor, weight: float | Tensor = 1.0) -> Preservation:
+        """The metric ``C + sum_i weight_i k_i k_i^T`` for keys [d_k, m], as a new object.
+
+        Once there are more columns than half the dimension, they are folded into a new factor, so that memory and time
+        stay bounded however long the sequence of edits is.
+        """
+        if keys.shape[1] == 0:
+            return self
+        scale = torch.as_tensor(weight, dtype=torch.float64, device=self.device).sqrt()
+        columns = self.whiten(keys) * scale
+        if self.columns is not None:
+            columns = torch.cat([self.columns, columns], dim=1)
+        if columns.shape[1] <= self.factor.shape[1] // 2:
+            return Preservation(self.factor, self.is_basis, columns)
+        return self._folded(columns @ columns.T)
+
+    def plus_moments(self, moments: Tensor) -> Preservation:
+        """The metric ``C + P`` for a symmetric positive semidefinite ``P`` [d_k, d_k], as a new object.
+
+        If this metric's device lacks memory for the new one, the new one is on the CPU.
+
+        Raises:
+            EditLabError: The sum is not positive definite.
+        """
+        return _where_it_fits(self.device, lambda there: self.to(there)._plus_moments(moments))
+
+    def _plus_moments(self, moments: Tensor) -> Preservation:
+        extra = self.whiten(moments)
+        extra = self.whiten(extra.T)  # the name is reused, so that the first product is freed
+        if self.columns is not None:
+            extra = extra + self.columns @ self.columns.T
+        extra = extra + extra.T
+        return self._folded(extra.div_(2))
+
+    def _folded(self, extra: Tensor) -> Preservation:
+        """The metric whose whitened form is ``I + extra``, with a factor of its own; ``extra`` is overwritten."""
+        # C + P = L (I + X) L^T = (L F)(L F)^T with F the factor of the bracket; a basis is multiplied by F alike.
+        extra.diagonal().add_(1)
+        inner, failed = _cholesky_in_place(extra)
+        if failed:
+            raise EditLabError("The metric with the added keys is not positive definite: lower the weight of the keys.")
+        if self.is_basis:
+            # T = F^-1 U^T, hence T^T = U F^-T: no longer orthonormal, but T still whitens keys.
+            turned = torch.linalg.solve_triangular(inner, self.factor.T, upper=False).T
+            return Preservation(turned.contiguous(), True)
+        return Preservation(self.factor @ inner, False)
+
+    def correct(self, whitened: Tensor) -> Tensor:
+        """``(I + B B^T)^-1 A`` of whitened keys ``A``: accounts for the added columns ``B`` (Woodbury)."""
+        if self.columns is None:
+            return whitened
+        b = self.columns
+        small = torch.eye(b.shape[1], dtype=b.dtype, device=b.device) + b.T @ b
+        return whitened - b @ torch.linalg.solve(small, b.T @ whitened)
+
+
+def _where_it_fits(device: torch.device, make: Callable[[torch.device], Preservation]) -> Preservation:
+    """The metric that ``make`` returns for the device, or for the CPU if the device lacks memory."""
+    try:
+        return make(device)
+    except Exception as error:
+        if device.type == "cpu" or not lacks_memory(error):
+            raise
+    release()
+    log.warning("The memory of %s does not hold a metric: this layer is solved on the CPU, which takes longer", device)
+    return make(torch.device("cpu"))
+
+
+def _copied(matrix: Tensor, device: torch.device) -> Tensor:
+    """A float64 copy of a matrix on a device, which never shares memory with the original."""
+    moved = widened(matrix, device)
+    return moved.clone() if moved is matrix else moved
+
+
+def _cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower Cholesky factor in the matrix's own memory, and whether the factorization failed."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    return factor, info.item() != 0
