@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tqdm.auto import tqdm
+from transformers import modeling_gguf_pytorch_utils
 
 from editlab.cli.main import main
 from editlab.errors import EditLabError, UserError
@@ -214,7 +215,7 @@ class TestWrongFiles:
 
 def test_messages_are_restored_after_the_conversion():
     messages = transformers.utils.logging
-    reader = transformers.modeling_gguf_pytorch_utils
+    reader = modeling_gguf_pytorch_utils
 
     def state():
         return messages.get_verbosity(), messages.is_progress_bar_enabled(), reader.tqdm
