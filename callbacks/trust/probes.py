@@ -77,7 +77,7 @@ def sentences_of_text(lm: LanguageModel, text: str, count: int) -> list[Sentence
 
 
 def measure_heldout(lm: LanguageModel, sentences: Sequence[Sentence]) -> HeldOut:
-    """Measures the held-out sentences with the weights as they are."""
+    """Measure the held-out sentences with the current weights."""
     wanted = [[(p - 1, s.ids[p]) for p in range(1, len(s.ids))] for s in sentences]
     logps, _, tops = lm.next_token_scores([s.ids for s in sentences], wanted)
     confidence = [float(top[s.confidence_index - 1].exp()) for s, top in zip(sentences, tops, strict=True)]

@@ -45,7 +45,7 @@ def require_memory(what: str, needed: int, dtype: torch.dtype, device: torch.dev
     free = free_memory(device)
     if free is None or needed <= free:
         return
-    place = "memory" if device.type == "cpu" else f"the memory of {device}"
+    pool = "memory" if device.type == "cpu" else f"the memory of {device}"
     fixes = ["choose a smaller model"]
     if device.type != "cpu":
         fixes.insert(0, "distribute it by model.device_map auto")
@@ -53,7 +53,7 @@ def require_memory(what: str, needed: int, dtype: torch.dtype, device: torch.dev
         fixes.insert(0, f"set trainer.precision to bf16-true ({needed * 2 / dtype.itemsize / _GIB:.1f} GiB)")
     raise EditLabError(
         f"the weights of {what} take {needed / _GIB:.1f} GiB in {dtype_name(dtype)}, but only {free / _GIB:.1f} GiB "
-        f"of {place} are free: {', or '.join(fixes)}"
+        f"of {pool} are free: {', or '.join(fixes)}"
     )
 
 

@@ -24,10 +24,10 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
     # safetensors makes its files readable by the owner only, whatever the umask.
     for file in folder.glob("*.safetensors"):
-        share(file, folder / "config.json")
+        copy_permissions(file, folder / "config.json")
 
 
-def share(file: Path, like: Path) -> None:
+def copy_permissions(file: Path, like: Path) -> None:
     """Give ``file`` the permissions of ``like``."""
     os.chmod(file, like.stat().st_mode)
 

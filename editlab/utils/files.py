@@ -138,10 +138,10 @@ def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | 
         )
     # The error of a failed rename names both paths, the target second.
     named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
-    ours = named is not None and (_within(Path(named), temporary) or _within(target, Path(named)))
-    if ours and code in FORBIDDEN:
+    concerns_target = named is not None and (_within(Path(named), temporary) or _within(target, Path(named)))
+    if concerns_target and code in FORBIDDEN:
         return UserError(f"no permission to write {target}: {elsewhere} a folder that you may write to")
-    if ours and code in _IN_THE_WAY:
+    if concerns_target and code in _IN_THE_WAY:
         return UserError(f"cannot write {target}, because {named} is in its way: {elsewhere} another folder")
     return None
 

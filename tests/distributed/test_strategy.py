@@ -164,7 +164,7 @@ def test_a_user_error_is_reported_once_by_one_rank(fault, tiny_folder, tmp_path)
     assert codes == [2, 0]  # rank 0 reports the error for both
 
 
-def test_another_strategy_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_another_strategy_is_rejected(tiny_folder, tmp_path, monkeypatch, capsys):
     from editlab.cli.main import main
 
     arguments = prepared(tmp_path / "run", tiny_folder, "emmet")

@@ -37,7 +37,7 @@ OPT_350M = transformers.OPTConfig(
     vocab_size=100, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
     num_attention_heads=4, do_layer_norm_before=False,
 )  # fmt: skip
-# DeepSeek's first blocks are dense, the others are mixtures of experts.
+# DeepSeek's first blocks are dense, all other blocks are mixtures of experts.
 DEEPSEEK = transformers.DeepseekV3Config(
     **{**TINY, "num_key_value_heads": 4, "head_dim": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
     qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
@@ -213,7 +213,7 @@ class TestMixturesOfExperts:
         ],
         ids=lambda config: config.model_type,
     )  # fmt: skip
-    def test_the_user_is_asked_to_name_one(self, config):
+    def test_the_error_asks_for_a_name(self, config):
         with pytest.raises(UserError, match=r"no single MLP output projection .* with model\.edit_module"):
             read_anatomy(AutoModelForCausalLM.from_config(config).eval())
 
@@ -260,7 +260,7 @@ def test_an_unknown_layer_names_the_valid_range(layer):
         anatomy.edit_module(layer)
 
 
-def test_models_without_blocks_or_head_are_refused():
+def test_models_without_blocks_or_head_are_rejected():
     headless = transformers.AutoModel.from_config(transformers.LlamaConfig(**TINY))
     with pytest.raises(UserError, match="LlamaModel has no output embeddings"):
         read_anatomy(headless)
@@ -274,13 +274,13 @@ def test_models_without_blocks_or_head_are_refused():
         read_anatomy(model)
 
 
-def test_state_space_models_are_refused():
+def test_state_space_models_are_rejected():
     config = transformers.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(UserError, match=r"no single MLP output projection .*mixer\.out_proj"):
         read_anatomy(AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_quantized_weights_are_refused():
+def test_quantized_weights_are_rejected():
     model = tiny_model("llama")
     for block in model.model.layers:
         block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight.to(torch.int8), requires_grad=False)

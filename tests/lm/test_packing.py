@@ -113,7 +113,7 @@ def test_padding_inside_a_row_does_not_change_the_logits(family, dtype):
     assert pads_between(LanguageModel(tiny_model(family).to(dtype), tiny_tokenizer()))
 
 
-def test_a_model_that_counts_padding_as_distance_is_refused():
+def test_a_model_that_counts_padding_as_distance_is_rejected():
     torch.manual_seed(0)
     config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=4, vocab_size=400, max_seq_len=128)
     with pytest.raises(UserError, match="MptForCausalLM counts padding in the distance between two tokens"):

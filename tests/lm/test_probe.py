@@ -69,7 +69,7 @@ def test_a_map_that_runs_more_than_once_is_not_recorded(times):
     assert "mlp.gate_proj" not in inputs
 
 
-def test_a_block_that_is_not_run_is_refused():
+def test_a_block_that_is_not_run_is_rejected():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="LlamaForCausalLM does not run its blocks"):
         run_block(model, tiny_model("llama").model.layers[0], 1, unaltered)

@@ -41,7 +41,7 @@ def test_the_command_sets_it_before_torch_is_imported(own, seen):
 
 
 class Times:
-    """Hand-made processor times in place of psutil's, in seconds since the start of the machine and of this process."""
+    """Hand-made processor times instead of psutil's, in seconds since the start of the machine and of this process."""
 
     def __init__(self, monkeypatch, cores):
         self.machine = {"user": 100.0, "system": 10.0, "idle": 300.0, "nice": 50.0, "iowait": 5.0, "guest": 40.0}

@@ -33,7 +33,7 @@ def test_private_draws_follow_their_seed_and_leave_the_global_state():
     assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(3)))
 
 
-def test_a_gpu_that_is_not_in_use_is_left_alone(monkeypatch):
+def test_a_gpu_that_is_not_in_use_is_not_initialized(monkeypatch):
     def touched(*arguments):
         raise AssertionError("CUDA would have begun")
 

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.writing import Writing, add_checkpoint_arguments, add_writing_arguments, size_of
 from editlab.errors import UserError
-from editlab.lm.save import share
+from editlab.lm.save import copy_permissions
 from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import FILE, Delta
 from editlab.runs.model_card import delta_card
@@ -48,7 +48,7 @@ def write_delta(delta: Delta, out: Path) -> None:
         card = folder / "README.md"
         card.write_text(delta_card(delta), encoding="utf-8")
         delta.save(folder / FILE)
-        share(folder / FILE, card)
+        copy_permissions(folder / FILE, card)
     log.info("%s: delta of %s, %s", shown, delta.language_model, size_of(out))
 
 

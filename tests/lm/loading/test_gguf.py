@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from tqdm.auto import tqdm
+from transformers import modeling_gguf_pytorch_utils
 
 from editlab.cli.main import main
 from editlab.errors import EditLabError, UserError
@@ -213,11 +214,11 @@ class TestWrongFiles:
 
 
 def test_messages_are_restored_after_the_conversion():
-    chatter = transformers.utils.logging
-    reader = module.modeling_gguf_pytorch_utils
+    messages = transformers.utils.logging
+    reader = modeling_gguf_pytorch_utils
 
     def state():
-        return chatter.get_verbosity(), chatter.is_progress_bar_enabled(), reader.tqdm
+        return messages.get_verbosity(), messages.is_progress_bar_enabled(), reader.tqdm
 
     def fail():
         with module._quiet():

@@ -144,7 +144,7 @@ class TestWrongFolders:
         (transformers.ViTConfig(), "not a causal language model"),
     ],
 )
-def test_other_kinds_are_refused_before_their_weights_are_read(tmp_path, config, kind):
+def test_other_kinds_are_rejected_before_their_weights_are_read(tmp_path, config, kind):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"{kind}.*\({config.model_type}\): choose"):
         load(str(tmp_path), torch.float32)
@@ -155,10 +155,10 @@ def test_other_kinds_are_refused_before_their_weights_are_read(tmp_path, config,
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"bits": 3}, "of a kind of its own"),
+        ({"bits": 3}, "by an unnamed method"),
     ],
 )
-def test_quantized_weights_are_refused_before_they_are_read(copy, quantization, kind):
+def test_quantized_weights_are_rejected_before_they_are_read(copy, quantization, kind):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     (copy / "model.safetensors").write_bytes(b"not to be read")
