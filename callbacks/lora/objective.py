@@ -18,7 +18,7 @@ from editlab.errors import UserError
 from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
-from editlab.lm.prefix_cache import Past
+from editlab.lm.prefix_cache import PrefixCache
 from editlab.lm.text import read_file, read_ids, sample_text
 from editlab.lm.tokens import encode, encode_pair
 from editlab.utils.validation import not_negative
@@ -85,9 +85,9 @@ def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
 
     Rows are packed if the model supports it.
     """
-    layout = lay_out(lm, [row.ids for row in rows], Past.none(len(rows)))
+    layout = lay_out(lm, [row.ids for row in rows], PrefixCache.empty(len(rows)))
     index = torch.tensor([(r, i) for r, row in enumerate(rows) for i in row.indices], device=lm.device)
-    with logits_only_at(lm.anatomy.head, *layout.place(index[:, 0], index[:, 1])):
+    with logits_only_at(lm.anatomy.head, *layout.locate(index[:, 0], index[:, 1])):
         logits: Tensor = layout.run().logits[0].float()
     return logits
 

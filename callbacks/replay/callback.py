@@ -24,7 +24,7 @@ from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
 from editlab.lm.precision import widened
 from editlab.solver.preservation import Preservation
-from editlab.utils.validation import above_zero, decays, one_of, shares
+from editlab.utils.validation import above_zero, decays, fractions, one_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class MemoryReplay(EditCallback):
         where = "MemoryReplay"
         above_zero(where, weight=None if weight == math.inf else weight, refresh_every=refresh_every)
         decays(where, age_decay=age_decay)
-        shares(where, repair=repair)
+        fractions(where, repair=repair)
         one_of(where, KINDS, memory=memory)
         one_of(where, REFRESH, refresh=refresh)
         self.rate = rate

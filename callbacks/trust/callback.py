@@ -195,8 +195,8 @@ class TrustRollback(EditCallback):
         try:
             result = probe(*arguments)
         except Exception as error:  # whatever it is, a failing probe must not end the run
-            if isinstance(error, EditLabError) or ranks.heard(error):
-                raise  # the ranks may be at different places by now
+            if isinstance(error, EditLabError) or ranks.reached_all(error):
+                raise  # the ranks may be in different calls by now
             failed = f"{type(error).__name__}: {error}"
         # If one rank cannot measure, none acts: else some would keep a batch that others roll back.
         errors = ranks.each([[rank] for rank in range(ranks.count())], lambda mine: [failed])

@@ -24,9 +24,9 @@ from editlab.lm.matmul import products_above
 from editlab.lm.tokens import encode, encode_pair
 
 LARGEST = 1e300
-"""Written in place of an infinite condition number, which JSON cannot hold."""
+"""Replaces an infinite condition number, which JSON cannot represent."""
 LARGEST_RISE = 700.0
-"""Largest rise in nats whose exponential a float can hold."""
+"""Largest rise in nats whose exponential fits into a float."""
 TEXT_WINDOW = 32
 """Tokens of a held-out sentence that is cut from a text file."""
 
@@ -63,7 +63,7 @@ class BatchAnswers:
 
 
 def sentences_of_facts(lm: LanguageModel, facts: Sequence[Fact], count: int) -> list[Sentence]:
-    """True statements of up to ``count`` facts; confidence is measured at the first token of the answer."""
+    """Return true statements of up to ``count`` facts; confidence is measured at the first token of the answer."""
     stated = [(fact.question, fact.target_true) for fact in facts if fact.target_true is not None][:count]
     encoded = [encode_pair(lm.tokenizer, question, truth) for question, truth in stated]
     return [Sentence(tuple(encoding.ids), start) for encoding, start in encoded]
@@ -85,7 +85,7 @@ def measure_heldout(lm: LanguageModel, sentences: Sequence[Sentence]) -> HeldOut
 
 
 def measure_batch(lm: LanguageModel, facts: Sequence[Fact], neighbors: int) -> BatchAnswers:
-    """Measures the facts' edit prompts, and the last neighbor of up to ``neighbors`` facts that have one."""
+    """Measure the facts' edit prompts, and the last neighbor of up to ``neighbors`` facts that have one."""
     indices = [i for i, fact in enumerate(facts) if fact.neighbors][:neighbors]
     last = [facts[i].neighbors[-1] for i in indices]
     pairs = [(fact.question, fact.target_new) for fact in facts]
@@ -97,13 +97,13 @@ def measure_batch(lm: LanguageModel, facts: Sequence[Fact], neighbors: int) -> B
 
 
 def flip_rate(before: BatchAnswers, after: BatchAnswers) -> float:
-    """Fraction of the neighbors right before that are wrong after; 0 if none was right."""
+    """Return the fraction of neighbors that were right before the batch and are wrong after it; 0 if none was right."""
     right = int(before.neighbor_right.sum())
     return float((before.neighbor_right & ~after.neighbor_right).sum()) / right if right else 0.0
 
 
 def attribution_focus(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
-    """Fraction of the attribution at the edited layer that falls on the subject's last token, [facts].
+    """Return the fraction of the attribution at the edited layer that falls on the subject's last token, [facts].
 
     Attribution of a token is ``|g . x|``, gradient times input (Shrikumar et al. 2017, arXiv:1704.02685), of the log-
     probability of the target's first token, with ``x`` the input of the edited projection at that token.
@@ -124,7 +124,7 @@ def attribution_focus(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> T
 
 @contextmanager
 def _read_as_leaf(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Makes the module's input a leaf tensor, so that gradients with respect to it exist; it is put into the list."""
+    """Make the module's input a leaf tensor, so that it has a gradient, and append it to the yielded list."""
     seen: list[Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -140,13 +140,15 @@ def _read_as_leaf(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -> tuple[float, Tensor]:
-    """Largest singular value of the edited weight by power iteration, and the right singular vector.
+    """Return the largest singular value of the edited weight by power iteration, and its right singular vector.
 
     Args:
         layer: the edited layer.
-        start: vector [d_k] to start from; from the last batch's vector a few iterations give three digits.
+        start: start vector [d_k]; from the vector of the last batch, a few iterations give three digits.
         iterations: number of iterations.
     """
+    # For a 576 x 1536 weight on one core, torch.linalg.svdvals takes 630 ms, the eigenvalues of the Gram matrix 137 ms,
+    # and 20 warm-started power iterations 3 ms.
     original = layer.original.float()
     weight = (original.T if layer.transposed else original) + layer.total
     vector = start / start.norm()
@@ -160,13 +162,13 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
 
 
 class Probes:
-    """Measures the model before and after each batch, and computes the signals of trust.
+    """Measures the model before and after each batch, and computes the trust signals.
 
     Args:
         sentences: held-out sentences, the same for the whole run.
-        neighbors: neighbor statements measured in each batch.
+        neighbors: number of neighbors that are measured in each batch.
         attribution: also measure :func:`attribution_focus`.
-        matmul: how the blocks above the edited layers multiply (:func:`~editlab.lm.matmul.products_above`).
+        matmul: precision of the matrix products above the edited layers (:func:`~editlab.lm.matmul.products_above`).
     """
 
     def __init__(
@@ -181,21 +183,21 @@ class Probes:
         self._weights: list[Tensor] = []
 
     def measure_before(self, editor: SequentialEditor, facts: Sequence[Fact]) -> None:
-        """Measures the model before the batch; held-out sentences only if the weights have changed since last time."""
+        """Measure the model before the batch; held-out sentences are measured only if the weights have changed."""
         weights = [layer.weight for layer in editor.changed_layers]
-        known = len(self._weights) == len(weights) and all(map(torch.equal, self._weights, weights))
+        unchanged = len(self._weights) == len(weights) and all(map(torch.equal, self._weights, weights))
         self._facts = list(facts)
         with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
-            if self._heldout is None or not known:
+            if self._heldout is None or not unchanged:
                 self._heldout = measure_heldout(editor.lm, self.sentences)
             self._before = measure_batch(editor.lm, self._facts, self.neighbors)
-        if not known:
+        if not unchanged:
             self._weights = [weight.clone() for weight in weights]
         self._focus = self._attribution(editor)
         self._singular = self._singular_values(editor)
 
     def measure_after(self, editor: SequentialEditor, outcome: EditOutcome) -> TrustMetrics | None:
-        """The signals of the batch, with its update in the weights.
+        """Return the signals of the batch, after its update was added to the weights.
 
         Returns:
             The signals; None if the model's log-probabilities were finite before the batch and are not after it.
@@ -208,8 +210,8 @@ class Probes:
             self._after = measure_batch(editor.lm, self._facts, self.neighbors)
             self._heldout_after = measure_heldout(editor.lm, self.sentences)
         self._weights_after = [layer.weight.clone() for layer in editor.changed_layers]
-        there = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
-        if there and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
+        was_finite = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
+        if was_finite and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
             return None
         remaining = outcome.remaining
         singular = zip(self._singular, self._singular_values(editor), strict=True)
@@ -231,7 +233,7 @@ class Probes:
         return metrics
 
     def measure_facts(self, outcome: EditOutcome) -> list[TrustMetrics]:
-        """The signals of each fact: its gain, its own neighbor, and its residual norm over the batch's median."""
+        """Return the signals of each fact: gain, flip of its neighbor, and residual norm over the batch's median."""
         assert outcome.residual_norm is not None  # it was solved
         norms = outcome.residual_norm.tolist()
         median = max(median_low(norms), 1e-12)
@@ -245,11 +247,11 @@ class Probes:
         ]
 
     def reuse_heldout(self) -> None:
-        """Lets the next batch use the last measurement of the held-out sentences, if its weights are still the same."""
+        """Reuse the last measurement of the held-out sentences in the next batch, if the weights are still the same."""
         self._heldout, self._weights = self._heldout_after, self._weights_after
 
     def clear(self) -> None:
-        """Forgets all measurements: if one rank failed, the others may have measured more than it did."""
+        """Discard all measurements: if one rank failed, the other ranks may have measured more."""
         self._heldout, self._weights = None, []
         self.singular_vectors = {}
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from editlab.errors import UserError
-from editlab.utils.validation import not_negative, shares
+from editlab.utils.validation import fractions, not_negative
 
 GAIN = "edit_success_gain"
 """The signal of which more is better."""
@@ -222,7 +222,7 @@ class Threshold:
     """
 
     def __init__(self, value: float, quantile: float | None = None, window: int = 20) -> None:
-        shares("TrustRollback", threshold=value, quantile=quantile)
+        fractions("TrustRollback", threshold=value, quantile=quantile)
         if window < 2:
             raise UserError(f"TrustRollback.window is {window}: it must be at least 2.")
         self.fixed = value

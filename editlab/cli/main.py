@@ -158,7 +158,7 @@ def _stopped(error: BaseException) -> int:
 def _is_known_to_all_ranks(error: Exception) -> bool:
     from editlab.distributed import ranks
 
-    return ranks.heard(error)
+    return ranks.reached_all(error)
 
 
 def _explained(error: Exception, editing: bool) -> tuple[str, int]:

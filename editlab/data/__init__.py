@@ -1,4 +1,4 @@
-"""Facts: the record of one, the readers of fact files, and the stream of batches into training."""
+"""Facts: the record of a single fact, readers of fact files, and the stream of batches for training."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the data module, and Lightning with it, at its first use: checking a file of facts needs neither."""
+    """Import the data module, and Lightning with it, at its first use; checking a fact file needs neither."""
     if name == "EditDataModule":
         from editlab.data.datamodule import EditDataModule
 

@@ -1,4 +1,4 @@
-"""The facts of a run: which are edited, in which order, and which serve as bystanders."""
+"""The data module of a run: the facts to edit, their order, and the facts that serve as bystanders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from editlab.utils.validation import at_least_one
 log = logging.getLogger(__name__)
 
 CHUNK = 64
-"""Number of facts that are scored at a time."""
+"""Number of facts that are scored at once."""
 
 
 class EditDataModule(LightningDataModule):
@@ -36,10 +36,10 @@ class EditDataModule(LightningDataModule):
         shuffle: order the facts at random by ``seed``; otherwise as in the file.
         seed: seed of the order.
         bystanders: number of facts for ``editlab test``, which are never edited and are about other subjects.
-        format: class name of the file's schema; default: the one that the first record looks like.
+        format: class name of the file's schema; default: the schema that the first record matches.
         keep_repeats: edit all facts with the same subject and prompt, each superseding the one before; otherwise only
             the first is edited.
-        skip_bad: skip and log records that do not fit their schema or the model; otherwise they are an error.
+        skip_bad: skip and log records that do not fit their schema or the model; otherwise they raise an error.
 
     Raises:
         UserError: A size is below 1.
@@ -73,12 +73,12 @@ class EditDataModule(LightningDataModule):
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
         self.fault: Callable[[Fact], str | None] = lambda fact: None
-        """Why a fact does not fit the model, as a predicate such as ``has no token ...``; None for one that fits. The
-        owner of the model sets it."""
+        """Returns why a fact does not fit the model, as a predicate such as ``has no token ...``, or None if it fits.
+        The owner of the model sets this function."""
         self._skipped: set[Fact] = set()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and order the facts; of several with the same subject and prompt keep the first, or all."""
+        """Read and order the facts; unless ``keep_repeats`` is set, keep only the first of each subject and prompt."""
         if self.candidates:
             return
         facts = read_facts(self.path, self.format, self.skip_bad)
@@ -96,40 +96,42 @@ class EditDataModule(LightningDataModule):
         """Fix the facts to edit.
 
         Args:
-            is_known: tells for each of some facts whether the unedited model prefers the truth; it is called with the
-                facts in order, and only until the limit is reached.
+            is_known: returns for each of the given facts whether the unedited model prefers the truth; it is called
+                with the facts in order, and only until the limit is reached.
 
         Raises:
-            UserError: Facts have no true target, the model prefers the truth of none, or one does not fit the model.
+            UserError: A fact has no true target or does not fit the model, or the model prefers the truth of none.
         """
         wanted = self.limit or len(self.candidates)
         fitting = self.fitting(self.candidates)
         if not self.only_known:
             self.facts = list(islice(fitting, wanted))
             if not self.facts:
-                raise UserError(f"None of the facts in {self.path} fits into the model: shorten them.")
+                raise UserError(f"None of the facts in {self.path} fits the model: shorten them.")
             return
         if any(fact.target_true is None for fact in self.candidates):
             raise UserError(
-                f"{self.path} has facts without a true target, so it is unknown which the model knows: set "
-                "data.only_known to false."
+                f"{self.path} has facts without a true target, so it is unknown whether the model prefers the truth: "
+                "set data.only_known to false."
             )
         kept: list[Fact] = []
-        looked = 0
+        checked = 0
         with progress(total=min(wanted, len(self.candidates)), desc="Known facts", unit="fact") as bar:
             while len(kept) < wanted and (chunk := list(islice(fitting, CHUNK))):
                 for fact, known in zip(chunk, is_known(chunk), strict=True):
                     if len(kept) < wanted:
-                        looked += 1
+                        checked += 1
                         kept += [fact] if known else []
                 bar.update(len(kept) - bar.n)
-        log.info("The model prefers the truth of %d of the first %d facts of %s", len(kept), looked, self.path)
+        log.info("The model prefers the truth of %d of the first %d facts of %s", len(kept), checked, self.path)
         if not kept:
-            raise UserError(f"The model knows none of the facts in {self.path}: set data.only_known to false.")
+            raise UserError(
+                f"The model prefers the truth of none of the facts in {self.path}: set data.only_known to false."
+            )
         self.facts = kept
 
     def fitting(self, facts: Iterable[Fact]) -> Iterator[Fact]:
-        """Yield the facts that fit the model, checking each when it is needed; ``skip_bad`` skips the others.
+        """Yield the facts that fit the model, checking each when it is needed; ``skip_bad`` skips the other facts.
 
         Raises:
             UserError: A fact does not fit, and ``skip_bad`` is off.
@@ -151,7 +153,7 @@ class EditDataModule(LightningDataModule):
         return EditStream(self.facts, self.batch_size)
 
     def val_dataloader(self) -> Any:
-        """Return the edited facts of the checkpoint for ``editlab validate``; nothing during ``fit``."""
+        """Return the edited facts of the checkpoint for ``editlab validate``; during ``fit``, return no facts."""
         if self.trainer is None or self.trainer.state.fn != "validate":
             return []
         edited = getattr(self.trainer.lightning_module, "edited_facts", [])
@@ -161,35 +163,35 @@ class EditDataModule(LightningDataModule):
 
     def test_dataloader(self) -> EditStream:
         """Return the bystanders for ``editlab test``: facts about subjects that are not edited."""
-        others = list(islice(self.fitting(self._others()), self.bystanders))
-        if not others:
+        bystanders = list(islice(self.fitting(self._unedited()), self.bystanders))
+        if not bystanders:
             raise UserError(f"Every subject of {self.path} is edited, so no bystander is left: lower data.limit.")
-        return EditStream(others, CHUNK)
+        return EditStream(bystanders, CHUNK)
 
     def spare_facts(self, count: int) -> list[Fact]:
         """Return up to ``count`` facts about subjects that are not edited, none of them a bystander of ``test``.
 
-        What a run measures on its way must not be what ``test`` measures, so bystanders are excluded.
+        Facts that are measured during a run must not be those that ``test`` measures, so bystanders are excluded.
         """
-        return list(islice(self.fitting(self._others()), self.bystanders, self.bystanders + count))
+        return list(islice(self.fitting(self._unedited()), self.bystanders, self.bystanders + count))
 
     def facts_to_try(self, count: int) -> list[Fact]:
         """Return up to ``count`` facts for trials before the facts to edit are fixed.
 
-        They are taken after the limit and before the bystanders of ``test``. If there are too few of those, the first
-        facts fill up, which are edited too.
+        They are taken from the facts after the limit and before the bystanders of ``test``. If those are too few, the
+        first facts are added, although they are edited too.
         """
         candidates = list(self.fitting(self.candidates)) if self.skip_bad else self.candidates
         beyond = candidates[self.limit :] if self.limit else []
         spare = beyond[: max(0, len(beyond) - self.bystanders)][-count:]
-        others = (fact for fact in candidates if fact not in spare)
-        return list(self.fitting(islice(chain(spare, others), count)))
+        remaining = (fact for fact in candidates if fact not in spare)
+        return list(self.fitting(islice(chain(spare, remaining), count)))
 
-    def _others(self) -> list[Fact]:
+    def _unedited(self) -> list[Fact]:
         edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
         subjects = {fact.subject for fact in edited}
         return [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Return the batch itself: facts have no tensors."""
+        """Return the batch unchanged, because facts hold no tensors."""
         return batch

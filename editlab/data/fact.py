@@ -28,22 +28,22 @@ class Fact:
     target_new: str
     """The continuation that the edit teaches."""
     target_true: str | None = None
-    """The continuation that was right before the edit; None if the data set names none."""
+    """The continuation that was right before the edit; None if the data set has none."""
     paraphrases: tuple[str, ...] = ()
-    """Complete prompts that ask the same in other words."""
+    """Complete prompts that ask for the same fact in other words."""
     neighbors: tuple[Neighbor, ...] = ()
     """Prompts about other subjects, with their own answers."""
     id: int | str = 0
-    """The record's name in its file."""
+    """Identifier of the record in its file."""
 
     @property
     def question(self) -> str:
-        """The edit prompt with the subject in the place of ``{}``."""
-        return self.prompt.replace("{}", self.subject)  # other braces are the prompt's own text
+        """The edit prompt with the subject in place of ``{}``."""
+        return self.prompt.replace("{}", self.subject)  # other braces belong to the prompt's text
 
     @property
     def slot(self) -> tuple[str, str]:
-        """Subject and prompt; of two facts with the same ones, the later replaces the earlier."""
+        """Subject and prompt; of two facts that agree in both, the later one replaces the earlier one."""
         return self.subject, self.prompt
 
     @property
@@ -53,7 +53,7 @@ class Fact:
         return start, start + len(self.subject)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fact as plain strings and lists, as a checkpoint may hold them."""
+        """Return the fact as plain strings and lists, for a checkpoint."""
         return {**asdict(self), "neighbors": [list(n) for n in self.neighbors]}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Files of facts: JSON, JSONL, CSV and TSV, read record by record, so that a bad one can be named and skipped."""
+"""Readers of fact files (JSON, JSONL, CSV, TSV), record by record, so that a bad record can be named and skipped."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from editlab.errors import UserError
 log = logging.getLogger(__name__)
 
 BUILTIN = Path(__file__).with_name("worldfacts.json")
-"""The built-in facts; in YAML their path is ``worldfacts``."""
+"""File of the built-in facts; in recipes their path is ``worldfacts``."""
 
 TABLES = (".csv", ".tsv")
 _DELIMITERS = ",;\t"
-_OVER = "more cells than columns"
+_EXTRA_CELLS = "more cells than columns"
 
 
 class Found(NamedTuple):
-    """The result of reading one record: a fact, or its fault."""
+    """The result of reading one record: a fact, or a description of its fault."""
 
     where: str
-    """such as ``Record 3 (line 4)``; records count from 0, lines from 1"""
+    """name of the record, such as ``Record 3 (line 4)``; records are counted from 0, lines from 1"""
     fact: Fact | None
     fault: str | None
-    """what is wrong and how to correct it, as a predicate whose subject is :attr:`where`"""
+    """what is wrong and how to fix it, as a predicate whose subject is :attr:`where`"""
 
 
 class _Raw(NamedTuple):
@@ -45,11 +45,11 @@ def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool 
 
     Args:
         path: a JSON array, JSONL, CSV or TSV file, or ``worldfacts`` for the built-in facts.
-        fact_format: its schema; default: the one that the first record looks like.
+        fact_format: its schema; default: the schema that the first record matches.
         skip_bad: skip records that cannot be read as facts, and log them.
 
     Raises:
-        UserError: The file cannot be read, or a record is no fact; the record's index is named.
+        UserError: The file cannot be read, or a record is not a fact; the message names the record's index.
     """
     facts: list[Fact] = []
     bad: list[str] = []
@@ -81,7 +81,7 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
             if raw.fault is not None:
                 raise UserError(raw.fault)
             if not isinstance(raw.content, dict):
-                raise UserError(f"is a {type(raw.content).__name__} and no object with fields: give it subject, "
+                raise UserError(f"is a {type(raw.content).__name__} and not an object with fields: give it subject, "
                                 "prompt and target")  # fmt: skip
             fact_format = fact_format or format_of(raw.content)
             yield Found(raw.where, read_record(raw.content, index, fact_format), None)
@@ -102,7 +102,7 @@ def _records(path: Path, name: str) -> Iterable[_Raw]:
     try:
         array = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it there.") from error
+        raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it at that position.") from error
     return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
 
 
@@ -124,7 +124,7 @@ def _is_one_object(text: str) -> bool:
 
 def _lines(text: str) -> Iterator[_Raw]:
     """Yield the records of a JSONL text, one from each line."""
-    # Not splitlines(): it also splits at characters that may stand inside a JSON string.
+    # Not splitlines(): it also splits at characters that may occur inside a JSON string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for index, (number, line) in enumerate(lines):
         where = f"Record {index} (line {number})"
@@ -135,14 +135,14 @@ def _lines(text: str) -> Iterator[_Raw]:
 
 
 def _table(text: str, name: str) -> Iterator[_Raw]:
-    """Yield the records of a CSV or TSV text; the first line names the columns, and an empty cell is no field."""
+    """Yield the records of a CSV or TSV text; the first line names the columns, and empty cells are ignored."""
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=_OVER, strict=True)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey=_EXTRA_CELLS, strict=True)
     try:
         columns = [str(column).strip() for column in rows.fieldnames or ()]
     except csv.Error as error:
-        raise UserError(f"The first line of {name} is no CSV ({error}): write subject,prompt,target there.") from error
+        raise UserError(f"The first line of {name} is not CSV ({error}): write subject,prompt,target there.") from error
     if "subject" not in columns:
         raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
     rows.fieldnames = columns
@@ -165,7 +165,7 @@ def _table(text: str, name: str) -> Iterator[_Raw]:
 
 
 def _row(where: str, row: dict[str, Any], columns: int) -> _Raw:
-    if _OVER in row:
-        cells = columns + len(row[_OVER])
+    if _EXTRA_CELLS in row:
+        cells = columns + len(row[_EXTRA_CELLS])
         return _Raw(where, None, f'has {cells} cells for {columns} columns: put texts with a comma in "quotes"')
     return _Raw(where, {column: cell for column, cell in row.items() if cell is not None and cell.strip()})

@@ -1,4 +1,4 @@
-"""The stream of batches, whose position is part of a checkpoint."""
+"""The stream of fact batches, whose position is stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from editlab.data.fact import Fact
 class FactBatch:
     """The facts of one step.
 
-    It is no list, tuple or dataclass, because Lightning rebuilds those to convert the tensors in them (for example with
-    ``trainer.precision: bf16-true``), and facts are frozen.
+    It is not a list, tuple or dataclass, because Lightning rebuilds those to convert the tensors in them (for example
+    with ``trainer.precision: bf16-true``), and facts are frozen.
 
     Args:
         facts: in the order of editing.
@@ -31,7 +31,7 @@ class FactBatch:
 class EditStream:
     """A sized iterable over batches of facts, whose position Lightning saves and restores.
 
-    Lightning does not prefetch from an iterable that has a length, so the position counts the batches that went
+    Lightning does not prefetch from an iterable that has a length, so the position is the number of batches that went
     through a training step.
 
     Args:
@@ -55,9 +55,9 @@ class EditStream:
         self.position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the number of batches that were handed out."""
+        """Return the position, which is the number of batches that were yielded."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved position."""
+        """Resume from a saved position."""
         self.position = int(state["position"])

@@ -1,1 +1,1 @@
-"""Work shared among several processes."""
+"""Sharing the work of one run among several processes (ranks)."""

@@ -1,11 +1,12 @@
-"""Several processes, one run: work is dealt out to the ranks, and every rank goes on with all results.
+"""One run on several processes (ranks): the work is divided among the ranks, and every rank gets all results.
 
-What is dealt out are the passes that one process would make, whole and in a fixed order, so results do not depend on
-the number of ranks (but for :func:`summed`, whose order of summation does). In a single process each function does the
-work and nothing else.
+The units of work are the forward passes that a single process would run, complete and in a fixed order, so results do
+not depend on the number of ranks (except for :func:`summed`, whose order of summation does). In a single process each
+function only does the work.
 
-Every rank has to come to the same calls in the same order. Each call begins with a meeting at which all say where they
-are and what failed, so a failure of one ends all, with one message, where the others would wait for it for ever.
+Every rank must make the same calls in the same order. In each call the ranks exchange the name of the call and any
+error before they continue, so the failure of one rank ends all of them with one message, instead of leaving the other
+ranks waiting forever.
 """
 
 from __future__ import annotations
@@ -31,168 +32,171 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PATIENCE = 10.0
-"""Seconds that a rank which failed waits for the others to hear of it."""
+"""Seconds that a failed rank waits until the other ranks have received its error."""
 
-_HEARD = "_heard_by_all_ranks"
-"""Attribute of an exception that every rank has got."""
+_REACHED_ALL = "_reached_all_ranks"
+"""Name of the attribute that marks an exception which every rank has received."""
 
 _group: Any = None
-"""The ranks' own group, over gloo: no other library's collective can be mistaken for one of ours."""
+"""A process group of its own, over gloo, so that collectives of other libraries cannot be mistaken for editlab's."""
 
 
-class _Word(NamedTuple):
-    """What a rank brings to a meeting."""
+class _Report(NamedTuple):
+    """The message that each rank sends to all ranks in a call of this module."""
 
-    place: str
+    call: str
+    """name of the call and of the work in it"""
     error: BaseException | None
+    """the error that the rank's work raised, if any"""
     result: bytes
+    """the result of the rank's work, serialized"""
 
 
 def join(timeout: timedelta | None = None) -> None:
-    """Makes this process one of the ranks of torch.distributed's process group, which has to be there."""
+    """Make this process a rank of torch.distributed's default process group, which must be initialized."""
     global _group
     _group = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def leave() -> None:
-    """Makes it a process of its own again."""
+    """Make this process a single process again."""
     global _group
     _group = None
 
 
 def number() -> int:
-    """Which rank this is, from 0."""
+    """Return the number of this rank, counted from 0."""
     return dist.get_rank(_group) if _group is not None else 0
 
 
 def count() -> int:
-    """How many ranks there are; 1 without :func:`join`."""
+    """Return the number of ranks; 1 without :func:`join`."""
     return dist.get_world_size(_group) if _group is not None else 1
 
 
-# ---- dealing out work ---------------------------------------------------------------------------------------------
+# ---- dividing work ------------------------------------------------------------------------------------------------
 
 
 def each(groups: Sequence[Sequence[int]], work: Callable[[Sequence[int]], Sequence[R]], title: str = "") -> list[R]:
-    """Results of all items, in their order; each group of items is worked on by one rank.
+    """Return the results of all items, in the order of the items; each group of items is processed by one rank.
 
     Args:
-        groups: indices of items, each index from 0 on in one group.
-        work: gives the results of a group's items, tensors among them on the CPU. It must not call this module.
-        title: of a progress bar; none where empty.
+        groups: indices of items; together the groups hold each index from 0 to n - 1 once.
+        work: returns the results of a group's items, with any tensors on the CPU. It must not call this module.
+        title: title of a progress bar; no bar is shown if it is empty.
 
     Raises:
-        Exception: whatever ``work`` raises, on every rank.
+        Exception: ``work`` raised it on some rank; it is raised on every rank.
     """
     groups = list(groups)
     mine = progress(groups[number() :: count()], desc=title, unit="pass", disable=not title)
-    shares = _meet(f"each {_name(work)}", lambda: [list(work(group)) for group in mine])
+    by_rank = _gather(f"each {_name(work)}", lambda: [list(work(group)) for group in mine])
     found: dict[int, R] = {}
-    for place, group in enumerate(groups):
-        found.update(zip(group, shares[place % count()][place // count()], strict=True))
+    for index, group in enumerate(groups):
+        found.update(zip(group, by_rank[index % count()][index // count()], strict=True))
     return [found[index] for index in range(len(found))]
 
 
 def summed(parts: Sequence[T], work: Callable[[Sequence[T]], Sequence[Tensor]]) -> list[Tensor]:
-    """Sums over the ranks of what ``work`` makes of each rank's share of the parts.
+    """Return the sums over all ranks of the tensors that ``work`` computes from each rank's subset of ``parts``.
 
     Args:
-        parts: what there is to do.
-        work: gives tensors on the CPU, of the same shapes for every share, zeros for an empty one.
+        parts: the parts to process, each by one rank.
+        work: returns tensors on the CPU, of the same shapes for every subset, and zeros for an empty subset.
 
     Returns:
         The sums, with the same bits on every rank. Their last bits depend on the number of ranks.
     """
     sums: list[Tensor] = []
-    _meet(f"summed {_name(work)}", lambda: sums.extend(work(parts[number() :: count()])))
+    _gather(f"summed {_name(work)}", lambda: sums.extend(work(parts[number() :: count()])))
     if count() > 1:
-        with reaching_others():
+        with explained():
             for tensor in sums:
                 dist.all_reduce(tensor, group=_group)
     return sums
 
 
 def on_first(work: Callable[[], R]) -> R:
-    """What ``work`` gives on rank 0, everywhere: for reading and writing files that the ranks share."""
-    result: R = _meet(f"on_first {_name(work)}", lambda: work() if number() == 0 else None)[0]  # type: ignore[assignment]
+    """Run ``work`` on rank 0 and return its result on every rank, as for reading and writing shared files."""
+    result: R = _gather(f"on_first {_name(work)}", lambda: work() if number() == 0 else None)[0]  # type: ignore[assignment]
     return result
 
 
 def first_ahead(work: Callable[[], R]) -> R:
-    """``work`` on every rank, rank 0 ahead of the others, which then find what it has fetched."""
+    """Run ``work`` on every rank, first on rank 0, so that the other ranks find the files that rank 0 has fetched."""
     found: list[R] = []
-    _meet(f"first_ahead {_name(work)}", lambda: found.append(work()) if number() == 0 else None)
+    _gather(f"first_ahead {_name(work)}", lambda: found.append(work()) if number() == 0 else None)
     return found[0] if found else work()
 
 
-def same(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor on every rank, to the bit; the others give one of the same shape, type and kind of device."""
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return rank 0's tensor, bit by bit, on every rank; ``tensor`` has the same shape, type and device type on all."""
     if count() == 1:
         return tensor
-    _meet("same", lambda: None)
+    _gather("broadcast", lambda: None)
     tensor = tensor.contiguous()
-    with reaching_others():
+    with explained():
         dist.broadcast(tensor, 0, group=_group if tensor.device.type == "cpu" else None)
     return tensor
 
 
 def read_on_first(read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU that rank 0 reads; the others need not see the file."""
-    return same(read() if number() == 0 else torch.empty(*shape, dtype=dtype))
+    """Return, on every rank, the CPU tensor that rank 0 reads; the other ranks need no access to the file."""
+    return broadcast(read() if number() == 0 else torch.empty(*shape, dtype=dtype))
 
 
-# ---- meetings and failures ----------------------------------------------------------------------------------------
+# ---- exchange and failures ----------------------------------------------------------------------------------------
 
 
-def tell(error: BaseException) -> bool:
-    """Tells the other ranks of a failure outside of any meeting; they raise it at their next one.
+def notify(error: BaseException) -> bool:
+    """Send an error that arose outside of this module to the other ranks, which raise it in their next call.
 
     Returns:
-        whether all have heard of it, within :data:`PATIENCE`.
+        Whether all ranks have received it within :data:`PATIENCE` seconds.
     """
-    if count() == 1 or heard(error):
+    if count() == 1 or reached_all(error):
         return True
 
-    def say() -> None:
-        with suppress(EditLabError):  # nobody is there to hear it
+    def send() -> None:
+        with suppress(EditLabError):  # no other rank is running any more
             _exchange("failed", error, b"")
-            setattr(error, _HEARD, True)
+            setattr(error, _REACHED_ALL, True)
 
-    # In a thread, as a meeting that the others do not come to can not be left.
-    messenger = threading.Thread(target=say, daemon=True)
-    messenger.start()
-    messenger.join(PATIENCE)
-    return heard(error)
+    # In a thread, because an exchange in which another rank takes no part cannot be cancelled.
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    sender.join(PATIENCE)
+    return reached_all(error)
 
 
-def heard(error: BaseException) -> bool:
-    """Whether every rank has got this error, so that rank 0 speaks for all."""
-    return getattr(error, _HEARD, False)
+def reached_all(error: BaseException) -> bool:
+    """Return whether every rank has received this error, so that only rank 0 needs to report it."""
+    return getattr(error, _REACHED_ALL, False)
 
 
 @contextmanager
-def reaching_others() -> Iterator[None]:
-    """Around a collective of torch.distributed: one sentence where another rank was killed.
+def explained() -> Iterator[None]:
+    """Turn the failure of a torch.distributed collective inside the ``with`` into one clear error.
 
     Raises:
-        EditLabError: where the collective fails.
+        EditLabError: The collective failed, because another rank was killed.
     """
     try:
         yield
     except RuntimeError as error:
         raise EditLabError(
-            "The other ranks can not be reached, as one was ended or its machine is gone: see what it said last; "
-            "--ckpt_path last goes on from the last finished batch."
+            "The other ranks cannot be reached, because one was killed or its machine failed: read its last output; "
+            "--ckpt_path last resumes after the last finished batch."
         ) from error
 
 
-def _meet(place: str, work: Callable[[], R]) -> list[R]:
-    """Does the work and exchanges results: those of all ranks, in their order.
+def _gather(call: str, work: Callable[[], R]) -> list[R]:
+    """Run ``work`` on each rank and return the results of all ranks, in the order of the ranks.
 
     Raises:
-        Exception: what the first rank with an error raised; on the other ranks, where it is none of editlab's, an
-            EditLabError that says so.
-        EditLabError: where the ranks are not at the same place.
+        Exception: The error of the first rank that failed. If it is not an EditLabError, the other ranks raise an
+            EditLabError that describes it.
+        EditLabError: The ranks made different calls.
     """
     if count() == 1:
         return [work()]
@@ -202,52 +206,52 @@ def _meet(place: str, work: Callable[[], R]) -> list[R]:
         result = _pack(work())
     except Exception as problem:
         error = problem
-    words = _exchange(place, error, result)
-    failed = [(rank, word.error) for rank, word in enumerate(words) if word.error is not None]
+    reports = _exchange(call, error, result)
+    failed = [(rank, report.error) for rank, report in enumerate(reports) if report.error is not None]
     if failed:
         rank, raised = failed[0]
         raised = error if rank == number() and error is not None else raised
-        setattr(raised, _HEARD, True)
+        setattr(raised, _REACHED_ALL, True)
         raise raised
-    places = [word.place for word in words]
-    if len(set(places)) > 1:
-        lost = EditLabError(
-            f"The ranks are at different places ({', '.join(places)}): a callback has to do the same on every rank."
+    calls = [report.call for report in reports]
+    if len(set(calls)) > 1:
+        diverged = EditLabError(
+            f"The ranks made different calls ({', '.join(calls)}): a callback must do the same on every rank."
         )
-        setattr(lost, _HEARD, True)
-        raise lost
-    return [_unpack(word.result) for word in words]
+        setattr(diverged, _REACHED_ALL, True)
+        raise diverged
+    return [_unpack(report.result) for report in reports]
 
 
 def _name(work: Callable[..., Any]) -> str:
-    if isinstance(work, partial):  # by_halves of what?
+    if isinstance(work, partial):  # name the function inside it too, as in by_halves(score)
         inner = ", ".join(_name(given) for given in work.args if isinstance(given, FunctionType))
         return f"{_name(work.func)}({inner})"
     return getattr(work, "__qualname__", type(work).__name__)
 
 
-def _exchange(place: str, error: BaseException | None, result: bytes) -> list[_Word]:
-    words: list[Any] = [None] * count()
-    with reaching_others():
-        dist.all_gather_object(words, _Word(place, _portable(error), result), group=_group)
-    return words
+def _exchange(call: str, error: BaseException | None, result: bytes) -> list[_Report]:
+    reports: list[Any] = [None] * count()
+    with explained():
+        dist.all_gather_object(reports, _Report(call, _portable(error), result), group=_group)
+    return reports
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
-    """The error as other ranks get it: one of editlab's as it is, any other in words."""
+    """Return the error as it is sent to other ranks: an EditLabError unchanged, any other as an EditLabError."""
     if error is None:
         return None
     if isinstance(error, EditLabError):
         try:
             pickle.loads(pickle.dumps(error))
             return error
-        except Exception:  # one with arguments of its own
+        except Exception:  # its class takes other arguments, so it cannot be unpickled
             return EditLabError(str(error))
     return EditLabError(f"Rank {number()} failed with {type(error).__name__}: {error}".splitlines()[0])
 
 
 def _pack(result: Any) -> bytes:
-    # Not plain pickle, which writes the whole storage of a view, once for each view.
+    # Plain pickle would write the whole storage of a view, once for each view.
     buffer = io.BytesIO()
     torch.save(result, buffer)
     return buffer.getvalue()

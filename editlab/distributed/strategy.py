@@ -1,4 +1,4 @@
-"""Lightning's strategy for several processes, which share work (:mod:`editlab.distributed.ranks`), not gradients."""
+"""A Lightning strategy for several processes that share forward passes (:mod:`editlab.distributed.ranks`)."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from editlab.distributed import ranks
 from editlab.utils import compat
 
 NAME = "editlab_ddp"
-"""What ``--trainer.strategy`` takes."""
+"""Name of the strategy in ``--trainer.strategy``."""
 
 
 class EditStrategy(DDPStrategy):
-    """One process a device, each with the whole model; they share the forward passes and end with the same weights.
+    """Strategy with one process per device and the whole model in each; all processes end with the same weights.
 
-    Launching, devices and the process group are Lightning's DDP's. The module is not wrapped: a closed form has no
-    backward pass whose gradients would be averaged.
+    The processes divide the forward passes among themselves. Launching, devices and the process group are those of
+    Lightning's DDP. The module is not wrapped: a closed form has no backward pass whose gradients would be averaged.
     """
 
     strategy_name = NAME
 
     def setup_distributed(self) -> None:
-        """Joins the ranks as soon as there is a process group."""
+        """Initialize the process group and join it as a rank."""
         super().setup_distributed()
         ranks.join(compat.timeout_of(self))
 
     def configure_ddp(self) -> None:
-        """Leaves the module as it is."""
+        """Do nothing: the module is not wrapped for averaging gradients."""
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Waits for the other ranks.
+        """Wait until all ranks have reached this call.
 
         Raises:
-            EditLabError: where one of them is gone.
+            EditLabError: Another rank was killed.
         """
-        with ranks.reaching_others():
+        with ranks.explained():
             super().barrier(*args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tells the other ranks; those that do not listen are ended, where this process started them."""
-        if not ranks.tell(exception) and self.launcher is not None and hasattr(self.launcher, "kill"):
+        """Send the error to the other ranks; kill those that do not receive it, if this process started them."""
+        if not ranks.notify(exception) and self.launcher is not None and hasattr(self.launcher, "kill"):
             self.launcher.kill(signal.SIGTERM)
 
     def teardown(self) -> None:
-        """Leaves the ranks."""
+        """Tear down the process group and leave it."""
         super().teardown()
         ranks.leave()
 
 
-StrategyRegistry.register(NAME, EditStrategy, description="One process a device; facts are shared among them.")
+StrategyRegistry.register(NAME, EditStrategy, description="One process per device; the facts are divided among them.")

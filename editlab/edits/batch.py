@@ -16,7 +16,7 @@ from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_keys
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.memory import room_beside
+from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
 from editlab.solver.closed_form import diagnostics, effective_weight, solve
 from editlab.solver.constraints import Constraints, duplicate_tolerance
@@ -93,7 +93,7 @@ class BatchSolver:
     def device(self) -> torch.device:
         """Device of keys, residuals, metrics and the solve (:func:`choose_device`)."""
         sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
-        return choose_device(self.settings.device, self.lm.device, sizes, room_beside(self.lm.model))
+        return choose_device(self.settings.device, self.lm.device, sizes, spare_gpu_memory(self.lm.model))
 
     def set_moments(self, moments: dict[int, Tensor]) -> None:
         """Computes each layer's metric from its second moments C0, float64 [d_k, d_k], and empties the dict.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab.distributed import ranks
-from editlab.lm.placement import settle
+from editlab.lm.placement import load_offloaded
 from editlab.lm.runner import ModelRunner
 
 
@@ -33,7 +33,7 @@ class EditedLayer(nn.Module):
         super().__init__()
         self._modules_outside = (module,)  # in a tuple, so that it is not registered here as well
         self.transposed = transposed
-        settle(module)
+        load_offloaded(module)
         weight = self.weight.detach()
         shape = weight.T.shape if transposed else weight.shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
@@ -80,7 +80,7 @@ class EditedLayer(nn.Module):
     @torch.no_grad()
     def add(self, update: Tensor) -> None:
         """Adds an update [d_v, d_k] to the sum and writes the weight; with several ranks, the first rank's update."""
-        self.total.add_(ranks.same(update.to(self.total)))
+        self.total.add_(ranks.broadcast(update.to(self.total)))
         self.write()
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class EditedLayer(nn.Module):
 
         With several ranks, the first rank's adapter is used.
         """
-        self.adapter = None if adapter is None else ranks.same(adapter)
+        self.adapter = None if adapter is None else ranks.broadcast(adapter)
         self.write()
 
     @torch.no_grad()

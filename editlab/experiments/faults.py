@@ -1,4 +1,4 @@
-"""A callback that injects faults into some batches on purpose, for experiments with edit trust."""
+"""A callback that deliberately injects faults into some batches, for experiments with edit trust."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ FILE = "faults.json"
 
 
 class InjectFaults(EditCallback):
-    """Injects a fault into a fraction of the batches, which ``seed`` draws; kinds of faults take turns.
+    """Injects faults into a random fraction of the batches; the kinds of faults alternate.
 
-    - ``noise``: Gaussian noise of the value's norm is added to each value;
-    - ``norm``: values are multiplied by 10 to 50;
+    - ``noise``: Gaussian noise with the value's norm is added to each value;
+    - ``norm``: values are multiplied by a factor from 10 to 50;
     - ``shuffle``: each fact gets another fact's value;
-    - ``contradiction``: half of the facts come twice, the second time with another fact's target and value;
-    - ``wrong_key``: keys are read at the last word of the prompt, and not at the subject.
+    - ``contradiction``: half of the facts occur twice, the second time with another fact's target and value;
+    - ``wrong_key``: keys are read at the last word of the prompt instead of the subject.
 
-    At the end it writes ``faults.json``: the batches with faults, and how the facts of all other batches are retained,
-    whether the gate kept them or not, at the end and on the way.
+    At the end it writes ``faults.json`` with the batches that got a fault, and with the retention of the facts of all
+    other batches, whether the gate kept them or not, during the run and at its end.
 
     Args:
-        share: fraction of the batches; 0 injects none and only measures.
-        seed: of the draw.
+        share: fraction of the batches that get a fault; 0 only measures.
+        seed: seed of the choice of batches.
         first: number of the first batch that may get a fault.
-        every_n_batches: batches between two points of the curve.
-        sample: facts that are evaluated at each point, spread evenly over all good ones so far.
-        kinds: of faults. Default: all.
+        every_n_batches: number of batches between two points of the curve.
+        sample: number of facts that are evaluated at each point, spread evenly over all facts without a fault so far.
+        kinds: kinds of faults to inject; default: all.
     """
 
-    priority = 20  # before replay and trust see the plan
+    priority = 20  # before replay and trust read the plan
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class InjectFaults(EditCallback):
         self.curve: dict[int, dict[str, float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the batches."""
+        """Draw the batches that get a fault."""
         batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         draw = random.Random(self.seed)
         count = round(self.share * batches)
@@ -75,7 +75,7 @@ class InjectFaults(EditCallback):
         self.faults = dict(sorted(zip(chosen, kinds, strict=True)))
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Measures a point of the curve every ``every_n_batches`` batches."""
+        """Measure a point of the curve every ``every_n_batches`` batches."""
         batch = outcome.plan.step
         if batch not in self.faults:
             self.good += [entry.fact for entry in editor.ledger if entry.batch == batch]
@@ -86,13 +86,13 @@ class InjectFaults(EditCallback):
             self.curve[editor.edits] = point
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Injects the fault of this batch, if it has one."""
+        """Inject the fault of this batch, if it has one."""
         kind = self.faults.get(plan.step)
         if kind is not None:
             inject(plan, kind, seed=1000 * self.seed + plan.step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the facts of all batches without a fault, and writes ``faults.json``."""
+        """Measure the facts of all batches without a fault, and write ``faults.json``."""
         assert isinstance(pl_module, SequentialEditor)
         entries = list(pl_module.ledger)
         found = {
@@ -106,20 +106,20 @@ class InjectFaults(EditCallback):
             Path(temporary).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve so far; the batches with faults are drawn again from the seed."""
+        """Return the curve so far; the batches with faults are drawn again from the seed."""
         return {"curve": self.curve, "good": [fact.to_dict() for fact in self.good]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned."""
+        """Load the state of a checkpoint."""
         self.curve = dict(state_dict["curve"])
         self.good = [Fact.from_dict(fact) for fact in state_dict["good"]]
 
 
 def inject(plan: EditPlan, kind: str, seed: int) -> None:
-    """Changes a plan's facts or targets in place.
+    """Change the facts or targets of a plan in place.
 
     Raises:
-        ValueError: for an unknown kind of fault.
+        ValueError: The kind of fault is unknown.
     """
     draw = torch.Generator().manual_seed(seed)
     targets = plan.targets
@@ -138,10 +138,10 @@ def inject(plan: EditPlan, kind: str, seed: int) -> None:
     elif kind == "wrong_key":
         plan.facts = [about_last_word(fact) for fact in plan.facts]
     else:
-        raise ValueError(f"{kind!r} is no kind of fault: choose among {', '.join(KINDS)}.")
+        raise ValueError(f"{kind!r} is not a kind of fault: choose among {', '.join(KINDS)}.")
 
 
 def about_last_word(fact: Fact) -> Fact:
-    """The same question with its last word as the subject, so that keys are read there."""
+    """Return the fact with the last word of its question as the subject, so that keys are read there."""
     head, space, last = fact.question.rstrip().rpartition(" ")
     return replace(fact, subject=last, prompt=f"{head}{space}{{}}")

@@ -1,1 +1,1 @@
-"""Language models: loading one, finding its parts, running only what is needed."""
+"""Language models: loading one, finding its parts, and running only the parts that are needed."""

@@ -1,18 +1,19 @@
-"""The parts of a language model that an edit needs, read from the model's own structure.
+"""The parts of a language model that an edit needs, found by the model's structure and behaviour.
 
-No family of models is named here. The blocks are the list of modules that is as long as the model is deep.
-Within a block the MLP's output projection is recognised by what it does: a short text runs through the block
-in several copies; all linear maps are fixed at their undisturbed outputs, and in each copy the output of one of
-them is shifted at the first token (:mod:`editlab.lm.probe`). No shift passes another linear map, so whatever
-changes was changed directly:
+No model family is named here. The transformer blocks are the only list of modules with as many entries as the model
+has layers. Within a block the MLP's output projection is recognized by its effect: several copies of a short text run
+through the block; the output of every linear map is fixed at its undisturbed value, and in each copy the output of one
+map is shifted at the first token (:mod:`editlab.lm.probe`). A shift cannot pass through another linear map, so every
+observed change is a direct effect:
 
 - the shift of an MLP's output projection changes the block's output, at the same token only;
-- the shift of an attention's output projection does so too, but its input is a mixture over the tokens: a shift
-  of the values at the first token changes it at a later token. Nothing changes an MLP's input at a later token.
+- the shift of an attention's output projection does the same, but the input of that projection is a mixture over the
+  tokens: a shift of the values at the first token changes it at a later token. No shift changes an MLP's input at a
+  later token.
 
-Shapes do not suffice: an attention's output is as wide as an MLP's, and all maps of a block may be square. Neither does
-a table of names: PEFT's lists some thirty types of models, agrees with the probe on those (a test), and takes more than
-a second to import where the probe takes a tenth.
+Shapes are not sufficient: an attention's output is as wide as an MLP's, and all maps of a block may be square. A table
+of names is not sufficient either: PEFT's covers about thirty model types. It agrees with the probe on them (a test
+checks this), but importing it takes more than a second, and the probe takes a tenth of a second.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from editlab.lm.probe import TOKENS, LinearMap, linear_maps, random_signs, run_b
 
 _LATER = range(1, TOKENS)
 _SAME = 0.05
-"""Relative error up to which a shift counts as unchanged: bfloat16 rounds by less, a norm changes more."""
+"""Relative error up to which a shift counts as unchanged; bfloat16 rounding changes it less, and a norm more."""
 _HOW_TO_NAME = "name the linear map to edit with model.edit_module, as a path inside a block"
 
 
@@ -69,7 +70,7 @@ class Anatomy:
         return module
 
     def transposed(self, layer: int) -> bool:
-        """Tell whether the weight is stored as ``[d_k, d_v]`` (GPT-2's Conv1D) and not as ``[d_v, d_k]``."""
+        """Return whether the weight is stored as ``[d_k, d_v]`` (GPT-2's Conv1D) and not as ``[d_v, d_k]``."""
         return is_transposed(self.edit_module(layer))
 
     def edit_name(self, layer: int) -> str:
@@ -81,30 +82,30 @@ class Anatomy:
         return _widths(self.edit_module(layer))[0]
 
     def value_size(self, layer: int) -> int:
-        """Return d_v, the width of the edited map's output: that of the residual stream."""
+        """Return d_v, the width of the edited map's output, which is the width of the residual stream."""
         return _widths(self.edit_module(layer))[1]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the largest number of tokens that a model takes; None if its configuration does not say."""
+    """Return the largest number of tokens that a model accepts; None if its configuration does not state it."""
     longest: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return longest
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Tell whether a linear map stores its weight as ``[d_k, d_v]``, which GPT-2's Conv1D does."""
+    """Return whether a linear map stores its weight as ``[d_k, d_v]``, as GPT-2's Conv1D does."""
     return isinstance(module, Conv1D)
 
 
 def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anatomy:
     """Find the parts of ``model`` that an edit needs, without changing the model.
 
-    ``edit_module`` names the map to edit instead of searching for it: a path inside a block (``mlp.c_proj``) or a
-    whole path with ``{}`` for the number of the layer (``transformer.h.{}.mlp.c_proj``).
+    ``edit_module`` names the map to edit, so that it is not searched for: a path inside a block (``mlp.c_proj``) or a
+    full path with ``{}`` for the layer number (``transformer.h.{}.mlp.c_proj``).
 
     Raises:
         UserError: The model has no list of blocks or no output embeddings; a block has no single MLP output
-            projection, as in a mixture of experts; ``edit_module`` is no linear map onto the residual stream;
+            projection, as in a mixture of experts; ``edit_module`` is not a linear map onto the residual stream;
             or the weights are quantized.
     """
     head = model.get_output_embeddings()
@@ -120,14 +121,14 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
     dtype = linear_maps(block)[path].weight.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise UserError(
-            f"the weights of {path} are quantized ({dtype}), and an update is finer than their steps: load an "
-            "unquantized model, or leave these maps in full precision (llm_int8_skip_modules of BitsAndBytesConfig)"
+            f"the weights of {path} are quantized ({dtype}), and an update is smaller than their steps: load an "
+            "unquantized model, or keep these maps in full precision (llm_int8_skip_modules of BitsAndBytesConfig)"
         )
     return Anatomy(blocks, block_path, path, head, _is_additive(model, block, path))
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Find the one list of modules with as many entries as the model has layers, outside of other such lists."""
+    """Find the one outermost list of modules with as many entries as the model has layers."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
@@ -144,7 +145,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> str:
-    """Find the MLP's output projection of ``block`` as the module's docstring describes it."""
+    """Find the MLP's output projection of ``block`` by the method in this module's docstring."""
     maps = linear_maps(block)
     row = {path: number for number, path in enumerate(maps, start=1)}  # row 0 is left undisturbed
 
@@ -156,7 +157,7 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
     trace = run_block(model, block, len(maps) + 1, fix_and_shift)
 
     def reads_a_mixture(path: str) -> bool:
-        return any(_moved(trace.inputs[path], other, later) for other in row.values() for later in _LATER)
+        return any(_moved(trace.inputs[path], shifted, later) for shifted in row.values() for later in _LATER)
 
     def writes_to_the_stream(path: str) -> bool:
         moved = [_moved(trace.output, row[path], token) for token in range(TOKENS)]
@@ -171,21 +172,21 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
     if len(found) == 1 and not unused and not _has_stacks(block):
         return found[0]
     raise UserError(
-        f"{type(model).__name__} has no single MLP output projection in a block (no mixture of experts has): "
-        f"{_HOW_TO_NAME}; those onto the residual stream are {_listed(block, width)}"
+        f"{type(model).__name__} has no single MLP output projection in a block (like mixtures of experts): "
+        f"{_HOW_TO_NAME}; the maps onto the residual stream are {_listed(block, width)}"
     )
 
 
 def _moved(x: Tensor, row: int, token: int) -> bool:
-    """Tell whether more than half of ``x[row, token]`` differs from the undisturbed row 0 by more than rounding."""
+    """Return whether more than half of ``x[row, token]`` differs from the undisturbed row 0 by more than rounding."""
     clean, disturbed = x[0, token].float(), x[row, token].float()
-    # Rounding inside a block of 16-bit numbers touches few elements, as its sums are kept in 32 bits.
+    # Rounding inside a 16-bit block changes few elements, because its sums are accumulated in 32 bits.
     tolerance = max(1e-5, rounding(x.dtype, x.device) / 2)
     return ((disturbed - clean).abs() > tolerance * clean.abs()).float().mean().item() > 0.5
 
 
 def _has_stacks(block: nn.Module) -> bool:
-    """Tell whether ``block`` has stacks of weight matrices, as mixtures of experts have."""
+    """Return whether ``block`` has stacked weight matrices, as mixtures of experts do."""
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     owners = (part for part in block.modules() if not isinstance(part, convolutions))
     return any(weight.squeeze().dim() > 2 for owner in owners for weight in owner.parameters(recurse=False))
@@ -196,14 +197,14 @@ def _named(edit_module: str, block_path: str, blocks: nn.ModuleList, width: int)
     path = edit_module.removeprefix(f"{block_path}.{{}}.")
     if not any(path in linear_maps(block) and _widths(linear_maps(block)[path])[1] == width for block in blocks):
         raise UserError(
-            f"model.edit_module: {edit_module!r} is no linear map onto the residual stream; in a block of "
+            f"model.edit_module: {edit_module!r} is not a linear map onto the residual stream; in a block of "
             f"{block_path} these are {_listed(blocks[0], width)}"
         )
     return path
 
 
 def _is_additive(model: PreTrainedModel, block: nn.Module, path: str) -> bool:
-    """Measure whether a shift of the edited map's output arrives unchanged in the block's output."""
+    """Measure whether a shift of the edited map's output appears unchanged in the block's output."""
     shift: list[Tensor] = []
 
     def shift_one_row(name: str, output: Tensor, scale: float) -> Tensor:
@@ -215,10 +216,10 @@ def _is_additive(model: PreTrainedModel, block: nn.Module, path: str) -> bool:
         return shifted
 
     trace = run_block(model, block, 2, shift_one_row)
-    if path not in trace.inputs:  # an expert's output is weighted, and reaches only some of the tokens
+    if path not in trace.inputs:  # an expert's output is weighted, and is used for some of the tokens only
         return False
     arrived = (trace.output[1] - trace.output[0]).float()
-    # The median looks past the few huge entries of a residual stream, which swallow any shift in 16 bits.
+    # The median ignores the few huge entries of a residual stream, in which 16-bit rounding removes any shift.
     return ((arrived - shift[0]).abs() / shift[0].abs()).median().item() < _SAME
 
 

@@ -1,4 +1,4 @@
-"""Digests of a model's weights and of its architecture: what every cached result is keyed by."""
+"""Digests of a model's weights and architecture, which are part of the key of every cached result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IRRELEVANT = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "output_attentions",
     "output_hidden_states", "pad_token_id", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Entries of a configuration that logits do not depend on, or that the weights' own types repeat."""
+"""Entries of a configuration that do not affect logits, or that repeat the data types of the weights."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module) -> str:
 
     It covers each tensor's name, shape, data type and bytes in row-major order, and depends neither on the device (or
     whether a tensor is offloaded) nor on the number of threads. The bytes are hashed by XXH3 (128 bits), which runs at
-    the speed of memory: it notices every accidental change, and does not withstand someone who forges weights.
+    the speed of memory: it detects accidental changes, but does not protect against deliberate forgery.
     """
     digest = hashlib.sha256()
     for name, tensor in weights_of(model):
@@ -34,9 +34,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """Return what a transformers configuration says about how its model computes, as JSON values; {} without one.
+    """Return the entries of a model's configuration that affect its logits, as JSON values; {} without configuration.
 
-    Models of equal weights may differ in it, for example in the base of their rotary positions or in a soft cap.
+    Models with equal weights may differ in them, for example in the base of their rotary positions or in a soft cap.
     """
     config: Any = getattr(model, "config", None)
     entries = config.to_dict() if hasattr(config, "to_dict") else {}
@@ -46,17 +46,17 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def model_key(weights: str, model: nn.Module) -> str:
-    """Hex digest of all that computing with ``model`` depends on: weights, architecture, and the type of its device.
+    """Return a hex digest of everything that affects the model's results: weights, architecture and device type.
 
-    ``weights`` is their fingerprint. What a GPU computes differs in the last bits from what a CPU does, so neither
-    finds in the cache what the other has put there.
+    ``weights`` is the fingerprint of the weights. The results of a GPU and a CPU differ in the last bits, so the two
+    do not share cached results.
     """
-    told = f"{weights} {json.dumps(architecture(model), sort_keys=True)}"
+    description = f"{weights} {json.dumps(architecture(model), sort_keys=True)}"
     kinds = {parameter.device.type for parameter in model.parameters()} - {"cpu", "meta"}
-    return hashlib.sha256(" ".join([told, *sorted(kinds)]).encode()).hexdigest()
+    return hashlib.sha256(" ".join([description, *sorted(kinds)]).encode()).hexdigest()
 
 
 def _hash(tensor: Tensor) -> bytes:
-    """Hash the bytes of a tensor in row-major order, without a copy where it lies in the CPU's memory that way."""
+    """Hash the bytes of a tensor in row-major order; a contiguous CPU tensor is not copied."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return xxhash.xxh3_128_digest(content.numpy().data)

@@ -1,7 +1,7 @@
-"""Running only what is needed of a transformers model: some blocks, some tokens, some logits.
+"""Partial forward passes of a transformers model: only some blocks, some tokens, some logits.
 
-The model's own ``forward`` is always what runs, so masks, positions and caches are its own; blocks that are not
-wanted are stepped over for the time of a call.
+Every pass calls the model's own ``forward``, which makes its masks, positions and caches; blocks that are not needed
+are skipped for the duration of the call.
 """
 
 from __future__ import annotations
@@ -14,68 +14,68 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 KeyValues = list[tuple[Tensor, Tensor]]
-"""Keys and values of the tokens before, one pair of [rows, heads, tokens, size] a block."""
+"""KV cache of earlier tokens: for each block its keys and values, each [rows, heads, tokens, size]."""
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """Raised inside a forward pass once all that was wanted has been seen."""
+    """Raised inside a forward pass to end it, after the last required tensor was recorded."""
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states of a block's output, which is a tensor or (GPT-J) a tuple that begins with it."""
+    """Return the hidden states in a block's output, which is a tensor or (GPT-J) a tuple that begins with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def replace_hidden(output: Any, hidden: Tensor) -> Any:
-    """``output`` with its hidden states exchanged."""
+    """Return a block's ``output`` with its hidden states replaced by ``hidden``."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def by_row(tensor: Tensor, rows: int) -> Tensor:
-    """[rows, tokens, features], also of what a module saw as [rows * tokens, features] (OPT's MLP)."""
+    """Reshape [rows * tokens, features], which OPT's MLP receives, to [rows, tokens, features]."""
     return tensor.view(rows, -1, tensor.shape[-1])
 
 
-def past_of(cache: DynamicCache) -> KeyValues:
-    """What a forward pass has put into a cache."""
+def key_values_of(cache: DynamicCache) -> KeyValues:
+    """Return the keys and values that a forward pass has stored in a cache."""
     return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr,misc]
 
 
-def cache_of(past: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """Keys and values as a model takes them; made anew for each pass, which adds to it."""
+def cache_of(key_values: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Return a transformers cache with these keys and values; a pass appends to it, so each pass needs a new one."""
     cache = DynamicCache()
-    for number, (keys, values) in enumerate(past):
+    for number, (keys, values) in enumerate(key_values):
         cache.update(keys, values, number)
     return cache
 
 
 @contextmanager
 def reading(modules: dict[Any, tuple[nn.Module, str]], stop: Any = None) -> Iterator[dict[Any, Tensor]]:
-    """Collects inputs or outputs of modules during forward passes inside the ``with``.
+    """Record the inputs or outputs of modules during forward passes inside the ``with``.
 
     Args:
-        modules: name -> (module, "input" | "output").
-        stop: the name whose reading ends the pass; everything above it is not run.
+        modules: maps a name to a module and ``input`` or ``output``.
+        stop: name of the module at which the pass ends; the model above it is not run.
 
     Yields:
-        A dict that each pass fills: name -> tensor as the module saw or gave it, [rows, tokens, features] (or, in
-        some models, [rows * tokens, features]: see :func:`by_row`).
+        A dict that each pass fills: it maps each name to the module's input or output, [rows, tokens, features] (in
+        some models [rows * tokens, features]: see :func:`by_row`).
     """
     seen: dict[Any, Tensor] = {}
 
     def reader(name: Any, kind: str) -> Any:
-        def note_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            note(args[0] if args else kwargs["hidden_states"])
+        def record_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record(args[0] if args else kwargs["hidden_states"])
 
-        def note_output(module: nn.Module, args: Any, output: Any) -> None:
-            note(hidden_of(output))
+        def record_output(module: nn.Module, args: Any, output: Any) -> None:
+            record(hidden_of(output))
 
-        def note(tensor: Tensor) -> None:
+        def record(tensor: Tensor) -> None:
             seen[name] = tensor
             if name == stop:
                 raise _Reached
 
-        return note_input if kind == "input" else note_output
+        return record_input if kind == "input" else record_output
 
     with ExitStack() as stack:
         for name, (module, kind) in modules.items():
@@ -92,22 +92,22 @@ def reading(modules: dict[Any, tuple[nn.Module, str]], stop: Any = None) -> Iter
 
 @contextmanager
 def starting_at(blocks: nn.ModuleList, first: int, hidden: Tensor, as_tuple: bool) -> Iterator[None]:
-    """Blocks before ``first`` are stepped over; block ``first`` receives ``hidden`` [rows, tokens, d].
+    """Skip the blocks before ``first`` inside the ``with``, and feed ``hidden`` [rows, tokens, d] to block ``first``.
 
     Args:
         blocks: the model's blocks.
-        first: index of the first block that runs; ``len(blocks)`` runs only the final norm and the head.
-        hidden: what the blocks before it would have given.
-        as_tuple: whether this architecture's blocks return tuples.
+        first: index of the first block that runs; with ``len(blocks)`` only the final norm and the head run.
+        hidden: hidden states in place of the output of the skipped blocks.
+        as_tuple: whether the blocks of this architecture return tuples.
     """
     if first == 0:
-        # No block to step over: the first one's input is exchanged instead.
-        def exchange(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # There is no block to skip, so the input of the first one is replaced.
+        def replace_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": hidden}
 
-        handle = blocks[0].register_forward_pre_hook(exchange, with_kwargs=True)
+        handle = blocks[0].register_forward_pre_hook(replace_input, with_kwargs=True)
         try:
             yield
         finally:
@@ -115,7 +115,7 @@ def starting_at(blocks: nn.ModuleList, first: int, hidden: Tensor, as_tuple: boo
         return
     skipped = list(blocks)[:first]
     given: Any = (hidden,) if as_tuple else hidden
-    # Other tools put a forward of their own on a module (accelerate does); theirs has to come back.
+    # Other tools (such as accelerate) replace a module's forward; their replacement must be restored.
     before = [vars(block).get("forward") for block in skipped]
     for block in skipped:
         block.forward = lambda *args, **kwargs: given
@@ -130,21 +130,21 @@ def starting_at(blocks: nn.ModuleList, first: int, hidden: Tensor, as_tuple: boo
 
 
 @contextmanager
-def adding(module: nn.Module, places: tuple[Tensor, Tensor], shift: Tensor, rows: int) -> Iterator[None]:
-    """Adds ``shift`` [n, d] to the module's output at n places.
+def adding(module: nn.Module, indices: tuple[Tensor, Tensor], shift: Tensor, rows: int) -> Iterator[None]:
+    """Add ``shift`` to a module's output at n tokens inside the ``with``.
 
     Args:
-        module: whose output is changed.
-        places: row and column of each, [n].
-        shift: what is added.
-        rows: that run at a time.
+        module: the module.
+        indices: row and column of each token, [n] each.
+        shift: the vectors to add, [n, d].
+        rows: number of rows in each pass.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         before = hidden_of(output)
         there = before.device
         hidden = by_row(before, rows)
-        hidden = hidden.index_put(tuple(p.to(there) for p in places), shift.to(there), accumulate=True)
+        hidden = hidden.index_put(tuple(index.to(there) for index in indices), shift.to(there), accumulate=True)
         return replace_hidden(output, hidden.view(before.shape))
 
     handle = module.register_forward_hook(hook)
@@ -156,10 +156,10 @@ def adding(module: nn.Module, places: tuple[Tensor, Tensor], shift: Tensor, rows
 
 @contextmanager
 def logits_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """The head sees only the hidden states at (row, column), so the model's logits are [1, n, vocabulary].
+    """Compute logits only at the tokens (row, column) inside the ``with``; the model's logits are [1, n, vocabulary].
 
-    It is done before the head and not after, so whatever the model does to its logits (soft caps, scales, biases)
-    still happens, and the full [rows, tokens, vocabulary] tensor never exists.
+    The tokens are selected before the head, so the model's own processing of logits (soft caps, scales, biases) still
+    applies, and the full [rows, tokens, vocabulary] tensor is never allocated.
     """
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

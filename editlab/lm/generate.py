@@ -1,4 +1,4 @@
-"""Text that a model generates: the one loop behind sampled texts, greedy continuations and answers to prompts."""
+"""Text generation: one loop for sampled texts, greedy continuations and answers to prompts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from editlab.lm.placement import runs_on
 from editlab.lm.tokens import encode
 
 Pick = Callable[[Tensor], Tensor]
-"""Chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
+"""Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
 
 ROWS = 64
-"""Prompts that :func:`continue_greedily` continues at a time."""
+"""Number of prompts that :func:`continue_greedily` continues at once."""
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """The token with the highest logit of each row; logits [rows, vocabulary] -> ids [rows]."""
+    """Return the token with the highest logit of each row; logits [rows, vocabulary] -> ids [rows]."""
     return logits.argmax(1)
 
 
 def drawn(logits: Tensor) -> Tensor:
-    """A token for each row, drawn from its softmax; logits [rows, vocabulary] -> ids [rows].
+    """Draw a token for each row from its softmax; logits [rows, vocabulary] -> ids [rows].
 
-    The draw is torch's :func:`torch.multinomial` with the global generator of the logits' device.
+    The tokens are drawn by :func:`torch.multinomial` with the global generator of the logits' device.
 
     Raises:
-        NonFiniteError: the logits are not finite; torch would fail, and on a GPU end the process.
+        NonFiniteError: The logits are not finite; torch would fail, and on a GPU the process would end.
     """
     if not bool(logits.logsumexp(1).isfinite().all()):
         raise NonFiniteError(
@@ -54,18 +54,18 @@ def continue_rows(
     stop: bool = False,
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
-    """Generates new tokens after prompts of one length, one forward pass a token over a KV cache.
+    """Generate new tokens after prompts of equal length, with a KV cache and one forward pass per token.
 
-    The model's own settings for generation (temperature, penalties, beams) play no part.
+    The model's own generation settings (temperature, penalties, beams) are ignored.
 
     Args:
-        model: in eval mode.
-        prompts: token ids, each prompt as long as the others.
-        new_tokens: number of tokens to generate for each prompt; the most there can be where ``stop`` is true.
+        model: the model, in eval mode.
+        prompts: token ids; all prompts have the same length.
+        new_tokens: number of tokens to generate for each prompt; with ``stop`` the largest number.
         pick: chooses each next token.
         stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
             never generated.
-        tick: called after each step with the number of tokens that it generated.
+        tick: called after each step with the number of tokens that the step generated.
 
     Returns:
         The new token ids of each prompt, without the prompt.
@@ -97,7 +97,7 @@ def continue_rows(
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens before the first end-of-text token."""
+    """Return the tokens before the first end-of-text token."""
     return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
 
 
@@ -109,13 +109,13 @@ def continue_greedily(
     stop: bool = False,
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
-    """Generates the most likely token at each step after prompts of any lengths.
+    """Continue prompts of any lengths by the most likely token at each step.
 
-    Prompts of one length go through the model together, so no padding is needed and each prompt's text is the one that
-    it has alone.
+    Prompts of equal length run together, so no padding is needed and each prompt's continuation is the same as if it
+    were continued alone.
 
     Args:
-        model: in eval mode.
+        model: the model, in eval mode.
         prompts: token ids.
         new_tokens: as in :func:`continue_rows`.
         stop: as in :func:`continue_rows`.
@@ -141,7 +141,7 @@ def continue_greedily(
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Ids of the tokens that end a text; empty where the model has none."""
+    """Return the ids of the tokens that end a text; empty if the model has none."""
     settings = getattr(model, "generation_config", None) or model.config
     ends: Any = getattr(settings, "eos_token_id", None)
     return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
@@ -155,16 +155,16 @@ class Answer:
     """One model's answer to one prompt."""
 
     continuation: str
-    """the greedy continuation as text"""
+    """greedy continuation, as text"""
     next: tuple[tuple[str, float], ...]
-    """the most likely next tokens and their probabilities, the best first"""
+    """most likely next tokens and their probabilities, in descending order"""
 
 
 def require_words(prompt: str) -> None:
-    """Refuses a prompt without any word.
+    """Check that a prompt is not empty.
 
     Raises:
-        UserError: it is empty.
+        UserError: The prompt is empty.
     """
     if not prompt.strip():
         raise UserError("A prompt is empty: give each at least one word.")
@@ -173,17 +173,17 @@ def require_words(prompt: str) -> None:
 def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, top: int
 ) -> Answer:
-    """Continues a prompt greedily, until the model ends the text or there are ``new_tokens`` new tokens.
+    """Continue a prompt greedily, until the model ends the text or ``new_tokens`` tokens are generated.
 
     Args:
-        model: in eval mode.
+        model: the model, in eval mode.
         tokenizer: its fast tokenizer.
-        prompt: the text itself; special tokens are put before it as the model expects.
+        prompt: the text; the special tokens that the model expects before it are added.
         new_tokens: the largest number of tokens of the continuation, 0 or more.
-        top: number of next tokens in the answer; fewer where the vocabulary is smaller.
+        top: number of next tokens in the answer; fewer if the vocabulary is smaller.
 
     Raises:
-        UserError: the prompt is empty, or too long for the model.
+        UserError: The prompt is empty, or too long for the model.
     """
     require_words(prompt)
     ids = list(encode(tokenizer, prompt).ids)
@@ -209,7 +209,7 @@ def answer(
 
 
 def continued(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], new: Sequence[int]) -> str:
-    """The text that ``new`` adds after ``ids``; some tokenizers drop the space before a token that stands alone."""
+    """Return the text that ``new`` adds after ``ids``; some tokenizers drop the space before a token decoded alone."""
     before, after = (
         str(tokenizer.decode(some, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for some in (list(ids), [*ids, *new])

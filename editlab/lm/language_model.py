@@ -1,4 +1,4 @@
-"""A causal language model with its tokenizer and its anatomy: the one object that the rest of editlab talks to."""
+"""A causal language model with its tokenizer and anatomy, the interface that the rest of editlab uses."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.packing import can_pack, lay_out_whole, pads_between
 from editlab.lm.placement import DeviceMap
-from editlab.lm.probe import remembers_by_attention
+from editlab.lm.probe import keeps_only_kv_cache
 from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import by_beginning, by_length
 from editlab.utils.rng import private_draws
 
 TOKENS_A_PASS = 4096
-"""Tokens in one forward pass: large enough for full-speed matrix products, small enough for any memory."""
+"""Largest number of tokens in one forward pass: enough for full-speed matrix products, and few enough for memory."""
 
 
 class NextTokenScores(NamedTuple):
-    """Of the tokens asked for, one tensor [n] a row."""
+    """Scores of the requested tokens, one tensor [n] for each row."""
 
     logps: list[Tensor]
-    """log-probabilities, float32"""
+    """log-probability of each token, float32"""
     hits: list[Tensor]
-    """whether each is the argmax, bool"""
+    """whether each token is the argmax, bool"""
     tops: list[Tensor]
-    """log-probabilities of the argmax in their places, float32"""
+    """log-probability of the argmax at the same position, float32"""
 
 
 class LanguageModel(ModelRunner):
-    """A transformers model in eval mode without gradients, with what editlab needs to know of it.
+    """A transformers model in eval mode without gradients, with its tokenizer and the properties that editlab needs.
 
     Args:
         model: any causal language model of transformers.
         tokenizer: its fast tokenizer.
-        edit_module: path of the module to edit inside a block; found by structure where not given.
-        placed: the model lies where it shall stay, whatever device the Trainer has.
+        edit_module: path of the module to edit inside a block; default: found by structure.
+        placed: the model stays on its devices, whatever device the Trainer uses.
 
     Raises:
-        UserError: where there is no such module, what the model says is not finite, or a recurrent state is part of
-            what it keeps.
+        UserError: There is no such module, the model's logits are not finite, the model keeps a recurrent state, or
+            its attention counts padding as distance.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class LanguageModel(ModelRunner):
         self.tokenizer = tokenizer
         self.longest = context_length(model)
         self.blocks_give_tuples = self._probe_tuples()
-        if not remembers_by_attention(model):
+        if not keeps_only_kv_cache(model):
             raise UserError(
-                f"{type(model).__name__} keeps something else of earlier tokens than their keys and values, such as a "
-                "recurrent state: choose a model whose blocks all attend."
+                f"{type(model).__name__} keeps more of earlier tokens than a KV cache, such as a recurrent state: "
+                "choose a model in which every block has attention."
             )
         self.packs = can_pack(self)
         if not self.packs and not pads_between(self):
             raise UserError(
-                f"{type(model).__name__} counts padding among the places between two tokens, so prompts of different "
-                "lengths would not be read alike: choose a model with positions, or biases by positions."
+                f"{type(model).__name__} counts padding in the distance between two tokens, so the result of a prompt "
+                "would depend on its padding: choose a model that uses position ids."
             )
 
     @classmethod
@@ -85,7 +85,7 @@ class LanguageModel(ModelRunner):
         device_map: DeviceMap | None = None,
         device: torch.device | None = None,
     ) -> LanguageModel:
-        """Loads a model by name, folder or file; see :func:`editlab.lm.loading.load.load` for arguments and errors."""
+        """Load a model by name, folder or file; see :func:`editlab.lm.loading.load.load` for arguments and errors."""
         return cls(*load(name, dtype, device_map, device), edit_module, placed=device_map is not None)
 
     @torch.no_grad()
@@ -99,18 +99,18 @@ class LanguageModel(ModelRunner):
             handle.remove()
         if not bool(torch.isfinite(logits).all()):
             raise UserError(
-                "What the model says is not finite: its weights are damaged, or its type is too narrow "
+                "The model's logits are not finite: its weights are damaged, or its data type is too narrow "
                 "(trainer.precision)."
             )
         return kinds[0]
 
     def passes(self, rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
-        """Numbers of the rows that go through the model together.
+        """Return the indices of the rows that run together, one list for each forward pass.
 
         Args:
             rows: token ids.
-            tokens: in a pass at most, where it shall not be :data:`TOKENS_A_PASS`: padded ones, or where rows are
-                packed those that differ or stand behind others.
+            tokens: largest number of tokens in a pass; default: :data:`TOKENS_A_PASS`. Of packed rows, a common
+                beginning counts once; otherwise padding counts too.
         """
         tokens = TOKENS_A_PASS if tokens is None else tokens
         return by_beginning(rows, tokens) if self.packs else by_length([len(row) for row in rows], tokens)
@@ -119,10 +119,15 @@ class LanguageModel(ModelRunner):
     def read(
         self, rows: Sequence[Sequence[int]], modules: dict[Any, tuple[nn.Module, str]], stop: Any
     ) -> list[dict[Any, Tensor]]:
-        """Inputs or outputs of modules for each row of ids, up to the one named ``stop`` and not beyond.
+        """Return the inputs or outputs of modules for each row of ids; the model is not run beyond the module ``stop``.
+
+        Args:
+            rows: token ids.
+            modules: maps a name to a module and ``input`` or ``output``.
+            stop: name of the module at which the pass ends.
 
         Returns:
-            For each row, name -> [its tokens, features], in the model's dtype.
+            For each row, a dict from the name to [tokens of the row, features], in the model's dtype.
         """
 
         def read(group: Sequence[int]) -> list[dict[Any, Tensor]]:
@@ -130,8 +135,8 @@ class LanguageModel(ModelRunner):
             with reading(modules, stop) as seen:
                 layout.run()
             whole = {name: by_row(tensor, layout.rows) for name, tensor in seen.items()}
-            places = [layout.place(*_all_of(j, len(rows[i]), self.device)) for j, i in enumerate(group)]
-            return [{name: t[tuple(p.to(t.device) for p in at)] for name, t in whole.items()} for at in places]
+            indices = [layout.locate(*_all_of(j, len(rows[i]), self.device)) for j, i in enumerate(group)]
+            return [{name: t[tuple(p.to(t.device) for p in at)] for name, t in whole.items()} for at in indices]
 
         found: list[dict[Any, Tensor]] = [{} for _ in rows]
         for group in self.passes(rows):
@@ -146,24 +151,24 @@ class LanguageModel(ModelRunner):
         wanted: Sequence[Sequence[tuple[int, int]]],
         tokens_a_pass: int | None = None,
     ) -> NextTokenScores:
-        """Scores of given next tokens, with logits only where they are asked for; several ranks share the passes.
+        """Score given next tokens; logits are computed only at their positions, and ranks share the passes.
 
         Args:
-            rows: token ids, one list a row.
-            wanted: for each row, pairs (position, token): how likely is ``token`` after ``row[: position + 1]``?
+            rows: token ids, one list for each row.
+            wanted: for each row, pairs (position, token): the score is that of ``token`` after ``row[: position + 1]``.
             tokens_a_pass: as in :meth:`passes`.
 
         Returns:
-            The scores, one tensor a row, on the CPU.
+            The scores, one tensor for each row, on the CPU.
         """
 
         def score(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
             layout = lay_out_whole(self, [rows[i] for i in group])
-            places = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
-            # Long and [3, n] also where no row of the group wants anything.
-            row_index, columns, tokens = torch.tensor(places, dtype=torch.long, device=self.device).view(-1, 3).T
-            # Several tokens may be asked for at one place, whose logits serve them all.
-            distinct, which = torch.stack(layout.place(row_index, columns)).unique(dim=1, return_inverse=True)
+            requests = [(j, c, t) for j, i in enumerate(group) for c, t in wanted[i]]
+            # The explicit dtype and shape also hold if no row of the group has a request.
+            row_index, columns, tokens = torch.tensor(requests, dtype=torch.long, device=self.device).view(-1, 3).T
+            # Several tokens may be scored at one position, whose logits are computed once.
+            distinct, which = torch.stack(layout.locate(row_index, columns)).unique(dim=1, return_inverse=True)
             with logits_only_at(self.anatomy.head, *distinct):
                 logits = layout.run().logits[0].float()
             norm = logits.logsumexp(1)
@@ -177,16 +182,16 @@ class LanguageModel(ModelRunner):
 
     @torch.no_grad()
     def next_token_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Probabilities of each token after each row of ids, float32 [rows, vocabulary] on the CPU.
+        """Return the next-token probabilities after each row of ids, float32 [rows, vocabulary] on the CPU.
 
-        Several ranks share the passes.
+        Ranks share the passes.
         """
 
         def read(group: Sequence[int]) -> list[Tensor]:
             layout = lay_out_whole(self, [rows[i] for i in group])
             order = torch.arange(len(group), device=self.device)
             last = torch.tensor([len(rows[i]) - 1 for i in group], device=self.device)
-            with logits_only_at(self.anatomy.head, *layout.place(order, last)):
+            with logits_only_at(self.anatomy.head, *layout.locate(order, last)):
                 return list(layout.run().logits[0].float().softmax(1).cpu())
 
         return torch.stack(ranks.each(self.passes(rows), partial(by_halves, read)))
@@ -199,22 +204,22 @@ class LanguageModel(ModelRunner):
         greedy: bool = False,
         tick: Callable[[int], Any] | None = None,
     ) -> list[list[int]]:
-        """Continues prompts of one length by exactly ``new_tokens`` tokens, drawn at temperature 1 without cut-offs.
+        """Continue prompts of equal length by exactly ``new_tokens`` tokens, sampled at temperature 1, not truncated.
 
-        Tokens that end a text are never generated. The global random state stays as it was.
+        End-of-text tokens are never generated. The global random state is not changed.
 
         Args:
-            prompts: token ids, each prompt as long as the others.
-            new_tokens: number of tokens to generate for each.
-            seed: of the draws.
-            greedy: take the most likely token each time instead of drawing.
-            tick: called after each step with the number of tokens that it generated.
+            prompts: token ids; all prompts have the same length.
+            new_tokens: number of tokens to generate for each prompt.
+            seed: seed of the sampling.
+            greedy: use the most likely token at each step instead of sampling.
+            tick: called after each step with the number of tokens that the step generated.
 
         Returns:
             For each prompt, its ids followed by the new ones.
 
         Raises:
-            NonFiniteError: the model's logits are not finite, so nothing can be drawn from them.
+            NonFiniteError: The model's logits are not finite, so no token can be sampled.
         """
         with private_draws(seed):
             new = continue_rows(self.model, prompts, new_tokens, most_likely if greedy else drawn, tick=tick)
@@ -222,6 +227,6 @@ class LanguageModel(ModelRunner):
 
 
 def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each of a row's tokens."""
+    """Return row and column of each token of a row, [tokens] each."""
     columns = torch.arange(tokens, device=device)
     return torch.full_like(columns, row), columns

@@ -1,8 +1,8 @@
-"""Matrix products of some blocks, and of the head, in bfloat16, with everything between in the model's own type.
+"""Matrix products in bfloat16 for some blocks and the head; all other operations keep the model's data type.
 
-CPUs with AMX multiply bfloat16 matrices several times as fast as float32 ones, those with AVX-512's bfloat16 twice as
-fast. The weights are rounded once, not at each product; the residual stream, norms and attention keep their type, so
-errors do not add up over the blocks.
+CPUs with AMX multiply bfloat16 matrices several times as fast as float32 matrices, and CPUs with AVX-512's bfloat16
+instructions twice as fast. The weights are rounded once, not at each product; the residual stream, norms and attention
+keep their data type, so errors do not accumulate over the blocks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from editlab.lm.runner import ModelRunner
 from editlab.utils.compat import replace_parameters
 
 MATMULS = ("auto", "float32", "bfloat16")
-"""How matrices may be multiplied; see :func:`products`."""
+"""Allowed values of the setting ``matmul``; see :func:`products`."""
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the CPU has instructions for bfloat16 products (AMX or AVX-512's); False for any other device."""
+    """Return whether the CPU has instructions for bfloat16 products (AMX or AVX-512); False for any other device."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has no such function
     return device.type == "cpu" and any(map(capabilities.get, ("amx_bf16", "avx512_bf16")))
 
 
 def type_of_products(matmul: str, device: torch.device) -> str:
-    """What ``matmul`` comes to on a device: ``float32`` or ``bfloat16``."""
+    """Return the data type that the setting ``matmul`` selects on a device: ``float32`` or ``bfloat16``."""
     if matmul == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
     return matmul
@@ -38,14 +38,14 @@ def type_of_products(matmul: str, device: torch.device) -> str:
 def products(
     matmul: str, blocks: Sequence[nn.Module], edit_path: str, device: torch.device, head: nn.Module | None = None
 ) -> AbstractContextManager:
-    """Products of ``blocks`` and ``head`` as a setting wants them: :func:`bfloat16_products`, or as they are.
+    """Apply the setting ``matmul`` to the matrix products of ``blocks`` and ``head`` inside the ``with``.
 
     Args:
-        matmul: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the CPU has instructions for it.
+        matmul: ``float32``, ``bfloat16``, or ``auto``, which is bfloat16 if the CPU has instructions for it.
         blocks: blocks of the model.
         edit_path: path of the MLP's output projection in a block.
-        device: where the model is.
-        head: the map to the logits, where it shall be among them.
+        device: device of the model.
+        head: the map to the logits; default: its products are not changed.
     """
     if type_of_products(matmul, device) == "float32":
         return nullcontext()
@@ -53,13 +53,13 @@ def products(
 
 
 def products_above(lm: ModelRunner, layer: int, matmul: str, head: bool = False) -> AbstractContextManager:
-    """Matrix products of all blocks above ``layer`` as ``matmul`` says; the blocks up to it stay in full precision.
+    """Apply the setting ``matmul`` to all blocks above ``layer``; the blocks up to it stay in full precision.
 
     Args:
         lm: the model.
-        layer: the highest block that is left alone.
+        layer: number of the highest block that stays in full precision.
         matmul: ``float32``, ``bfloat16`` or ``auto``, as for :func:`products`.
-        head: whether the map to the logits is included. That is faster in training, but too coarse to compare answers.
+        head: whether to include the map to the logits, which is faster in training but too coarse to compare answers.
     """
     above = list(lm.anatomy.blocks)[layer + 1 :]
     return products(matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head if head else None)
@@ -67,15 +67,15 @@ def products_above(lm: ModelRunner, layer: int, matmul: str, head: bool = False)
 
 @contextmanager
 def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Module | None = None) -> Iterator[None]:
-    """The float32 linear maps of ``blocks`` multiply in bfloat16 inside the ``with``; others are left alone.
+    """Make the float32 linear maps of ``blocks`` multiply in bfloat16 inside the ``with``; other maps are unchanged.
 
-    Inputs are rounded and outputs given back in float32. Only what the MLP's first maps give stays in bfloat16: it
-    goes through the activation to the output projection, which would round it anyway.
+    Inputs are rounded to bfloat16, and outputs are converted to float32. Only the output of the MLP's first maps stays
+    in bfloat16: it passes the activation to the output projection, which would round it anyway.
 
     Args:
         blocks: blocks of the model.
         edit_path: path of the MLP's output projection in a block (:attr:`Anatomy.edit_path`).
-        head: the map to the logits, where it is to be rounded too. Embeddings tied to it stay as they are.
+        head: the map to the logits; default: not rounded. Embeddings that are tied to it stay in float32.
     """
     shared = _Rounded()
     mlp = edit_path.rpartition(".")[0]
@@ -94,7 +94,7 @@ def bfloat16_products(blocks: Sequence[nn.Module], edit_path: str, head: nn.Modu
 
 
 class _Rounded:
-    """Rounds inputs; maps that read one tensor (queries, keys, values) share its rounded copy."""
+    """Rounds inputs to bfloat16; maps with the same input (queries, keys, values) share its rounded copy."""
 
     def __init__(self) -> None:
         self.of: Tensor | None = None

@@ -1,6 +1,7 @@
-"""Memory: whether a model fits, how much is left next to it, and what to do if a pass does not fit.
+"""Memory checks: whether a model fits, how much memory it leaves free, and smaller passes if one does not fit.
 
-A model that does not fit is refused before its weights are read: a killed process prints no message.
+A model that does not fit is rejected before its weights are read, because a process that is killed for its memory use
+prints no message.
 """
 
 from __future__ import annotations
@@ -29,35 +30,35 @@ _GIB = 2**30
 
 
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Return the bytes of a causal model's weights in ``dtype``, tied ones counted once, without allocating them."""
+    """Return the bytes of a causal model's weights in ``dtype``, counting tied weights once; nothing is allocated."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def require_memory(what: str, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Make sure that ``needed`` bytes of weights in ``dtype`` fit on a device whose free memory is known.
+    """Check that ``needed`` bytes of weights in ``dtype`` fit on a device, if its free memory is known.
 
     Raises:
-        EditLabError: They do not.
+        EditLabError: They do not fit.
     """
     free = free_memory(device)
     if free is None or needed <= free:
         return
     place = "memory" if device.type == "cpu" else f"the memory of {device}"
-    mends = ["take a smaller model"]
+    fixes = ["choose a smaller model"]
     if device.type != "cpu":
-        mends.insert(0, "spread it by model.device_map auto")
+        fixes.insert(0, "distribute it by model.device_map auto")
     if dtype.itemsize > 2:
-        mends.insert(0, f"set trainer.precision to bf16-true ({needed * 2 / dtype.itemsize / _GIB:.1f} GiB)")
+        fixes.insert(0, f"set trainer.precision to bf16-true ({needed * 2 / dtype.itemsize / _GIB:.1f} GiB)")
     raise EditLabError(
-        f"the weights of {what} take {needed / _GIB:.1f} GiB in {dtype_name(dtype)}, and {free / _GIB:.1f} GiB of "
-        f"{place} are free: {', or '.join(mends)}"
+        f"the weights of {what} take {needed / _GIB:.1f} GiB in {dtype_name(dtype)}, but only {free / _GIB:.1f} GiB "
+        f"of {place} are free: {', or '.join(fixes)}"
     )
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device, swap included; None for a device that does not tell."""
+    """Return the bytes that are free on a device, including swap; None for a device that does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -67,14 +68,14 @@ def free_memory(device: torch.device) -> int | None:
     return of_machine if of_container is None else min(of_machine, of_container)
 
 
-def room_beside(model: nn.Module, reserved: int = 0) -> int | None:
-    """Bytes of the GPUs on which a model lies that its weights leave; None where it lies on none.
+def spare_gpu_memory(model: nn.Module, reserved: int = 0) -> int | None:
+    """Return the bytes of a model's GPUs that its weights do not use; None if the model is not on a GPU.
 
-    The sizes of the GPUs count and not what is free now, so that one machine always gives the same answer.
+    It is computed from the total memory of the GPUs, not from the free memory, so that it is the same in every run.
 
     Args:
         model: the model.
-        reserved: bytes of what else stays on these GPUs, such as the metrics' factors.
+        reserved: bytes of other data that stay on these GPUs, such as the metrics' factors.
     """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if not devices:
@@ -92,20 +93,20 @@ _OUT_OF_MEMORY = (
     "MPS backend out of memory",
     "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",  # MPS, from Metal itself
 )
-"""Parts of messages of which each means that memory did not suffice."""
+"""Parts of error messages, each of which means that memory was insufficient."""
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, a GPU's or the machine's."""
+    """Return whether an error means that the memory of a GPU or of the machine was insufficient."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(part in text for part in _OUT_OF_MEMORY)
 
 
 def release() -> None:
-    """Give back what is no longer used, after work that ran out of memory.
+    """Free unused memory, after work that ran out of memory.
 
-    To be called outside of the ``except`` that caught the error: while an error is handled, its traceback holds on to
-    what had been allocated.
+    Call it outside of the ``except`` that caught the error: while an error is handled, its traceback keeps references
+    to the allocated tensors.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -115,12 +116,12 @@ def release() -> None:
 
 
 def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
-    """What ``work`` gives for the items; where memory does not hold them all at once, for one half after the other.
+    """Return the results of ``work`` for the items; if memory is insufficient, process the two halves in turn.
 
-    Halves are halved again where they do not fit either.
+    Halves that do not fit are divided again.
 
     Raises:
-        Exception: what ``work`` raised, where one item alone does not fit, or where memory was not what it lacked.
+        Exception: The error of ``work``, if a single item does not fit or if the error has another cause than memory.
     """
     try:
         return work(items)
@@ -129,15 +130,15 @@ def by_halves(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> lis
             raise
     release()
     half = len(items) // 2
-    log.warning("Memory does not hold %d rows at once: they go through by halves, which takes longer", len(items))
+    log.warning("Memory is insufficient for %d rows at once: they are processed by halves, which is slower", len(items))
     return [*by_halves(work, items[:half]), *by_halves(work, items[half:])]
 
 
 def _free_in_container() -> int | None:
-    """Return the bytes below a container's own limit (control groups, version 2), or None; psutil does not know it."""
+    """Return the bytes that are free below a container's limit (cgroups v2), which psutil ignores; None if no limit."""
     limit, used, stat = (_CGROUP / name for name in ("memory.max", "memory.current", "memory.stat"))
     if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
         return None
     kept = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    # The page cache counts as used, and is given up on demand.
+    # The page cache counts as used, but is freed on demand.
     return int(limit.read_text()) - int(used.read_text()) + int(kept.get("inactive_file", 0))

@@ -1,7 +1,7 @@
-"""Models that lie on several devices: where a module runs, and its weights where they are offloaded.
+"""Models on several devices: the device on which a module runs, and its weights if they are offloaded.
 
-Hugging Face accelerate puts a hook on each module of such a model, which brings inputs (and offloaded weights) to the
-device that the module runs on. Nothing here needs accelerate to be installed where no model is spread.
+Hugging Face accelerate puts a hook on each module of such a model, which moves inputs (and offloaded weights) to the
+device that the module runs on. Accelerate need not be installed for models on one device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DeviceMap = str | dict[str, int | str]
 
 
 def device_named(name: str) -> torch.device:
-    """The device of a ``--device`` argument, such as ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+    """Return the device of a ``--device`` argument, such as ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Raises:
         UserError: There is no such device on this machine.
@@ -35,33 +35,35 @@ def device_named(name: str) -> torch.device:
 
 
 def runs_on(module: nn.Module) -> torch.device:
-    """The device that a module with parameters runs on, which is not where its weights are while it is offloaded."""
+    """Return the device that a module runs on; the weights of an offloaded module are stored elsewhere."""
     device = getattr(offload_hook(module), "execution_device", None)
     return torch.device(device) if device is not None else next(module.parameters()).device
 
 
-def settle(module: nn.Module) -> None:
-    """Brings an offloaded module's own weights to where it runs, for good: what is written into them then stays.
+def load_offloaded(module: nn.Module) -> None:
+    """Move an offloaded module's own weights permanently to its device, so that changes of them persist.
 
     Raises:
-        UserError: where weights are offloaded as part of a larger module.
+        UserError: The weights are offloaded as part of a larger module.
     """
     hook = offload_hook(module)
     if getattr(hook, "offload", False):
         hook.pre_forward(module)
         hook.offload = False
         for name, weight in module.named_parameters(recurse=False):
-            # What was brought may be the offloaded original itself, or a file that must not be written to.
+            # The loaded weight may be the offloaded original itself, or a file that must not be written to.
             replace_parameters(module, {name: nn.Parameter(weight.detach().clone(), requires_grad=False)})
     if any(weight.is_meta for weight in module.parameters(recurse=False)):
-        raise UserError("An edited module's weights are offloaded in one with others: place its block on a device.")
+        raise UserError(
+            "An edited module's weights are offloaded together with other modules: place its block on a device."
+        )
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and contents of all parameters and persistent buffers, by name; offloaded ones are read one at a time."""
+    """Yield name and content of all parameters and persistent buffers, by name; offloaded ones are read one by one."""
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):
-            continue  # a module may put an extra state of its own beside the tensors; that is no weight
+            continue  # a module's extra state may hold other objects, which are not weights
         if tensor.is_meta:
             path, _, last = name.rpartition(".")
             tensor = offload_hook(model.get_submodule(path)).weights_map[last]

@@ -1,4 +1,4 @@
-"""Data types: by name, and how finely they compute on a device."""
+"""Data types: their names, and their rounding errors on a device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 WEIGHTS = ("float32", "bfloat16", "float16", "float64")
-"""Names of the types in which a model can be held and written."""
+"""Names of the data types in which a model can be loaded and saved."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a type, such as ``float32``."""
+    """Return the name of a data type, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """Return the type of that name, one of :data:`WEIGHTS`.
+    """Return the data type with this name, one of :data:`WEIGHTS`.
 
     Raises:
         ValueError: The name is not one of them.
@@ -30,20 +30,20 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether float64 tensors can lie on a device; Apple's MPS has no such type."""
+    """Return whether a device supports float64 tensors; Apple's MPS does not."""
     return device.type != "mps"
 
 
 def widened(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` in float64 on ``device``; it is moved in its own type, as where it comes from may lack float64."""
+    """Return ``tensor`` as float64 on ``device``; it is moved first, because its present device may lack float64."""
     return tensor.to(device).double()
 
 
 def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Relative error of one matrix product in ``dtype`` on a device: twice the type's unit roundoff.
+    """Return the relative error of a matrix product in ``dtype`` on a device: twice the type's unit roundoff.
 
-    Under autocast it is that of the type which autocast computes in. Products of float32 on a GPU are rounded to TF32
-    where the user asks for speed (``torch.set_float32_matmul_precision``), as Lightning advises.
+    Under autocast it is the error of the type that autocast computes in. float32 products on a GPU are rounded to TF32
+    if the user has enabled it (``torch.set_float32_matmul_precision``), as Lightning advises.
     """
     if dtype == torch.float32:
         cast = cast_to(device)
@@ -55,7 +55,7 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _multiplies_in_tf32() -> bool:
-    # Since torch 2.9 there are two settings, and the older one cannot be read where only the newer one was set.
+    # Since torch 2.9 there are two settings, and the older one cannot be read if only the newer one was set.
     newer = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     try:
         return newer == "tf32" or torch.get_float32_matmul_precision() != "highest"
@@ -72,7 +72,7 @@ def cast_to(device: torch.device) -> str:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside the ``with``, new tensors have the type ``dtype`` by default; also a decorator."""
+    """Make ``dtype`` the default type of new tensors inside the ``with``; this is also a decorator."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Running a model on a short dummy text: which linear map of a block moves what, and what is kept of the past."""
+"""Probes of a model on a short dummy text: effects of the linear maps of a block, and the state kept between passes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
-from editlab.lm.forward import cache_of, past_of
+from editlab.lm.forward import cache_of, key_values_of
 from editlab.lm.placement import runs_on
 
 LinearMap = nn.Linear | Conv1D
 Alter = Callable[[str, Tensor, float], Tensor]
 
 TOKENS = 3
-"""Length of the dummy text: one token to disturb, and later ones to look at."""
+"""Length of the dummy text: one token to disturb, and later tokens to observe."""
 _SAME_LOGITS = 0.2
-"""Relative error up to which logits are the same: bfloat16 rounds by less, and a state that was lost changes more."""
+"""Relative error up to which logits count as equal; bfloat16 rounding causes less, and a lost state more."""
 
 
 @dataclass
 class Trace:
-    """What was seen of one block; tensors are ``[rows, TOKENS, width]``."""
+    """Recorded tensors of one block, each ``[rows, TOKENS, width]``."""
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """The input of each linear map that was run once, on every token."""
+    """The input of each linear map that ran exactly once, on every token."""
     output: Tensor = field(default_factory=lambda: torch.empty(0))
     """The block's output."""
 
 
 class _BlockDoneError(Exception):
-    """Ends the forward pass: the blocks above need not run."""
+    """Raised to end the forward pass, because the blocks above need not run."""
 
 
 def linear_maps(block: nn.Module) -> dict[str, LinearMap]:
@@ -45,8 +45,8 @@ def linear_maps(block: nn.Module) -> dict[str, LinearMap]:
 
 
 def random_signs(like: Tensor) -> Tensor:
-    """Draw as many numbers -1 and 1 as ``like`` is wide, in its type; no global generator is used."""
-    # Lightning loads the model with its device as the default one, on which a CPU generator cannot draw.
+    """Draw random numbers -1 and 1, one for each feature of ``like``, in its type; no global generator is used."""
+    # Lightning loads the model with its device as the default device, on which a CPU generator cannot draw.
     drawn = torch.randint(0, 2, like.shape[-1:], generator=torch.Generator().manual_seed(0), device="cpu")
     return (2 * drawn - 1).to(like)
 
@@ -54,10 +54,9 @@ def random_signs(like: Tensor) -> Tensor:
 def run_block(model: PreTrainedModel, block: nn.Module, rows: int, alter: Alter) -> Trace:
     """Run ``model`` on ``rows`` copies of a dummy text up to the end of ``block``, altering its linear maps.
 
-    ``alter(path, output, scale)`` gets the output ``[rows, TOKENS, width]`` of each linear map and returns
-    the one to go on with; ``scale`` is the size of a shift that shows (the RMS of this output or of the
-    block's input, whichever is larger). Weights, modes, hooks, gradients and random states of the model stay
-    as they are.
+    ``alter(path, output, scale)`` receives the output ``[rows, TOKENS, width]`` of each linear map and returns its
+    replacement; ``scale`` is the size of a detectable shift (the RMS of this output or of the block's input, whichever
+    is larger). Weights, modes, hooks, gradients and random states of the model are not changed.
 
     Raises:
         UserError: The model does not run through ``block``.
@@ -88,11 +87,11 @@ def run_block(model: PreTrainedModel, block: nn.Module, rows: int, alter: Alter)
     raise UserError(f"{type(model).__name__} does not run its blocks on a plain text: this model cannot be edited")
 
 
-def remembers_by_attention(model: PreTrainedModel) -> bool:
-    """Tell whether keys and values are all that a token needs of those before it.
+def keeps_only_kv_cache(model: PreTrainedModel) -> bool:
+    """Return whether the KV cache is all that a token needs of earlier tokens.
 
-    Then a text may be run in two parts, the second with the keys and values of the first, and the last token's logits
-    are those of the whole. Recurrent states would be lost between the parts.
+    In that case a text can be run in two parts, the second with the KV cache of the first, and the logits of the last
+    token are those of the whole text. A recurrent state would be lost between the parts.
     """
     ids = _dummy_text(model)[None]
     cache = DynamicCache()
@@ -100,20 +99,20 @@ def remembers_by_attention(model: PreTrainedModel) -> bool:
         whole = model(input_ids=ids, use_cache=False).logits[0, -1].float()
         try:
             model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-            past = cache_of(past_of(cache))
-            parts = model(input_ids=ids[:, -1:], past_key_values=past, use_cache=True).logits[0, -1].float()
-        except (TypeError, ValueError, LookupError, AttributeError):  # such a cache does not suit the model
+            first_part = cache_of(key_values_of(cache))
+            parts = model(input_ids=ids[:, -1:], past_key_values=first_part, use_cache=True).logits[0, -1].float()
+        except (TypeError, ValueError, LookupError, AttributeError):  # the model does not support such a cache
             return False
     return bool((parts - whole).norm() < _SAME_LOGITS * (whole - whole.mean()).norm())
 
 
 def _altering(path: str, rows: int, alter: Alter, trace: Trace, stream: list[float]) -> Callable[..., Tensor | None]:
-    """Make the forward hook of one linear map."""
+    """Return the forward hook of one linear map."""
     calls = 0
 
     def hook(part: nn.Module, args: tuple[Tensor, ...], output: Any) -> Tensor | None:
-        # Some models flatten rows and tokens; an expert sees only the tokens that were sent to it; and there
-        # are routers of experts that are linear maps by their class, but return several things.
+        # Some models flatten rows and tokens; an expert receives only the tokens that are routed to it; and some
+        # routers of experts are linear maps by their class, but return several tensors.
         nonlocal calls
         calls += 1
         on_every_token = isinstance(output, Tensor) and output.shape[:-1].numel() == rows * TOKENS
@@ -128,7 +127,7 @@ def _altering(path: str, rows: int, alter: Alter, trace: Trace, stream: list[flo
 
 
 def _dummy_text(model: PreTrainedModel) -> Tensor:
-    """Make ``[TOKENS]`` ids of ordinary tokens: special ones stand at the ends of the vocabulary."""
+    """Return ids ``[TOKENS]`` of ordinary tokens; special tokens are at the ends of the vocabulary."""
     embeddings = model.get_input_embeddings()
     size = len(embeddings.weight)  # type: ignore[arg-type]
     return torch.arange(TOKENS, device=runs_on(embeddings)).add(size // 2).remainder(size)
@@ -140,7 +139,7 @@ def _rms(x: Tensor) -> float:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Set every part of ``model`` to evaluation, and each back to its own mode afterwards."""
+    """Set all modules of ``model`` to eval mode inside the ``with``, and restore their modes afterwards."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A transformers model with its anatomy and one way to call it; what packing and prefix caching build on."""
+"""A transformers model with its anatomy and a uniform call; the basis of packing and prefix caching."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ModelRunner(nn.Module):
     Args:
         model: any causal language model of transformers.
         edit_module: path of the module to edit inside a block; default: found by structure.
-        placed: the model's devices were already chosen, so moving this module does not move it.
+        placed: the model stays on its devices when this module is moved.
 
     Raises:
         UserError: The model has no such module.
@@ -41,11 +41,11 @@ class ModelRunner(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the input embeddings, where token ids have to be."""
+        """Device of the input embeddings, on which token ids must be."""
         return runs_on(self.model.get_input_embeddings())
 
     def run(self, ids: Tensor, mask: Tensor | None = None, positions: Tensor | None = None, **arguments: Any) -> Any:
-        """Calls the model's own forward.
+        """Call the model's own forward.
 
         Args:
             ids: token ids, long [rows, tokens].

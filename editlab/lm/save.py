@@ -1,4 +1,4 @@
-"""Writing a language model as a folder that transformers loads."""
+"""Writing a language model as a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     """
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
-    # safetensors makes its files readable by the owner alone, against the umask.
+    # safetensors makes its files readable by the owner only, whatever the umask.
     for file in folder.glob("*.safetensors"):
         share(file, folder / "config.json")
 

@@ -1,8 +1,8 @@
 """Text corpora as token ids: files, hub data sets, and text that a model samples itself.
 
-Text that the model samples itself needs no download, and the second moments taken over it serve as well as those of a
-corpus. Sampling takes minutes, so the sample is kept in the cache folder, and that of the built-in model comes with
-editlab (:data:`SHIPPED`).
+Text that the model samples itself needs no download, and its second moments work as well as those of a corpus.
+Sampling takes minutes, so the sample is stored in the cache folder; the sample of the built-in model ships with editlab
+(:data:`SHIPPED`).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SELF = "self"
 HUB = "hub:"
 """Prefix of a hub data set's name: ``hub:dataset[:config[:split]]``."""
 WINDOW = 128
-"""Tokens in a window of text; keys in the middle layers hardly depend on tokens farther back."""
+"""Tokens in a window of text; keys in the middle layers hardly depend on earlier tokens."""
 SAMPLED_ROWS = 128
-"""Windows that are sampled together. Their draws share one generator, so another number gives another text."""
+"""Windows that are sampled together; they share one random generator, so another number gives another text."""
 _CHARACTERS_A_TOKEN = 12
-"""More than the mean of any text and tokenizer."""
+"""Upper bound of the mean number of characters per token, for any text and tokenizer."""
 _HUB_ROWS = 50_000
 
 
@@ -48,10 +48,10 @@ _HUB_ROWS = 50_000
 
 
 def read_file(path: str) -> str:
-    """Returns a text file's content.
+    """Return the content of a text file.
 
     Raises:
-        UserError: it does not exist, or is not text in UTF-8.
+        UserError: The file does not exist, or is not UTF-8 text.
     """
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
@@ -62,13 +62,13 @@ def read_file(path: str) -> str:
 
 
 def read_hub(name: str) -> str:
-    """Returns the first texts of a hub data set, more than any number of tokens in use needs.
+    """Return the first texts of a hub data set, which have more tokens than any setting needs.
 
     Args:
         name: ``hub:dataset[:config[:split]]``; the data set must have a column ``text``.
 
     Raises:
-        UserError: the package ``datasets`` is not installed, or the data set cannot be loaded.
+        UserError: The package ``datasets`` is not installed, or the data set cannot be loaded.
     """
     try:
         import datasets
@@ -85,10 +85,10 @@ def read_hub(name: str) -> str:
 
 
 def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
-    """Returns the first ``tokens`` token ids of a text, without special tokens.
+    """Return the first ``tokens`` token ids of a text, without special tokens.
 
     Raises:
-        UserError: the text has fewer.
+        UserError: The text has fewer tokens.
     """
     # Only the beginning of a large corpus is tokenized.
     beginning = text[: tokens * _CHARACTERS_A_TOKEN]
@@ -99,10 +99,10 @@ def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
 
 
 def text_key(text: str, seed: int) -> str:
-    """Returns what identifies a text in a cache's key: a file's digest, the seed of sampled text, a data set's name.
+    """Return the identity of a text for a cache key: a file's digest, the seed of sampled text, or a data set's name.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: The file cannot be read.
     """
     if text == SELF:
         return f"{SELF}:{seed}:{WINDOW}"
@@ -114,18 +114,18 @@ def text_key(text: str, seed: int) -> str:
 def read_windows(
     lm: LanguageModel, text: str, tokens: int, *, seed: int = 0, title: str = "", cache: bool = True
 ) -> list[list[int]]:
-    """Returns token ids of a text in windows of :data:`WINDOW` tokens, of which the last may be shorter.
+    """Return the token ids of a text in windows of :data:`WINDOW` tokens; the last one may be shorter.
 
     Args:
-        lm: the model, which samples the text where ``text`` is ``self``.
+        lm: the model, which samples the text if ``text`` is ``self``.
         text: ``self``, a file, or ``hub:dataset[:config[:split]]``.
         tokens: number of tokens.
-        seed: of the sampling.
-        title: of the progress bar while text is sampled.
-        cache: keep sampled text in the cache folder and use it again.
+        seed: seed of the sampling.
+        title: title of the progress bar while text is sampled.
+        cache: store sampled text in the cache folder and reuse it.
 
     Raises:
-        UserError: the text cannot be read or is too short.
+        UserError: The text cannot be read or is too short.
     """
     if text == SELF:
         return self_text(lm, tokens, seed, title, cache)
@@ -133,7 +133,7 @@ def read_windows(
 
 
 def cut(ids: Sequence[int]) -> list[list[int]]:
-    """Cuts token ids into windows of :data:`WINDOW`; the last may be shorter."""
+    """Divide token ids into windows of :data:`WINDOW` tokens; the last one may be shorter."""
     return [list(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
 
 
@@ -141,17 +141,17 @@ def cut(ids: Sequence[int]) -> list[list[int]]:
 
 
 def self_text(lm: LanguageModel, tokens: int, seed: int, title: str, cache: bool = True) -> list[list[int]]:
-    """Returns what :func:`sample_text` gives: from editlab's own files, the cache, or sampled now.
+    """Return the result of :func:`sample_text`, read from editlab's own files or the cache if it is there.
 
     Args:
         lm: the model.
         tokens: number of tokens.
-        seed: of the draws.
-        title: of the progress bar.
+        seed: seed of the sampling.
+        title: title of the progress bar.
         cache: whether to use the cache folder; text that ships with editlab is used in either case.
 
     Raises:
-        EditLabError: text that ships with editlab is damaged.
+        EditLabError: The text that ships with editlab is damaged.
     """
     shipped = ranks.on_first(partial(_shipped, lm, tokens, seed))
     if shipped is not None:
@@ -172,18 +172,18 @@ def self_text(lm: LanguageModel, tokens: int, seed: int, title: str, cache: bool
 
 
 def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[list[int]]:
-    """Samples windows of text from the model: a random first token each, then temperature 1 without cut-offs.
+    """Sample windows of text from the model: a random first token, then temperature 1 without truncation.
 
-    Several ranks share the work.
+    Ranks share the work.
 
     Args:
-        lm: the model, with its weights as they are.
-        tokens: number of tokens; the last window is cut to fit.
-        seed: of the draws.
-        title: of the progress bar, which moves with each step of the sampling; none where empty.
+        lm: the model, with its current weights.
+        tokens: number of tokens; the last window is shortened to fit.
+        seed: seed of the sampling.
+        title: title of the progress bar, which moves with each sampling step; no bar is shown if it is empty.
 
     Raises:
-        NonFiniteError: the model's logits are not finite.
+        NonFiniteError: The model's logits are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -202,14 +202,14 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
     return windows
 
 
-# ---- sampled text that comes with editlab -------------------------------------------------------------------------
+# ---- sampled text that ships with editlab -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ShippedText:
-    """Text that a model samples itself, sampled once by :func:`sample_text` and kept in editlab's own files.
+    """Text that was sampled once from a model by :func:`sample_text` and ships with editlab.
 
-    The file is a safetensors file: ``ids``, uint16 [windows, WINDOW], and in its header how they were made.
+    The file is a safetensors file with ``ids``, uint16 [windows, WINDOW]; its header states how they were sampled.
     """
 
     file: Path
@@ -222,10 +222,10 @@ class ShippedText:
     window: int = 128
 
     def ids(self) -> list[int]:
-        """Returns the token ids in one piece.
+        """Return all token ids as one list.
 
         Raises:
-            EditLabError: the file is missing, or its content is not what was sampled.
+            EditLabError: The file is missing, or its content does not match its digest.
         """
         try:
             with safetensors.safe_open(self.file, "np") as opened:
@@ -238,7 +238,7 @@ class ShippedText:
         return found
 
     def made_with(self) -> dict[str, Any]:
-        """Returns how the text was sampled: the model and its architecture, versions, and settings."""
+        """Return how the text was sampled: the model and its architecture, versions, and settings."""
         with safetensors.safe_open(self.file, "np") as opened:
             found: dict[str, Any] = json.loads(opened.metadata()["made_with"])
         return found
@@ -253,17 +253,20 @@ SHIPPED: tuple[ShippedText, ...] = (
         sha256="79fe8f00403973c01d6e1a75990ed38ec1bd1deb1b38d464664ad3b0248184c0",
     ),
 )
-"""Of the built-in model, with the default settings of the second moments."""
+"""The text of the built-in model for the default settings of the second moments."""
 
 
 def _shipped(lm: LanguageModel, tokens: int, seed: int) -> list[int] | None:
-    """The ids of the text that ships for this very model and these settings; None where there is none."""
+    """Return the ids of the text that ships for this model and these settings; None if there is none."""
     for text in SHIPPED:
         settings_agree = (text.tokens, text.seed, text.window) == (tokens, seed, WINDOW)
         if settings_agree and text.weights == fingerprint(lm.model):
             made, now = text.made_with()["architecture"], architecture(lm.model)
-            # Entries differ between versions of transformers; those that both have must agree.
+            # The entries differ between versions of transformers; the common ones must agree.
             if all(made[name] == now[name] for name in made.keys() & now.keys()):
-                log.info("Text sampled from %s comes with editlab", text.file.name.removesuffix(".self.safetensors"))
+                log.info(
+                    "Using the text sampled from %s that ships with editlab",
+                    text.file.name.removesuffix(".self.safetensors"),
+                )
                 return text.ids()
     return None

@@ -1,7 +1,7 @@
-"""Text to token ids by character offsets: where a subject ends, where a continuation begins.
+"""Tokenization with character offsets, to find the last token of a subject and the first token of a continuation.
 
-Everything goes through the offsets of a fast tokenizer, so no rule about spaces, byte pairs or leading special
-tokens is built in. Padding is done here and not by the tokenizer, so its ``padding_side`` plays no part.
+Token positions are found by the offsets of a fast tokenizer, so no assumption about spaces, byte pairs or leading
+special tokens is needed. Padding is done here and not by the tokenizer, so its ``padding_side`` has no effect.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from editlab.errors import UserError
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids of a text and the characters that each covers; (0, 0) for special tokens."""
+    """Token ids of a text, and the span of characters of each token, which is (0, 0) for special tokens."""
 
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
 
     def token_at(self, end: int) -> int:
-        """Index of the last token that covers the character before ``end`` (a letter may be several tokens).
+        """Return the index of the last token that covers the character before ``end`` (a letter may be several tokens).
 
         Raises:
-            UserError: where no token covers it (the tokenizer dropped it).
+            UserError: No token covers it, because the tokenizer dropped the character.
         """
         for index in range(len(self.offsets) - 1, -1, -1):
             start, stop = self.offsets[index]
@@ -37,7 +37,7 @@ class Encoding:
         raise UserError(f"The tokenizer gives no token for character {end - 1} of the text: use another subject.")
 
     def first_after(self, position: int) -> int:
-        """Index of the first token with a character at or after ``position``; the length where there is none."""
+        """Return the index of the first token with a character at or after ``position``, or the number of tokens."""
         for index, (_, stop) in enumerate(self.offsets):
             if stop > position:
                 return index
@@ -45,12 +45,12 @@ class Encoding:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex digest (SHA-256, 64 characters) of all that a fast tokenizer's ids depend on."""
+    """Return a SHA-256 hex digest (64 characters) of everything that the ids of a fast tokenizer depend on."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
-    """Tokens of ``text`` with the special tokens the model expects before it, and none after it."""
+    """Tokenize ``text`` with the special tokens that the model expects before it, and none after it."""
     out = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     special = [
         bool(flag) and start == stop
@@ -65,29 +65,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
 
 
 def join(prompt: str, continuation: str) -> str:
-    """The two with one space between them (none where the prompt brings its own)."""
+    """Return prompt and continuation joined by exactly one space."""
     return prompt.rstrip() + " " + continuation.strip()
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[Encoding, int]:
-    """Tokens of ``prompt continuation`` and the index of the continuation's first token.
+    """Tokenize ``prompt continuation`` and return the index of the continuation's first token.
 
     A token that straddles the boundary belongs to the continuation.
 
     Raises:
-        UserError: where the continuation gives no token, or nothing stands before it to predict it from.
+        UserError: The continuation has no token, or there is no token before it to predict it from.
     """
     encoding = encode(tokenizer, join(prompt, continuation))
     start = encoding.first_after(len(prompt.rstrip()))
     if not continuation.strip() or start >= len(encoding.ids):
         raise UserError(f"The target {continuation!r} has no token: give it at least one letter.")
     if start == 0:
-        raise UserError(f"Nothing stands before the target {continuation!r}: the prompt {prompt!r} is empty.")
+        raise UserError(f"There is no token before the target {continuation!r}: the prompt {prompt!r} is empty.")
     return encoding, start
 
 
 def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one tensor: ``(ids, mask)``, long [n_rows, longest] on the CPU; padding has id 0 and mask 0."""
+    """Pad rows of ids to ``(ids, mask)``, long [n_rows, longest] on the CPU; padding has id 0 and mask 0."""
     width = max(map(len, rows), default=0)
     ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
@@ -99,17 +99,17 @@ def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, T
 
 
 def common_start(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest beginning that all rows have."""
+    """Return the longest common beginning of all rows."""
     first, last = min(rows), max(rows)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:same]
 
 
 def by_beginning(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices in groups whose rows begin alike, each of at most ``budget`` tokens (and at least one row).
+    """Return row indices in groups with common beginnings, each of at most ``budget`` tokens (and at least one row).
 
-    What rows have in common with others of their group counts once. Padded, a group has at most four times as many
-    tokens, which is what attention takes its rows apart to.
+    A common beginning of rows in a group counts once. A padded group has at most four times as many tokens, because
+    attention works on padded rows.
     """
     groups: list[list[int]] = []
     before: tuple[int, ...] = ()
@@ -127,10 +127,10 @@ def by_beginning(rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
 
 
 def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar length, each of at most ``budget`` padded tokens (and at least one row)."""
+    """Return indices in groups of similar length, each of at most ``budget`` padded tokens (and at least one row)."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The first of a group is its longest, so the group's padded size is rows times that.
+        # The first row of a group is its longest, so the padded size of the group is its rows times that length.
         if groups and (len(groups[-1]) + 1) * max(1, lengths[groups[-1][0]]) <= budget:
             groups[-1].append(index)
         else:

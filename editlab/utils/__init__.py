@@ -1,1 +1,1 @@
-"""Files, validation, random states, progress bars: what every other package builds on."""
+"""Helpers that every other package uses: files, validation, random states, progress bars."""

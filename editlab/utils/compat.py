@@ -23,17 +23,17 @@ SUPPORTED: dict[str, tuple[str, str]] = {
     "torchmetrics": ("1.6", "2"),
     "jsonargparse": ("4.40", "5"),
 }
-"""Packages whose private names are used: the first version that is supported, and the first that no longer is."""
+"""Packages whose private names are used: the first supported version, and the first version that is not supported."""
 
 
 # ---- LightningCLI and jsonargparse: the command line --------------------------------------------------------------
 
 
 class CommandHooks:
-    """Base class to put before ``LightningCLI``, which has no public way to change these two steps."""
+    """Base class to list before ``LightningCLI``, which has no public way to change these two steps."""
 
     def run_verb(self, verb: str, run: Callable[[], None]) -> None:
-        """Run a verb of the Trainer by calling ``run``; override it to do something around that."""
+        """Run a verb of the Trainer by calling ``run``; override this to act before or after it."""
         run()
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -43,26 +43,21 @@ class CommandHooks:
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would look for hyper-parameters in the checkpoint, and editlab's checkpoints hold none.
 
-        A file that is no checkpoint is reported where it is read.
+        A file that is not a checkpoint is reported by the code that reads it.
         """
-
-
-def verbs_of(parser: Any) -> Any:
-    """Return the action that holds a parser's verbs: jsonargparse cannot add to those that LightningCLI has made."""
-    return parser._subcommands_action
 
 
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
 
 
 class CheckpointHooks:
-    """Base class to put before ``ModelCheckpoint``, which has no hooks around the writing of a file."""
+    """Base class to list before ``ModelCheckpoint``, which has no hooks around the writing of a file."""
 
     def before_save(self, trainer: Any) -> None:
-        """Override it to do something before a checkpoint is written; all ranks call it."""
+        """Override this to act before a checkpoint is written; all ranks call it."""
 
     def after_save(self, trainer: Any, path: str) -> None:
-        """Override it to do something after a checkpoint was written to ``path``; all ranks call it."""
+        """Override this to act after a checkpoint was written to ``path``; all ranks call it."""
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         self.before_save(trainer)
@@ -71,7 +66,7 @@ class CheckpointHooks:
 
 
 def save_unless_saved(checkpoint: Any, trainer: Any) -> None:
-    """Let a ModelCheckpoint save now, unless it has saved at this step.
+    """Make a ModelCheckpoint save now, unless it has already saved at this step.
 
     ModelCheckpoint saves every N steps, and after the last one only if N divides their number.
     """
@@ -87,7 +82,7 @@ def next_version(logger: Any) -> int:
 def close_event_file(logger: Any) -> None:
     """Close a TensorBoardLogger's event file if one is open; the next access to ``experiment`` opens a new one.
 
-    ``logger.experiment.close()`` would keep the closed writer, and open a file only to close it.
+    ``logger.experiment.close()`` would keep the closed writer, and would open a file only to close it.
     """
     if logger._experiment is not None:
         logger._experiment.close()
@@ -95,7 +90,7 @@ def close_event_file(logger: Any) -> None:
 
 
 def purge_events_from(logger: Any, step: int) -> None:
-    """Let TensorBoard ignore a run's earlier events from ``step`` on; call it while no event file is open.
+    """Make TensorBoard ignore a run's earlier events from ``step`` on; call it while no event file is open.
 
     The arguments of the writer can otherwise be set only when the logger is created.
     """
@@ -103,13 +98,13 @@ def purge_events_from(logger: Any, step: int) -> None:
 
 
 def timeout_of(strategy: Any) -> timedelta | None:
-    """Return a DDPStrategy's timeout of collectives, which it takes as an argument and does not show."""
+    """Return a DDPStrategy's timeout for collectives, which it accepts as an argument but does not expose."""
     found: timedelta | None = strategy._timeout
     return found
 
 
 def trainer_of(module: Any) -> Any:
-    """Return a LightningModule's Trainer, or None: the public ``trainer`` raises an error where there is none."""
+    """Return a LightningModule's Trainer, or None; the public ``trainer`` raises an error if there is none."""
     return module._trainer
 
 
@@ -117,7 +112,7 @@ def trainer_of(module: Any) -> Any:
 
 
 def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Make these very objects a module's parameters; assignment may replace them where they are parametrized."""
+    """Make exactly these objects a module's parameters; plain assignment may wrap them if they are parametrized."""
     module._parameters.update(parameters)
 
 
@@ -125,7 +120,7 @@ def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -
 
 
 def attention_of(config: Any) -> str:
-    """Return the name of the attention function that a model with this configuration uses; only loading sets it."""
+    """Return the name of the attention function that a model with this configuration uses; it is set at loading."""
     found: str = config._attn_implementation
     return found
 
@@ -134,8 +129,8 @@ def attention_of(config: Any) -> str:
 def attention_set(configs: list[Any], name: str) -> Iterator[None]:
     """Inside the ``with``, models with these configurations use the attention function ``name``.
 
-    The public ``set_attn_implementation`` belongs to the whole model, and checks its class and kernels at each call;
-    here it is set for every forward pass.
+    The public ``set_attn_implementation`` acts on the whole model and checks its class and kernels at each call, which
+    is too slow for a setting that changes at every forward pass.
     """
     before = [(config, attention_of(config)) for config in configs]
     try:
@@ -148,12 +143,12 @@ def attention_set(configs: list[Any], name: str) -> Iterator[None]:
 
 
 def offload_hook(module: nn.Module) -> Any:
-    """Return the hook by which accelerate moves a module's weights and inputs; None where the module has none."""
+    """Return the hook by which accelerate moves a module's weights and inputs; None if the module has none."""
     return getattr(module, "_hf_hook", None)
 
 
 def forget_quantization(model: Any) -> None:
-    """Let transformers save a model that was dequantized from GGUF, which it still takes for a quantized one."""
+    """Allow saving a model that was dequantized from GGUF; transformers still treats it as quantized."""
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
@@ -161,7 +156,7 @@ def forget_quantization(model: Any) -> None:
 
 @contextmanager
 def gguf_without_bars() -> Iterator[None]:
-    """Inside the ``with``, transformers' reader of GGUF files shows no bars: it ignores their own switch for them."""
+    """Hide the bars of transformers' GGUF reader inside the ``with``; it ignores transformers' own switch for them."""
     from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils
 

@@ -1,12 +1,12 @@
-"""The read-through cache on disk: results are keyed by what they were computed from, and checked when they are read.
+"""The read-through cache on disk; results are keyed by their inputs and verified by a digest when they are read.
 
 Every file begins with one line that holds a digest of the rest. A file whose digest does not match is damaged: it is
-removed, one sentence is logged, and its content is computed again. Files are written atomically, so that several runs
+removed, a warning is logged, and its content is recomputed. Files are written atomically, so that several runs
 may share a folder.
 
 :class:`DiskCache` keeps one result a file. :class:`RowCache` keeps many small rows, with all rows that were computed
-together in one file. :func:`cached_folder` keeps a folder of files that other libraries read. None of them knows of
-ranks: ``on_first`` is what runs a function on the first rank alone and gives its result to all
+together in one file. :func:`cached_folder` keeps a folder of files that other libraries read. None of them depends on
+ranks: the argument ``on_first`` runs a function on the first rank alone and returns its result on all ranks
 (:func:`editlab.distributed.ranks.on_first`).
 """
 
@@ -38,40 +38,40 @@ _HEAD = b"editlab-cache-1 %s\n"
 SUFFIX = ".cache"
 """Suffix of every cache file."""
 DIGESTS = f"digests{SUFFIX}"
-"""File in a cached folder that holds the digests of the others, by name."""
+"""File in a cached folder that holds the digests of all its other files, by name."""
 
 
 class _DamagedError(Exception):
-    """A file's content is not what its digest was taken of."""
+    """Raised when a file's content does not match its digest."""
 
 
 def _here(work: Callable[[], Any]) -> Any:
-    """Run ``work``: the ``on_first`` of a single process."""
+    """Run ``work`` and return its result; this is the ``on_first`` of a single process."""
     return work()
 
 
 def key_of(**parts: Any) -> str:
-    """Return a key of 32 hexadecimal digits: the digest of everything that a result was computed from.
+    """Return a key of 32 hexadecimal digits: the digest of all inputs of a result.
 
     Args:
-        parts: plain values (numbers, texts, lists, dicts with text keys), by name.
+        parts: the inputs by name, as plain values (numbers, strings, lists, dicts with string keys).
 
     Raises:
-        TypeError: A part is of another type.
+        TypeError: An input is of another type.
     """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(content: Content) -> str:
-    """Return the digest that a file's content is checked by: 32 hexadecimal digits of XXH3.
+    """Return the XXH3 digest of a file's content, 32 hexadecimal digits.
 
-    It notices every accident and runs at the speed of memory; it does not withstand someone who forges files.
+    It detects accidental changes at the speed of memory; it does not protect against deliberate forgery.
     """
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def write_checked(path: Path, content: bytes) -> None:
-    """Write ``content`` behind a line with its digest, atomically.
+    """Write a line with the digest of ``content``, followed by ``content``, atomically.
 
     Raises:
         EditLabError: The disk is full.
@@ -83,10 +83,10 @@ def write_checked(path: Path, content: bytes) -> None:
 
 
 def read_checked(path: Path) -> bytes | None:
-    """Return what :func:`write_checked` wrote; None where there is no such file, or it was damaged and is now removed.
+    """Return the content that :func:`write_checked` wrote; None if the file is missing or was damaged (then removed).
 
     Raises:
-        OSError: The file exists, and cannot be read.
+        OSError: The file exists but cannot be read.
     """
     try:
         return _verified(path)
@@ -105,29 +105,29 @@ def _verified(path: Path) -> bytes:
 
 
 def _discard(path: Path) -> None:
-    log.warning("%s is damaged: its content is computed again.", path)
-    with suppress(OSError):  # a folder that is read only keeps it, and it is skipped each time
+    log.warning("%s is damaged: its content is recomputed.", path)
+    with suppress(OSError):  # in a read-only folder the file stays, and is skipped each time
         path.unlink()
 
 
 @dataclass(frozen=True)
 class Codec(Generic[T]):
-    """How a result becomes bytes and comes back from them; ``load`` raises ValueError, TypeError or KeyError."""
+    """Conversion of a result to bytes and back; ``load`` raises ValueError, TypeError or KeyError for bad bytes."""
 
     dump: Callable[[T], bytes]
     load: Callable[[bytes], T]
 
 
 TENSORS: Codec[dict[str, Tensor]] = Codec(safetensors.torch.save, safetensors.torch.load)
-"""Tensors by name; they come back on the CPU."""
+"""Codec of tensors by name; loaded tensors are on the CPU."""
 
 
 class DiskCache(Generic[T]):
-    """A folder of results, one file each.
+    """A folder of cached results, one file each.
 
     Args:
-        folder: where the files are; it is created by the first write.
-        codec: the files' content.
+        folder: the folder of the files; it is created by the first write.
+        codec: converts results to the content of files and back.
     """
 
     def __init__(self, folder: Path, codec: Codec[T]) -> None:
@@ -135,26 +135,26 @@ class DiskCache(Generic[T]):
         self.codec = codec
 
     def path(self, key: str) -> Path:
-        """Return the file of ``key`` (:func:`key_of`)."""
+        """Return the path of the file for ``key`` (:func:`key_of`)."""
         return self.folder / f"{key}{SUFFIX}"
 
     def read(self, key: str) -> T | None:
-        """Return the result that was kept under ``key``; None where there is none, or it was damaged."""
+        """Return the result that was stored under ``key``; None if there is none or it was damaged."""
         content = read_checked(self.path(key))
         if content is None:
             return None
         try:
             return self.codec.load(content)
-        except (ValueError, TypeError, KeyError):  # written whole, by another version of editlab
+        except (ValueError, TypeError, KeyError):  # undamaged, but written by another version of editlab
             _discard(self.path(key))
             return None
 
     def write(self, key: str, result: T) -> None:
-        """Keep ``result`` under ``key``."""
+        """Store ``result`` under ``key``."""
         write_checked(self.path(key), self.codec.dump(result))
 
     def fetch(self, key: str, compute: Callable[[], T], on_first: Callable[[Callable[[], Any]], Any] = _here) -> T:
-        """Return the result of ``key``: read where it was kept, else computed on all ranks and kept by the first."""
+        """Return the stored result of ``key``; if there is none, compute it on all ranks and store it on the first."""
         found: T | None = on_first(lambda: self.read(key))
         if found is not None:
             return found
@@ -164,13 +164,13 @@ class DiskCache(Generic[T]):
 
 
 class RowCache:
-    """A folder of rows of numbers, all of one length and type, by name.
+    """A folder of cached rows of numbers, all of the same length and type, by name.
 
-    Rows that were computed together are written as one file, whole or not at all, so a run that is killed and resumed
-    finds all of them or none. Of two rows of one name (from two runs at once) the one that was read first stays.
+    Rows that were computed together are written atomically as one file, so a run that is killed and resumed finds all
+    of them or none. If two runs wrote a row of the same name, the one that was read first is used.
 
     Args:
-        folder: where the files are; it is created by the first write.
+        folder: the folder of the files; it is created by the first write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -185,14 +185,14 @@ class RowCache:
         compute: Callable[[list[int]], Tensor],
         on_first: Callable[[Callable[[], Any]], Any] = _here,
     ) -> Tensor:
-        """Return the rows of ``names``, [n, width]: read where they were kept, else computed and kept.
+        """Return the rows of ``names``, [n, width]; rows that are not stored yet are computed and stored.
 
-        A row with a number that is not finite is not kept.
+        A row that holds a non-finite number is not stored.
 
         Args:
-            names: of 32 hexadecimal digits each, as :func:`key_of` gives them; repeats are allowed.
-            compute: gives rows [m, width] on the CPU for the indices of m names, none of them a repeat.
-            on_first: runs a function on the first rank, which alone touches the folder.
+            names: 32 hexadecimal digits each, as :func:`key_of` returns them; repeats are allowed.
+            compute: returns rows [m, width] on the CPU for the indices of m distinct names.
+            on_first: runs a function on the first rank, which alone reads and writes the folder.
         """
         known, rows = on_first(lambda: self._look(names))
         first: dict[str, int] = {}
@@ -207,11 +207,11 @@ class RowCache:
             known = [*known, *missing_names]
         if rows is None:
             raise ValueError("RowCache.fetch needs at least one name.")
-        place = {name: index for index, name in enumerate(known)}
-        return rows[[place[name] for name in names]]
+        index_of = {name: index for index, name in enumerate(known)}
+        return rows[[index_of[name] for name in names]]
 
     def _look(self, names: Sequence[str]) -> tuple[list[str], Tensor | None]:
-        """Read files that were added since the last look; return the names that are known, and their rows."""
+        """Read files that were added since the last call; return the names that are stored, and their rows."""
         for path in sorted(set(self.folder.glob(f"*{SUFFIX}")) - self._read):
             self._read.add(path)
             table = _load_table(path)
@@ -234,7 +234,7 @@ class RowCache:
         if not names:
             return
         path = self.folder / f"{key_of(names=sorted(names))}{SUFFIX}"
-        if path in self._read or read_checked(path) is None:  # another run may have written these very rows meanwhile
+        if path in self._read or read_checked(path) is None:  # another run may have written the same rows meanwhile
             table = {"names": torch.tensor([list(bytes.fromhex(name)) for name in names]).byte(), "rows": rows}
             write_checked(path, safetensors.torch.save(table))
         self._add(names, rows)
@@ -242,7 +242,7 @@ class RowCache:
 
 
 def _load_table(path: Path) -> tuple[list[str], Tensor] | None:
-    """Read one file of a :class:`RowCache`: the names and their rows [n, width]; None where it was damaged."""
+    """Read one file of a :class:`RowCache`: the names and their rows [n, width]; None if it was damaged."""
     content = read_checked(path)
     if content is None:
         return None
@@ -251,14 +251,14 @@ def _load_table(path: Path) -> tuple[list[str], Tensor] | None:
 
 
 def cached_folder(folder: Path, make: Callable[[Path], None], parts: Sequence[Sequence[str]] = ()) -> Path:
-    """Return ``folder``, whose files were checked by their digests; it is made first where it is missing or damaged.
+    """Return ``folder`` after verifying its files' digests; if it is missing or damaged, it is made first.
 
     Several processes may call this at the same time.
 
     Args:
-        folder: in the cache.
+        folder: a folder in the cache.
         make: fills an empty folder.
-        parts: names of files that the folder must have, of each group at least one.
+        parts: groups of file names; the folder must have at least one file of each group.
 
     Raises:
         EditLabError: The disk is full; or what ``make`` raises.
@@ -266,7 +266,7 @@ def cached_folder(folder: Path, make: Callable[[Path], None], parts: Sequence[Se
     """
     fault = _fault_of(folder, parts) if folder.exists() else None
     if fault:
-        log.warning("%s is damaged (%s): it is made again.", folder, fault)
+        log.warning("%s is damaged (%s): it is recreated.", folder, fault)
         remove(folder)
     if not folder.exists():
         with atomic_folder(folder) as unfinished:
@@ -276,13 +276,13 @@ def cached_folder(folder: Path, make: Callable[[Path], None], parts: Sequence[Se
 
 
 def _fault_of(folder: Path, parts: Sequence[Sequence[str]]) -> str | None:
-    """Say what is wrong with a cached folder, in a few words; None where nothing is."""
+    """Describe what is wrong with a cached folder in a few words; None if nothing is."""
     for names in parts:
         if not any((folder / name).is_file() for name in names):
             return f"{names[0]} is missing"
     try:
         expected = json.loads(_verified(folder / DIGESTS))
-    except FileNotFoundError:  # made by an editlab that kept no digests, so that only later damage can be noticed
+    except FileNotFoundError:  # made by an editlab version without digests: only later damage can be noticed
         _write_digests(folder)
         return None
     except _DamagedError:
@@ -303,7 +303,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def _digest_of(file: Path) -> str:
-    if not file.stat().st_size:  # nothing can be mapped
+    if not file.stat().st_size:  # mmap rejects empty files
         return digest(b"")
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return digest(content)

@@ -1,4 +1,4 @@
-"""The cache folder, and atomic writes: a file or folder appears whole or not at all."""
+"""The cache folder, and atomic writes, after which a file or folder is complete or absent."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _NO_SPACE = 1 << 20
 
 
 _PART = re.compile(r"\..+\.[0-9a-f]{32}\.part")
-"""Names of files and folders that are still being written."""
+"""Pattern of the names of files and folders that are still being written."""
 
 
 def cache_dir() -> Path:
-    """Return the folder for everything that can be downloaded or computed again, without creating it.
+    """Return the folder for everything that can be downloaded or recomputed, without creating it.
 
     The environment variable ``EDITLAB_CACHE`` names it; default: the platform's cache folder of the user.
     """
@@ -39,7 +39,7 @@ def cache_dir() -> Path:
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal digits."""
+    """Return the SHA-256 digest of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while piece := opened.read(1 << 20):
@@ -52,18 +52,18 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder next to ``path``, and rename it to ``path`` once the body has succeeded.
 
     If the body fails, its folder is removed and ``path`` stays as it was. If another process has filled ``path``
-    in the meantime, that folder stays and the body's is dropped: of two equal results the first is kept.
+    in the meantime, that folder stays and the body's is removed: of two equal results the first is kept.
 
     Raises:
         EditLabError: The disk is full.
         UserError: The folder cannot be written to.
     """
-    with _beside(Path(path), Path.mkdir) as folder:
+    with _temporary_sibling(Path(path), Path.mkdir) as folder:
         yield folder
         try:
             folder.rename(path)
         except OSError:
-            if not _holds_something(Path(path)):
+            if not _is_nonempty(Path(path)):
                 raise
 
 
@@ -71,14 +71,14 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty file next to ``path``, and move it to ``path`` once the body has succeeded.
 
-    If the body fails, its file is removed and ``path`` stays as it was. Of two processes that write one file
-    the last is kept; a reader sees one of the two files whole, never a mixture.
+    If the body fails, its file is removed and ``path`` stays as it was. If two processes write the same file, the last
+    one is kept; a reader sees one of the two complete files, never a mixture.
 
     Raises:
         EditLabError: The disk is full.
         UserError: The folder cannot be written to.
     """
-    with _beside(Path(path), Path.touch) as file:
+    with _temporary_sibling(Path(path), Path.touch) as file:
         yield file
         os.replace(file, path)
 
@@ -91,16 +91,16 @@ def sweep(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder with its files; other processes see it whole or not at all."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")  # matches _PART
+    """Remove a folder with its files; other processes see it complete or not at all."""
+    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")  # matches _PART
     with suppress(FileNotFoundError):  # another process removed it
-        folder.rename(aside)
-    _delete(aside)
+        folder.rename(hidden)
+    _delete(hidden)
 
 
 @contextmanager
-def _beside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield a hidden sibling of ``target``, remove it afterwards, and explain failures of the disk."""
+def _temporary_sibling(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a hidden temporary path next to ``target``, remove it afterwards, and explain disk errors."""
     # Not tempfile: only the owner may read its files, and a cache may be shared by a group.
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # matches _PART
     try:
@@ -122,12 +122,12 @@ def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # after success it has been moved, and it may never have been created
+        with suppress(OSError):  # it was moved after success, or was never created
             path.unlink()
 
 
 def _explain(error: Exception, target: Path, temporary: Path) -> EditLabError | None:
-    """Turn a failed write into a sentence for the user; None for an error that has nothing to do with the disk."""
+    """Turn a failed write into an error message for the user; None for an error that is unrelated to the disk."""
     elsewhere = "set EDITLAB_CACHE to" if _within(target, cache_dir()) else "choose"
     code = error.errno if isinstance(error, OSError) else None
     # safetensors and torch.save raise their own errors when the disk is full.
@@ -153,7 +153,7 @@ def _disk_is_full(target: Path) -> bool:
         return False
 
 
-def _holds_something(folder: Path) -> bool:
+def _is_nonempty(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 

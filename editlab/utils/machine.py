@@ -1,4 +1,4 @@
-"""How many threads to compute with on this machine, and how they wait for each other.
+"""Choice of the number of compute threads on this machine, and of how they wait for each other.
 
 PyTorch divides each operation among OpenMP threads, which by default keep a core busy while they wait for each other.
 On a machine with other work they then wait for a thread that is not running, and a run takes several times as long.
@@ -19,7 +19,7 @@ import psutil
 log = logging.getLogger(__name__)
 
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""Environment variables that say how OpenMP's threads wait: the standard's, GNU's and Intel's."""
+"""Environment variables that set how OpenMP threads wait: the standard's, GNU's and Intel's."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables with which a user fixes the number of threads."""
 _RANK_VARIABLE = "LOCAL_RANK"
@@ -27,11 +27,11 @@ _RANK_VARIABLE = "LOCAL_RANK"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """A container's limit of processor time (control groups, version 2)."""
 _SHORTEST = 0.5
-"""Seconds below which a measurement of the load says little."""
+"""Seconds below which a measurement of the load is unreliable."""
 
 
 def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes OpenMP's threads sleep while they wait, unless the environment already says how they shall wait.
+    """Make OpenMP threads sleep while they wait, unless the environment already sets how they wait.
 
     OpenMP reads the setting once, when torch is imported, so this has no effect on the calling process afterwards;
     processes that it starts inherit the setting.
@@ -41,7 +41,7 @@ def wait_passively(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def usable_cores() -> float:
-    """Number of cores that this process may use: those it is bound to, and no more than its container's quota."""
+    """Return the number of cores that this process may use: those it is bound to, limited by its container's quota."""
     try:
         bound = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS or Windows
@@ -50,7 +50,7 @@ def usable_cores() -> float:
 
 
 def _quota() -> float:
-    """Cores' worth of processor time that the container may use; infinity where nothing limits it."""
+    """Return the container's limit of processor time, in cores; infinity if there is no limit."""
     try:
         limit, period = _QUOTA.read_text().split()
         return int(limit) / int(period)
@@ -59,29 +59,29 @@ def _quota() -> float:
 
 
 class _Times(NamedTuple):
-    """Processor seconds since the machine's or the process's start."""
+    """Processor seconds since the machine or the process was started."""
 
     machine: float
-    """time that all cores may have worked, idle or not"""
+    """total time of all cores, idle or not"""
     idle: float
-    """time for which cores had no work, or work only of lower priority than ours"""
+    """time in which cores had no work, or only work of lower priority than this process"""
     own: float
-    """time that this process worked"""
+    """time in which this process worked"""
 
 
 class LoadMeter:
     """Measures how many cores other processes leave free, from its construction to each reading.
 
-    What the process does itself in between, such as importing torch, does not count as load.
+    The work of this process itself in between, such as importing torch, does not count as load.
     """
 
     def __init__(self) -> None:
         self._start = _times()
 
     def free_cores(self) -> float | None:
-        """Number of cores that were free on average, of those that the process may use.
+        """Return the average number of free cores, of those that the process may use.
 
-        None where the time since the construction is too short to tell, or the system does not count such times.
+        None if the time since the construction is too short to measure, or the system does not report such times.
         """
         if self._start is None or (now := _times()) is None:
             return None
@@ -106,15 +106,15 @@ def _times() -> _Times | None:
 
 
 def _is_nice() -> bool:
-    """Whether this process runs at a lower priority itself."""
+    """Return whether this process itself runs at a lowered priority."""
     return hasattr(os, "getpriority") and os.getpriority(os.PRIO_PROCESS, 0) > 0
 
 
 def choose_threads(meter: LoadMeter) -> None:
-    """Lets torch compute with as many threads as there are free cores, at least one and at most its own default.
+    """Make torch compute with as many threads as there are free cores, at least one and at most its own default.
 
-    Nothing is changed where the user has fixed the number by an environment variable (:data:`THREAD_VARIABLES`), or
-    where the process is one of several that a launcher has started.
+    Nothing is changed if the user has fixed the number by an environment variable (:data:`THREAD_VARIABLES`), or if
+    the process is one of several that a launcher has started.
     """
     if _is_fixed() or _RANK_VARIABLE in os.environ:
         return
@@ -132,13 +132,13 @@ def choose_threads(meter: LoadMeter) -> None:
 
 
 def restore_threads(threads: int | None) -> None:
-    """Lets torch compute with the number of threads that a checkpoint was made with.
+    """Make torch compute with the number of threads that a checkpoint was made with.
 
-    On some processors the number of threads moves the last bits of sums, so a resumed run takes the same number,
+    On some processors the number of threads changes the last bits of sums, so a resumed run uses the same number,
     unless the user has fixed another one.
 
     Args:
-        threads: the number of the earlier run; None where its checkpoint does not tell.
+        threads: the number of threads of the earlier run; None if its checkpoint does not record it.
     """
     if threads is None or _is_fixed():
         return

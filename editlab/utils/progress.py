@@ -1,4 +1,4 @@
-"""Progress bars and messages of a run; of several processes only rank 0 shows any.
+"""Progress bars and messages of a run, which only rank 0 shows.
 
 Importing this module imports neither torch nor Lightning, so that commands without a model start at once.
 """
@@ -21,10 +21,10 @@ _wanted: ContextVar[bool] = ContextVar("_wanted", default=True)
 
 
 def speaks() -> bool:
-    """Whether this process is rank 0, the one that writes messages.
+    """Return whether this process is rank 0, the one that writes messages.
 
-    The answer is Lightning's once Lightning is imported, and the launcher's environment variable before; it is right
-    also before the process group exists.
+    The rank is Lightning's if Lightning is imported, and otherwise the launcher's environment variable; the answer is
+    also right before the process group exists.
     """
     lightning: Any = sys.modules.get("lightning.fabric.utilities.rank_zero")
     if lightning is not None:
@@ -35,7 +35,7 @@ def speaks() -> bool:
 
 @contextmanager
 def bars(wanted: bool) -> Iterator[None]:
-    """Shows or hides all progress bars inside the ``with``: editlab's and those of transformers."""
+    """Show or hide all progress bars inside the ``with``: editlab's and those of transformers."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.is_progress_bar_enabled()
@@ -51,10 +51,10 @@ def bars(wanted: bool) -> Iterator[None]:
 
 
 def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> tqdm:
-    """A progress bar that disappears at its end; it is shown on rank 0 and only where bars are wanted.
+    """Return a progress bar that disappears when it is finished; it is shown on rank 0 only, and if bars are enabled.
 
     Args:
-        iterable: what to iterate over; None for a bar that is moved by ``update``.
+        iterable: items to iterate over; None for a bar that is moved by ``update``.
         disable: show no bar.
         options: further arguments of tqdm.
     """

@@ -12,7 +12,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of Python's, numpy's and torch's generators, those of GPUs in use among them."""
+    """Return the states of Python's, numpy's and torch's generators, including those of GPUs in use."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, next_gauss = random.getstate()
     return {
@@ -23,7 +23,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set all generators to what :func:`rng_state` gave; those of GPUs only where there are as many."""
+    """Set all generators to a result of :func:`rng_state`; those of GPUs only if the number of GPUs is the same."""
     version, internal, next_gauss = state["python"]
     random.setstate((version, tuple(internal), next_gauss))
     kind, keys, position, has_gauss, gauss = state["numpy"]
@@ -33,9 +33,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def private_draws(seed: int) -> Iterator[None]:
-    """Within it torch draws from ``seed``; afterwards its generators on all devices in use are as they were."""
+    """Seed torch's generators with ``seed`` inside the ``with``, and restore their states afterwards."""
     before = _torch_states()
-    # Not torch.manual_seed: it would also seed GPUs that this process does not use, once it begins to.
+    # Not torch.manual_seed: it would also seed GPUs that this process does not use yet, at their first use.
     torch.default_generator.manual_seed(seed)
     if _cuda_in_use():
         torch.cuda.manual_seed_all(seed)
@@ -63,5 +63,5 @@ def _set_torch_states(states: dict[str, Any]) -> None:
 
 
 def _cuda_in_use() -> bool:
-    """Whether this process has begun to use CUDA; reading the state of a GPU's generator would make it begin."""
+    """Return whether this process already uses CUDA; reading the state of a GPU's generator would initialize it."""
     return torch.cuda.is_available() and torch.cuda.is_initialized()

@@ -1,7 +1,7 @@
-"""Checks of settings. Each raises one sentence that names the setting, its value, and what it must be.
+"""Checks of settings; each raises an error that names the setting, its value, and the allowed range.
 
-``where`` is the section or class of the setting as a recipe writes it (``model.values``, ``LoRAAdjust``). None stands
-for a setting that was not given, and passes. NaN and infinity pass no check.
+``where`` is the section or class of the setting as a recipe writes it (``model.values``, ``LoRAAdjust``). A setting
+that was not given is None and is always valid. NaN and infinity are never valid.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def not_negative(where: str, **settings: float | None) -> None:
     _check(where, settings, lambda value: value >= 0, "must not be negative")
 
 
-def shares(where: str, **settings: float | None) -> None:
+def fractions(where: str, **settings: float | None) -> None:
     """Check fractions, which must lie between 0 and 1, both included.
 
     Raises:
-        UserError: A setting is outside; the first one is named.
+        UserError: A setting is out of range; the first one is named.
     """
     _check(where, settings, lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 
 
 def decays(where: str, **settings: float | None) -> None:
-    """Check factors of a repeated multiplication, which must be above 0 and at most 1 (1: no decay).
+    """Check decay factors, which must be above 0 and at most 1 (1 means no decay).
 
     Raises:
-        UserError: A setting is outside; the first one is named.
+        UserError: A setting is out of range; the first one is named.
     """
     _check(where, settings, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 

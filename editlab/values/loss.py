@@ -111,11 +111,11 @@ class ValueGroup:
             self.layout.run()
         self.hidden, given = (by_row(seen[name], self.layout.rows).to(self.lm.device) for name in ("hidden", "site"))
         self.origin = given[self._subjects(bare)].float()
-        self.layout.past.forget(self.first_block)
+        self.layout.prefix.free_blocks(self.first_block)
 
     def _subjects(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Row and column in the tensor of the subjects' last tokens in some rows."""
-        return self.layout.place(rows, torch.zeros_like(rows))
+        return self.layout.locate(rows, torch.zeros_like(rows))
 
     def _locate(self) -> None:
         """Sends the indices to the device and computes the positions that all steps use until facts are dropped."""
@@ -124,7 +124,7 @@ class ValueGroup:
             torch.cat([self.there.at_row, self.there.kl_row]),
             torch.cat([self.there.at_column, self.there.kl_column]),
         )
-        self.logit_positions = self.layout.place(rows, columns)
+        self.logit_positions = self.layout.locate(rows, columns)
         self.subjects = self._subjects(torch.arange(len(self.there.row_fact), device=self.lm.device))
 
     def losses(self, delta: Tensor) -> Losses:

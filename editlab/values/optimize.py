@@ -27,7 +27,7 @@ from editlab.errors import EditLabError, UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import TOKENS_A_PASS, LanguageModel
 from editlab.lm.matmul import MATMULS, products
-from editlab.lm.memory import by_halves, room_beside
+from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
 from editlab.values.loss import ValueGroup, rows_of
@@ -165,7 +165,7 @@ def tokens_together(lm: LanguageModel, site: Site, reserved: int = 0) -> int:
         site: the site whose output the vector is added to.
         reserved: bytes that other tensors will use on the model's devices, such as the metrics' factors.
     """
-    room = room_beside(lm.model, reserved)
+    room = spare_gpu_memory(lm.model, reserved)
     if room is None:
         return FEWEST_TOKENS
     # For each token and block the backward pass keeps about ten states of the stream's width and four of the MLP's.

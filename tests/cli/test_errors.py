@@ -122,17 +122,17 @@ FIT = {
     "a folder of facts": (facts("models"), "models cannot be read"),
     "no record": (facts("empty.json"), "holds no record"),
     "no JSON": (facts("broken.json"), "broken.json is not valid JSON"),
-    "records that are numbers": (facts("number.json"), "Record 0 of number.json is a int and no object"),
+    "records that are numbers": (facts("number.json"), "Record 0 of number.json is a int and not an object"),
     "one object": (facts("object.json"), "write its records as a list"),
     "no target": (facts("no_target.jsonl"), "Record 0 (line 1) of no_target.jsonl has the fields prompt, subject"),
     "an empty target": (facts("empty_target.jsonl"), "has an empty 'target': fill it in"),
     "a subject not in its prompt": (facts("no_subject.jsonl"), "'France' does not occur: write {} where it belongs"),
-    "two places": (facts("two_places.jsonl"), "has a prompt with 2 places for the subject: write {} once"),
+    "two places": (facts("two_places.jsonl"), "has a prompt with 2 times {}: write {} once"),
     "a broken line": (facts("bad_line.jsonl"), "Record 1 (line 2) of bad_line.jsonl is not valid JSON"),
     "unknown fields": (facts("other_fields.jsonl"), "has the fields what, who, which no format has"),
     "half a rewrite": (facts("half_rewrite.jsonl"), "lacks 'target_new': add it"),
-    "neighbors that are a text": (facts("neighbors.jsonl"), "has 'neighbors' that are no list"),
-    "paraphrases that are numbers": (facts("paraphrases.jsonl"), "has a 'paraphrases' that is no list of texts"),
+    "neighbors that are a text": (facts("neighbors.jsonl"), "has 'neighbors' that are not a list"),
+    "paraphrases that are numbers": (facts("paraphrases.jsonl"), "has a 'paraphrases' that is not a list of texts"),
     "truths missing": (facts("locality.jsonl"), "has 2 locality_prompt but 1 locality_ground_truth: give as many"),
     "no truth to know": ([*facts("no_truth.jsonl"), "--data.only_known=true"], "set data.only_known to false"),
     "a prompt longer than the model": (facts("long.jsonl"), "and the model takes 128: shorten its prompt"),
@@ -196,7 +196,7 @@ FIT = {
     # models
     "no model": (setting("model.language_model", "./nowhere"), "nowhere"),
     "a folder without a model": (setting("model.language_model", "models/empty"), "has no config.json"),
-    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but no GGUF file"),
+    "a file for a model": (setting("model.language_model", "facts.json"), "facts.json is a file, but not a GGUF file"),
     "a quantized model": (setting("model.language_model", "models/quantized"), "name the model in full precision"),
     "a model that keeps a state": (setting("model.language_model", "models/state"), "such as a recurrent state"),
     "a GGUF file cut short": (setting("model.language_model", "cut.gguf"), "cut.gguf is damaged, cut short, or of"),
@@ -321,7 +321,7 @@ def test_a_model_whose_weights_are_damaged_is_refused(place, capsys, models):
     weights["model.layers.3.mlp.up_proj.weight"].fill_(float("nan"))
     save_file(weights, spoilt / "model.safetensors", {"format": "pt"})
     assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 2
-    assert "What the model says is not finite: its weights are damaged" in said_by(capsys)
+    assert "The model's logits are not finite: its weights are damaged" in said_by(capsys)
 
 
 def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(place, capsys, models, monkeypatch):
@@ -332,4 +332,4 @@ def test_a_model_that_memory_does_not_hold_is_refused_before_it_is_read(place, c
     assert main(["fit", "--config", "tiny.yaml", "--model.language_model", str(spoilt)]) == 1
     said = said_by(capsys)
     assert "the weights of" in said
-    assert "set trainer.precision to bf16-true (0.0 GiB), or take a smaller model" in said
+    assert "set trainer.precision to bf16-true (0.0 GiB), or choose a smaller model" in said

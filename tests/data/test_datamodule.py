@@ -1,4 +1,4 @@
-"""Which facts are edited, in which order, and how the stream resumes under a real Trainer."""
+"""Tests of the selection and order of the facts to edit, and of resuming the stream under a real Trainer."""
 
 from dataclasses import replace
 
@@ -25,36 +25,36 @@ def module(path, **settings):
     return data
 
 
-def test_the_order_is_the_seeds(path):
+def test_the_seed_sets_the_order(path):
     orders = [[f.id for f in module(path, seed=s).candidates] for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
     assert [f.id for f in module(path, shuffle=False).candidates] == [f.id for f in FACTS]
 
 
-def test_known_facts_are_looked_for_only_until_there_are_enough(path, monkeypatch):
+def test_facts_are_scored_only_until_enough_are_found(path, monkeypatch):
     monkeypatch.setattr("editlab.data.datamodule.CHUNK", 4)
-    asked = []
+    scored = []
 
     def is_known(facts):
-        asked.extend(facts)
+        scored.extend(facts)
         return [fact.id % 2 == 0 for fact in facts]
 
     data = module(path, limit=3, shuffle=False)
     data.select(is_known)
     assert [f.id for f in data.facts] == [f.id for f in FACTS if f.id % 2 == 0][:3]
-    assert len(asked) == 8  # facts 0 to 7 in chunks of four: 0, 2 and 4 are enough
+    assert len(scored) == 8  # facts 0 to 7 in chunks of four: 0, 2 and 4 are enough
 
 
-def test_what_can_not_be_selected(path, tmp_path):
-    with pytest.raises(UserError, match="knows none"):
+def test_selections_that_raise_an_error(path, tmp_path):
+    with pytest.raises(UserError, match="prefers the truth of none"):
         module(path).select(lambda facts: [False] * len(facts))
     bare = tmp_path / "bare.json"
     bare.write_text('[{"requested_rewrite": {"prompt": "{} is", "subject": "Oslo", "target_new": {"str": "Peru"}}}]')
     with pytest.raises(UserError, match=r"set data\.only_known to false"):
         module(str(bare)).select(lambda facts: [True] * len(facts))
     data = module(str(bare), only_known=False)
-    data.select(lambda facts: 1 / 0)  # is not asked
+    data.select(lambda facts: 1 / 0)  # is not called
     assert len(data.facts) == 1
     for name in ("limit", "batch_size", "bystanders"):
         with pytest.raises(UserError, match=f"data.{name} is 0"):
@@ -62,11 +62,11 @@ def test_what_can_not_be_selected(path, tmp_path):
 
 
 def unfit(*numbers):
-    """The fault of facts with these numbers."""
+    """Return a function that reports a fault for the facts with these numbers."""
     return lambda fact: "is too long: shorten it" if fact.id in numbers else None
 
 
-def test_facts_that_do_not_fit_are_an_error_where_they_are_needed(path):
+def test_facts_that_do_not_fit_raise_an_error_only_if_they_are_needed(path):
     for only_known in (True, False):
         data = module(path, limit=3, shuffle=False, only_known=only_known)
         data.fault = unfit(FACTS[2].id)
@@ -82,7 +82,7 @@ def test_facts_that_do_not_fit_are_an_error_where_they_are_needed(path):
         data.test_dataloader()
 
 
-def test_facts_that_do_not_fit_are_left_out_where_asked(path, caplog):
+def test_facts_that_do_not_fit_are_skipped_with_skip_bad(path, caplog):
     bad = [FACTS[i].id for i in (1, 4, len(FACTS) - 2)]
     good = [fact for fact in FACTS if fact.id not in bad]
     for only_known in (True, False):
@@ -101,7 +101,7 @@ def test_facts_that_do_not_fit_are_left_out_where_asked(path, caplog):
         data.select(lambda facts: [])
 
 
-def test_repeated_slots_are_left_out(tmp_path, caplog):
+def test_repeated_slots_are_dropped(tmp_path, caplog):
     path = write_counterfact(tmp_path / "twice.json", [*FACTS, *FACTS[:3]])
     with caplog.at_level("INFO", logger="editlab"):
         data = module(str(path))
@@ -122,7 +122,7 @@ def test_bystanders_share_no_subject_with_edits(path):
 
 
 class Toy(L.LightningModule):
-    """Notes the batches that it is given."""
+    """Records the batches that it is given."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class Toy(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append([fact.id for fact in batch])
-        # Nothing is fetched ahead: the stream stands right after the batch that is being trained on.
+        # Nothing is prefetched: the position of the stream is right after the current batch.
         assert self.trainer.train_dataloader.position == len(self.seen) + self.trainer.resumed
         self.optimizers().step()
 
@@ -176,18 +176,18 @@ def test_stream_state():
     other = EditStream(FACTS[:5], 2)
     other.load_state_dict(stream.state_dict())
     assert [batch.facts for batch in other] == [batch.facts for batch in iterator] == [FACTS[2:4], FACTS[4:5]]
-    assert len(list(other)) == 3  # a second pass begins at the beginning
+    assert len(list(other)) == 3  # a second pass starts at the first batch
 
 
-def test_lightning_does_not_take_a_batch_apart():
-    # What its half-precision plug-ins do to a batch; a frozen dataclass in it would be an error.
+def test_lightning_leaves_a_batch_unchanged():
+    # Lightning's half-precision plug-ins convert each batch; a frozen dataclass in it would raise an error.
     (batch,) = EditStream(FACTS[:2], 2)
     assert apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.bfloat16()) is batch
     assert list(batch) == FACTS[:2]
     assert len(batch) == 2
 
 
-def test_of_one_slot_the_latest():
+def test_latest_keeps_the_last_fact_of_each_slot():
     again = replace(FACTS[0], target_new="Lima")
     assert latest([FACTS[0], FACTS[1], again, FACTS[2]]) == [FACTS[1], again, FACTS[2]]
     assert latest([]) == []

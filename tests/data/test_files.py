@@ -1,4 +1,4 @@
-"""Files of facts as users write them: CSV and JSONL with only the least, and what each broken record is told."""
+"""Tests of users' fact files: minimal CSV and JSONL files, and the error message of each kind of broken record."""
 
 import json
 
@@ -28,12 +28,12 @@ def write(tmp_path, name, text):
         ("f.json", '[{"subject": "Berlin", "prompt": "{} lies in", "target": "Peru", "truth": null}]'),
     ],
 )
-def test_the_least_that_a_fact_needs(tmp_path, name, text):
-    # What is not there stays absent: no truth, no paraphrases, no neighbors.
+def test_a_fact_with_the_required_fields_only(tmp_path, name, text):
+    # Optional fields stay empty: no truth, no paraphrases, no neighbors.
     assert read_facts(write(tmp_path, name, text)) == [BERLIN]
 
 
-def test_all_that_a_plain_fact_may_have(tmp_path):
+def test_a_plain_fact_with_all_optional_fields(tmp_path):
     neighbors = [{"prompt": "Rome lies in", "truth": "Italy"}, {"prompt": "Oslo lies in", "truth": "Norway"}]
     paraphrases = ["Where is Berlin? In", "Berlin, a city of"]
     whole = Fact(
@@ -48,7 +48,7 @@ def test_all_that_a_plain_fact_may_have(tmp_path):
     assert one.paraphrases == ("A was",)
 
 
-def test_other_schemas_may_be_tables_too(tmp_path):
+def test_other_schemas_in_tables(tmp_path):
     text = "prompt,subject,target_new,ground_truth\nBBC One is owned by,BBC One,Sega,BBC\n"
     assert read_facts(write(tmp_path, "f.csv", text)) == [Fact("BBC One", "{} is owned by", "Sega", "BBC")]
 
@@ -60,7 +60,7 @@ def test_a_cell_of_several_lines(tmp_path):
     assert (second.where, second.fact) == ("Record 1 (line 4)", None)
 
 
-def test_a_line_end_inside_a_json_text_is_no_end_of_a_record(tmp_path):
+def test_a_line_separator_inside_a_json_text_does_not_end_the_record(tmp_path):
     record = {"subject": "A", "prompt": "A \u2028 is", "target": "B"}
     path = write(tmp_path, "f.jsonl", json.dumps(record, ensure_ascii=False))
     assert read_facts(path)[0].question == record["prompt"]
@@ -69,21 +69,25 @@ def test_a_line_end_inside_a_json_text_is_no_end_of_a_record(tmp_path):
 GOOD = {"subject": "A", "prompt": "A is", "target": "B"}
 
 BROKEN = {
-    "no object": ("f.jsonl", "5", "is a int and no object with fields: give it subject, prompt and target"),
+    "no object": ("f.jsonl", "5", "is a int and not an object with fields: give it subject, prompt and target"),
     "half a line": (
         "f.jsonl",
         '{"subject": "A"',
         "is not valid JSON (Expecting ',' delimiter at column 16): correct the",
     ),
     "no target": ("f.jsonl", {"subject": "A", "prompt": "A is"}, "lacks 'target': add it"),
-    "number": ("f.jsonl", {**GOOD, "target": 5}, "has a 'target' that is no text: make it a text in quotes"),
+    "number": ("f.jsonl", {**GOOD, "target": 5}, "has a 'target' that is not a text: make it a text in quotes"),
     "empty": ("f.jsonl", {**GOOD, "subject": " "}, "has an empty 'subject': fill it in"),
     "elsewhere": ("f.jsonl", {**GOOD, "prompt": "It is"}, "'A' does not occur: write {} where it belongs"),
-    "two places": ("f.jsonl", {**GOOD, "prompt": "{} {}"}, "2 places for the subject: write {} once, where it stands"),
-    "truth": ("f.jsonl", {**GOOD, "truth": 5}, "has a 'truth' that is no text"),
-    "truth zero": ("f.jsonl", {**GOOD, "truth": 0}, "has a 'truth' that is no text"),
-    "paraphrases": ("f.jsonl", {**GOOD, "paraphrases": [5]}, "has a 'paraphrases' that is no list of texts: write it"),
-    "neighbors": ("f.jsonl", {**GOOD, "neighbors": "B is"}, "has 'neighbors' that are no list: write [{"),
+    "two places": ("f.jsonl", {**GOOD, "prompt": "{} {}"}, "2 times {}: write {} once, in place of the subject"),
+    "truth": ("f.jsonl", {**GOOD, "truth": 5}, "has a 'truth' that is not a text"),
+    "truth zero": ("f.jsonl", {**GOOD, "truth": 0}, "has a 'truth' that is not a text"),
+    "paraphrases": (
+        "f.jsonl",
+        {**GOOD, "paraphrases": [5]},
+        "has a 'paraphrases' that is not a list of texts: write it",
+    ),
+    "neighbors": ("f.jsonl", {**GOOD, "neighbors": "B is"}, "has 'neighbors' that are not a list: write [{"),
     "neighbor": ("f.jsonl", {**GOOD, "neighbors": [{"prompt": "B is"}]}, "lacks 'truth': add it"),
     "comma": ("f.csv", "A,A is, as ever,B", 'has 4 cells for 3 columns: put texts with a comma in "quotes"'),
     "short": ("f.csv", "A,A is", "lacks 'target': add it"),
@@ -93,11 +97,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_records_are_named_with_the_mend_and_passed_over(tmp_path, case):
+def test_broken_records_are_reported_with_a_fix_and_skipped(tmp_path, case):
     name, record, message = BROKEN[case]
     record = record if isinstance(record, str) else json.dumps(record)
     good = json.dumps(GOOD) if name == "f.jsonl" else "A,A is,B"
-    lines = [good, record] if case == "quote" else [good, record, good]  # an open quote swallows the rest
+    lines = [good, record] if case == "quote" else [good, record, good]  # an open quote extends to the end of the file
     header = [] if name == "f.jsonl" else ["subject,prompt,target"]
     path = write(tmp_path, name, "\n".join([*header, *lines]))
     found = list(find_facts(path))
@@ -114,7 +118,7 @@ def test_broken_records_are_named_with_the_mend_and_passed_over(tmp_path, case):
 def test_a_broken_list_in_a_cell(tmp_path):
     path = write(tmp_path, "f.csv", "subject,prompt,target,paraphrases\nA,A is,B,[A was\n")
     (found,) = find_facts(path)
-    assert found.fault.startswith("has a 'paraphrases' that is no valid JSON (")
+    assert found.fault.startswith("has a 'paraphrases' that is not valid JSON (")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_a_broken_list_in_a_cell(tmp_path):
     [
         ("f.csv", "", "The first line of .* must name its columns: write subject,prompt,target there"),
         ("f.csv", "Berlin,Berlin lies in,Peru\n", "The first line of .* must name its columns"),
-        ("f.csv", '"subject"x,prompt,target\n', "The first line of .* is no CSV"),
+        ("f.csv", '"subject"x,prompt,target\n', "The first line of .* is not CSV"),
         ("f.csv", "subject,prompt,target\n", "holds no record"),
         ("f.json", '{\n"facts": []\n}', "one JSON object over many lines: write its records as a list"),
     ],
@@ -132,7 +136,7 @@ def test_files_without_facts(tmp_path, name, text, message):
         read_facts(write(tmp_path, name, text))
 
 
-def test_a_first_record_that_is_broken_does_not_hide_the_format(tmp_path):
+def test_the_format_is_found_although_the_first_record_is_broken(tmp_path):
     path = write(tmp_path, "f.jsonl", '{"subject": "A"}\n' + json.dumps(GOOD))
     assert "which no format has" in next(iter(find_facts(path))).fault
     assert read_facts(path, skip_bad=True) == read_facts(path, Plain(), skip_bad=True)

@@ -1,4 +1,4 @@
-"""Loaders: each schema by example, the real files where they are, and what every bad input is told."""
+"""Tests of each schema by an example, of the real files if present, and of the error message of each bad input."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_counterfact(tmp_path):
     assert Fact.from_dict(json.loads(json.dumps(fact.to_dict()))) == fact
 
 
-def test_counterfact_with_only_what_it_needs(tmp_path):
+def test_counterfact_with_the_required_fields_only(tmp_path):
     rewrite = {"prompt": "{} is in", "subject": "Oslo", "target_new": {"str": " Peru "}}
     (fact,) = read_facts(write(tmp_path, [{"requested_rewrite": rewrite}]))
     assert fact == Fact("Oslo", "{} is in", "Peru", id=0)
@@ -67,7 +67,7 @@ def test_easyedit(tmp_path):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_easyedit_neighbors_keep_their_truths(tmp_path, nested):
-    """Paired by their places; whatever lacks its prompt or its truth is left out with what it belongs to."""
+    """Prompts and truths are paired by index; a pair without a prompt or a truth is dropped."""
     asked, answers = ["a is", "", "c is", "d is"], ["x", "y", "z", " "]
     record = {**EASYEDIT, "locality_prompt": asked, "locality_ground_truth": answers}
     if nested:
@@ -101,13 +101,13 @@ def test_jsonl_and_a_named_format(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "subject", "template"),
     [
-        ("Niger borders Nigeria and", "Niger", "{} borders Nigeria and"),  # not the one in Nigeria
-        ("Nigeria's people", "Niger", "{}ia's people"),  # there is no other
+        ("Niger borders Nigeria and", "Niger", "{} borders Nigeria and"),  # not the occurrence in Nigeria
+        ("Nigeria's people", "Niger", "{}ia's people"),  # there is no other occurrence
         ("東京は日本の首都。東京の", "東京", "東京は日本の首都。{}の"),  # a language without spaces
         ("In C++ and C, C++ is", "C++", "In C++ and C, {} is"),
     ],
 )
-def test_a_subject_is_a_word_of_its_own_where_it_can_be(prompt, subject, template):
+def test_the_subject_is_a_separate_word_if_possible(prompt, subject, template):
     assert as_template(prompt, subject) == template
 
 
@@ -115,7 +115,7 @@ def test_the_template_is_cut_at_the_subjects_last_occurrence(tmp_path):
     record = {**EASYEDIT, "prompt": "Java runs on Java and {x}", "subject": "Java"}
     (fact,) = read_facts(write(tmp_path, [record]))
     assert fact.prompt == "Java runs on {} and {x}"
-    assert fact.question == record["prompt"]  # other braces are text
+    assert fact.question == record["prompt"]  # other braces are plain text
 
 
 @pytest.mark.parametrize(
@@ -160,29 +160,29 @@ BAD = {
     "target without text": (changed(COUNTERFACT, {}, "requested_rewrite", "target_new"), "lacks 'str'"),
     "target is a text": (
         changed(COUNTERFACT, "x", "requested_rewrite", "target_new"),
-        "'target_new' that is no object",
+        "'target_new' that is not an object",
     ),
     "empty subject": (changed(COUNTERFACT, " ", "requested_rewrite", "subject"), "empty 'subject'"),
-    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "0 places for the subject"),
+    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "0 times {}"),
     "two places": (
         changed(COUNTERFACT, "{} is {}", "requested_rewrite", "prompt"),
-        "2 places for the subject",
+        "2 times {}",
     ),
-    "neighbors no list": (changed(COUNTERFACT, {"a": 1}, "neighborhood_prompts"), "no list of texts"),
+    "neighbors no list": (changed(COUNTERFACT, {"a": 1}, "neighborhood_prompts"), "not a list of texts"),
     "easyedit no subject": (without(EASYEDIT, "subject"), "lacks 'subject'"),
     "easyedit subject elsewhere": (changed(EASYEDIT, "CNN", "subject"), "'CNN' does not occur"),
     "easyedit uneven": (changed(EASYEDIT, ["a", "b"], "locality_prompt"), "2 locality_prompt but 1"),
-    "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is no text"),
-    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is no object"),
+    "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is not a text"),
+    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is not an object"),
     "easyedit nested uneven": (
         {**EASYEDIT, "locality": {"near": {"prompt": ["a is", "b is", "c is"], "ground_truth": ["x"]}}},
         "3 prompt but 1 ground_truth",
     ),
-    "easyedit truth a number": (changed(EASYEDIT, 1984, "ground_truth"), "'ground_truth' that is no text"),
-    "easyedit truth nested": (changed(EASYEDIT, [["BBC"]], "ground_truth"), "'ground_truth' that is no text"),
+    "easyedit truth a number": (changed(EASYEDIT, 1984, "ground_truth"), "'ground_truth' that is not a text"),
+    "easyedit truth nested": (changed(EASYEDIT, [["BBC"]], "ground_truth"), "'ground_truth' that is not a text"),
     "easyedit nested truth a number": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is", "ground_truth": 1}}},
-        "'ground_truth' that is no list of texts",
+        "'ground_truth' that is not a list of texts",
     ),
     "easyedit nested truth absent": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is"}}},
@@ -196,7 +196,7 @@ BAD = {
         changed(COUNTERFACT, ["a \udc00 is"], "neighborhood_prompts"),
         r"has '\udc00' in its neighbors, which is half a character",
     ),
-    "easyedit locality a text": ({**EASYEDIT, "locality": {"near": "a"}}, "a part that is no object"),
+    "easyedit locality a text": ({**EASYEDIT, "locality": {"near": "a"}}, "a part that is not an object"),
     "zsre no subject": (without(ZSRE, "subject"), "lacks 'subject'"),
     "zsre empty target": (changed(ZSRE, "", "alt"), "empty 'alt'"),
     "zsre no answer to loc": (without(ZSRE, "loc_ans"), "lacks 'loc_ans'"),
@@ -218,7 +218,7 @@ def test_bad_records_are_named(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_records_are_left_out_where_asked(tmp_path, caplog):
+def test_bad_records_are_skipped_with_skip_bad(tmp_path, caplog):
     path = write(tmp_path, [ZSRE, BAD["zsre empty target"][0], ZSRE])
     with pytest.raises(UserError, match=r"data\.skip_bad"):
         read_facts(path)

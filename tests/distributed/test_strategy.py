@@ -1,4 +1,4 @@
-"""Whole runs on two ranks (gloo), against the same run in one process: weights, table, summary, files, failures."""
+"""Tests of complete runs on two ranks (gloo) against the same run in one process, and of failures of a rank."""
 
 import csv
 import json
@@ -19,14 +19,14 @@ from tests.runs.test_resume import last, outcome, same, shrunk
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
-"""Of numbers, where the second moments were summed in another order: float32 rounds to 1e-7, and little is amplified
-at the condition numbers of the tiny model's systems."""
+"""Relative tolerance for second moments that were summed in another order: float32 rounds to 1e-7, and the condition
+numbers of the tiny model's systems amplify that only a little."""
 
 needs_gloo = pytest.mark.skipif(sys.platform == "win32", reason="the ranks are forked")
 
 
 def prepared(folder, tiny, recipe, **changes):
-    """A small version of a recipe in a folder of its own: 5 facts in batches of 3, several groups a batch."""
+    """Write a small version of a recipe (5 facts in batches of 3) into ``folder``; return the command's arguments."""
     folder.mkdir()
     arguments = shrunk(ROOT / "configs" / f"{recipe}.yaml", folder, tiny)
     config = yaml.safe_load((folder / f"{recipe}.yaml").read_text())
@@ -39,7 +39,7 @@ def prepared(folder, tiny, recipe, **changes):
     return arguments
 
 
-def said(folder, rank):
+def output_of(folder, rank):
     return (folder / f"said_{rank}.txt").read_text()
 
 
@@ -53,7 +53,7 @@ def summary(folder):
 
 
 def close(a, b):
-    """Whether two nested structures are equal, numbers up to the tolerance."""
+    """Return whether two nested structures are equal, with numbers compared up to the tolerance."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, float):
@@ -72,15 +72,15 @@ def test_every_rank_ends_with_the_weights_of_one_process(recipe, tiny_folder, tm
     runs = {count: tmp_path / f"ranks_{count}" for count in (1, 2)}
     for count, folder in runs.items():
         arguments = prepared(folder, tiny_folder, recipe)
-        assert ranked.command(count, arguments, folder) == [0] * count, said(folder, 0)[-3000:]
+        assert ranked.command(count, arguments, folder) == [0] * count, output_of(folder, 0)[-3000:]
     (one,), two = ([torch.load(folder / f"weights_{rank}.pt") for rank in range(n)] for n, folder in runs.items())
     assert same(two[0], two[1])
     assert all(torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in zip(one, two[0], strict=True))
     for row, other in zip(table(runs[1]), table(runs[2]), strict=True):
         assert close(row, other)
-    # One rank speaks, and one writes: one run's folder, one event file's worth of runs, one summary.
-    assert said(runs[2], 0).count("facts edited") == 1
-    assert said(runs[2], 1) == ""
+    # Only one rank prints and writes: there is one run folder, with the files of one run.
+    assert output_of(runs[2], 0).count("facts edited") == 1
+    assert output_of(runs[2], 1) == ""
     assert [p.name for p in last(runs[2]).parents[2].iterdir()] == ["version_0"]
     files = {n: sorted(p.name for p in last(folder).parents[1].iterdir() if "tfevents" not in p.name)
              for n, folder in runs.items()}  # fmt: skip
@@ -89,7 +89,7 @@ def test_every_rank_ends_with_the_weights_of_one_process(recipe, tiny_folder, tm
 
 @needs_gloo
 def test_the_command_starts_its_ranks(tiny_folder, tmp_path):
-    # The one test that goes all the way: `editlab fit` in a shell, which starts the second process itself.
+    # The only test that runs the command `editlab fit`, which starts the second process itself.
     one, two = tmp_path / "one", tmp_path / "two"
     assert ranked.command(1, prepared(one, tiny_folder, "emmet"), one) == [0]
     arguments = [*prepared(two, tiny_folder, "emmet"), "--trainer.devices", "2", "--trainer.strategy", "editlab_ddp"]
@@ -116,11 +116,11 @@ def test_killed_and_resumed_on_two_ranks(rank, tiny_folder, tmp_path):
     prepared(killed, tiny_folder, "emmet_replay", data={"batch_size": 2})
     codes = ranked.command(2, arguments, killed, dies=(rank, 2))
     assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] == 1  # it noticed, and ended
-    assert "editlab: The other ranks can not be reached" in said(killed, 1 - rank)
-    # Killed before the second batch was saved, if rank 0 was the one: the other's death does not keep it from saving.
+    assert codes[1 - rank] == 1  # the other rank noticed it and ended with an error
+    assert "editlab: The other ranks cannot be reached" in output_of(killed, 1 - rank)
+    # If rank 0 was killed, the second batch was not saved yet; if rank 1 was killed, rank 0 could still save it.
     assert torch.load(last(killed), weights_only=True)["global_step"] in (1, 1 + rank)
-    assert ranked.command(2, [*arguments, "--ckpt_path", "last"], killed) == [0, 0], said(killed, 0)[-3000:]
+    assert ranked.command(2, [*arguments, "--ckpt_path", "last"], killed) == [0, 0], output_of(killed, 0)[-3000:]
     assert same(outcome(killed), outcome(whole))
     assert [p.name for p in last(killed).parents[2].iterdir()] == ["version_0"]
 
@@ -135,33 +135,33 @@ def test_validate_and_test_on_two_ranks(tiny_folder, tmp_path):
         for count in (1, 2):
             (folder / "said_0.txt").unlink()
             command = [verb, *arguments[1:], "--ckpt_path", str(last(folder))]
-            assert ranked.command(count, command, folder) == [0] * count, said(folder, 0)[-3000:]
-            shown.append([line.split() for line in said(folder, 0).splitlines() if f"{group}/" in line])
+            assert ranked.command(count, command, folder) == [0] * count, output_of(folder, 0)[-3000:]
+            shown.append([line.split() for line in output_of(folder, 0).splitlines() if f"{group}/" in line])
         assert shown[0]
         assert shown[0] == shown[1]
 
 
 FAULTS = {
     "on every rank": ({"data": {"path": "none.json"}}, "The fact file none.json does not exist"),
-    "after a meeting": ({"model": {"evaluation": {"heldout_tokens": 10**6}}}, "lower the number of tokens"),
+    "after an exchange": ({"model": {"evaluation": {"heldout_tokens": 10**6}}}, "lower the number of tokens"),
     "on the first rank": ({}, "is in its way"),
 }
 
 
 @needs_gloo
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_mistake_is_one_sentence_of_one_rank(fault, tiny_folder, tmp_path):
+def test_a_user_error_is_reported_once_by_one_rank(fault, tiny_folder, tmp_path):
     changes, message = FAULTS[fault]
     folder = tmp_path / "run"
     arguments = prepared(folder, tiny_folder, "emmet", **changes)
-    if not changes:  # a cache that only rank 0 tries to write to, while the others wait
+    if not changes:  # only rank 0 tries to write to this cache, while the other rank waits
         (folder / "cache").mkdir()
         (folder / "cache" / "moments").touch()
     codes = ranked.command(2, arguments, folder)
-    lines = [line for rank in (0, 1) for line in said(folder, rank).splitlines() if "editlab: " in line]
+    lines = [line for rank in (0, 1) for line in output_of(folder, rank).splitlines() if "editlab: " in line]
     assert len(lines) == 1
     assert message in lines[0]
-    assert codes == [2, 0]  # rank 0 speaks for both
+    assert codes == [2, 0]  # rank 0 reports the error for both
 
 
 def test_another_strategy_is_refused(tiny_folder, tmp_path, monkeypatch, capsys):
@@ -180,8 +180,8 @@ def test_a_device_map_is_for_one_process_of_a_machine(tiny_folder, tmp_path):
     for name, model in (("plain", {}), ("spread", {"device_map": {"": "disk"}})):
         folder = tmp_path / name
         arguments = prepared(folder, tiny_folder, "emmet", model=model)
-        assert ranked.command(2, arguments, folder, nodes=True) == [0, 0], said(folder, 0)[-3000:]
+        assert ranked.command(2, arguments, folder, nodes=True) == [0, 0], output_of(folder, 0)[-3000:]
         weights[name] = [torch.load(folder / f"weights_{rank}.pt") for rank in (0, 1)]
     assert same(weights["spread"], weights["plain"])
     assert ranked.command(2, arguments, folder) == [2, 0]
-    assert "set --trainer.devices 1" in said(folder, 0)
+    assert "set --trainer.devices 1" in output_of(folder, 0)

@@ -1,4 +1,4 @@
-"""One tiny model a family, shared by the tests of this room, which leave it as it was."""
+"""One tiny model of each family, shared by the tests of this folder, which must not change it."""
 
 from __future__ import annotations
 

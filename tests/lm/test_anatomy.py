@@ -1,4 +1,4 @@
-"""The anatomy of many families against what their source code says; and what the probes must not touch."""
+"""Tests of the anatomy of many families against their source code, and that the probes leave models unchanged."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_tiny_family_is_expected():
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_the_probe_finds_what_peft_lists(family):
-    """PEFT's table of MLP output projections, by type of model; importing PEFT takes far longer than the probe."""
+    """Compare with PEFT's table of MLP output projections by model type."""
     model = tiny_model(family)
     listed = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type)
     if listed is None:
@@ -75,8 +75,8 @@ def test_the_parts_of_each_family(family, dtype):
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_weights_as_they_are_made_by_default(family):
-    """Small weights (standard deviation 0.02), by which a block hardly changes its input."""
+def test_default_initial_weights(family):
+    """Default weights are small (standard deviation 0.02), so a block hardly changes its input."""
     model = tiny_model(family)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_weights_as_they_are_made_by_default(family):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_neox", "phi", "gpt2", "gptj", "opt"])
 def test_an_mlp_as_wide_as_the_residual_stream(family):
-    """Then queries, attention output and all maps of the MLP have one shape."""
+    """The queries, the attention output and all maps of the MLP have the same shape."""
     widths = {"gpt2": "n_inner", "gptj": "n_inner", "opt": "ffn_dim"}
     model = tiny_model(family, **{widths.get(family, "intermediate_size"): 32})
     anatomy = read_anatomy(model)
@@ -133,8 +133,8 @@ def test_other_layouts(config, path, additive):
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_additive_is_what_an_edit_sees(family):
-    """Checked in another way: on a longer text, by a changed bias or weight of the map, at every layer."""
+def test_additive_agrees_with_the_effect_of_an_edit(family):
+    """Check the effect on a longer text, by a changed bias or weight of the map, at every layer."""
     model = tiny_model(family)
     anatomy = read_anatomy(model)
     ids = torch.arange(20, 30)[None]
@@ -159,7 +159,7 @@ def block_output(model, block, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj"])
 def test_a_few_huge_entries_do_not_mislead(family, dtype):
-    """Trained models carry entries thousands of times larger than the rest in a few places of the stream."""
+    """Trained models carry entries thousands of times larger than the rest at a few indices of the stream."""
     model = tiny_model(family)
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 3] = 1000
@@ -175,7 +175,7 @@ class TestNamedByTheUser:
         anatomy = read_anatomy(tiny_model("gpt2"), name)
         assert (anatomy.block_path, anatomy.edit_path, anatomy.additive) == EXPECTED["gpt2"]
 
-    def test_another_map_is_taken_at_its_word(self):
+    def test_another_named_map_is_used(self):
         anatomy = read_anatomy(tiny_model("gemma2"), "self_attn.o_proj")
         assert (anatomy.edit_path, anatomy.additive) == ("self_attn.o_proj", False)
 
@@ -191,17 +191,17 @@ class TestNamedByTheUser:
             "{}",
         ],
     )
-    def test_a_wrong_one_is_answered_with_the_right_ones(self, name):
+    def test_an_error_for_a_wrong_path_lists_the_right_ones(self, name):
         with pytest.raises(UserError) as caught:
             read_anatomy(tiny_model("llama"), name)
         assert str(caught.value) == (
-            f"model.edit_module: {name!r} is no linear map onto the residual stream; in a block of "
+            f"model.edit_module: {name!r} is not a linear map onto the residual stream; in a block of "
             "model.layers these are self_attn.q_proj, self_attn.o_proj, mlp.down_proj"
         )
 
 
 class TestMixturesOfExperts:
-    """No single projection takes part in every token, unless the user names one."""
+    """No single projection acts on every token, unless the user names one."""
 
     @pytest.mark.parametrize(
         "config",
@@ -219,7 +219,7 @@ class TestMixturesOfExperts:
 
     @pytest.mark.parametrize("shared", [False, True])
     def test_experts_kept_as_separate_maps(self, shared):
-        """Made by hand: a block whose MLP sends the first token to one expert, and the others to another."""
+        """The MLP of a hand-made block sends the first token to one expert, and all other tokens to another."""
         model = tiny_model("llama")
         for block in model.model.layers:
             block.mlp = Experts(shared)
@@ -242,7 +242,7 @@ class TestMixturesOfExperts:
 
 
 class Experts(nn.Module):
-    """A mixture of two experts with a fixed choice, and perhaps a map that takes part in every token."""
+    """A mixture of two experts with a fixed choice, and optionally a map that acts on every token."""
 
     def __init__(self, shared):
         super().__init__()
@@ -291,7 +291,7 @@ def test_quantized_weights_are_refused():
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", EXPECTED)
-def test_nothing_is_left_behind(family, training):
+def test_the_model_is_left_unchanged(family, training):
     dropout = {"gpt2": {"resid_pdrop": 0.5}, "opt": {"dropout": 0.5}, "llama": {"attention_dropout": 0.5}}
     model = tiny_model(family, **dropout.get(family, {})).train(training)
     model.get_input_embeddings().train(not training)  # a mode of its own, to be restored as well
@@ -309,7 +309,7 @@ def test_nothing_is_left_behind(family, training):
         assert not part._forward_pre_hooks
 
 
-def test_nothing_is_left_behind_by_a_failure():
+def test_a_failure_leaves_the_model_unchanged():
     model = tiny_model("llama").train()
     model.model.layers[0].mlp.act_fn = None  # makes the forward pass fail in the middle of the block
     with pytest.raises(TypeError):

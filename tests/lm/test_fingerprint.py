@@ -1,4 +1,4 @@
-"""The fingerprint against hand-made changes: whatever touches a weight must change it, nothing else may."""
+"""Tests that the fingerprint changes with every change of a weight, and with nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.tiny import tiny_model
 
 
 class Bag(nn.Module):
-    """A module that holds the given tensors as parameters (or, where they are integers, buffers)."""
+    """A module that holds the given tensors as parameters, or as buffers if they are integers."""
 
     def __init__(self, **tensors):
         super().__init__()
@@ -42,7 +42,7 @@ def test_same_weights_same_digest_whatever_the_threads():
 
 
 def test_the_digest_is_a_fixed_function():
-    """Pinned by numbers that were computed once: artefacts on disk are named by it."""
+    """The digest is compared with stored values, because it is part of the names of files on disk."""
     import hashlib
 
     # XXH3 (128 bits) of the 24 bytes of 3, -5 and 2^62 as little-endian integers of 8 bytes.
@@ -53,32 +53,32 @@ def test_the_digest_is_a_fixed_function():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.int64])
 @pytest.mark.parametrize("size", [1, 7, 8, 1001])
-def test_any_one_changed_element_shows(dtype, size):
+def test_any_single_changed_element_changes_the_digest(dtype, size):
     weights = (noise(size) * 50).to(dtype)
     seen = {fingerprint(Bag(w=weights))}
     places = sorted({0, size // 2, size - 1})
-    for place in places:
+    for index in places:
         changed = weights.clone()
-        changed.view(torch.uint8)[place * weights.element_size()] ^= 1  # the lowest bit of that element
+        changed.view(torch.uint8)[index * weights.element_size()] ^= 1  # the lowest bit of that element
         seen.add(fingerprint(Bag(w=changed)))
     assert len(seen) == 1 + len(places)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_changed_signs_show(dtype):
+def test_two_changed_signs_change_the_digest(dtype):
     """Also at the tops of words, where each moves a sum by half of what it is taken modulo of."""
     weights = noise(16, dtype=dtype)
     seen = {fingerprint(Bag(w=weights))}
     for one, other in ((0, 1), (1, 3), (3, 7), (7, 15), (0, 15)):
         changed = weights.clone()
-        for place in (one, other):
-            changed.view(torch.uint8)[(place + 1) * weights.element_size() - 1] ^= 0x80
+        for index in (one, other):
+            changed.view(torch.uint8)[(index + 1) * weights.element_size() - 1] ^= 0x80
         seen.add(fingerprint(Bag(w=changed)))
     assert len(seen) == 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swapped_elements_show(dtype):
+def test_swapped_elements_change_the_digest(dtype):
     weights = noise(40, dtype=dtype)
     weights[0] = 0
     seen = {fingerprint(Bag(w=weights))}
@@ -90,7 +90,7 @@ def test_swapped_elements_show(dtype):
     assert len(seen) == 5
 
 
-def test_swapped_blocks_show():
+def test_swapped_blocks_change_the_digest():
     weights = torch.zeros(1 << 16, dtype=torch.int64)
     weights[5] = 9
     assert fingerprint(Bag(w=weights)) != fingerprint(Bag(w=weights.roll(1 << 15)))
@@ -123,7 +123,7 @@ def test_layout_in_memory_does_not_count():
     assert fingerprint(Bag(w=shifted)) == fingerprint(Bag(w=square))
 
 
-def test_buffers_count_where_they_are_saved():
+def test_buffers_count_if_they_are_persistent():
     model = Bag(w=noise(4))
     plain = fingerprint(model)
     model.register_buffer("scratch", torch.ones(3), persistent=False)
@@ -140,7 +140,7 @@ def test_tied_weights_count_under_both_names():
     assert fingerprint(tied) != before
 
 
-def test_equal_weights_that_compute_otherwise_have_another_key():
+def test_equal_weights_in_another_architecture_have_another_key():
     def key(**changes):
         model = tiny_model("llama")
         for name, value in changes.items():
@@ -154,7 +154,7 @@ def test_equal_weights_that_compute_otherwise_have_another_key():
     assert architecture(Bag(w=noise(4))) == {}
 
 
-def test_nothing_is_left_behind():
+def test_the_model_is_left_unchanged():
     model = tiny_model("gpt2")
     state, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     fingerprint(model)

@@ -1,4 +1,4 @@
-"""Partial runs against the full model: the same logits, fewer modules run, and nothing left behind."""
+"""Tests that partial runs give the logits of the full model, run fewer modules, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LAYERS = 4
 """Blocks of every tiny model."""
 IDS, MASK = pad([[11, 42, 7, 99, 180], [5, 250, 31]], left=True)
 ROWS, COLUMNS = torch.tensor([0, 0, 1, 1]), torch.tensor([4, 1, 3, 4])
-"""Places whose logits are asked for; padding is on the left, so columns 2 to 4 are row 1's tokens."""
+"""Tokens whose logits are computed; padding is on the left, so columns 2 to 4 are row 1's tokens."""
 
 
 def traces(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
-    """Count each module's hooks and tell whether it has an own ``forward``: what could be left behind."""
+    """Count each module's hooks and whether it has its own ``forward``, which a partial run could leave behind."""
     return {
         name: (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
         for name, m in model.named_modules()
@@ -30,7 +30,7 @@ def traces(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
 
 
 def block_inputs(lm: LanguageModel) -> list[torch.Tensor]:
-    """Note the hidden state before each block, and after the last, by plain hooks on a full pass."""
+    """Record the hidden state before each block, and after the last, by plain hooks on a full pass."""
     states: list[torch.Tensor] = []
     handles = [
         b.register_forward_hook(lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out))
@@ -48,8 +48,8 @@ def block_inputs(lm: LanguageModel) -> list[torch.Tensor]:
     return states
 
 
-def test_a_traces_sees_what_it_should():
-    """The check of the checks below: it notices hooks of both kinds and a replaced forward."""
+def test_the_check_itself_detects_traces():
+    """The check used below detects hooks of both kinds and a replaced forward."""
     model = nn.Sequential(nn.Linear(1, 1))
     clean = traces(model)
     handle = model[0].register_forward_hook(lambda *a: None)
@@ -65,7 +65,7 @@ def test_a_traces_sees_what_it_should():
 @torch.no_grad()
 @pytest.mark.parametrize("first", range(LAYERS + 1))
 def test_upper_blocks_alone_give_the_full_models_logits(lm, first):
-    """To the rounding of a smaller product; ``first = 4`` is the final norm and the head alone."""
+    """Equal up to the rounding of a smaller product; ``first = 4`` runs the final norm and the head only."""
     assert len(lm.anatomy.blocks) == LAYERS
     full = lm.run(IDS, MASK).logits
     states = block_inputs(lm)
@@ -91,8 +91,8 @@ def test_upper_blocks_alone_give_the_full_models_logits(lm, first):
 
 @torch.no_grad()
 @pytest.mark.parametrize("first", [0, 2, LAYERS])
-def test_the_given_state_is_what_counts(lm, first):
-    """With other hidden states other logits: the ones above are not the model's own by accident."""
+def test_the_given_hidden_state_is_used(lm, first):
+    """Other hidden states give other logits, so the test above does not pass by accident."""
     full = lm.run(IDS, MASK).logits
     states = block_inputs(lm)
     with starting_at(lm.anatomy.blocks, first, states[first].flip(-1), lm.blocks_give_tuples):
@@ -102,7 +102,7 @@ def test_the_given_state_is_what_counts(lm, first):
 
 @torch.no_grad()
 @pytest.mark.parametrize("first", [0, 2, LAYERS])
-def test_nothing_is_left_behind_after_an_exception(lm, first):
+def test_an_exception_leaves_the_model_unchanged(lm, first):
     full = lm.run(IDS, MASK).logits
     clean = traces(lm.model)
     hidden = block_inputs(lm)[0]
@@ -120,7 +120,7 @@ def test_nothing_is_left_behind_after_an_exception(lm, first):
 
 
 @torch.no_grad()
-def test_a_failure_inside_the_model_leaves_nothing_either():
+def test_a_failure_inside_the_model_leaves_it_unchanged():
     lm = lm_of("llama")
     clean = traces(lm.model)
     states = block_inputs(lm)
@@ -132,8 +132,8 @@ def test_a_failure_inside_the_model_leaves_nothing_either():
     assert traces(lm.model) == clean
 
 
-def test_a_forward_of_the_blocks_own_is_put_back():
-    """Other tools (accelerate's placement on devices) keep a replaced ``forward`` on the module."""
+def test_a_replaced_forward_of_a_block_is_restored():
+    """Other tools (accelerate's device placement) replace the ``forward`` of a module."""
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     block = lm.anatomy.blocks[0]
     theirs = functools.partial(type(block).forward, block)
@@ -144,8 +144,8 @@ def test_a_forward_of_the_blocks_own_is_put_back():
 
 
 def test_gradients_reach_the_given_state():
-    """The search for values descends through the upper blocks: against a finite difference in float64."""
-    lm = LanguageModel(tiny_model("gpt2").double(), tiny_tokenizer())  # llama's norm is float32 always
+    """The value optimization needs gradients through the upper blocks; compare with a finite difference in float64."""
+    lm = LanguageModel(tiny_model("gpt2").double(), tiny_tokenizer())  # llama's norm is always computed in float32
     hidden = block_inputs(lm)[2].requires_grad_()
     direction = torch.randn(hidden.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -171,12 +171,12 @@ def test_logits_only_at_gives_the_full_models_logits_there(lm):
         got = lm.run(IDS, MASK).logits
     handle.remove()
     torch.testing.assert_close(got[0], full[ROWS, COLUMNS], rtol=1e-5, atol=1e-6)
-    assert widths == [(1, len(ROWS))]  # the full tensor never existed
+    assert widths == [(1, len(ROWS))]  # the full tensor was never allocated
 
 
 @torch.no_grad()
-def test_soft_caps_behind_the_head_still_happen():
-    """Gemma 2 squashes its logits to (-30, 30): a cut of the head's output alone would miss it."""
+def test_soft_caps_after_the_head_still_apply():
+    """Gemma 2 caps its logits to (-30, 30), which selecting from the head's output would miss."""
     lm = LanguageModel(tiny_model("gemma2", final_logit_softcapping=0.5), tiny_tokenizer())
     with logits_only_at(lm.anatomy.head, ROWS, COLUMNS):
         logits = lm.run(IDS, MASK).logits
@@ -224,8 +224,8 @@ def test_adding_does_not_write_into_the_modules_own_tensor():
 
 
 @torch.no_grad()
-def test_reading_gives_what_the_modules_saw_and_gave(lm):
-    """Against the hidden states of plain hooks, and the edited map's output against its own arithmetic."""
+def test_reading_records_inputs_and_outputs(lm):
+    """Compare with the hidden states of plain hooks, and the edited map's output with its computation by hand."""
     states = block_inputs(lm)
     clean = traces(lm.model)
     mlp = lm.anatomy.edit_module(2)
@@ -243,14 +243,14 @@ def test_reading_gives_what_the_modules_saw_and_gave(lm):
     bias = 0 if mlp.bias is None else mlp.bias
     # OPT's MLP sees [rows * tokens, features] in some versions of transformers.
     torch.testing.assert_close(seen["value"], seen["key"] @ weight.T + bias, rtol=1e-4, atol=1e-5)
-    assert logits.shape[:2] == IDS.shape  # without a stop the pass goes on to its end
+    assert logits.shape[:2] == IDS.shape  # without a stop the pass runs to its end
     assert traces(lm.model) == clean
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_reading_stops_at_once(lm, kind):
-    """No block above the one named runs, and where its input was asked for not even that one does."""
+    """No block above the named one runs; if its input is recorded, the block itself does not run either."""
     ran, clean = [], traces(lm.model)
     handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(lm.anatomy.blocks)]
     handles.append(lm.anatomy.head.register_forward_hook(lambda *_: ran.append("head")))
@@ -267,7 +267,7 @@ def test_reading_stops_at_once(lm, kind):
     assert traces(lm.model) == clean
 
 
-def test_reading_lets_other_exceptions_pass():
+def test_reading_does_not_catch_other_exceptions():
     module = nn.Identity()
     with pytest.raises(KeyError), reading({"a": (module, "input")}, stop="a"):
         raise KeyError

@@ -1,4 +1,4 @@
-"""The one generation loop against transformers' own ``generate``, and against loops of full passes."""
+"""Tests of the generation loop against transformers' ``generate``, and against loops of full passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END = 2
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pick", [most_likely, drawn])
 def test_tokens_are_those_of_transformers_generate(family, pick):
-    """Draws too: the same generator is used for the same probabilities in the same order."""
+    """Sampled tokens agree too: the same generator is used for the same probabilities in the same order."""
     model = tiny_model(family)
     ids = torch.tensor(PROMPTS)
     model.generation_config = GenerationConfig(eos_token_id=END)
@@ -32,8 +32,8 @@ def test_tokens_are_those_of_transformers_generate(family, pick):
     assert continue_rows(model, PROMPTS, 12, pick) == expected[:, 3:].tolist()
 
 
-def test_each_token_costs_one_pass_over_what_is_new(monkeypatch):
-    """The KV cache holds what was read, and logits are computed at the last token alone."""
+def test_each_token_takes_one_pass_over_the_new_token_only(monkeypatch):
+    """The KV cache holds the earlier tokens, and logits are computed at the last token only."""
     model = tiny_model("llama")
     read, heads = [], []
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: read.append(args[0].shape))
@@ -45,7 +45,7 @@ def test_each_token_costs_one_pass_over_what_is_new(monkeypatch):
 
 @torch.no_grad()
 def greedy(model, prompt, new_tokens):
-    """The most likely tokens by full passes, up to the model's own end of the text."""
+    """Return the most likely tokens by full passes, up to the end-of-text token."""
     ids = list(prompt)
     for _ in range(new_tokens):
         token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
@@ -56,7 +56,7 @@ def greedy(model, prompt, new_tokens):
 
 
 def ending(after):
-    """A model that ends its text after some token: the end's logit is high where that token is the last."""
+    """Return a model that ends its text after a given token, where the end-of-text token has a high logit."""
     model = tiny_model("llama")
     embedding = model.model.embed_tokens.weight
     model.lm_head.register_forward_hook(lambda module, args, logits: logits + boost())
@@ -71,7 +71,7 @@ def ending(after):
     return model
 
 
-def test_a_text_stops_where_the_model_ends_it():
+def test_a_text_stops_at_the_end_of_text_token():
     prompt = [5, 6, 7]
     text = greedy(tiny_model("llama"), prompt, 10)
     model = ending(text[3])
@@ -81,7 +81,7 @@ def test_a_text_stops_where_the_model_ends_it():
     assert END not in continue_rows(model, [prompt], 10)[0]
 
 
-def test_rows_stop_each_for_itself_and_the_loop_with_the_last():
+def test_rows_stop_separately_and_the_loop_with_the_last():
     prompts = [[5, 6, 7], [8, 9, 10], [3, 4, 11]]
     texts = [greedy(tiny_model("llama"), prompt, 12) for prompt in prompts]
     model = ending(texts[0][1])
@@ -93,7 +93,7 @@ def test_rows_stop_each_for_itself_and_the_loop_with_the_last():
     assert set(steps) == {3}
 
 
-def test_prompts_of_any_lengths_give_what_each_gives_alone(monkeypatch):
+def test_prompts_of_any_lengths_give_the_texts_of_separate_prompts(monkeypatch):
     monkeypatch.setattr(generate, "ROWS", 2)
     model = tiny_model("gpt2")
     prompts = [[5, 6, 7], [8], [9, 10, 11], [12], [13, 14], [15, 16, 17]]
@@ -114,7 +114,7 @@ def test_no_tokens_and_no_end():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nothing_is_drawn_from_logits_that_are_not_finite(bad):
+def test_no_token_is_drawn_from_non_finite_logits(bad):
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(NonFiniteError, match="logits are not finite, so no text can be drawn"):

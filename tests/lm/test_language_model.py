@@ -1,4 +1,4 @@
-"""Reading, scoring and sampling through LanguageModel against plain passes of the model, row by row."""
+"""Tests of reading, scoring and sampling by LanguageModel against plain passes of the model, row by row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [[11, 42, 7, 99, 180, 23], [5, 250], [61], [300, 12, 12, 12, 8, 9, 10], [
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Record the [rows, tokens] of each forward pass, which is held to 8 padded tokens."""
+    """Record the [rows, tokens] of each forward pass, which has at most 8 padded tokens."""
     sizes: list[tuple[int, ...]] = []
     run = LanguageModel.run
 
@@ -31,7 +31,7 @@ def passes(monkeypatch):
 
 
 @torch.no_grad()
-def test_blocks_give_tuples_says_what_a_block_returns(lm):
+def test_blocks_give_tuples_agrees_with_the_blocks(lm):
     kinds = []
     handle = lm.anatomy.blocks[-1].register_forward_hook(lambda m, a, out: kinds.append(isinstance(out, tuple)))
     lm.model(input_ids=torch.tensor([[5]]))
@@ -48,7 +48,7 @@ def test_run_is_the_models_own_forward(lm):
 
 
 @torch.no_grad()
-def test_positions_go_along_where_the_model_takes_them(lm):
+def test_positions_are_passed_to_models_that_take_them(lm):
     """The default positions given by hand change nothing, in every family."""
     ids = torch.tensor([ROWS[0]])
     got = lm.run(ids, positions=torch.arange(6)[None]).logits
@@ -60,7 +60,7 @@ def test_positions_go_along_where_the_model_takes_them(lm):
 
 @torch.no_grad()
 def test_read_gives_each_row_as_if_it_were_alone(lm, passes):
-    """Against one plain pass per row and hooks set by hand; rows share passes, and padding shows nowhere."""
+    """Compare with one plain pass per row and hand-made hooks; rows share passes, and padding has no effect."""
     wanted = {"key": (lm.anatomy.edit_module(1), "input"), "block": (lm.anatomy.blocks[2], "output")}
     got = lm.read(ROWS, wanted, stop="block")
     assert all(rows == 1 or rows * width <= 8 for rows, width in passes)
@@ -92,7 +92,7 @@ def test_read_of_no_rows_runs_nothing(passes):
 
 @torch.no_grad()
 def test_scores_equal_a_full_softmax_of_each_row_alone(lm, passes):
-    """Against log_softmax in float64 of the whole model's logits, one row a pass."""
+    """Compare with the log_softmax in float64 of the full model's logits, with one row per pass."""
     best = [lm.model(input_ids=torch.tensor([row])).logits[0].argmax(1).tolist() for row in ROWS]
     # At each position the token that is the argmax, and one that is not.
     wanted = [
@@ -110,8 +110,8 @@ def test_scores_equal_a_full_softmax_of_each_row_alone(lm, passes):
         assert torch.equal(top, logp[::2].repeat_interleave(2))
 
 
-def test_a_row_may_want_nothing(passes):
-    """Also where no row of a pass wants anything."""
+def test_a_row_without_requested_tokens(passes):
+    """The result is right even if no row of a pass has a requested token."""
     lm = lm_of("llama")
     logps, hits, _ = lm.next_token_scores([[5, 6, 7], [8, 9, 10, 11, 12, 13]], [[(0, 3)], []])
     assert [len(x) for x in logps] == [len(x) for x in hits] == [1, 0]
@@ -130,7 +130,7 @@ def test_samples_continue_their_prompts_by_exactly_so_many_tokens(lm):
 
 
 def test_sampling_never_ends_early():
-    """Even where the end-of-text token is all but certain: it is the argmax everywhere, by its bias."""
+    """The end-of-text token is not generated although its bias makes it the argmax at every position."""
     lm = LanguageModel(tiny_model("phi"), tiny_tokenizer())  # phi's head has a bias
     with torch.no_grad():
         lm.model.lm_head.bias[2] = 50.0
@@ -138,8 +138,8 @@ def test_sampling_never_ends_early():
     assert len(lm.sample([[5]], 7, seed=0, greedy=True)[0]) == 8
 
 
-def test_nothing_is_drawn_from_what_is_no_number():
-    """The likeliest token is still told, as of any row; it is torch's way that it is that of a NaN."""
+def test_no_token_is_drawn_from_non_finite_logits():
+    """Greedy decoding still returns the argmax, which for torch is the index of a NaN."""
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     with torch.no_grad():
         lm.model.lm_head.weight[7] = float("inf")
@@ -154,13 +154,13 @@ def test_a_seed_decides_the_sample_and_the_global_state_is_untouched():
     state = torch.get_rng_state()
     first = lm.sample([[5, 6]], 20, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(7)  # whatever else drew random numbers plays no part
+    torch.rand(7)  # other draws of random numbers have no effect
     assert lm.sample([[5, 6]], 20, seed=0) == first
     assert lm.sample([[5, 6]], 20, seed=1) != first
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_models_own_settings_for_generation_play_no_part(greedy):
+def test_a_models_own_generation_settings_have_no_effect(greedy):
     lm = lm_of("gpt2")
     plain = lm.sample([[5, 6]], 12, seed=0, greedy=greedy)
     own = GenerationConfig(eos_token_id=2, repetition_penalty=1.5, no_repeat_ngram_size=2, num_beams=1 + 2 * greedy)
@@ -171,7 +171,7 @@ def test_a_models_own_settings_for_generation_play_no_part(greedy):
 
 @torch.no_grad()
 def test_greedy_takes_the_argmax_at_each_step():
-    """Against a loop of full passes; the end of text (id 2) is left out, as its generation goes on."""
+    """Compare with a loop of full passes that excludes the end-of-text token (id 2)."""
     lm = lm_of("llama")
     ids = [5, 6, 7]
     for _ in range(5):
@@ -183,7 +183,7 @@ def test_greedy_takes_the_argmax_at_each_step():
 
 @torch.no_grad()
 def test_sampled_tokens_follow_the_models_distribution():
-    """Temperature 1, nothing cut off: the frequency of each of the 400 tokens after 4000 draws.
+    """Temperature 1 without truncation: the frequency of each of the 400 tokens after 4000 draws.
 
     The total variation distance of n draws over m cells is about sqrt(m / (2 pi n)) at most, here 0.13.
     """
@@ -193,6 +193,6 @@ def test_sampled_tokens_follow_the_models_distribution():
     drawn = torch.tensor([row[1] for row in lm.sample([[5]] * 4000, 1, seed=0)])
     frequencies = torch.bincount(drawn, minlength=400) / 4000
     assert (frequencies - chances / chances.sum()).abs().sum() / 2 < 0.13
-    # Cut to the 50 likeliest tokens, as generate does by default, it would be far off.
+    # With the 50 likeliest tokens only, the default of generate, the frequencies would differ clearly.
     top = chances.topk(50).values.sum() / chances.sum()
     assert 1 - top > 0.2

@@ -1,4 +1,4 @@
-"""bfloat16 products: near the float32 ones by what the rounding explains, only where they should be, nothing left."""
+"""Tests that bfloat16 products differ from float32 products only by rounding, and only in the selected maps."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_the_chosen_blocks_round_and_no_other(family):
     for before, after in zip(exact[:3], rounded[:3], strict=True):
         assert torch.equal(before, after)
     gap = (exact[-1] - rounded[-1]).norm() / exact[-1].norm()
-    # A bfloat16 has 8 significant bits: one rounding errs by up to 2^-9, and two blocks do a dozen.
+    # bfloat16 has 8 significant bits: one rounding has a relative error up to 2^-9, and two blocks round a dozen times.
     assert 1e-5 < gap < 12 * 2**-9
     assert rounded[-1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_one_map_by_hand(family):
-    # Rounded input times rounded weight, summed in float64: what is left is the rounding of the sum.
+    # Rounded input times rounded weight, summed in float64: only the rounding of the sum remains.
     lm = make(family)
     block = lm.anatomy.blocks[0]
     module = linear_maps(block)[lm.anatomy.edit_path]
@@ -77,7 +77,7 @@ def test_the_gradient_is_near_the_float32_one():
     assert 0 < (exact - rounded).norm() / exact.norm() < 0.02
 
 
-def test_nothing_is_left_behind_even_after_an_error():
+def test_the_model_is_restored_even_after_an_error():
     lm = make("gpt2")
     before = {name: (p, p.clone()) for name, p in lm.named_parameters()}
     with pytest.raises(ZeroDivisionError), bfloat16_products(lm.anatomy.blocks, lm.anatomy.edit_path):
@@ -88,14 +88,14 @@ def test_nothing_is_left_behind_even_after_an_error():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.modules())
 
 
-def test_weights_of_another_type_are_left_alone():
+def test_weights_of_another_type_are_not_changed():
     lm = LanguageModel(tiny_model("llama").double(), tiny_tokenizer())
     exact = states(lm)
     with bfloat16_products(lm.anatomy.blocks, lm.anatomy.edit_path):
         assert torch.equal(states(lm)[-1], exact[-1])
 
 
-def test_no_other_device_is_asked_for_cpu_instructions():
+def test_cpu_instructions_do_not_count_on_other_devices():
     assert not multiplies_bfloat16(torch.device("meta"))
 
 
@@ -124,7 +124,7 @@ def test_maps_that_read_one_tensor_share_its_rounded_copy(monkeypatch):
     ("matmul", "able", "rounds"),
     [("float32", True, False), ("bfloat16", False, True), ("auto", True, True), ("auto", False, False)],
 )
-def test_products_as_a_setting_wants_them(monkeypatch, matmul, able, rounds):
+def test_products_follow_the_setting(monkeypatch, matmul, able, rounds):
     monkeypatch.setattr("editlab.lm.matmul.multiplies_bfloat16", lambda device: able)
     lm = make("llama")
     exact = states(lm)[-1]

@@ -1,4 +1,4 @@
-"""What weights take against their files; what is free against what the system's own files say; what does not fit."""
+"""Tests of the size of weights, of the free memory, and of work that does not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from editlab.errors import EditLabError
 from editlab.lm import memory
 from editlab.lm.loading.load import load
-from editlab.lm.memory import by_halves, free_memory, lacks_memory, require_memory, room_beside, weight_bytes
+from editlab.lm.memory import by_halves, free_memory, lacks_memory, require_memory, spare_gpu_memory, weight_bytes
 from tests.ggufs import write_gguf
 from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
 
@@ -21,32 +21,36 @@ GIB = 2**30
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_weights_are_counted_as_they_lie_in_the_model(family, dtype):
-    model = tiny_model(family).to(dtype)  # its parameters are each there once, tied ones too
+def test_weights_are_counted_as_stored_in_the_model(family, dtype):
+    model = tiny_model(family).to(dtype)  # it has each parameter once, also tied ones
     rng = torch.get_rng_state()
     assert weight_bytes(model.config, dtype) == sum(p.untyped_storage().nbytes() for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), rng)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "mend"),
+    ("dtype", "device", "fix"),
     [
-        (torch.float32, "cpu", "set trainer.precision to bf16-true (2.0 GiB), or take a smaller model"),
-        (torch.bfloat16, "cpu", "2.9 GiB of memory are free: take a smaller model"),
-        (torch.bfloat16, "cuda:0", "of the memory of cuda:0 are free: spread it by model.device_map auto, or take a"),
+        (torch.float32, "cpu", "set trainer.precision to bf16-true (2.0 GiB), or choose a smaller model"),
+        (torch.bfloat16, "cpu", "2.9 GiB of memory are free: choose a smaller model"),
+        (
+            torch.bfloat16,
+            "cuda:0",
+            "of the memory of cuda:0 are free: distribute it by model.device_map auto, or",
+        ),
     ],
 )
-def test_what_is_said_where_it_does_not_suffice(monkeypatch, dtype, device, mend):
+def test_insufficient_memory_raises_an_error_with_a_fix(monkeypatch, dtype, device, fix):
     monkeypatch.setattr(memory, "free_memory", lambda device: int(2.9 * GIB))
     require_memory("it", int(2.9 * GIB), dtype, torch.device(device))
     with pytest.raises(EditLabError) as caught:
         require_memory("it", 4 * GIB, dtype, torch.device(device))
     assert type(caught.value) is EditLabError
     assert str(caught.value).startswith("the weights of it take 4.0 GiB in ")
-    assert mend in str(caught.value)
+    assert fix in str(caught.value)
 
 
-def test_nothing_is_said_where_what_is_free_can_not_be_told(monkeypatch):
+def test_unknown_free_memory_raises_no_error(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: None)
     require_memory("it", 2**60, torch.float32, CPU)
 
@@ -63,12 +67,12 @@ def test_a_gguf_file_takes_four_bytes_a_weight(tmp_path, monkeypatch):
     load(str(tmp_path / "tiny.gguf"), torch.bfloat16)
 
 
-def test_the_device_to_which_it_will_be_taken_has_to_hold_it_too(tmp_path, monkeypatch):
+def test_the_target_device_must_also_have_enough_memory(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(memory, "free_memory", lambda device: 2**40 if device.type == "cpu" else 1000)
     load(str(tmp_path), torch.float32)
-    load(str(tmp_path), torch.float32, device_map="cpu", device=torch.device("cuda:0"))  # spread: it need not
+    load(str(tmp_path), torch.float32, device_map="cpu", device=torch.device("cuda:0"))
     with pytest.raises(EditLabError, match="of the memory of cuda:0 are free"):
         load(str(tmp_path), torch.float32, device=torch.device("cuda:0"))
 
@@ -82,27 +86,27 @@ def system(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_what_is_available_and_swap_are_free(system):
+def test_available_memory_and_swap_are_free(system):
     assert free_memory(CPU) == 4 * GIB
 
 
 @pytest.mark.parametrize(("limit", "free"), [("max", 4 * GIB), (str(100 * GIB), 4 * GIB), (str(2 * GIB), GIB)])
-def test_a_container_may_leave_less(system, limit, free):
+def test_the_limit_of_a_container_counts(system, limit, free):
     (system / "memory.max").write_text(limit + "\n")
     (system / "memory.current").write_text(f"{3 * GIB // 2}\n")
     (system / "memory.stat").write_text(f"anon {GIB}\ninactive_file {GIB // 2}\n")
     assert free_memory(CPU) == free
 
 
-def test_this_machine_tells():
+def test_this_machine_reports_free_memory():
     assert 0 < free_memory(CPU) <= psutil.virtual_memory().total + psutil.swap_memory().total
 
 
-def test_other_devices_do_not_tell(system):
+def test_other_devices_report_no_free_memory(system):
     assert free_memory(torch.device("mps")) is None
 
 
-def test_what_does_not_fit_goes_through_by_halves(caplog):
+def test_work_that_does_not_fit_is_done_by_halves(caplog):
     seen = []
 
     def work(items):
@@ -113,11 +117,11 @@ def test_what_does_not_fit_goes_through_by_halves(caplog):
 
     assert by_halves(work, range(10)) == [10 * item for item in range(10)]
     assert seen == [10, 5, 2, 3, 5, 2, 3]
-    assert "Memory does not hold 10 rows at once" in caplog.text
+    assert "Memory is insufficient for 10 rows at once" in caplog.text
 
 
 @pytest.mark.parametrize(("error", "items"), [(torch.OutOfMemoryError("out"), 1), (ValueError("other"), 8)])
-def test_what_halves_do_not_mend_is_raised(error, items):
+def test_errors_that_halving_cannot_fix_are_raised(error, items):
     calls = []
 
     def work(some):
@@ -141,14 +145,14 @@ def test_what_halves_do_not_mend_is_raised(error, items):
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
     ],
 )
-def test_errors_that_tell_of_memory(error):
+def test_errors_of_insufficient_memory_are_recognized(error):
     assert lacks_memory(error)
 
 
-def test_other_errors_do_not_tell_of_memory():
+def test_other_errors_are_not_taken_for_insufficient_memory():
     assert not lacks_memory(RuntimeError("shapes do not fit"))
     assert not lacks_memory(RuntimeError("CUDA error: device-side assert triggered"))
 
 
-def test_a_model_on_no_gpu_leaves_no_room_that_counts():
-    assert room_beside(tiny_model("llama")) is None
+def test_a_model_on_the_cpu_has_no_spare_gpu_memory():
+    assert spare_gpu_memory(tiny_model("llama")) is None

@@ -1,4 +1,4 @@
-"""Models whose blocks are offloaded to disk, against the same models loaded plainly: every reading and every edit."""
+"""Tests that models with offloaded blocks give the same results and edits as the same models loaded normally."""
 
 import lightning as L
 import pytest
@@ -12,7 +12,7 @@ from editlab.keys.moments import MomentSettings, second_moments
 from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.placement import runs_on, settle, weights_of
+from editlab.lm.placement import load_offloaded, runs_on, weights_of
 from editlab.values.optimize import ValueSettings, optimize_values
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor
@@ -20,11 +20,11 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gemma2": "model.layers"}
 EDITED, ABOVE = 1, 2
-"""Blocks that are offloaded: one that is edited, and one that the gradient goes through."""
+"""Blocks that are offloaded: one that is edited, and one that the gradient passes."""
 
 
 def spread(family):
-    """A device map with two blocks on the disk, and all else on the CPU, where everything runs."""
+    """Return a device map with two blocks on disk and all other modules on the CPU, where all modules run."""
     model = tiny_model(family)
     top = BLOCKS[family].partition(".")[0]
     map_ = {name: "cpu" for name, _ in model.named_children() if name != top}
@@ -39,7 +39,7 @@ def spread(family):
 
 @pytest.fixture(params=BLOCKS)
 def pair(request, tmp_path):
-    """One model twice: loaded plainly, and spread."""
+    """Load one model twice: normally, and with offloaded blocks."""
     tiny_model(request.param).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     load = lambda device_map: LanguageModel.from_name(str(tmp_path / "model"), torch.float32, device_map=device_map)
@@ -51,7 +51,7 @@ def equal(measure, plain, placed):
 
 
 def readings(lm):
-    """Values, keys, moments and scores with the weights as they are."""
+    """Compute values, keys, moments and scores of the unedited model."""
     site, facts = Site.of(lm, EDITED), FACTS[:3]
     values = optimize_values(lm, facts, site, ["", "Oslo lies in Norway. "], ValueSettings(steps=4, matmul="float32"))
     keys = read_keys(lm, facts, EDITED, site, [""], "bare")
@@ -69,11 +69,11 @@ def test_a_spread_model_is_the_same_model(pair):
     assert placed.anatomy.additive == plain.anatomy.additive
     assert fingerprint(placed.model) == fingerprint(plain.model)
     assert equal(readings, plain, placed)
-    # Nothing is left of a pass that was cut short: offloaded weights have gone again.
+    # A pass that was ended early leaves no loaded weights behind.
     assert placed.anatomy.edit_module(ABOVE).weight.is_meta
 
 
-def test_an_edit_of_an_offloaded_block_stays(pair):
+def test_an_edit_of_an_offloaded_block_persists(pair):
     plain, placed = pair
     before = fingerprint(placed.model)
     layers = [EditedLayer(lm.anatomy.edit_module(EDITED), lm.anatomy.transposed(EDITED)) for lm in pair]
@@ -90,7 +90,7 @@ def test_an_edit_of_an_offloaded_block_stays(pair):
 
 def test_a_placed_model_is_not_moved(pair):
     plain, placed = pair
-    torch.nn.ModuleList([placed]).to(torch.float64)  # as the Trainer moves its module and all in it
+    torch.nn.ModuleList([placed]).to(torch.float64)  # the Trainer moves its module in the same way
     assert {t.dtype for _, t in weights_of(placed.model)} == {torch.float32}
     assert placed.anatomy.edit_module(ABOVE).weight.is_meta
     assert plain.to(torch.float64).model.dtype == torch.float64
@@ -112,9 +112,9 @@ def test_a_run_on_a_spread_model(tiny_folder, tmp_path):
     assert all(bool(total.any()) for total in totals["plain"])
 
 
-def test_what_can_not_be_placed_is_said(tiny_folder):
+def test_impossible_device_maps_raise_an_error(tiny_folder):
     with pytest.raises(UserError, match="cannot be loaded"):
         LanguageModel.from_name(str(tiny_folder), torch.float32, device_map="everywhere")
     module = torch.nn.Linear(2, 2, device="meta")  # offloaded by a hook of the block around it
     with pytest.raises(UserError, match="place its block on a device"):
-        settle(module)
+        load_offloaded(module)

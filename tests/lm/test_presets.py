@@ -1,4 +1,4 @@
-"""The presets of published models: readable, and within what their models have."""
+"""Tests that the presets of published models can be read and fit their models."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PRESETS = sorted((Path(__file__).parents[2] / "configs" / "models").glob("*.yaml
 DEPTH = {"gpt2-xl": 48, "gpt-j-6b": 28, "llama-2-7b": 32, "llama-3-8b": 32}
 
 
-def test_every_preset_is_looked_at():
+def test_every_preset_is_tested():
     assert {path.stem for path in PRESETS} == DEPTH.keys()
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_says_how_to_run_it_and_fits_its_model(path):
+def test_a_preset_states_its_command_and_fits_its_model(path):
     first, second = path.read_text().splitlines()[:2]
     command = f"# editlab fit --config configs/emmet.yaml --config configs/models/{path.name}"
     assert first == command

@@ -1,4 +1,4 @@
-"""The probe against the same block run by hand."""
+"""Tests of the probe against the same block run by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.probe import TOKENS, linear_maps, random_signs, remembers_by_attention, run_block
+from editlab.lm.probe import TOKENS, keeps_only_kv_cache, linear_maps, random_signs, run_block
 from tests.tiny import FAMILIES, OTHERS, tiny_model, tiny_tokenizer
 
 
@@ -18,7 +18,7 @@ def unaltered(path, output, scale):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_seen_is_what_the_model_computes(family):
+def test_the_trace_holds_what_the_model_computes(family):
     model = tiny_model(family)
     block = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 4)[1]
     trace = run_block(model, block, 2, unaltered)
@@ -60,7 +60,7 @@ def test_the_blocks_above_do_not_run():
 
 
 @pytest.mark.parametrize("times", [2, 3])
-def test_a_map_that_runs_more_than_once_is_not_seen(times):
+def test_a_map_that_runs_more_than_once_is_not_recorded(times):
     model = tiny_model("llama", intermediate_size=32)
     mlp = model.model.layers[0].mlp
     mlp.up_proj = nn.Sequential(*[mlp.gate_proj] * (times - 1))
@@ -75,7 +75,7 @@ def test_a_block_that_is_not_run_is_refused():
         run_block(model, tiny_model("llama").model.layers[0], 1, unaltered)
 
 
-def test_random_signs_have_both_signs_and_the_type_asked_for():
+def test_random_signs_have_both_signs_and_the_given_type():
     signs = random_signs(torch.zeros(3, 64, dtype=torch.bfloat16))
     assert signs.shape == (64,)
     assert signs.dtype is torch.bfloat16
@@ -84,9 +84,9 @@ def test_random_signs_have_both_signs_and_the_type_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-def test_attention_is_all_that_remembers(family, dtype):
+def test_models_with_attention_keep_only_a_kv_cache(family, dtype):
     model = tiny_model(family).to(dtype).train()
-    assert remembers_by_attention(model)
+    assert keeps_only_kv_cache(model)
     assert model.training
 
 
@@ -98,13 +98,13 @@ TINY = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidd
     "config",
     [
         transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention"] * 2),  # short convolutions
-        transformers.OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4),  # keeps nothing
+        transformers.OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4),  # keeps no state
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
-def test_what_else_remembers_is_refused(config):
+def test_models_with_another_state_are_rejected(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert not remembers_by_attention(model)
-    with pytest.raises(UserError, match="keeps something else of earlier tokens than their keys and values"):
+    assert not keeps_only_kv_cache(model)
+    with pytest.raises(UserError, match="keeps more of earlier tokens than a KV cache"):
         LanguageModel(model, tiny_tokenizer())

@@ -1,4 +1,4 @@
-"""Text corpora: files, hub data sets, text that the model samples itself, and the text that ships with editlab."""
+"""Tests of text corpora: files, hub data sets, text sampled from the model, and text that ships with editlab."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lm():
 
 @pytest.fixture(autouse=True)
 def cache(request, monkeypatch, tmp_path):
-    """Keep artefacts in a folder of the test's own; the built-in model has to be found in the user's."""
+    """Use a separate cache folder for each test, except that the built-in model is read from the user's cache."""
     if "real" not in request.keywords:
         monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -43,7 +43,7 @@ def cache(request, monkeypatch, tmp_path):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Make windows of 16 tokens: sampling token by token takes its time."""
+    """Make windows of 16 tokens, because sampling is slow."""
     monkeypatch.setattr(corpus, "WINDOW", 16)
 
 
@@ -78,7 +78,7 @@ def test_a_file_is_cut_into_windows(lm, tmp_path):
 
 
 def test_read_ids_takes_the_first_tokens_without_special_ones():
-    """Also from a text far longer than needed, and from a tokenizer that begins each text with <s>."""
+    """Also of a text far longer than needed, and with a tokenizer that begins each text with <s>."""
     plain = lm_of("llama")
     bos = LanguageModel(tiny_model("llama"), tiny_tokenizer(bos=True))
     text = " ".join(TEXT * 50)
@@ -86,7 +86,7 @@ def test_read_ids_takes_the_first_tokens_without_special_ones():
     assert read_ids(plain, text, 90) == read_ids(bos, text, 90) == expected
 
 
-def test_bad_texts_are_the_users_error(lm, tmp_path):
+def test_bad_texts_raise_a_user_error(lm, tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00\x80" * 10)
     (tmp_path / "short.txt").write_text("The capital of France")
     for name, message in (
@@ -100,7 +100,7 @@ def test_bad_texts_are_the_users_error(lm, tmp_path):
         assert one_sentence(caught)
 
 
-def test_a_key_is_of_a_text_and_not_of_its_name(tmp_path):
+def test_the_key_depends_on_the_text_and_not_on_its_path(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).write_text("The same.")
     (tmp_path / "c").write_text("Another.")
@@ -123,7 +123,7 @@ def test_a_hub_data_set_needs_its_package(lm, monkeypatch):
 
 
 class Rows(list):
-    """As much of a streamed data set as is used."""
+    """The part of a streamed data set that is used."""
 
     def take(self, count):
         return self[:count]
@@ -158,7 +158,7 @@ def test_a_hub_data_set_is_named_with_config_and_split(lm, monkeypatch, name, ex
     assert [token for window in windows for token in window] == lm.tokenizer("\n".join(TEXT * 10))["input_ids"][:300]
 
 
-def test_a_hub_data_set_that_does_not_load_is_the_users_error(lm, monkeypatch):
+def test_a_hub_data_set_that_does_not_load_raises_a_user_error(lm, monkeypatch):
     def load(*args, **kwargs):
         raise ConnectionError("no route\nto host")
 
@@ -189,7 +189,7 @@ def test_sampled_text_begins_with_an_ordinary_token_and_leaves_the_random_state(
 
 
 def test_each_group_of_windows_is_one_sample_with_a_seed_of_its_own(lm, short, monkeypatch):
-    """The group's seed is the text's plus the index of its first window."""
+    """The seed of a group is the seed of the text plus the index of the group's first window."""
     monkeypatch.setattr(corpus, "SAMPLED_ROWS", 2)
     windows = sample_text(lm, 16 * 5, 7, "")
     for start in (0, 2, 4):
@@ -198,7 +198,7 @@ def test_each_group_of_windows_is_one_sample_with_a_seed_of_its_own(lm, short, m
 
 
 def test_the_bar_moves_with_each_step(lm, short, monkeypatch):
-    """A pass of a large model takes minutes, a step a second."""
+    """Sampling with a large model takes minutes, and one step a second."""
     bars = []
 
     class Bar:
@@ -227,7 +227,7 @@ def test_the_bar_moves_with_each_step(lm, short, monkeypatch):
 # kept text
 
 
-def test_sampled_text_is_kept_for_this_model_and_these_settings(lm, short, sampled, cache):
+def test_sampled_text_is_cached_by_model_and_settings(lm, short, sampled, cache):
     first = self_text(lm, 40, 0, "")
     assert first == sample_text(lm, 40, 0, "")
     calls = len(sampled)
@@ -235,7 +235,7 @@ def test_sampled_text_is_kept_for_this_model_and_these_settings(lm, short, sampl
     assert len(sampled) == calls  # read and not sampled
     others = [
         self_text(lm, 40, 1, ""),
-        self_text(lm, 33, 0, ""),  # not the beginning of the longer text: fewer rows draw otherwise
+        self_text(lm, 33, 0, ""),  # not the beginning of the longer text, because fewer rows draw other numbers
         self_text(lm_of("gpt2"), 40, 0, ""),
     ]
     assert all(other != first for other in others)
@@ -252,7 +252,7 @@ def test_changed_weights_are_another_model(short, sampled):
     assert len(sampled) == 2
 
 
-def test_without_the_cache_nothing_is_kept(lm, short, sampled, cache):
+def test_without_the_cache_no_file_is_written(lm, short, sampled, cache):
     assert self_text(lm, 40, 0, "", cache=False) == self_text(lm, 40, 0, "", cache=False)
     assert len(sampled) == 2
     assert not cache.exists()
@@ -263,7 +263,7 @@ def test_without_the_cache_nothing_is_kept(lm, short, sampled, cache):
 
 @pytest.fixture
 def shipped(lm, monkeypatch, tmp_path):
-    """A text that ships for the tiny model, of tokens that it would hardly sample."""
+    """Make a shipped text for the tiny model, of tokens that the model would hardly sample."""
     ids = np.arange(256, dtype=np.uint16).reshape(2, 128)
     made_with = {"architecture": {**architecture(lm.model), "no longer in configurations": 1}}
     file = tmp_path / "tiny.self.safetensors"
@@ -276,13 +276,13 @@ def shipped(lm, monkeypatch, tmp_path):
     return text
 
 
-def test_shipped_text_is_taken_for_its_model_and_settings(lm, shipped, sampled):
+def test_shipped_text_is_used_for_its_model_and_settings(lm, shipped, sampled):
     assert self_text(lm, 256, 0, "", cache=False) == [list(range(128)), list(range(128, 256))]
     assert sampled == []
 
 
 @pytest.mark.parametrize(("family", "tokens", "seed"), [("llama", 255, 0), ("llama", 256, 1), ("gpt2", 256, 0)])
-def test_shipped_text_is_for_nothing_else(shipped, sampled, family, tokens, seed):
+def test_shipped_text_is_not_used_for_other_models_or_settings(shipped, sampled, family, tokens, seed):
     lm = lm_of(family)
     assert self_text(lm, tokens, seed, "") == sample_text(lm, tokens, seed, "")
     assert sampled
@@ -304,7 +304,7 @@ def test_damaged_shipped_text_is_not_used(lm, shipped, monkeypatch):
         shipped.ids()
 
 
-def test_the_built_in_models_text_is_whole_and_says_how_it_was_made():
+def test_the_built_in_models_text_is_complete_and_states_how_it_was_made():
     (text,) = SHIPPED
     assert (text.tokens, text.seed) == (MomentSettings().tokens, MomentSettings().seed)
     ids = text.ids()  # checks the digest
@@ -318,7 +318,7 @@ def test_the_built_in_models_text_is_whole_and_says_how_it_was_made():
 
 @pytest.mark.real
 def test_the_built_in_models_text_is_what_the_model_samples():
-    """The text is taken for the model that is fetched, and the first tokens of its first 128 windows are drawn again.
+    """The text is used for the fetched model, and the first tokens of its first 128 windows are sampled again.
 
     The windows of a group are drawn together, so a few steps of all of them are what can be compared.
     """

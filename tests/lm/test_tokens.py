@@ -1,4 +1,4 @@
-"""Positions in tokens against a count by hand: what the tokens before and after a position decode to."""
+"""Tests of token positions, by decoding the tokens before and after each position."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def text_of(tokenizer, ids) -> str:
     ],
 )
 def test_token_at_is_the_last_token_of_the_subject(tokenizer, text, subject):
-    """Up to that token the whole subject can be read, and up to the one before it can not."""
+    """Up to that token the whole subject can be read, and up to the token before it cannot."""
     encoding = encode(tokenizer, text)
     last = encoding.token_at(text.index(subject) + len(subject))
     assert text_of(tokenizer, encoding.ids[: last + 1]).endswith(subject)
@@ -76,7 +76,7 @@ def test_first_after_by_hand():
 # encode
 
 
-def test_padding_side_plays_no_part():
+def test_padding_side_has_no_effect():
     text = "The capital of France is Paris"
     assert encode(tiny_tokenizer(padding_side="left"), text) == encode(tiny_tokenizer(padding_side="right"), text)
 
@@ -88,7 +88,7 @@ def test_ids_are_the_tokenizers_own(tokenizer, text):
     assert len(encoding.ids) == len(encoding.offsets)
 
 
-def test_bos_goes_before_and_stands_on_no_character():
+def test_bos_is_first_and_covers_no_character():
     encoding = encode(tiny_tokenizer(bos=True), "The capital")
     plain = encode(tiny_tokenizer(), "The capital")
     assert (encoding.ids[0], encoding.offsets[0]) == (1, (0, 0))  # <s> has id 1: the second special token
@@ -107,8 +107,8 @@ def test_special_tokens_after_the_text_are_cut_off():
     assert encode(tokenizer, "Lima").ids == (1, *encode(tiny_tokenizer(), "Lima").ids)
 
 
-def test_a_special_token_written_in_the_text_stays():
-    """It covers characters, so it is the user's own."""
+def test_a_special_token_written_in_the_text_is_kept():
+    """It covers characters, so it is part of the user's text."""
     tokenizer = tiny_tokenizer()
     assert encode(tokenizer, "Lima</s>").ids[-1] == 2
 
@@ -148,12 +148,12 @@ def test_an_empty_target_is_the_users_error(tokenizer, target):
 
 @pytest.mark.parametrize("prompt", ["", "  "])
 def test_an_empty_prompt_is_the_users_error_where_nothing_precedes(prompt):
-    with pytest.raises(UserError, match="Nothing stands before the target 'Paris'"):
+    with pytest.raises(UserError, match="There is no token before the target 'Paris'"):
         encode_pair(tiny_tokenizer(), prompt, "Paris")
 
 
 def test_an_empty_prompt_is_fine_after_bos():
-    """The special token is something to predict from."""
+    """The target can be predicted from the special token."""
     encoding, start = encode_pair(tiny_tokenizer(bos=True), "", "Paris")
     assert start == 1
     assert text_of(tiny_tokenizer(), encoding.ids[start:]).strip() == "Paris"
@@ -178,7 +178,7 @@ def test_pad_of_nothing_has_no_rows():
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6), st.booleans())
-def test_the_mask_gives_the_rows_back(rows, left):
+def test_the_mask_recovers_the_rows(rows, left):
     ids, mask = pad(rows, left=left)
     assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == rows
     assert (ids[mask == 0] == 0).all()
@@ -198,12 +198,12 @@ def test_the_mask_gives_the_rows_back(rows, left):
         ([(1, 9, 3), (1, 2, 3), (1, 2, 9)], (1,)),
     ],
 )
-def test_what_rows_begin_with(rows, expected):
+def test_common_start_by_hand(rows, expected):
     assert common_start(rows) == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=30), st.integers(1, 20))
-def test_groups_that_begin_alike_are_a_partition_within_the_budget(rows, budget):
+def test_groups_with_common_beginnings_are_a_partition_within_the_budget(rows, budget):
     groups = by_beginning(rows, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(rows)))
     for group in groups:
@@ -212,7 +212,7 @@ def test_groups_that_begin_alike_are_a_partition_within_the_budget(rows, budget)
         assert len(group) == 1 or len(group) * max(len(rows[i]) for i in group) <= 4 * budget
 
 
-def test_groups_that_begin_alike_by_hand():
+def test_groups_with_common_beginnings_by_hand():
     # In order: 1, 1 2 3, 1 2 4 (four tokens that differ), then 5 6; a budget of five holds the first three rows only.
     assert by_beginning([[5, 6], [1, 2, 4], [1], [1, 2, 3]], 5) == [[2, 3, 1], [0]]
 

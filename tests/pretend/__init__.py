@@ -1,1 +1,1 @@
-"""A pretend accelerator, and the tests that run editlab on it."""
+"""A simulated accelerator, and the tests that run editlab on it."""

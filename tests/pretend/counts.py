@@ -1,7 +1,7 @@
-"""What a GPU would have been given to do, and where the host would have waited for it, by line of the caller.
+"""Counts of the operations that a GPU would run, and of the host's waits for them, by line of the caller.
 
 A *launch* is an operation that computes or copies. Most are one kernel; some (sorting, accumulating ``index_put``) are
-several. A *wait* is a place where the host cannot go on before the device has done all that was launched:
+several. A *wait* is a point where the host cannot continue before the device has finished all launched operations:
 
 - ``read``: a value is read (``item``, ``bool``, ``tolist``);
 - ``shape``: the shape of a result depends on values (``nonzero``, ``unique``, a bool mask as an index);
@@ -24,7 +24,7 @@ from tests.pretend.tensor import COPIES, INDEXING, Call, PretendTensor
 
 ROOT = Path(editlab.__file__).parents[1]
 PACKAGES = tuple(f"{ROOT}/{name}/" for name in ("editlab", "callbacks"))
-"""Folders of the code whose lines are counted."""
+"""Folders of the code whose operations are counted."""
 
 _READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 _SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
@@ -44,20 +44,20 @@ class Counts:
     """file:line (kind) -> waits"""
 
     def reset(self) -> None:
-        """Count from 0 again."""
+        """Set all counts to 0."""
         self.launches.clear()
         self.waits.clear()
 
     def launch(self, number: int = 1) -> None:
-        """Count kernels that are launched by an operation outside of the dispatcher."""
+        """Count kernel launches of an operation that bypasses the dispatcher."""
         self.launches[caller()] += number
 
     def wait(self, kind: str) -> None:
-        """Count one wait."""
+        """Count one wait of this kind."""
         self.waits[f"{caller()} ({kind})"] += 1
 
     def add(self, call: Call) -> None:
-        """Count an operation."""
+        """Count the launch and the wait of an operation, if it has them."""
         nothing_moves = call.name in COPIES and call.args[0].numel() == 0
         if nothing_moves or not (call.on_device or call.result_on_device):
             return
@@ -69,7 +69,7 @@ class Counts:
 
 
 def _wait_of(call: Call) -> str:
-    """The kind of wait that an operation is; empty for none."""
+    """Return the kind of wait that an operation causes; empty for none."""
     if call.name in _READS:
         return "read"
     lengths_unknown = call.overload == "repeat_interleave.Tensor" and call.kwargs.get("output_size") is None
@@ -90,12 +90,12 @@ def _wait_of(call: Call) -> str:
 
 @cache
 def _shown(file: str) -> str:
-    """A file of the counted packages as it is shown; empty for any other file."""
+    """Return the displayed path of a file of the counted packages; empty for any other file."""
     return Path(file).relative_to(ROOT).as_posix() if file.startswith(PACKAGES) else ""
 
 
 def caller() -> str:
-    """``file:line`` of the innermost frame in editlab or its callbacks; ``elsewhere`` where there is none."""
+    """Return ``file:line`` of the innermost frame in editlab or its callbacks; ``elsewhere`` if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

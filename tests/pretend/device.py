@@ -1,16 +1,16 @@
-"""A pretend accelerator on a machine without one, for tests of what only goes wrong on a GPU or a Mac.
+"""A simulated accelerator on a machine without one, for tests of errors that occur only on a GPU or a Mac.
 
     with pretend("cuda") as device:       # or "mps", which has no float64
-        model.to(device.name)             # runs on the CPU, and raises where the accelerator would
-    device.counts.waits                   # where the host would have waited for it
+        model.to(device.name)             # runs on the CPU, and raises the errors of the accelerator
+    device.counts.waits                   # lines at which the host would have waited for it
 
-How it works. A tensor on the device is a wrapper around a CPU tensor (:class:`~tests.pretend.tensor.PretendTensor`).
-C++ code takes it for one of PyTorch's PrivateUse1 device, whose Python backend (torch 2.10 and later) makes factories,
-``.to()`` and autograd treat it as a device of its own. A dispatch mode sees every operation, checks it
+How it works: a tensor on the device is a wrapper around a CPU tensor (:class:`~tests.pretend.tensor.PretendTensor`).
+For C++ code it is on PyTorch's PrivateUse1 device, whose Python backend (torch 2.10 and later) makes factories,
+``.to()`` and autograd treat it as a separate device. A dispatch mode intercepts every operation, checks it
 (:mod:`~tests.pretend.rules`), counts it (:mod:`~tests.pretend.counts`) and runs it on the contents. A function mode
-translates names: Python code says and sees ``cuda:0``, C++ code its own name.
+translates names: Python code uses ``cuda:0``, and C++ code its own name.
 
-What it cannot show: the precision and the errors of real kernels, memory, streams, several devices, and the device of
+It does not simulate the precision and the errors of real kernels, memory, streams, several devices, or the device of
 tensors in a saved file (they are saved as CPU tensors).
 """
 
@@ -36,7 +36,7 @@ from tests.pretend.counts import Counts
 from tests.pretend.tensor import NAME, Call, PretendTensor, is_pretend, tensors_in, with_tensors
 
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-"""Whether this PyTorch has the Python backend that is needed."""
+"""Whether this PyTorch has the required Python backend."""
 REASON = "this PyTorch has no Python backend for PrivateUse1 (it came with 2.10)"
 
 _INTERNAL = f"{NAME}:0"
@@ -45,7 +45,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 @dataclass
 class Accelerator:
-    """The device that is pretended."""
+    """The simulated device."""
 
     name: torch.device
     float64: bool
@@ -53,7 +53,7 @@ class Accelerator:
     """Whether factors of float32 matrix products are rounded to TF32's 10 bits of mantissa."""
     counts: Counts = field(default_factory=Counts)
     short_of_memory: Any = None
-    """Called with each :class:`Call` before it runs; may raise what the device would where memory is short."""
+    """Called with each :class:`Call` before it runs; it may raise the device's error for insufficient memory."""
 
 
 _active: list[Accelerator] = []
@@ -63,7 +63,7 @@ _active: list[Accelerator] = []
 
 
 def execute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Check an operation, count it, run it on the contents, and wrap what it gives."""
+    """Check an operation, count it, run it on the contents, and wrap its results."""
     call = Call(function, args, kwargs)
     accelerator = _active[-1] if _active else None
     if accelerator is not None:
@@ -90,7 +90,7 @@ def execute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _on_contents(call: Call, tf32: bool) -> tuple[Any, dict[str, Any]]:
-    """The arguments with contents in place of wrappers, and with the CPU as the device."""
+    """Return the arguments with contents in place of wrappers, and with the CPU as the device."""
     kwargs = dict(call.kwargs)
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
@@ -111,11 +111,11 @@ def _rounded_to_tf32(x: Tensor) -> Tensor:
 
 
 class _Dispatch(TorchDispatchMode):
-    """Sees operations that no :class:`PretendTensor` takes part in: factories, and copies to the device."""
+    """Intercepts operations without a :class:`PretendTensor` argument: factories, and copies to the device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # there composite operations arrive whole
+        if torch.is_inference_mode_enabled():  # in inference mode composite operations are not decomposed
             with self:
                 parts = function.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -127,7 +127,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """``scaled_dot_product_attention`` as one operation: C++ chooses its kernel by devices that it knows."""
+    """``scaled_dot_product_attention`` as one operation, because C++ selects its kernel by known devices."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Tensor:
@@ -135,7 +135,7 @@ class _Attention(torch.autograd.Function):
             inputs = [t.content.detach().requires_grad_() for t in (query, key, value)]
             out = torch._C._nn.scaled_dot_product_attention(*inputs, None if mask is None else mask.content, **options)
         ctx.graph = inputs, out
-        _active[-1].counts.launch(1 if mask is None else 3)  # the mask becomes numbers that are added, and is padded
+        _active[-1].counts.launch(1 if mask is None else 3)  # the mask is converted to numbers and padded
         return PretendTensor(out.detach())
 
     @staticmethod
@@ -163,7 +163,7 @@ def _attend(
 
 
 class _Names(TorchFunctionMode):
-    """Python code sees and says the accelerator's name; C++ code gets the internal one."""
+    """Makes Python code use the accelerator's name, and C++ code the internal name."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class _Names(TorchFunctionMode):
             args = tuple(map(self._internal, args))
             kwargs = {name: self._internal(x) for name, x in kwargs.items()}
         if function in (torch.tensor, torch.as_tensor, torch.asarray) and is_pretend(kwargs.get("device")):
-            # C++ would fill the tensor on the CPU and copy it past all modes.
+            # C++ would fill the tensor on the CPU and copy it without calling any mode.
             needs_gradient = kwargs.pop("requires_grad", False)
             made = function(*args, **{**kwargs, "device": "cpu"}).to(_INTERNAL)
             return made.requires_grad_(needs_gradient) if needs_gradient else made
@@ -217,7 +217,7 @@ class _Names(TorchFunctionMode):
 
 
 def _with_tensors(index: Any) -> Any:
-    """An index whose lists are tensors on the device, which C++ would make past all modes."""
+    """Convert lists in an index to tensors on the device, which C++ would make without calling any mode."""
     if isinstance(index, list):
         return torch.tensor(index, dtype=None if index else torch.long).to(_INTERNAL)
     return tuple(map(_with_tensors, index)) if isinstance(index, tuple) else index
@@ -230,13 +230,13 @@ def _with_tensors(index: Any) -> Any:
 def pretend(
     kind: str = "cuda", *, float64: bool | None = None, tf32: bool = False, memory: int = 24 << 30
 ) -> Iterator[Accelerator]:
-    """Have one accelerator inside the ``with``.
+    """Simulate one accelerator inside the ``with``.
 
     Args:
         kind: ``cuda`` or ``mps``.
-        float64: whether it has that type; default: all but ``mps`` have it.
+        float64: whether it supports float64; default: all except ``mps`` do.
         tf32: whether it rounds the factors of float32 matrix products.
-        memory: bytes of memory that ``torch.cuda`` reports, all of them free.
+        memory: bytes of memory that ``torch.cuda`` reports as total and as free.
     """
     _register()
     has_float64 = kind != "mps" if float64 is None else float64
@@ -246,7 +246,7 @@ def pretend(
         for owner, functions in _stand_ins(kind, memory).items():
             for name, function in functions.items():
                 stack.enter_context(mock.patch.object(owner, name, function, create=True))
-        # The modes belong to one thread: transformers must not load weights in others.
+        # The modes are active in one thread only, so transformers must not load weights in other threads.
         stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         # PyTorch's backward threads belong to the devices that existed when the first one started.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -263,16 +263,16 @@ _registered: list[Any] = []
 
 
 def _register() -> None:
-    """Make the device known to PyTorch, once a process."""
+    """Register the device with PyTorch, once for each process."""
     if _registered:
         return
-    import torch._dynamo  # it lists the functions of torch.cuda, and must not find our stand-ins
+    import torch._dynamo  # it lists the functions of torch.cuda, before they are replaced
     from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
     get_torch_obj_rule_map()
 
     class Module(backend_registration._DummyBackendModule):
-        """``torch.pretend``."""
+        """The module that PyTorch expects as ``torch.pretend``."""
 
         def get_rng_state(self, device: Any = None) -> Tensor:
             return torch.zeros(16, dtype=torch.uint8)
@@ -285,7 +285,7 @@ def _register() -> None:
 
 
 def _stand_ins(kind: str, memory: int) -> dict[Any, dict[str, Any]]:
-    """For each module or class, replacements of the functions that Lightning, transformers or editlab call."""
+    """Return for each module or class replacements of the functions that Lightning, transformers or editlab call."""
 
     def state(*args: Any) -> Tensor:
         return torch.zeros(16, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Small runs of editlab on the pretend accelerator and on the CPU, and how their updates compare."""
+"""Small runs of editlab on the simulated accelerator and on the CPU, and the difference of their updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ on_device = [
     pytest.mark.skipif(not AVAILABLE, reason=REASON),
     pytest.mark.filterwarnings("default"),  # Lightning gives advice for GPUs
 ]
-"""Marks of a module that needs the pretend accelerator."""
+"""Marks of a test module that needs the simulated accelerator."""
 
 SMALL = {
     "layers": [1, 2], "batch_size": 2, "progress": False,
@@ -32,12 +32,12 @@ def edited(kind, family="llama", dtype=torch.float32, facts=FACTS[:4], callbacks
     """Edit a tiny model; return the layers' sums of updates, on the CPU.
 
     Args:
-        kind: ``cpu``, or the accelerator to pretend.
-        family: of the model.
-        dtype: of its weights.
-        facts: to edit.
-        callbacks: of the run.
-        **settings: in place of :data:`SMALL`.
+        kind: ``cpu``, or the accelerator to simulate.
+        family: family of the model.
+        dtype: data type of its weights.
+        facts: facts to edit.
+        callbacks: callbacks of the run.
+        **settings: settings that override :data:`SMALL`.
     """
     model = tiny_model(family).to(dtype)
     if kind == "cpu":
@@ -46,7 +46,7 @@ def edited(kind, family="llama", dtype=torch.float32, facts=FACTS[:4], callbacks
         model.to(device.name)
         found = edit_model(model, tiny_tokenizer(), facts, callbacks=callbacks, **{**SMALL, **settings})
         assert {p.device for p in model.parameters()} == {device.name}
-        with found[1].editor.unedited():  # an adapter has come along with the layer
+        with found[1].editor.unedited():  # this fails if an adapter is not on the layer's device
             pass
         return _totals(found)
 
@@ -55,8 +55,8 @@ def _totals(result):
     return [layer.total.cpu() for layer in result[1].editor.changed_layers]
 
 
-def difference(some, others):
-    """The largest norm of a difference of sums, relative to the sum's norm."""
-    assert len(some) == len(others)
-    pairs = [(getattr(a, "content", a), b) for a, b in zip(some, others, strict=True)]
+def difference(found, expected):
+    """Return the largest norm of a difference of layer updates, relative to the norm of the expected update."""
+    assert len(found) == len(expected)
+    pairs = [(getattr(a, "content", a), b) for a, b in zip(found, expected, strict=True)]
     return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)

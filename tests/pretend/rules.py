@@ -1,4 +1,4 @@
-"""The rules of an accelerator that a CPU does not have: which tensors an operation may mix, and what it may make."""
+"""Restrictions of an accelerator that a CPU does not have: mixed devices and missing data types."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ WIDE = (torch.float64, torch.complex128)
 
 
 class DeviceRuleError(RuntimeError):
-    """An operation that the accelerator would refuse."""
+    """Raised for an operation that the accelerator would reject."""
 
 
 def check(call: Call, device: torch.device) -> None:
-    """Raise where the accelerator would, as far as the arguments tell.
+    """Raise the accelerator's error for an operation, as far as its arguments determine it.
 
     Raises:
-        DeviceRuleError: Tensors of two devices are mixed, or a CPU generator is to draw on the device.
+        DeviceRuleError: Tensors of two devices are mixed, or a CPU generator is used on the device.
     """
     for fault in _faults(call, device):
         raise DeviceRuleError(f"{call.name}: {fault}")
 
 
 def check_types(call: Call, result: Tensor, device: torch.device) -> None:
-    """Raise where the device has no float64 and a float64 tensor would come to lie on it, or be cast there.
+    """Raise an error if a float64 tensor would be created or cast on a device without float64.
 
     Raises:
-        TypeError: As Apple's MPS raises it.
+        TypeError: The same error as that of Apple's MPS.
     """
     cast_there = call.name in COPIES and call.source_on_device and result.dtype not in {x.dtype for x in call.tensors}
     if result.dtype in WIDE and (call.result_on_device or cast_there):
@@ -54,7 +54,7 @@ def _faults(call: Call, device: torch.device) -> Iterator[str]:
 
 
 def _indexing_faults(call: Call, device: torch.device) -> Iterator[str]:
-    """CPU indices may select from a tensor on the device, and CPU numbers without dimensions be written into it."""
+    """Yield the faults of indexing: a device tensor accepts CPU indices, and CPU values only without dimensions."""
     if not isinstance(call.args[0], PretendTensor):
         yield f"indices or values on {device} with an indexed tensor on the cpu"
     elif any(not isinstance(values, PretendTensor) and values.dim() > 0 for values in call.args[2:3]):
@@ -62,7 +62,7 @@ def _indexing_faults(call: Call, device: torch.device) -> Iterator[str]:
 
 
 def _mixes_only_scalars(call: Call) -> bool:
-    """Pointwise operations take CPU tensors without dimensions as numbers."""
+    """Return whether the CPU tensors are scalars, which pointwise operations on the device accept as numbers."""
     numbers = all(x.dim() == 0 for x in call.on_cpu)
     into_cpu = any(not isinstance(x, PretendTensor) for x in call.written)
     pointwise = torch.Tag.pointwise in call.function.tags or call.name == "fill_"

@@ -1,4 +1,4 @@
-"""Tensors on the pretend device, and one operation on them as PyTorch's dispatcher passes it on."""
+"""Tensors on the simulated device, and an operation on them as PyTorch's dispatcher passes it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 NAME = "pretend"
-"""Name of the device inside PyTorch's C++ code; Python code sees the name of the accelerator that it stands for."""
+"""Name of the device in PyTorch's C++ code; Python code uses the name of the simulated accelerator."""
 
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
 
 
 def is_pretend(device: Any) -> bool:
-    """Whether a device, or the name of one, is the pretend device."""
+    """Return whether a device, given as such or by name, is the simulated device."""
     return device is not None and torch.device(device).type == NAME
 
 
 class PretendTensor(Tensor):
-    """A tensor on the pretend device: a wrapper without memory of its own around a CPU tensor with the content."""
+    """A tensor on the simulated device: a wrapper without its own memory around a CPU tensor with the content."""
 
     content: Tensor
 
@@ -54,7 +54,7 @@ class PretendTensor(Tensor):
 
 
 def tensors_in(x: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and dicts; quicker than PyTorch's own walk, which knows more containers."""
+    """Yield all tensors in nested lists, tuples and dicts; PyTorch's tree walk has more containers, but is slower."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (list, tuple)):
@@ -65,7 +65,7 @@ def tensors_in(x: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(x: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same nested lists, tuples and dicts with each tensor changed."""
+    """Apply ``change`` to each tensor in nested lists, tuples and dicts, and return the same structure."""
     if isinstance(x, Tensor):
         return change(x)
     if isinstance(x, (list, tuple)):
@@ -90,12 +90,12 @@ class Call:
     """One operation and its arguments.
 
     Attributes:
-        name: such as ``add``.
-        overload: such as ``add.Tensor``.
+        name: name of the operation, such as ``add``.
+        overload: its overload, such as ``add.Tensor``.
         tensors: all tensors among the arguments.
-        on_device: those on the pretend device.
-        on_cpu: the others.
-        result_on_device: whether the result lies on the pretend device.
+        on_device: tensors on the simulated device.
+        on_cpu: tensors on the CPU.
+        result_on_device: whether the result is on the simulated device.
         is_view: whether the result shares memory with an argument and nothing is computed.
     """
 
@@ -115,7 +115,7 @@ class Call:
 
     @property
     def source_on_device(self) -> bool:
-        """Of a copy: whether what is copied lies on the pretend device."""
+        """Whether the source of a copy is on the simulated device."""
         return isinstance(self.args[1 if self.name == "copy_" else 0], PretendTensor)
 
     @property

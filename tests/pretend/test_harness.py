@@ -1,4 +1,4 @@
-"""The pretend accelerator itself: what it refuses, what it allows, and what it counts."""
+"""Tests of the simulated accelerator itself: the operations that it rejects, allows and counts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.pretend.device import AVAILABLE, REASON, pretend
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
 
 
-def test_a_tensor_on_it_computes_as_on_the_cpu_and_says_where_it_is():
+def test_a_tensor_computes_as_on_the_cpu_and_reports_its_device():
     with pretend() as device:
         x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
         y = x.to("cuda").requires_grad_()
@@ -32,7 +32,7 @@ def test_a_tensor_on_it_computes_as_on_the_cpu_and_says_where_it_is():
         lambda here, there: torch.randint(2, (3,), device="cuda", generator=torch.Generator()),
     ],
 )
-def test_what_cuda_refuses_is_refused(operation):
+def test_operations_that_cuda_rejects_are_rejected(operation):
     with pretend():
         here, there = torch.ones(3, 3, device="cuda"), torch.ones(3, 3)
         if operation.__code__.co_names[:1] == ("long",):  # an index on the device into a CPU tensor
@@ -41,7 +41,7 @@ def test_what_cuda_refuses_is_refused(operation):
             operation(here, there)
 
 
-def test_what_cuda_allows_is_allowed():
+def test_operations_that_cuda_allows_are_allowed():
     with pretend():
         here = torch.ones(3, 3, device="cuda")
         for result in (here * torch.tensor(2.0), here[torch.tensor([0, 1])], here + 1, torch.where(here > 0, here, 0)):
@@ -92,7 +92,7 @@ def test_tf32_rounds_the_factors_of_products_to_ten_bits():
         assert float(factor * 1) == 1 + 2.0**-12
 
 
-def test_nothing_of_it_is_left_afterwards():
+def test_pytorch_is_unchanged_afterwards():
     before = torch.cuda.is_available()
     with pretend():
         pass

@@ -1,4 +1,4 @@
-"""Taking a model in: as Lightning does it, with its device as the default one, and with TF32's coarse products."""
+"""Tests of wrapping a model while the accelerator is the default device, as in Lightning, and with TF32 products."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_device_may_be_the_default_one(kind, family):
             assert LanguageModel(model, tiny_tokenizer()).packs
 
 
-def test_tf32_does_not_speak_against_a_model(monkeypatch):
+def test_tf32_does_not_reject_a_model(monkeypatch):
     with pretend(tf32=True) as device:
         model = tiny_model("llama").to(device.name)
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")

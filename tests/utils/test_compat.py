@@ -1,4 +1,4 @@
-"""Every private name of a dependency that editlab uses: it does what is expected, and stands in compat alone."""
+"""Tests that each private name of a dependency does what editlab expects, and is used in compat only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -28,7 +27,7 @@ from torch import nn
 from editlab.utils import compat
 from tests.tiny import tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ---- versions
@@ -48,7 +47,7 @@ def test_the_bounds_are_those_of_setup_cfg_and_hold_what_is_installed(package):
 
 
 def names_of(tree: ast.AST) -> tuple[set[str], dict[str, int]]:
-    """The private names that a module defines, and those that it looks up, with a line."""
+    """Return the private names that a module defines, and those that it looks up with their line numbers."""
     defined, used = set(), {}
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
@@ -66,7 +65,7 @@ def names_of(tree: ast.AST) -> tuple[set[str], dict[str, int]]:
     return defined, used
 
 
-def test_private_names_of_dependencies_stand_in_compat_alone():
+def test_private_names_of_dependencies_are_used_in_compat_only():
     files = [*(ROOT / "editlab").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]
     found = {path: names_of(ast.parse(path.read_text(encoding="utf-8"))) for path in files if path.name != "compat.py"}
     ours = set().union(*(defined for defined, _ in found.values()))
@@ -113,15 +112,8 @@ def test_command_hooks():
         assert name in LightningCLI.__init__.__code__.co_names
 
 
-def test_verbs_of_a_parser():
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subcommands().add_subcommand("fit", ArgumentParser())
-    compat.verbs_of(parser).add_subcommand("ask", ArgumentParser())
-    assert parser.parse_args(["ask"]).subcommand == "ask"
-
-
 class OneStep(LightningModule):
-    """Three steps of gradient descent."""
+    """A module that is trained by three steps of gradient descent."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +130,7 @@ class OneStep(LightningModule):
 
 
 class Noted(compat.CheckpointHooks, ModelCheckpoint):
-    """Notes when its hooks are called."""
+    """Records the calls of its hooks."""
 
     def __init__(self, folder):
         super().__init__(folder, every_n_train_steps=2)
@@ -151,7 +143,7 @@ class Noted(compat.CheckpointHooks, ModelCheckpoint):
         self.notes.append(("after", trainer.global_step, Path(path).is_file()))
 
     def on_train_end(self, trainer, pl_module):
-        for _ in range(2):  # the second time everything is saved
+        for _ in range(2):  # the second call finds everything saved
             compat.save_unless_saved(self, trainer)
 
 
@@ -188,14 +180,14 @@ def test_a_strategys_timeout():
     assert compat.timeout_of(DDPStrategy(timeout=timedelta(seconds=5))) == timedelta(seconds=5)
 
 
-def test_replaced_parameters_are_the_very_objects():
+def test_replaced_parameters_are_exactly_the_given_objects():
     module, weight = nn.Linear(2, 2), nn.Parameter(torch.ones(2, 2))
     compat.replace_parameters(module, {"weight": weight})
     assert module.weight is weight
     assert dict(module.named_parameters())["weight"] is weight
 
 
-def test_attention_is_set_for_a_while():
+def test_attention_is_set_inside_the_with_only():
     config = tiny_model("llama").config
     before = compat.attention_of(config)
 

@@ -1,4 +1,4 @@
-"""The one cache: what was kept comes back to the bit, and a damaged file never comes back at all."""
+"""Tests that the disk cache returns stored results bit by bit, and never returns a damaged file."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def test_keys_differ_in_names_and_values_and_not_in_order():
         key_of(a=torch.ones(1))
 
 
-def test_what_was_kept_comes_back_and_nothing_is_computed_twice(tmp_path):
+def test_stored_results_are_read_and_not_computed_twice(tmp_path):
     cache = DiskCache(tmp_path / "deep" / "folder", TENSORS)
     result = {"a": torch.randn(3, 2, dtype=torch.float64), "b": torch.tensor([True])}
     assert cache.read("key") is None
     assert cache.fetch("key", lambda: result) is result
-    again = DiskCache(cache.folder, TENSORS).fetch("key", lambda: pytest.fail("computed again"))
+    again = DiskCache(cache.folder, TENSORS).fetch("key", lambda: pytest.fail("recomputed"))
     assert again.keys() == result.keys()
     assert all(torch.equal(again[name], result[name]) for name in result)
     assert cache.read("other") is None
 
 
-def test_one_flipped_bit_anywhere_is_noticed_and_logged(tmp_path, caplog):
+def test_one_flipped_bit_anywhere_is_detected_and_logged(tmp_path, caplog):
     cache = DiskCache(tmp_path, TEXT)
     cache.write("key", "content")
     size = cache.path("key").stat().st_size
@@ -69,14 +69,14 @@ def test_one_flipped_bit_anywhere_is_noticed_and_logged(tmp_path, caplog):
             flip(cache.path("key"), position, bit)
             assert cache.read("key") is None
             assert [record.getMessage() for record in caplog.records] == [
-                f"{cache.path('key')} is damaged: its content is computed again."
+                f"{cache.path('key')} is damaged: its content is recomputed."
             ]
             assert not cache.path("key").exists()
             assert cache.fetch("key", lambda: "content") == "content"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"editlab-cache-1 ", b"{}", b"\xff" * 100])
-def test_a_file_that_is_none_of_ours_is_damaged(tmp_path, content, caplog):
+def test_a_file_of_another_format_counts_as_damaged(tmp_path, content, caplog):
     path = tmp_path / "key.cache"
     path.write_bytes(content)
     assert read_checked(path) is None
@@ -84,21 +84,21 @@ def test_a_file_that_is_none_of_ours_is_damaged(tmp_path, content, caplog):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 60, -1])
-def test_a_file_cut_short_is_damaged(tmp_path, kept):
+def test_a_truncated_file_counts_as_damaged(tmp_path, kept):
     path = tmp_path / "key.cache"
     write_checked(path, b"some content that is long enough")
     path.write_bytes(path.read_bytes()[:kept])
     assert read_checked(path) is None
 
 
-def test_whole_content_that_no_longer_fits_is_computed_again(tmp_path, caplog):
+def test_intact_content_of_another_format_is_recomputed(tmp_path, caplog):
     old, new = DiskCache(tmp_path, TEXT), DiskCache(tmp_path, Codec(json.dumps, json.loads))
     old.write("key", "no JSON")
     assert new.read("key") is None
     assert "is damaged" in caplog.text
 
 
-def test_a_file_that_may_not_be_read_is_no_damage(tmp_path):
+def test_an_unreadable_file_does_not_count_as_damaged(tmp_path):
     (tmp_path / "key.cache").mkdir()
     with pytest.raises(OSError, match="directory"):
         read_checked(tmp_path / "key.cache")
@@ -114,19 +114,19 @@ def test_only_missing_rows_are_computed(tmp_path):
     cache = RowCache(tmp_path)
     assert torch.equal(cache.fetch([NAMES[1], NAMES[0], NAMES[1]], lambda m: ROWS[[1, 0]]), ROWS[[1, 0, 1]])
     assert torch.equal(cache.fetch(NAMES, compute), ROWS)
-    assert torch.equal(RowCache(tmp_path).fetch(NAMES[::-1], lambda m: pytest.fail("computed again")), ROWS.flip(0))
+    assert torch.equal(RowCache(tmp_path).fetch(NAMES[::-1], lambda m: pytest.fail("recomputed")), ROWS.flip(0))
     assert asked == [[2, 3]]
-    assert len(list(tmp_path.iterdir())) == 2  # rows that were computed together lie together
+    assert len(list(tmp_path.iterdir())) == 2  # one file for all rows that were computed together
 
 
-def test_rows_of_another_run_are_found_and_the_first_read_stays(tmp_path):
+def test_rows_of_another_run_are_found_and_the_first_one_read_is_used(tmp_path):
     mine, other = RowCache(tmp_path), RowCache(tmp_path)
     mine.fetch(NAMES[:1], lambda missing: ROWS[:1])
     other.fetch(NAMES[1:], lambda missing: ROWS[1:])
-    assert torch.equal(mine.fetch(NAMES, lambda missing: pytest.fail("computed again")), ROWS)
+    assert torch.equal(mine.fetch(NAMES, lambda missing: pytest.fail("recomputed")), ROWS)
 
 
-def test_a_row_that_is_not_finite_is_given_and_not_kept(tmp_path):
+def test_a_non_finite_row_is_returned_and_not_stored(tmp_path):
     spoilt = ROWS.clone()
     spoilt[1, 0] = torch.nan
     got = RowCache(tmp_path).fetch(NAMES, lambda missing: spoilt)
@@ -135,7 +135,7 @@ def test_a_row_that_is_not_finite_is_given_and_not_kept(tmp_path):
     assert torch.equal(RowCache(tmp_path).fetch(NAMES, lambda missing: ROWS[missing] * 2)[1], ROWS[1] * 2)
 
 
-def test_nothing_is_kept_of_a_failure(tmp_path):
+def test_nothing_is_stored_if_the_computation_fails(tmp_path):
     with pytest.raises(ZeroDivisionError):
         RowCache(tmp_path).fetch(NAMES, lambda missing: 1 / 0)
     assert list(tmp_path.iterdir()) == []
@@ -151,13 +151,13 @@ def test_one_flipped_bit_never_yields_wrong_rows(tmp_path, caplog):
         assert caplog.text.count("is damaged") == 1
 
 
-def test_what_another_run_wrote_meanwhile_stays(tmp_path):
+def test_rows_that_another_run_wrote_meanwhile_are_not_overwritten(tmp_path):
     def compute(missing):
         RowCache(tmp_path).fetch(NAMES, lambda also_missing: ROWS)
         return ROWS + 1
 
     RowCache(tmp_path).fetch(NAMES, compute)
-    assert torch.equal(RowCache(tmp_path).fetch(NAMES, lambda missing: pytest.fail("computed again")), ROWS)
+    assert torch.equal(RowCache(tmp_path).fetch(NAMES, lambda missing: pytest.fail("recomputed")), ROWS)
 
 
 @pytest.mark.parametrize("where", [0.0, 0.002, 0.3, 0.7, 0.999])
@@ -175,7 +175,7 @@ def test_a_flipped_byte_in_moments_never_yields_wrong_moments(tmp_path, monkeypa
     assert "is damaged" not in caplog.text
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_clear_error(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -195,7 +195,7 @@ def make(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "inner/b.txt", "digests.cache"])
-def test_a_flipped_bit_in_a_folder_is_noticed(tmp_path, caplog, name):
+def test_a_flipped_bit_in_a_folder_is_detected(tmp_path, caplog, name):
     folder = cached_folder(tmp_path / "thing", make)
     right = (folder / name).read_bytes()
     for position in range(len(right)):
@@ -203,19 +203,19 @@ def test_a_flipped_bit_in_a_folder_is_noticed(tmp_path, caplog, name):
         caplog.clear()
         assert cached_folder(folder, make) == folder
         assert [r.getMessage() for r in caplog.records] == [
-            f"{folder} is damaged ({name} has changed): it is made again."
+            f"{folder} is damaged ({name} has changed): it is recreated."
         ]
         assert (folder / name).read_bytes() == right
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
-def test_a_whole_folder_is_made_once(tmp_path):
+def test_an_intact_folder_is_made_once(tmp_path):
     folder = cached_folder(tmp_path / "thing", make)
     (folder / "notes of the user.txt").write_text("not ours")
     assert cached_folder(folder, lambda _: pytest.fail("made again")) == folder
 
 
-def test_a_folder_without_digests_gets_them_where_it_is_complete(tmp_path):
+def test_a_complete_folder_without_digests_gets_them(tmp_path):
     folder = tmp_path / "thing"
     folder.mkdir()
     make(folder)
@@ -224,14 +224,14 @@ def test_a_folder_without_digests_gets_them_where_it_is_complete(tmp_path):
     assert (cached_folder(folder, make) / "a.txt").read_text() == "first"
 
 
-def test_a_folder_that_lacks_a_part_is_made_again(tmp_path, caplog):
+def test_an_incomplete_folder_is_recreated(tmp_path, caplog):
     folder = tmp_path / "thing"
     folder.mkdir()
     assert (cached_folder(folder, make, [("a.txt", "other.txt")]) / "inner" / "b.txt").is_file()
     assert "a.txt is missing" in caplog.text
 
 
-def test_nothing_is_left_of_a_folder_that_could_not_be_made(tmp_path):
+def test_a_folder_that_could_not_be_made_leaves_no_files(tmp_path):
     with pytest.raises(ZeroDivisionError):
         cached_folder(tmp_path / "thing", lambda _: 1 / 0)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Whole or not at all: what is on disk after success, failure, a race and a full disk."""
+"""Tests of the files on disk after success, failure, a race and a full disk: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def fill(place: Path, text: str = "new") -> None:
-    (place / "a.txt" if place.is_dir() else place).write_text(text)
+def fill(path: Path, text: str = "new") -> None:
+    (path / "a.txt" if path.is_dir() else path).write_text(text)
 
 
 @pytest.mark.parametrize("chosen", ["/somewhere/else", "~/cache"])
@@ -30,7 +30,7 @@ def test_cache_dir_follows_the_variable(monkeypatch, chosen):
 
 
 @pytest.mark.parametrize("unset", [True, False])
-def test_cache_dir_is_the_platforms_otherwise(monkeypatch, unset):
+def test_cache_dir_defaults_to_the_platforms_folder(monkeypatch, unset):
     monkeypatch.setenv("EDITLAB_CACHE", "")
     if unset:
         monkeypatch.delenv("EDITLAB_CACHE")
@@ -39,7 +39,7 @@ def test_cache_dir_is_the_platforms_otherwise(monkeypatch, unset):
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
-def test_success_moves_it_into_place(tmp_path, atomic):
+def test_success_moves_it_to_its_path(tmp_path, atomic):
     target = tmp_path / "deep" / "down" / "thing"
     with atomic(target) as temporary:
         fill(temporary)
@@ -50,7 +50,7 @@ def test_success_moves_it_into_place(tmp_path, atomic):
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, UserError, FileNotFoundError])
-def test_failure_leaves_nothing_and_passes_through(tmp_path, atomic, failure):
+def test_a_failure_leaves_no_file_and_is_raised(tmp_path, atomic, failure):
     def fail():
         with atomic(tmp_path / "thing") as temporary:
             fill(temporary)
@@ -100,7 +100,7 @@ def test_of_two_racing_files_the_last_stays(tmp_path):
 
 
 @pytest.mark.parametrize(("atomic", "obstacle"), [(atomic_file, Path.mkdir), (atomic_folder, Path.touch)])
-def test_a_target_of_the_other_kind(tmp_path, atomic, obstacle):
+def test_a_file_in_the_path_of_a_folder_and_vice_versa(tmp_path, atomic, obstacle):
     obstacle(tmp_path / "thing")
 
     def work():
@@ -112,7 +112,7 @@ def test_a_target_of_the_other_kind(tmp_path, atomic, obstacle):
     assert listing(tmp_path) == ["thing"]
 
 
-def test_others_may_read_what_the_umask_lets_them(tmp_path):
+def test_permissions_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         with atomic_folder(tmp_path / "folder"), atomic_file(tmp_path / "file"):
@@ -129,7 +129,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path):
     [OSError(errno.ENOSPC, "No space"), RuntimeError("I/O error: No space left on device (os error 28)")],
     ids=["plain", "as safetensors says it"],
 )
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, atomic, error):
+def test_a_full_disk_raises_a_clear_error(tmp_path, monkeypatch, atomic, error):
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path))
 
     def fail():
@@ -143,8 +143,8 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, atomic, error):
     assert listing(tmp_path) == []
 
 
-def test_a_full_disk_is_seen_behind_a_vague_error(tmp_path, monkeypatch):
-    """torch.save reports a failed write without its reason; the free space tells it."""
+def test_a_full_disk_is_recognized_behind_a_vague_error(tmp_path, monkeypatch):
+    """torch.save reports a failed write without its reason, which is found by the free space."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 512, 512))
 
     def fail():
@@ -156,8 +156,8 @@ def test_a_full_disk_is_seen_behind_a_vague_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_place_that_is_read_only_is_not_called_full(tmp_path, monkeypatch, code):
-    """Such a file system, as of an image, has no free bytes either."""
+def test_a_read_only_file_system_is_not_reported_as_full(tmp_path, monkeypatch, code):
+    """A read-only file system, such as that of an image, has no free bytes either."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
 
     def refuse(path, *args, **kwargs):
@@ -168,14 +168,14 @@ def test_a_place_that_is_read_only_is_not_called_full(tmp_path, monkeypatch, cod
         pass
 
 
-def test_what_a_killed_writer_left_is_swept_away(tmp_path):
+def test_files_of_a_killed_writer_are_removed(tmp_path):
     try:
         with atomic_file(tmp_path / "thing") as file, atomic_folder(tmp_path / "things") as folder:
             fill(folder)
             left = [shutil.copyfile(file, f"{file}.kept"), shutil.copytree(folder, f"{folder}.kept")]
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        for copy in left:  # as they lay there while they were written
+        for copy in left:  # copies of the unfinished files
             os.rename(copy, str(copy).removesuffix(".kept"))
     (tmp_path / ".notes.part").touch()
     assert len(listing(tmp_path)) == 4
@@ -185,8 +185,8 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path):
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
-def test_no_permission_is_one_sentence(tmp_path, monkeypatch, atomic):
-    """Simulated at the system call, because a superuser is let through everywhere."""
+def test_a_missing_permission_raises_a_clear_error(tmp_path, monkeypatch, atomic):
+    """The missing permission is simulated at the system call, because a superuser has every permission."""
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
@@ -202,7 +202,7 @@ def test_no_permission_is_one_sentence(tmp_path, monkeypatch, atomic):
         work()
 
 
-def test_a_file_in_the_way_is_one_sentence(tmp_path, monkeypatch):
+def test_a_file_in_the_way_raises_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("not a folder")
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
 

@@ -1,4 +1,4 @@
-"""How threads wait and how many there are: what the user sets stands, and what others use is left to them."""
+"""Tests that the number of threads leaves busy cores to other programs, and that the user's settings are kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_command_sets_it_before_torch_is_imported(own, seen):
 
 
 class Times:
-    """What psutil reports, set by hand: seconds since the start of the machine, and of this process."""
+    """Hand-made processor times in place of psutil's, in seconds since the start of the machine and of this process."""
 
     def __init__(self, monkeypatch, cores):
         self.machine = {"user": 100.0, "system": 10.0, "idle": 300.0, "nice": 50.0, "iowait": 5.0, "guest": 40.0}
@@ -62,10 +62,10 @@ class Times:
         self.own[0] += own
 
 
-def test_free_cores_are_those_that_others_leave(monkeypatch):
+def test_free_cores_are_those_that_other_processes_do_not_use(monkeypatch):
     times = Times(monkeypatch, cores=4)
     meter = LoadMeter()
-    # In 10 seconds 4 cores have 40: others use 12, we 10, 3 are for niced processes, which give way, and 15 are idle.
+    # 4 cores have 40 core seconds in 10 s: 12 for other processes, 10 for this one, 3 for niced ones, and 15 idle.
     times.add(user=20, system=2, idle=13, iowait=2, nice=3, own=10)
     assert meter.free_cores() == pytest.approx(4 * (15 + 3 + 10) / 40)
     assert LoadMeter().free_cores() is None  # no time has passed
@@ -88,7 +88,7 @@ def test_a_nice_process_competes_with_nice_ones(monkeypatch):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Torch's number of threads, 4 at first, and no variable that fixes it."""
+    """Record torch's number of threads, which begins at 4, with no environment variable that fixes it."""
     for name in (*machine.THREAD_VARIABLES, "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     number = [4]
@@ -98,7 +98,7 @@ def threads(monkeypatch):
 
 
 class Free:
-    """A meter that has measured so many free cores."""
+    """A load meter that reports a given number of free cores."""
 
     def __init__(self, cores):
         self.cores = cores
@@ -121,7 +121,7 @@ def test_without_a_measurement_the_usable_cores_count(threads, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*machine.THREAD_VARIABLES, "LOCAL_RANK"])
-def test_a_fixed_number_stays(threads, monkeypatch, name):
+def test_a_number_fixed_by_the_user_is_kept(threads, monkeypatch, name):
     monkeypatch.setenv(name, "0")
     choose_threads(Free(0.0))
     assert threads == [4]
@@ -130,7 +130,7 @@ def test_a_fixed_number_stays(threads, monkeypatch, name):
         assert threads == [4]
 
 
-def test_a_resumed_run_takes_the_number_of_before(threads, monkeypatch):
+def test_a_resumed_run_uses_the_number_of_threads_of_its_checkpoint(threads, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     restore_threads(3)
     assert threads == [3]

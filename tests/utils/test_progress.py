@@ -1,4 +1,4 @@
-"""Bars are shown, or none at all: ours, transformers', and those of a run in one call."""
+"""Tests that all progress bars, including those of transformers and of a whole run, are shown or hidden together."""
 
 import pytest
 from transformers.utils import logging as transformers_logging
@@ -27,7 +27,7 @@ def test_a_bar_counts_whether_it_is_shown_or_not(capsys):
     assert "Outer" not in said
 
 
-def test_transformers_has_its_bars_back_also_after_an_error():
+def test_the_bars_of_transformers_are_restored_after_an_error():
     def fail():
         with bars(False):
             assert not transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Random states: there and back through a file, for each of the generators."""
+"""Tests that the state of each random generator survives being saved to a file and loaded."""
 
 import random
 
@@ -12,9 +12,9 @@ def draws():
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.standard_normal(), torch.rand(1).item()]
 
 
-def test_every_generator_goes_on_where_it_was(tmp_path):
+def test_every_generator_resumes_from_its_saved_state(tmp_path):
     before = rng_state()
-    draws()  # leaves half of a pair of Gaussian numbers behind, which is part of the state
+    draws()  # leaves a cached second Gaussian number, which is part of the state
     torch.save(rng_state(), tmp_path / "state")
     expected = [draws() for _ in range(3)]
     set_rng_state(torch.load(tmp_path / "state", weights_only=True))

@@ -1,11 +1,11 @@
-"""Each check at the ends of its range, on both sides of them; the sentences word for word."""
+"""Tests of each check at both sides of the ends of its range, and of its exact message."""
 
 import math
 
 import pytest
 
 from editlab.errors import UserError
-from editlab.utils.validation import above_zero, at_least_one, decays, not_negative, one_of, shares
+from editlab.utils.validation import above_zero, at_least_one, decays, fractions, not_negative, one_of
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from editlab.utils.validation import above_zero, at_least_one, decays, not_negat
         (at_least_one, [1, 2, 1.5], [0, -3, 0.5, math.nan], "it must be at least 1"),
         (above_zero, [1e-30, 7, 1e300], [0, -0.1, math.nan], "it must be above 0"),
         (not_negative, [0, 0.0, 3], [-1, -1e-30, math.nan], "it must not be negative"),
-        (shares, [0, 0.5, 1], [-0.01, 1.01, math.nan], "it must lie between 0 and 1"),
+        (fractions, [0, 0.5, 1], [-0.01, 1.01, math.nan], "it must lie between 0 and 1"),
         (decays, [1e-9, 0.5, 1], [0, 1.01, -1, math.nan], "it must be above 0 and at most 1"),
     ],
 )
@@ -28,11 +28,11 @@ def test_ranges(check, inside, outside, what):
 
 
 @pytest.mark.parametrize("check", [at_least_one, above_zero, not_negative])
-def test_infinity_is_no_setting(check):
+def test_infinity_is_rejected(check):
     with pytest.raises(UserError) as error:
         check("model", weight=math.inf)
     assert str(error.value) == "model.weight is inf: it must be finite."
-    check("model", weight=10**400)  # too large for a float, and a number
+    check("model", weight=10**400)  # too large for a float, but finite
 
 
 def test_names():

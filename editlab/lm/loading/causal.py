@@ -1,4 +1,4 @@
-"""Recognising models that continue a text from left to right."""
+"""Check that a model is a causal language model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from editlab.errors import UserError
 
 
 def require_causal(name: str, config: PretrainedConfig) -> None:
-    """Refuse models that do not continue a text from left to right.
+    """Reject models that do not predict text from left to right.
 
     Raises:
         UserError: The model ``name`` is an encoder or an encoder-decoder.
@@ -20,7 +20,7 @@ def require_causal(name: str, config: PretrainedConfig) -> None:
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name!r} is an encoder-decoder model ({kind}): choose a causal (decoder-only) one")
-    # Encoders such as BERT can be built as decoders; transformers loads them even where they have not been.
+    # Encoders such as BERT can be built as decoders; transformers also loads those that were not.
     encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{name!r} is not a causal language model ({kind}): choose one that continues text")

@@ -1,7 +1,7 @@
-"""GGUF files: a model in such a file is dequantized once, and kept in the cache as a plain folder.
+"""GGUF files: the model in such a file is dequantized once, and stored in the cache as a plain folder.
 
-Reading a GGUF file takes half a minute where a folder of safetensors takes a second. The folder is keyed by the file's
-content: a file that was changed is another model, and one that was only moved or renamed is the same.
+Reading a GGUF file takes half a minute, and a folder of safetensors takes a second. The folder is keyed by the file's
+content: a changed file is another model, and a file that was only moved or renamed is the same model.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MAGIC = b"GGUF"
 """First bytes of every GGUF file."""
 
 _PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
-"""Files that the folder of a model has; of alternatives, at least one."""
+"""Files that the folder of a model must have: at least one of each group."""
 _SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
-"""A text on which tokenizers differ: digits, apostrophes, spaces, line ends, scripts."""
+"""A text that different tokenizers tokenize differently: digits, apostrophes, spaces, line ends, scripts."""
 
 
 def is_gguf(file: Path) -> bool:
-    """Tell whether a file begins as GGUF files do."""
+    """Return whether a file begins with the GGUF magic bytes."""
     with file.open("rb") as opened:
         return opened.read(len(MAGIC)) == MAGIC
 
@@ -47,18 +47,18 @@ def is_gguf(file: Path) -> bool:
 def gguf_folder(file: Path) -> Path:
     """Return the folder in the cache that holds the model of a GGUF file; if there is none, make it first.
 
-    The weights are dequantized to float32, which takes 4 bytes each in memory and on the disk.
+    The weights are dequantized to float32, which takes 4 bytes per weight in memory and on disk.
 
     Raises:
         UserError: The file is damaged, one of several parts, or of a kind that transformers cannot read; or the cache
             cannot be written to.
-        EditLabError: The disk is full, or memory does not suffice.
+        EditLabError: The disk is full, or memory is insufficient.
     """
     return converted_folder(cache_dir() / "models" / f"gguf-{sha256(file)[:16]}", partial(_convert_checked, file))
 
 
 def converted_folder(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return ``folder`` in the cache, which holds a model; ``make`` fills it where it is missing or damaged.
+    """Return the folder of a model in the cache; if it is missing or damaged, ``make`` fills it first.
 
     Every file is compared with its digest at each call, which takes a tenth of a second for 500 MB.
 
@@ -73,8 +73,8 @@ def convert(file: Path, folder: Path) -> None:
     """Write the model of ``file`` to ``folder``: float32 safetensors, configuration and tokenizer.
 
     Raises:
-        UserError: Transformers has no reader for this kind of model or for its tokenizer, it does not continue text, or
-            tensors are missing.
+        UserError: Transformers cannot read this kind of model or its tokenizer, the model is not a causal language
+            model, or tensors are missing.
     """
     source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with _quiet():
@@ -82,7 +82,7 @@ def convert(file: Path, folder: Path) -> None:
             config = transformers.AutoConfig.from_pretrained(**source)
         require_causal(str(file), config)
         with _explained(f"transformers {transformers.__version__} cannot make the tokenizer of {file}"):
-            tokenizer = _as_it_is(transformers.AutoTokenizer.from_pretrained(**source))
+            tokenizer = _unconverted(transformers.AutoTokenizer.from_pretrained(**source))
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, output_loading_info=True
         )
@@ -95,7 +95,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def _convert_checked(file: Path, folder: Path) -> None:
-    parts, weights = _look_into(file)
+    parts, weights = _inspect(file)
     if parts > 1:
         raise UserError(f"{file} is one of {parts} parts of a model: join them by llama.cpp's gguf-split --merge")
     require_memory(str(file), 4 * weights, torch.float32, torch.device("cpu"))
@@ -103,23 +103,23 @@ def _convert_checked(file: Path, folder: Path) -> None:
     convert(file, folder)
 
 
-def _look_into(file: Path) -> tuple[int, int]:
+def _inspect(file: Path) -> tuple[int, int]:
     """Return the number of files that the model is split into, and of weights in this one.
 
     Raises:
-        UserError: The file's tables or tensors reach beyond its end, or make no sense.
+        UserError: The file's tables or tensors extend beyond its end, or are invalid.
     """
     try:
         reader = GGUFReader(file)
         split = reader.get_field("split.count")
         parts = int(split.parts[split.data[0]][0]) if split is not None else 1
         return parts, sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except (ValueError, LookupError, OverflowError, TypeError) as error:  # the reader checks no number
+    except (ValueError, LookupError, OverflowError, TypeError) as error:  # the reader does not check numbers
         raise UserError(f"{file} is damaged, cut short, or of another version of GGUF: get the file again") from error
 
 
-def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer as a PreTrainedTokenizerFast; a family's own class would rebuild it from its vocabulary."""
+def _unconverted(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer as a PreTrainedTokenizerFast, as a family's class would rebuild it from its vocabulary."""
     if type(tokenizer) is transformers.PreTrainedTokenizerFast:
         return tokenizer
     return transformers.PreTrainedTokenizerFast(
@@ -130,15 +130,15 @@ def _as_it_is(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -> None:
-    """Make sure that loading the folder gives the file's tokenizer, which transformers replaces for some families.
+    """Check that loading the folder gives the file's tokenizer, which transformers replaces for some families.
 
     Raises:
-        UserError: It gives another tokenizer.
+        UserError: Loading gives another tokenizer.
     """
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
         raise UserError(
-            f"transformers {transformers.__version__} takes another tokenizer for such a model than {file} has: name a "
+            f"transformers {transformers.__version__} uses another tokenizer for this model than {file} has: name a "
             "folder or a hub id of this model instead"
         )
 
@@ -155,15 +155,15 @@ def _explained(what: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the warnings, messages and progress bars of transformers."""
-    chatter = transformers.utils.logging
-    verbosity, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    messages = transformers.utils.logging
+    verbosity, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     try:
         with gguf_without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        chatter.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
         if bars:
-            chatter.enable_progress_bar()
+            messages.enable_progress_bar()

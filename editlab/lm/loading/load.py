@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer by name, and explaining in one sentence why that fails."""
+"""Loading a causal language model and its tokenizer by name, with clear error messages."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from editlab.lm.placement import DeviceMap
 _LEAST_VOCABULARY = 16
 
 BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
-"""Models that need no hub, by name: a function that downloads the model and returns its folder."""
+"""Models that need no hub: name -> function that downloads the model and returns its folder."""
 
 
 def load(
     name: str, dtype: torch.dtype, device_map: DeviceMap | None = None, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, for evaluation and without gradients, and its fast tokenizer.
+    """Load a causal language model, in eval mode and without gradients, and its fast tokenizer.
 
-    ``name`` is that of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
+    ``name`` is the name of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
     wrote or of a GGUF file, or an id on the Hugging Face hub. Code that comes with a model is never run.
-    ``device_map`` is transformers' own, for a model that does not fit on one device. The model is loaded into the CPU's
-    memory and later moved to ``device``, whose memory must hold it too.
+    ``device_map`` is passed to transformers, for a model that does not fit on one device. Otherwise the model is loaded
+    into the CPU's memory and later moved to ``device``, so it must fit into both.
 
     Raises:
         UserError: There is no such model; its folder or file is incomplete; it is gated, or not a causal
             language model; or it has no fast tokenizer (edits need the offsets of tokens in the text).
-        EditLabError: The hub cannot be reached, or a built-in model cannot be downloaded; or memory does not suffice.
+        EditLabError: The hub cannot be reached, a built-in model cannot be downloaded, or memory is insufficient.
     """
     source = _source(name)
     with _explained(name):
@@ -57,8 +57,8 @@ def load(
     if device_map is None:
         with _explained(name):
             needed = weight_bytes(config, dtype)
-        for place in dict.fromkeys([torch.device("cpu"), device or torch.device("cpu")]):
-            require_memory(repr(name), needed, dtype, place)
+        for target in dict.fromkeys([torch.device("cpu"), device or torch.device("cpu")]):
+            require_memory(repr(name), needed, dtype, target)
     with _explained(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, device_map=device_map, trust_remote_code=False, output_loading_info=True
@@ -71,7 +71,7 @@ def load(
 
 
 def _source(name: str) -> str:
-    """Return the folder or hub id that ``name`` means, or raise an error that says why it is neither."""
+    """Return the folder or hub id of ``name``; raise an error that explains why it is neither."""
     if name in BUILTIN:
         return str(ranks.first_ahead(BUILTIN[name]))
     folder = Path(name).expanduser()
@@ -83,23 +83,23 @@ def _source(name: str) -> str:
     known = f"name a built-in model ({built_in}), a folder, a GGUF file, or a hub id such as openai-community/gpt2"
     if name and folder.is_file():
         if not is_gguf(folder):
-            raise UserError(f"{name} is a file, but no GGUF file: {known}")
+            raise UserError(f"{name} is a file, but not a GGUF file: {known}")
         return str(ranks.first_ahead(lambda: gguf_folder(folder)))
     try:
         validate_repo_id(name)
     except hub.HFValidationError as error:
-        raise UserError(f"there is no folder {name!r}, and it is no hub id: {known}") from error
+        raise UserError(f"there is no folder {name!r}, and it is not a hub id: {known}") from error
     return name
 
 
 def _require_unquantized(name: str, config: PretrainedConfig) -> None:
-    """Refuse weights of 4 or 8 bits: an edit needs full precision in layers that are known only after loading."""
+    """Reject 4- or 8-bit weights, because an edit needs full precision in layers that are known only after loading."""
     how = getattr(config, "quantization_config", None)
     if how is not None:
         how = how if isinstance(how, dict) else how.to_dict()
         raise UserError(
-            f"the weights of {name!r} are quantized ({how.get('quant_method', 'of a kind of its own')}), and an update "
-            "is finer than their steps: name the model in full precision, or a GGUF file of it, which is dequantized"
+            f"the weights of {name!r} are quantized ({how.get('quant_method', 'by an unnamed method')}), and an update "
+            "is smaller than their steps: name the model in full precision, or a GGUF file of it, which is dequantized"
         )
 
 
@@ -109,10 +109,10 @@ def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         known = _hub_trouble(name, error)
-        raise known or UserError(f"{name!r} has no tokenizer that can be read: {get_another}") from error
+        raise known or UserError(f"{name!r} has no readable tokenizer: {get_another}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{name!r} has only a slow tokenizer, which gives no offsets: {get_another}")
-    # Without any tokenizer files, transformers makes an empty tokenizer of the right class, without an error.
+    # Without tokenizer files, transformers makes an empty tokenizer of the right class and raises no error.
     if len(tokenizer) < _LEAST_VOCABULARY:
         raise UserError(f"{name!r} has a tokenizer without a vocabulary: {get_another}")
     return tokenizer
@@ -120,7 +120,7 @@ def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Replace the errors of transformers and the hub by one sentence each."""
+    """Replace errors of transformers and the hub by clear messages."""
     try:
         yield
     except Exception as error:
@@ -130,7 +130,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _hub_trouble(name: str, error: BaseException) -> EditLabError | None:
-    """Explain an error of the hub among the causes of ``error``; None if there is none."""
+    """Return an explained error if a cause of ``error`` is a known hub error; None otherwise."""
     for link in causes(error):
         # The order matters: GatedRepoError is a subclass of RepositoryNotFoundError.
         if isinstance(link, hub.GatedRepoError):
@@ -152,5 +152,5 @@ def _hub_trouble(name: str, error: BaseException) -> EditLabError | None:
         if isinstance(link, OSError) and link.errno == errno.ENOSPC:
             return EditLabError(f"the disk is full while fetching {name!r}: free some space, or move HF_HOME")
         if "trust_remote_code" in str(link):
-            return UserError(f"{name!r} needs code of its own, which is never run: choose another model")
+            return UserError(f"{name!r} needs custom code, which editlab never runs: choose another model")
     return None

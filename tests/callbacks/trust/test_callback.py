@@ -202,7 +202,7 @@ def test_an_error_that_ends_the_run_is_not_treated_as_a_failed_probe(tiny_folder
     from callbacks.trust import probes
 
     def lost(*arguments):
-        raise EditLabError("The ranks are at different places.")
+        raise EditLabError("The ranks made different calls.")
 
     monkeypatch.setattr(probes, "measure_heldout", lost)
     with pytest.raises(EditLabError, match="different places"):

@@ -32,7 +32,7 @@ def test_half_a_character_is_named(tmp_path, capsys):
     path.write_text('{"subject": "\\ud83d", "prompt": "{} is", "target": "Rome"}\n')
     out, _ = check(path, capsys, 2)
     assert out == [
-        r"Record 0 (line 1) has '\ud83d' in its subject, which is half a character: write the whole one, or none."
+        r"Record 0 (line 1) has '\ud83d' in its subject, which is half a character: write the whole character, or none."
     ]
 
 

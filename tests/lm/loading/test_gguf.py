@@ -1,4 +1,4 @@
-"""GGUF files by path: the model that was written comes back, once converted; and what is wrong with others."""
+"""Tests that the model in a GGUF file is loaded and converted once, and that bad files raise clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IDS = torch.arange(20, 30)[None]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch, request) -> Path:
-    """Give a cache of its own to each test; the real one to those that need the real model."""
+    """Use a separate cache for each test, and the user's cache for tests that need the real model."""
     if "real" not in request.keywords:
         monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -47,7 +47,7 @@ def left_over(cache: Path) -> list[str]:
         ("gemma2", {}),  # tied and scaled embeddings, norms after the halves of a block, soft caps
     ],
 )
-def test_the_model_that_was_written_comes_back(tmp_path, family, changes):
+def test_the_loaded_model_is_the_written_one(tmp_path, family, changes):
     written = write_gguf(tmp_path / "tiny.gguf", family, **changes)
     model, tokenizer = load(str(tmp_path / "tiny.gguf"), torch.float32)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -66,7 +66,7 @@ def test_the_model_that_was_written_comes_back(tmp_path, family, changes):
     assert [end for _, end in with_offsets[0]] == [end for _, end in with_offsets[1]]
 
 
-def test_quantized_weights_are_those_that_the_format_means(tmp_path):
+def test_quantized_weights_follow_the_format(tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_0
     written = write_gguf(tmp_path / "tiny.gguf", quantization=kind, intermediate_size=64)
     model, _ = load(str(tmp_path / "tiny.gguf"), torch.float32)
@@ -94,7 +94,7 @@ def test_it_is_converted_once_and_found_by_its_content(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "digests.cache"])
 @pytest.mark.parametrize("where", [0.0, 0.5, 0.999])
-def test_a_flipped_byte_in_any_file_is_noticed(tmp_path, name, where, caplog):
+def test_a_flipped_byte_in_any_file_is_detected(tmp_path, name, where, caplog):
     write_gguf(tmp_path / "tiny.gguf")
     folder = gguf_folder(tmp_path / "tiny.gguf")
     right = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -102,19 +102,19 @@ def test_a_flipped_byte_in_any_file_is_noticed(tmp_path, name, where, caplog):
     damaged[int(where * len(damaged))] ^= 1
     (folder / name).write_bytes(damaged)
     assert gguf_folder(tmp_path / "tiny.gguf") == folder
-    assert f"{folder} is damaged ({name} has changed): it is made again." in caplog.text
+    assert f"{folder} is damaged ({name} has changed): it is recreated." in caplog.text
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == right
 
 
-def test_an_incomplete_folder_is_made_again(tmp_path, caplog):
+def test_an_incomplete_folder_is_recreated(tmp_path, caplog):
     write_gguf(tmp_path / "tiny.gguf")
     folder = gguf_folder(tmp_path / "tiny.gguf")
     (folder / "model.safetensors").unlink()
     assert (gguf_folder(tmp_path / "tiny.gguf") / "model.safetensors").is_file()
-    assert "is damaged (model.safetensors is missing): it is made again." in caplog.text
+    assert "is damaged (model.safetensors is missing): it is recreated." in caplog.text
 
 
-def test_a_run_on_the_file_is_one_on_its_folder(tmp_path, monkeypatch):
+def test_a_run_on_the_file_equals_a_run_on_its_folder(tmp_path, monkeypatch):
     """The same weights, edits and metrics to the last bit."""
     monkeypatch.chdir(tmp_path)
     write_gguf(tmp_path / "tiny.gguf")
@@ -141,7 +141,7 @@ def test_a_run_on_the_file_is_one_on_its_folder(tmp_path, monkeypatch):
 
 
 def refused(path: Path, cache: Path) -> str:
-    """Load, and return the one sentence with which it is refused; nothing is left in the cache."""
+    """Load a bad file, and return the error message; the cache must stay empty."""
     with pytest.raises(UserError) as caught:
         load(str(path), torch.float32)
     assert "\n" not in str(caught.value)
@@ -150,15 +150,15 @@ def refused(path: Path, cache: Path) -> str:
 
 
 class TestWrongFiles:
-    """Each names what is wrong with it."""
+    """Each bad file raises an error that names its fault."""
 
     def test_no_gguf(self, tmp_path, cache):
         (tmp_path / "tiny.gguf").write_bytes(b"something else")
         assert not is_gguf(tmp_path / "tiny.gguf")
-        assert "tiny.gguf is a file, but no GGUF file: name a built-in" in refused(tmp_path / "tiny.gguf", cache)
+        assert "tiny.gguf is a file, but not a GGUF file: name a built-in" in refused(tmp_path / "tiny.gguf", cache)
 
     @pytest.mark.parametrize("left", [4, 10, 24, 3000, 0.5, -5])
-    def test_cut_short(self, tmp_path, cache, left):
+    def test_truncated(self, tmp_path, cache, left):
         write_gguf(tmp_path / "tiny.gguf")
         content = (tmp_path / "tiny.gguf").read_bytes()
         end = int(left * len(content)) if isinstance(left, float) else left
@@ -200,9 +200,9 @@ class TestWrongFiles:
             return real(*args, **kwargs) if "gguf_file" in kwargs else tiny_tokenizer(bos=False)
 
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", replaced)
-        assert "takes another tokenizer for such a model than" in refused(tmp_path / "tiny.gguf", cache)
+        assert "uses another tokenizer for this model than" in refused(tmp_path / "tiny.gguf", cache)
 
-    def test_a_missing_tensor_is_not_made_up(self, tmp_path, cache):
+    def test_a_missing_tensor_is_not_initialized(self, tmp_path, cache):
         write_gguf(tmp_path / "tiny.gguf", without="model.layers.1.mlp.up_proj.weight")
         said = refused(tmp_path / "tiny.gguf", cache)
         assert "is incomplete (model.layers.1.mlp.up_proj.weight is missing)" in said
@@ -212,7 +212,7 @@ class TestWrongFiles:
         assert "is one of 3 parts of a model: join them" in refused(tmp_path / "tiny.gguf", cache)
 
 
-def test_silence_ends_with_the_conversion():
+def test_messages_are_restored_after_the_conversion():
     chatter = transformers.utils.logging
     reader = module.modeling_gguf_pytorch_utils
 

@@ -1,4 +1,4 @@
-"""Loading: what comes back is ready to be edited, and whatever is wrong is one sentence with its mend."""
+"""Tests that loaded models are ready to be edited, and that bad models raise clear errors with a fix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(saved, tmp_path) -> Path:
-    """Give a model's folder to spoil."""
+    """Copy a model's folder, so that a test can damage it."""
     return Path(shutil.copytree(saved, tmp_path / "tiny"))
 
 
@@ -41,7 +41,7 @@ def one_sentence(caught) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_folder_comes_back_ready_to_be_edited(saved, dtype):
+def test_a_loaded_folder_is_ready_to_be_edited(saved, dtype):
     before = torch.get_rng_state()
     model, tokenizer = load(str(saved), dtype)
     assert torch.equal(before, torch.get_rng_state())
@@ -53,7 +53,7 @@ def test_a_folder_comes_back_ready_to_be_edited(saved, dtype):
     assert tokenizer("Paris", return_offsets_mapping=True)["offset_mapping"][-1][1] == len("Paris")
 
 
-def test_tied_weights_are_not_taken_for_missing(tmp_path):
+def test_tied_weights_do_not_count_as_missing(tmp_path):
     tiny_model("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model, _ = load(str(tmp_path), torch.float32)
@@ -77,13 +77,13 @@ def test_the_code_of_a_model_is_never_run(copy):
     config.update(model_type="mine", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "code.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(UserError, match="needs code of its own") as caught:
+    with pytest.raises(UserError, match="needs custom code") as caught:
         load(str(copy), torch.float32)
     one_sentence(caught)
 
 
 class TestWrongFolders:
-    """Each spoilt folder names what is wrong with it."""
+    """Each damaged folder raises an error that names its fault."""
 
     def test_no_config(self, copy):
         (copy / "config.json").unlink()
@@ -114,7 +114,7 @@ class TestWrongFolders:
             load(str(copy), torch.float32)
         one_sentence(caught)
 
-    def test_a_missing_tensor_is_not_made_up(self, copy):
+    def test_a_missing_tensor_is_not_initialized(self, copy):
         weights = load_file(copy / "model.safetensors")
         del weights["model.norm.weight"]
         save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
@@ -174,8 +174,8 @@ def test_neither_folder_nor_hub_id(name):
     one_sentence(caught)
 
 
-def test_a_file_is_no_folder(saved):
-    with pytest.raises(UserError, match="is a file, but no GGUF file: name a built-in"):
+def test_a_file_that_is_not_gguf_is_rejected(saved):
+    with pytest.raises(UserError, match="is a file, but not a GGUF file: name a built-in"):
         load(str(saved / "config.json"), torch.float32)
 
 
@@ -201,8 +201,8 @@ HUB = [
 
 @pytest.mark.parametrize("step", ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"])
 @pytest.mark.parametrize(("cause", "kind", "says"), HUB)
-def test_the_hub_trouble_is_one_sentence(saved, monkeypatch, step, cause, kind, says):
-    """Raised as transformers does: an OSError of several lines, caused by the hub's own error."""
+def test_errors_of_the_hub_are_explained(saved, monkeypatch, step, cause, kind, says):
+    """The error is raised as in transformers: an OSError of several lines, caused by the hub's own error."""
     real = {name: getattr(transformers, name).from_pretrained for name in ("AutoConfig", "AutoModelForCausalLM")}
 
     def fail(*args, **kwargs):
