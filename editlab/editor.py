@@ -320,7 +320,7 @@ class SequentialEditor(EditedModel):
 
     @property
     def identity(self) -> resume.RunIdentity:
-        """What must agree for a run to resume from a checkpoint of this one."""
+        """The properties that must agree for a run to resume from a checkpoint of this one."""
         return resume.RunIdentity.of_run(self, self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

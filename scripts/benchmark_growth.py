@@ -54,7 +54,7 @@ TITLES = {
 
 
 class Point(NamedTuple):
-    """One measurement."""
+    """One measurement of time and memory, a row of the table."""
 
     series: str
     x: int

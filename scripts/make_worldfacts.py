@@ -46,13 +46,13 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 OUTPUT = Path(__file__).resolve().parent.parent / "editlab" / "data" / "worldfacts.json"
 SEED = 0
 NEIGHBORS = (5, 10)
-"""Fewest and most neighbors of a record; a fact with fewer candidates is left out."""
+"""Least and largest number of neighbors of a record; a fact with fewer candidates is not used."""
 FAMOUS = 14
-"""How many cities of a country (and of a US state) are used; a place with fewer is left out."""
+"""Number of cities that are used of each country and US state; those with fewer cities are not used."""
 RIVAL = 0.4
-"""A city is left out if a namesake has this share of its fame, or more."""
+"""A city is not used if a namesake has at least this fraction of its fame."""
 KEPT = 6
-"""How many of those are kept as neighbors."""
+"""Number of those cities that are neighbors."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Country:
 
 @dataclass
 class Relation:
-    """What the records of one relation are made of."""
+    """The parts from which the records of one relation are generated."""
 
     prompt: str
     paraphrases: tuple[str, ...]
     neighbors: tuple[str, ...]
-    """Templates of the neighbor prompts; further ones are used where there are few neighbors."""
+    """Templates of the neighbor prompts; further ones are used if there are few neighbors."""
     edited: dict[str, str]
     """True object of each subject that may be edited."""
     kept: dict[str, str]
@@ -232,7 +232,7 @@ def load_states() -> dict[str, str]:
 
 
 def make_relations(seed: int) -> dict[str, Relation]:
-    """All relations with their subjects, the edited and the kept."""
+    """All relations with their subjects: those to edit, and those that serve as neighbors."""
     cities, countries = load_cities(), load_countries()
     rng = random.Random(f"{seed}:deal")
     states = load_states()

@@ -41,7 +41,7 @@ class Health:
         return {name: x for name, x in asdict(self).items() if x is not None and math.isfinite(x)}
 
     def worse_than(self, before: Health, tolerance: float) -> str:
-        """What got worse by more than ``tolerance`` nats per token, as a sentence; "" if nothing did."""
+        """A clause that names the number that got worse by more than ``tolerance`` nats per token; "" if none did."""
         if before.edits is not None and self.edits is not None and not self.edits >= before.edits - tolerance:
             return f"held-out edits went from {before.edits:.3f} to {self.edits:.3f} nats per token"
         if before.text is not None and self.text is not None and not self.text <= before.text + tolerance:

@@ -24,7 +24,7 @@ class Memory:
 
     fact: Fact
     value: Tensor
-    """v*, [d_v]"""
+    """value v* of the fact, [d_v]"""
     key: Tensor
     """k at the highest edited layer when the edit was made, [d_k]"""
     origin: Tensor

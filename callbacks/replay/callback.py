@@ -36,7 +36,7 @@ class _Released(NamedTuple):
     """Keys at one layer of facts that this batch edits again."""
 
     keys: Tensor
-    """[d_k, n]"""
+    """the keys, [d_k, n]"""
     ages: Tensor
     """long [n]: number of batches kept since the one that edited the fact before"""
     indices: Tensor

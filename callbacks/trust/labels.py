@@ -17,16 +17,16 @@ from editlab.experiments.statistics import quantiles
 from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
-"""What a batch may harm: right facts, neighbors, and the mean negative log-probability of a text."""
+"""The quantities that a batch may harm: right facts, neighbors, and the mean negative log-probability of a text."""
 ENOUGH = 5
-"""Fewest bad batches of an interval."""
+"""Least number of bad batches for which intervals are computed."""
 SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
 """gate -> the signal of ``trust_events.jsonl`` that it rejects batches by"""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of one run: each gate's suspicion, its fault if one was injected, and what accepting it lost."""
+    """One batch of one run: each gate's suspicion, its fault if one was injected, and the losses from accepting it."""
 
     run: str
     step: int
@@ -38,15 +38,15 @@ class Batch:
 
 
 def losses(event: Mapping[str, Any]) -> dict[str, float]:
-    """What accepting a batch lost against rejecting it: fraction of right facts, NS, log-perplexity.
+    """The loss from accepting a batch instead of rejecting it: fraction of right facts, NS, log-perplexity.
 
-    The batch's own facts count by their paraphrases, so that its gain is set off against its loss of earlier edits.
+    The batch's own facts count by their paraphrases, so that its gain is weighed against its loss of earlier edits.
     Earlier edits are a sample, which is scaled up to all of them.
     """
     accept, reject = event["accept"], event["reject"]
     own, edited = reject["own_asked"], event["edited"]
     rate = (reject["past"] - accept["past"]) / reject["past_asked"] if reject["past_asked"] else 0.0
-    worst = {"nll": 100.0, "NS": 0.0}  # of a branch whose model is broken so far that it gives no finite number
+    worst = {"nll": 100.0, "NS": 0.0}  # values of a branch whose model gives no finite numbers
     found = {"facts": (rate * edited - (accept["own"] - reject["own"])) / max(1, edited + own)}
     found["NS"] = _number(reject["NS"], worst["NS"]) - _number(accept["NS"], worst["NS"])
     found["nll"] = _number(accept["nll"], worst["nll"]) - _number(reject["nll"], worst["nll"])

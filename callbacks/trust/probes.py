@@ -35,7 +35,7 @@ class Sentence(NamedTuple):
     """A held-out sentence, and the token at whose prediction the model's confidence is measured."""
 
     ids: tuple[int, ...]
-    """token ids"""
+    """token ids of the sentence"""
     confidence_index: int
     """index of that token"""
 

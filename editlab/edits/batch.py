@@ -191,9 +191,9 @@ class _System:
     cached: list[CachedKey]
     """keys of the additions that follow them"""
     targets: Tensor
-    """[n, d_v]"""
+    """target of each fact and addition, [n, d_v]"""
     slack: Tensor
-    """float64 [n]"""
+    """slack of each, float64 [n]"""
     repair: Tensor
     """float64 [n]: fraction of each residual to remove"""
 

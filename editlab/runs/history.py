@@ -1,4 +1,4 @@
-"""Where an edited model comes from: its edits, and the settings and metrics of its run."""
+"""The history of an edited model: its edits, and the settings and metrics of its run."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ FIT = {
     "no text for the moments": (setting("model.moments.tokens", 0), "model.moments.tokens is 0"),
     "a text that is not there": (setting("model.moments.text", "none.txt"), "The text 'none.txt' does not exist"),
     "a short text": (setting("model.moments.text", "short.txt"), "lower the number of tokens"),
-    "a text of another encoding": (setting("model.evaluation.heldout", "latin.txt"), "can not be read as UTF-8"),
+    "a text of another encoding": (setting("model.evaluation.heldout", "latin.txt"), "cannot be read as UTF-8"),
     "an unknown measure": (setting("model.evaluation.immediate", "some"), "it must be one of all, edits"),
     "a negative count": (setting("model.evaluation.neighbors", -1), "it must not be negative"),
     # methods
@@ -218,7 +218,7 @@ FIT = {
     "a seed that is none": (setting("seed_everything", -1), "seed_everything is -1: it must lie between 0 and 4"),
     "a file for the runs": (setting("trainer.logger.init_args.save_dir", "facts.json"), "a file is in its way"),
     "no epoch between validations": (setting("trainer.check_val_every_n_epoch", 0), "epoch is 0: it must be at least"),
-    "no run to keep": (setting("trainer.barebones", "true"), "its logger and checkpoints: leave it out"),
+    "no run to keep": (setting("trainer.barebones", "true"), "turns off the logger and checkpoints"),
     "gradients to average": (setting("trainer.strategy", "ddp"), "leave it out for one device, or set editlab_ddp"),
     "a strategy of GPUs": (setting("trainer.strategy", "fsdp"), "The strategy `fsdp` requires a GPU"),
     "a callback twice": (callbacks("MemoryReplay", "MemoryReplay"), "has MemoryReplay more than once: leave one"),

@@ -73,7 +73,7 @@ def last(folder):
 
 
 def outcome(folder):
-    """What must be equal: weights, ledger, scores, random states, callbacks' states, the table and events."""
+    """Everything that must be equal: weights, ledger, scores, random states, callbacks' states, table, events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
     saved["editor"]["evaluation"].pop("seconds")

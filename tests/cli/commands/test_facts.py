@@ -41,8 +41,8 @@ def test_good_files_are_counted(tmp_path, capsys):
     path.write_text(COLUMNS + "Oslo,Oslo lies in,Peru\nOslo,Oslo lies in,Rome\n")
     out, err = check(path, capsys, 0)
     assert out == [
-        "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or with "
-        "data.keep_repeats all.",
+        "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or all with "
+        "data.keep_repeats.",
         f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
         "Set data.only_known to false: without a truth it is unknown whether the model prefers it.",
     ]

@@ -21,7 +21,7 @@ def test_all_edits_taken_out_leave_the_base_model(run, tmp_path):
     assert revert("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
     assert same_bits(weights(tmp_path / "out"), weights(run.base))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "the 8 fact edits in 4 batches by editlab are taken out" in card
+    assert "the 8 fact edits in 4 batches by editlab are removed" in card
     assert "| 1 |" not in card
 
 
