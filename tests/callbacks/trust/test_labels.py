@@ -45,7 +45,7 @@ def test_faults_by_hand():
     assert [f.question for f in key.facts] == [f.question for f in FACTS[:4]]
     assert {f.subject for f in key.facts} == {"is"}
     assert about_last_word(FACTS[7]).subject_span == (len(FACTS[7].question) - 2, len(FACTS[7].question))
-    with pytest.raises(ValueError, match="no kind of fault"):
+    with pytest.raises(ValueError, match="not a kind of fault"):
         inject(plan(), "typo", 0)
 
 
@@ -218,7 +218,7 @@ def test_tables_and_figures_of_finished_runs(tmp_path):
 
     tables = write()
     for rows in tables.values():
-        assert {(row["recipe"], row["torch"]) for row in rows} == {("configs/emmet_trust.yaml", "2")}
+        assert {(row["recipe"], row["torch"]) for row in rows} == {("configs/memit_trust.yaml", "2")}
     faulty = tables["trust_effect"][0]
     # Of the three batches without a fault none was rejected; 22 over 20 is a rise of a tenth; four batches took 6 s.
     assert (faulty["good_batches_rejected"], faulty["faulty_batches_kept"]) == ("0.0", "0")
