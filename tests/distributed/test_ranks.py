@@ -13,6 +13,7 @@ from editlab.evaluation.scoring import score_pairs
 from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import by_halves
+from editlab.lm.text import WINDOW, sample_text
 from editlab.values.optimize import ValueSettings, optimize_values
 from tests.facts import FACTS
 from tests.ranked import together
@@ -146,7 +147,7 @@ def measure(facts):
     values = optimize_values(lm, facts, site, contexts, ValueSettings(steps=4, batch_tokens=30, matmul="float32"))
     keys = read_keys(lm, facts, 1, site, contexts, "mean")
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
-    windows = editlab.keys.moments.sample_text(lm, 3 * editlab.keys.moments.WINDOW + 40, 0, "")
+    windows = sample_text(lm, 3 * WINDOW + 40, 0, "")
     moments = editlab.keys.moments.accumulate(lm, [1], windows)[1]
     exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact, *scores]
     return exact, windows, moments
