@@ -205,7 +205,7 @@ def test_an_error_that_ends_the_run_is_not_treated_as_a_failed_probe(tiny_folder
         raise EditLabError("The ranks made different calls.")
 
     monkeypatch.setattr(probes, "measure_heldout", lost)
-    with pytest.raises(EditLabError, match="different places"):
+    with pytest.raises(EditLabError, match="made different calls"):
         run(tmp_path, tiny_folder, heldout)
 
 
