@@ -159,7 +159,7 @@ def test_a_separate_adapter_is_named(runs, tmp_path, capsys):
     capsys.readouterr()
     assert export("--ckpt_path", run.folder, "--out", tmp_path / "out") == 0
     assert "an adapter next to the weights of 6 modules, which a delta does not include" in capsys.readouterr().out
-    assert "adapter beside the weights of 6 modules" in (tmp_path / "out" / "README.md").read_text()
+    assert "a separate adapter for 6 modules" in (tmp_path / "out" / "README.md").read_text()
     # On the exported model the run's adapter gives the weights that the run had: the sums, and what it adds.
     from peft import PeftModel
 
