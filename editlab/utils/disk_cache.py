@@ -90,7 +90,7 @@ def read_checked(path: Path) -> bytes | None:
     """
     try:
         return _verified(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the write that follows names a file that is in the folder's way
         return None
     except _DamagedError:
         _discard(path)

@@ -32,7 +32,7 @@ def write(folder, text):
 
 
 @pytest.mark.parametrize(("name", "runs"), [
-    ("baselines", 12), ("replay_ablation", 111), ("lora_ablation", 42), ("forgetting", 72), ("batch_experiments", 228),
+    ("baselines", 10), ("replay_ablation", 111), ("lora_ablation", 42), ("forgetting", 72), ("batch_experiments", 228),
     ("trust_eval", 33),
 ])  # fmt: skip
 def test_the_experiments_have_their_cases_and_seeds(name, runs):
@@ -48,7 +48,7 @@ def test_a_command_line_as_a_whole(tmp_path):
     lora = {"class_path": "LoRAAdjust", "init_args": {"every_n_batches": 4, "steps": 15}}
     curve = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 128, "sample": 64}}
     assert list(run.job(1).arguments) == [
-        "fit", "--config", "configs/emmet_lora.yaml", "--data.seed=2", "--seed_everything=2",
+        "fit", "--config", "configs/memit_lora.yaml", "--data.seed=2", "--seed_everything=2",
         "--trainer.enable_progress_bar=false", "--data.path=worldfacts", "--data.limit=500", "--data.batch_size=32",
         "--model.evaluation.immediate=edits", "--model.evaluation.neighbors=3", "--model.evaluation.heldout=builtin",
         "--model.evaluation.generated_texts=0", "--model.moments.text=self", "--model.moments.tokens=24576",
