@@ -28,4 +28,4 @@ def test_costs_by_hand():
 
 
 def test_the_page_has_the_table_as_it_is_printed():
-    assert scaling.table() in (ROOT / "docs" / "performance.md").read_text()
+    assert scaling.table() in (ROOT / "docs" / "how-to" / "several-devices.md").read_text()
