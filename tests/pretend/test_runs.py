@@ -18,18 +18,27 @@ WITHOUT_FLOAT64 = ("alphaedit", "memit_consolidated", "rome", "emmet_replay_trus
 
 
 def small(recipe, folder, tiny):
-    """Write the recipe for four facts, a tiny model and any accelerator; return the arguments of its run."""
+    """Write the recipe for two batches of a tiny model on any accelerator; return the arguments of its run.
+
+    Every operation on the simulated device costs Python time, so the run is as short as two batches can be.
+    """
     arguments = shrunk(recipe, folder, tiny)
     path = folder / recipe.name
     config = yaml.safe_load(path.read_text())
     config["trainer"]["accelerator"] = "auto"
-    config["data"]["limit"] = 4
+    config["data"] |= {"limit": 2, "batch_size": 1}
     config["model"]["values"]["steps"] = 2
-    config["model"]["moments"]["tokens"] = 128
+    (folder / "moments.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
+    config["model"]["moments"] = {"text": "moments.txt", "tokens": 128}  # sampling it takes a pass a token
+    config["model"]["evaluation"] = {"heldout_tokens": 32, "generated_texts": 0, "neighbors": 1}
     for callback in config["trainer"]["callbacks"]:
         callback.setdefault("init_args", {})
         if callback["class_path"] == "LoRAAdjust":
-            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 1}  # CPU and GPU draw dropout differently
+            callback["init_args"] |= {
+                "dropout": 0.0,
+                "every_n_batches": 1,
+                "steps": 2,
+            }  # devices draw dropout differently
     path.write_text(yaml.safe_dump(config))
     return arguments
 
