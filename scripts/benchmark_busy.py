@@ -33,8 +33,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from editlab.utils.files import atomic_file
 from editlab.utils.machine import THREAD_VARIABLES, WAIT_VARIABLES, LoadMeter, choose_threads, wait_passively
 

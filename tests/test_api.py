@@ -212,7 +212,7 @@ def test_a_repeated_slot_is_edited_anew():
         ([], "No fact is given"),
         ([PLAIN[0], {"subject": "France", "prompt": "The capital of {} is"}], r"Fact 1 has the fields prompt, subject"),
         ([{**PLAIN[0], "prompt": "The capital is"}], r"Fact 0 has a prompt in which its subject 'France' does not"),
-        ([Fact("France", "no place", "Tokyo")], r"Fact 0 has a prompt with 0 places"),
+        ([Fact("France", "no place", "Tokyo")], r"Fact 0 has a prompt with 0 times"),
         ([PLAIN[0], "Oslo"], r"Fact 1 is 'Oslo': give a Fact, or a dict with subject, prompt and target"),
         (PLAIN[0], r"Fact 0 is 'subject': give a Fact"),
     ],

@@ -36,7 +36,7 @@ from editlab.lm.loading.load import load
 from editlab.lm.text import WINDOW, sample_text
 from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
-from editlab.solver.methods import EMMET
+from editlab.solver.methods import MEMIT
 from editlab.solver.preservation import Preservation
 from editlab.values.loss import ValueGroup, rows_of
 from editlab.values.optimize import ValueSettings, optimize_values
@@ -46,7 +46,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3-8b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                                    "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0}),
 }  # fmt: skip
-LAMBDA, GAMMA = 300.0, 1.0
+LAMBDA, SLACK = 300.0, 1.0
 """Weight of C0 and slack, as in the recipes."""
 
 
@@ -190,11 +190,11 @@ def solver(s: Setting) -> list[Round]:
     ]
 
     def plain() -> Tensor:
-        return torch.stack([plain_solve(k, r, c0, LAMBDA, GAMMA)[0] for k, r in work])
+        return torch.stack([plain_solve(k, r, c0, LAMBDA, SLACK)[0] for k, r in work])
 
     def ours() -> Tensor:
         metric = Preservation.from_moments(c0, LAMBDA)
-        slack = torch.full((n,), GAMMA, dtype=torch.float64, device=c0.device)
+        slack = torch.full((n,), SLACK, dtype=torch.float64, device=c0.device)
         return torch.stack([solve(Constraints(k, r, slack), metric).delta[0] for k, r in work])
 
     return [Round(batches, plain, ours, relative)] * 2
@@ -232,12 +232,12 @@ def whole(s: Setting) -> list[Round]:
     def plain() -> float:
         lm = _language_model(s.options)
         site = Site.of(lm, s.site.layer)
-        method = EMMET(LAMBDA, GAMMA)
+        method = MEMIT(LAMBDA)
         ridged = c0 + method.ridge * c0.diagonal().mean() * torch.eye(len(c0), dtype=c0.dtype)
         for fact in s.facts:
             plain_scores(lm, fact)
         for batch in s.groups:
-            plain_step(lm, batch, site, s.contexts, s.values, ridged, LAMBDA, GAMMA)
+            plain_step(lm, batch, site, s.contexts, s.values, ridged, LAMBDA, SLACK)
             for fact in batch:
                 plain_scores(lm, fact)
         after = [plain_scores(lm, fact)[0] for fact in s.facts]
@@ -245,7 +245,7 @@ def whole(s: Setting) -> list[Round]:
 
     def ours() -> float:
         evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
-        editor = SequentialEditor(**names, method=EMMET(LAMBDA, GAMMA), values=s.values, evaluation=evaluation)
+        editor = SequentialEditor(**names, method=MEMIT(LAMBDA), values=s.values, evaluation=evaluation)
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
         with TemporaryDirectory() as folder:
             trainer = lightning.Trainer(

@@ -73,7 +73,10 @@ def test_another_optimizer_has_its_own_step_size(recipe, capsys):
     assert (values["optimizer"], values["lr"]) == ("gradient", None)
 
 
-@pytest.mark.parametrize("verb", ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep"])
+VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_its_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])

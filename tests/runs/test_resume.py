@@ -20,6 +20,8 @@ from tests.facts import FACTS, write_counterfact
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
+"""Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
 KILLS = 10
 
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -146,7 +148,7 @@ def test_the_facts_begin_with_those_edited():
 
 
 @needs_sigkill
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem not in SAME_PARTS], ids=lambda p: p.stem)
 def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     from tests import killed
 

@@ -4,9 +4,9 @@ import csv
 
 import pytest
 import torch
-from scripts.benchmark_cases import CASES
-from scripts.plain import plain_solve
 
+from editlab.experiments.benchmark_cases import CASES
+from editlab.experiments.reference import plain_solve
 from scripts import benchmark
 
 

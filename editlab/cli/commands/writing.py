@@ -97,9 +97,8 @@ class Writing:
     def _write(
         self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
     ) -> None:
-        shown = os.path.relpath(
-            self.out
-        )  # computed now, because the working directory itself may be replaced by the folder
+        # Computed now, because the working directory itself may be replaced by the folder.
+        shown = os.path.relpath(self.out)
         model, tokenizer = delta.base(base)
         model.to(self.device)  # type: ignore[arg-type]
         dtype = self.dtype or delta.dtype
@@ -107,6 +106,7 @@ class Writing:
         cast(model, torch.promote_types(delta.dtype, dtype))
         change(model)
         cast(model, dtype)
+        model.to("cpu")  # type: ignore[arg-type]  # where the writer of safetensors copies each tensor anyway
         with atomic_folder(self.out) as folder:
             save(model, tokenizer, folder, self.max_shard_size)
             (folder / "README.md").write_text(card(delta, dtype_name(dtype)), encoding="utf-8")
