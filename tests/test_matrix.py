@@ -105,4 +105,4 @@ def test_facts_are_learnt_by_every_method():
     for method in METHODS.values():
         _, _, result = edit("llama", method, [])
         metrics = result.summary["metrics"]
-        assert metrics["immediate/ES_magnitude"] > metrics["before/ES_magnitude"] + 1e-3, method
+        assert metrics["immediate/ES_magnitude"] > metrics["before/ES_magnitude"] + 1e-5, method
