@@ -16,6 +16,7 @@ import torch
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.lm.test_anatomy import EXPECTED
 from tests.test_api import SMALL, changed, weights
@@ -100,9 +101,13 @@ def test_every_family_with_all_callbacks(family, method, text):
     check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
 
 
-def test_facts_are_learnt_by_every_method():
-    """Right after their batches the new targets have gained on the truths, by their mean difference in probability."""
-    for method in METHODS.values():
-        _, _, result = edit("llama", method, [])
-        metrics = result.summary["metrics"]
-        assert metrics["immediate/ES_magnitude"] > metrics["before/ES_magnitude"] + 1e-5, method
+@pytest.mark.parametrize("method", METHODS)
+def test_facts_are_learnt_by_every_method(method):
+    """One fact a step at one layer: equality makes each new target likelier than the truth, the others gain on it."""
+    values = ValueSettings(steps=25, lr=0.5, clamp=10.0)
+    settings = {**SMALL, "layers": [2], "batch_size": 1, "values": values, "method": METHODS[method]}
+    _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), FACTS[:4], **settings)
+    metrics = result.summary["metrics"]
+    if METHODS[method].slack < 1:
+        assert metrics["immediate/ES"] == 1.0
+    assert metrics["immediate/ES_magnitude"] > metrics["before/ES_magnitude"] + 1e-3

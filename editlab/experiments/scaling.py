@@ -1,6 +1,6 @@
 """Memory and time of editing large models, computed from counted FLOPs and bytes; nothing is measured.
 
-``python -m editlab.experiments.scaling`` prints the table of docs/performance.md.
+``python -m editlab.experiments.scaling`` prints the table of docs/how-to/several-devices.md.
 """
 
 from __future__ import annotations
