@@ -27,6 +27,7 @@ from editlab.metrics.names import (
 )
 from editlab.runs.figures import Series, forgetting_figure
 from editlab.runs.summary import run_folder
+from editlab.runs.watching import log_numbers
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 
@@ -52,6 +53,7 @@ class ForgettingCurve(EditCallback):
     """
 
     priority = 10
+    measured_groups = (RETAINED,)
 
     def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0) -> None:
         at_least_one("ForgettingCurve", every_n_edits=every_n_edits, sample=sample)
@@ -84,8 +86,7 @@ class ForgettingCurve(EditCallback):
         found = editor.evaluation.measure(editor.lm, facts) if facts else {}
         point = add_group(RETAINED, found | editor.evaluation.language(editor.lm))
         self.curve[editor.edits] = point
-        for logger in trainer.loggers:
-            logger.log_metrics(point, step=editor.edits)
+        log_numbers(trainer, point, editor.edits)
 
     def _sampled(self, facts: list[Fact]) -> list[Fact]:
         """The facts with the lowest hashes, in the order of their edits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +196,9 @@ def _check_run(seed: int, folder: str | Path | None) -> None:
 
 
 def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
+    if isinstance(given, str | Mapping | Fact) or not isinstance(given, Iterable):
+        kind = type(given).__name__
+        raise UserError(f"facts is of type {kind}: give a list of Facts, or of dicts with subject, prompt and target.")
     facts = []
     for index, one in enumerate(given):
         if not isinstance(one, Fact | Mapping):

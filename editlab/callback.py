@@ -33,6 +33,9 @@ class EditCallback(Callback):
     own have: ForgettingCurve 10, LoRAAdjust 30, MemoryReplay 40, TrustRollback 50. So a callback with the default 0
     sees a plan before any of them, and one above 50 sees the outcome after trust has judged it."""
 
+    measured_groups: Sequence[str] = ()
+    """Groups of metrics that the callback measures during a run, such as ``retained``: EarlyStopping may watch them."""
+
     charts: Mapping[str, Sequence[str]] = {}
     """Charts of what the callback logs, for TensorBoard's custom scalars: title -> patterns of the names in a chart."""
 

@@ -21,6 +21,7 @@ from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.score_cache import ScoreCache
@@ -32,6 +33,8 @@ from editlab.runs import resume
 from editlab.runs.logger import RunLogger
 from editlab.runs.step_metrics import step_metrics
 from editlab.runs.summary import finish_run, summarize
+from editlab.runs.watching import log_numbers, require_logged, require_watchable
+from editlab.runs.workplace import enter_folder, leave_folder
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
@@ -106,6 +109,7 @@ class SequentialEditor(EditedModel):
         self.automatic_optimization = False
         self.contexts: list[str] = []
         self.ledger = Ledger(restore_between_batches)
+        self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
@@ -114,10 +118,15 @@ class SequentialEditor(EditedModel):
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Gives the data module the check whether a fact fits into the model."""
+        """Locks the run's folder, and gives the data module the check whether a fact fits into the model."""
+        enter_folder(self.trainer, stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if data is not None:
             data.fault = self.too_long
+
+    def teardown(self, stage: str) -> None:
+        """Unlocks the run's folder."""
+        leave_folder(self.trainer)
 
     def too_long(self, fact: Fact) -> str | None:
         """Why a fact does not fit into the model (:func:`~editlab.keys.subject_keys.too_long`); None if it does."""
@@ -161,6 +170,7 @@ class SequentialEditor(EditedModel):
     def on_fit_start(self) -> None:
         """Prepares the solver, selects the facts to edit, and measures the unedited model."""
         self.evaluation.start_clock()
+        require_watchable(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         largest = self.method.largest_batch
         if largest is not None and data.batch_size > largest:
@@ -205,6 +215,7 @@ class SequentialEditor(EditedModel):
         self._notify("on_edit_planned", plan)
         outcome = EditOutcome(plan)
         self.optimizers().step(lambda: self.solver.solve(outcome))  # type: ignore[union-attr]
+        self.unmoved.note(outcome, self.lm.model.dtype)
         self._notify("on_edit_applied", outcome)
         while outcome.needs_solving:
             self.solver.solve_without_dropped(outcome, before)
@@ -248,8 +259,8 @@ class SequentialEditor(EditedModel):
         immediate = self.evaluation.update("immediate", self.lm, facts)
         rows = before | immediate | step_metrics(outcome, self.layers_by_number, self.ledger.superseded)
         # Not by self.log, whose rows reach the loggers after the step's checkpoint: a kill in between would lose them.
-        for logger in self.trainer.loggers:
-            logger.log_metrics(rows, step=self.edits)
+        log_numbers(self.trainer, rows, self.edits)
+        require_logged(self.trainer)
         # Facts without a truth have no ES.
         bar: Any = {name: immediate[name] for name in ("immediate/ES", "immediate/accuracy") if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
@@ -277,6 +288,7 @@ class SequentialEditor(EditedModel):
         self.measure_retained()  # for a finished run that was resumed: its training did not start
         title = f"{self.language_model}, layers {', '.join(map(str, self.layer_numbers))}, {type(self.method).__name__}"
         finish_run(self.trainer, self.summarize(), title)
+        self.unmoved.conclude()
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
@@ -284,8 +296,9 @@ class SequentialEditor(EditedModel):
         return summarize(self.trainer, self.ledger, self.layers_by_number, metrics, seconds)
 
     def on_validation_start(self) -> None:
-        """Clears earlier measurements of past edits."""
+        """Clears earlier measurements of past edits, and logs which facts are evaluated."""
         self._begin("retained")
+        log.info("Evaluating the checkpoint's %d edits again; data.path is not used", len(self.edited_facts))
 
     def on_test_start(self) -> None:
         """Clears earlier measurements of bystanders."""
@@ -342,6 +355,7 @@ class SequentialEditor(EditedModel):
         if not self.layer_numbers:  # ``auto``: the run that wrote the checkpoint has chosen them
             self.edit_at(saved["layers"])
         resume.RunIdentity.of(saved).require_model(self.identity)
+        resume.require_sums(checkpoint["state_dict"], {f"edited.{n}.total": e.total for n, e in self.edited.items()})
         for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
             self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])

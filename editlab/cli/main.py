@@ -122,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     editing = not VERBS.keys() & set(arguments[:1])
     configure_messages()
     try:
+        _require_working_directory()
         run([argument for argument in arguments if argument != "--debug"])
     except (KeyboardInterrupt, SystemExit) as error:
         # --help raises SystemExit; Lightning also turns the user's interrupt of a run into one.
@@ -138,6 +139,18 @@ def main(arguments: list[str] | None = None) -> int:
             return 0  # rank 0 reports it, and its exit code counts
         return _print_error(*_explained(error, editing))
     return 0
+
+
+def _require_working_directory() -> None:
+    """Refuse a working directory that was removed, which libraries report as a missing file without a name.
+
+    Raises:
+        UserError: It was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("The working directory was removed: change to a folder that exists.") from error
 
 
 def _stopped(error: BaseException) -> int:

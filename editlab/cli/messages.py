@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from editlab.data.formats import FactFormat
+from editlab.errors import causes
 from editlab.solver.methods import Method
 
 _NO_TRAINER = re.compile(
@@ -27,6 +28,9 @@ def explain(error: Exception) -> str | None:
     """Return one sentence for a mistake in the configuration; None for an error of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
+    missing = _missing_package(error)
+    if missing is not None:
+        return missing
     if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
         return _line(str(error)) + "."
     text, known = str(error), isinstance(error, ArgumentError)
@@ -35,6 +39,23 @@ def explain(error: Exception) -> str | None:
         if found is not None:
             return sentence(found)
     return _line(text) if known else None
+
+
+def _missing_package(error: Exception) -> str | None:
+    """Explain the error of a class, such as a logger, whose package is not installed; None for any other error."""
+    for link in causes(error):
+        if isinstance(link, ImportError):
+            found = _PACKAGE.search(str(link))
+            name = link.name or (found.group(1) if found else None)
+            if name and name.partition(".")[0] not in _OWN_PACKAGES:
+                return f"The recipe names a class that needs the package {name}, which is not installed: pip install it."
+    return None
+
+
+_PACKAGE = re.compile(r"(?:[Mm]odule not found: |Requirement |No module named |pip install (?:-U )?)['\"]?([\w.-]+)")
+"""Where the message of a missing package names it."""
+
+_OWN_PACKAGES = ("editlab", "callbacks")
 
 
 def _wrong_argument(found: re.Match[str]) -> str:
@@ -122,6 +143,8 @@ _TRAINER_SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
      lambda m: f"trainer.callbacks has {m.group(1)} more than once: leave one of them."),
     (r"^(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
      lambda m: f"seed_everything is {m.group(1)}: it must lie between {m.group(2)} and {m.group(3)}."),
+    (r"^Early stopping conditioned on metric `([^`]+)` which is not available",
+     lambda m: f"EarlyStopping watches {m.group(1)}, which this run did not log: name a column of metrics.csv."),
     (r"^`Trainer\(barebones=True",
      lambda m: "trainer.barebones turns off the logger and checkpoints, without which a run is lost: leave it out."),
 )  # fmt: skip

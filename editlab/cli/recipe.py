@@ -20,10 +20,19 @@ from lightning.pytorch.cli import SaveConfigCallback
 from editlab.callback import EditCallback
 from editlab.edits.edited_model import AUTO
 from editlab.errors import UserError
-from editlab.runs.checkpoint import LAST, EditCheckpoint, find_checkpoint, newest_checkpoint, run_version
+from editlab.runs.checkpoint import (
+    LAST,
+    EditCheckpoint,
+    find_checkpoint,
+    newest_checkpoint,
+    refuse_pickles,
+    run_version,
+)
 from editlab.runs.folders import RunFolder, differing, flat_settings
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import run_folder
+from editlab.runs.summary import has_folder, run_folder
+from editlab.runs.workplace import enter_folder
+from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 
 MAY_DIFFER = (
@@ -44,6 +53,7 @@ def complete(verb: Namespace) -> None:
         UserError: ``--ckpt_path`` finds no checkpoint, or a setting makes no sense for a run of edits.
     """
     _check(verb)
+    _choose_folder(verb)
     loggers = list(_loggers(verb.trainer.logger))
     for logger in loggers:
         if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
@@ -63,6 +73,24 @@ def _check(verb: Namespace) -> None:
             "it out, and set model.passes to let each batch go through its layers several times."
         )
     at_least_one("trainer", check_val_every_n_epoch=verb.trainer.check_val_every_n_epoch)
+    refuse_pickles(verb.get("weights_only"))
+
+
+def _choose_folder(verb: Namespace) -> None:
+    """Let ``trainer.default_root_dir`` be the folder that holds all runs, with or without a logger."""
+    root, given = verb.trainer.default_root_dir, verb.trainer.logger
+    if _has_none(given) and root is None:
+        name = Path(str(verb.config[0])).stem if verb.get("config") else RunLogger.DEFAULT_NAME
+        verb.trainer.default_root_dir = str(Path(RunLogger.DEFAULT_FOLDER) / name)
+    elif root is not None:
+        for logger in _loggers(given):
+            if logger.get("save_dir") == RunLogger.DEFAULT_FOLDER:
+                logger["save_dir"] = str(Path(root) / RunLogger.DEFAULT_FOLDER)
+
+
+def _has_none(logger: Any) -> bool:
+    """Tell whether the setting ``trainer.logger`` switches logging off; null is Lightning's default logger."""
+    return logger is False or logger == []
 
 
 def _loggers(given: Any) -> Iterator[Namespace]:
@@ -80,7 +108,13 @@ def _runs(logger: Namespace) -> Path:
 
 def _find_run(verb: Namespace, loggers: list[Namespace]) -> None:
     """Resolve ``--ckpt_path``; a run of this very recipe is resumed in its own folder."""
-    verb.ckpt_path = str(_newest(loggers) if verb.ckpt_path == LAST else find_checkpoint(str(verb.ckpt_path)))
+    if verb.ckpt_path != LAST:
+        found = find_checkpoint(str(verb.ckpt_path))
+    elif _has_none(verb.trainer.logger):
+        found = newest_checkpoint(Path(verb.trainer.default_root_dir))
+    else:
+        found = _newest(loggers)
+    verb.ckpt_path = str(found)
     for logger in loggers:  # in another folder, that number may be of another run
         if logger.get("version") is None and _runs(logger) == _runs(loggers[0]):
             logger["version"] = run_version(Path(verb.ckpt_path), _runs(logger))
@@ -102,7 +136,7 @@ def _newest(loggers: list[Namespace]) -> Path:
 def can_resume(trainer: Trainer) -> bool:
     """Tell whether this run has a checkpoint, so that ``--ckpt_path last`` resumes it."""
     folders = [callback.dirpath for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return bool(trainer.loggers) and any(folder and (Path(folder) / f"{LAST}.ckpt").is_file() for folder in folders)
+    return any(folder and (Path(folder) / f"{LAST}.ckpt").is_file() for folder in folders)
 
 
 def _run_of(checkpoint: Path) -> list[RunFolder]:
@@ -112,7 +146,7 @@ def _run_of(checkpoint: Path) -> list[RunFolder]:
 
 
 def _is_users(folder: Path) -> bool:
-    """Tell whether this is the working directory, where a run without a logger writes and config.yaml is the user's."""
+    """Tell whether this is the working directory, where config.yaml is the user's."""
     return folder.resolve() == Path.cwd()
 
 
@@ -153,14 +187,22 @@ class SaveConfig(SaveConfigCallback):
         Raises:
             UserError: A resumed run's settings would make other edits than those it was started with.
         """
-        folder, checkpoint = RunFolder(run_folder(trainer)), self.config.get("ckpt_path")
-        own = [folder] if trainer.loggers and not _is_users(folder.path) else []
+        checkpoint = self.config.get("ckpt_path")
+        enter_folder(trainer, stage)
+        keeps = not trainer.fast_dev_run and (stage == "fit" or has_folder(trainer.loggers))
+        own = [folder for folder in map(RunFolder, [run_folder(trainer)] if keeps else []) if not _is_users(folder.path)]
         if checkpoint and stage == "fit":
             for started in (*own, *_run_of(Path(checkpoint))):
                 if started.settings:
                     self._compare(started)
-        if own and not (checkpoint and folder.settings):
-            super().setup(trainer, pl_module, stage)
+        for folder in own:
+            if trainer.is_global_zero and not self.already_saved and not (checkpoint and folder.settings):
+                self._write(folder.path)
+                self.already_saved = True
+
+    def _write(self, folder: Path) -> None:
+        with atomic_file(folder / self.config_filename) as temporary:
+            self.parser.save(self.config, str(temporary), skip_none=False, overwrite=True, multifile=self.multifile)
 
     def _compare(self, folder: RunFolder) -> None:
         then, now = folder.settings, flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
@@ -178,7 +220,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace ``layers: auto`` by the layers that were found, so that the file runs the same edits again."""
-        path = run_folder(trainer) / self.config_filename
+        folder = run_folder(trainer)
         if trainer.is_global_zero and self.already_saved and self.config.model.layers == AUTO:
             self.config.model.layers = pl_module.layer_numbers
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
+            self._write(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -20,7 +21,9 @@ from editlab.distributed.strategy import NAME, EditStrategy
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.runs.trainer import TRAINER_DEFAULTS
+from editlab.runs.workplace import abandon_folder
 from editlab.utils import compat
+from editlab.utils.files import require_regular
 from editlab.utils.progress import bars, speaks
 
 
@@ -40,8 +43,14 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         """Reads the recipe.
 
         Raises:
-            UserError: The file is not text in UTF-8.
+            UserError: The file is not text in UTF-8, or no regular file.
         """
+        words = [str(word) for word in args or ()]
+        for index, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            if name in ("--config", "-c"):
+                path = value if equals else "".join(words[index + 1 : index + 2])
+                require_regular(Path(path), f"The configuration {path}")
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -59,6 +68,7 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
             except BaseException as error:  # includes interrupts
                 if verb == "fit" and can_resume(self.trainer):
                     note_saved(error)
+                abandon_folder(self.trainer)
                 raise
 
     def instantiate_trainer(self, **arguments: Any) -> Trainer:
@@ -115,6 +125,7 @@ def configure_libraries() -> None:
         "Using ModelCheckpoint with manual optimization.*",  # saving after the step is what is wanted
     ):
         warnings.filterwarnings("ignore", message=message)
+    compat.hide_writer_threads()
     if not speaks():
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)

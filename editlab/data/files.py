@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from editlab.data.fact import Fact
 from editlab.data.formats import FactFormat, format_of, read_record
 from editlab.errors import UserError
+from editlab.utils.files import require_regular
 
 log = logging.getLogger(__name__)
 
@@ -103,23 +104,33 @@ def _records(path: Path, name: str) -> Iterable[_Raw]:
         array = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it at that position.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The fact file {name} holds {_beyond_json(error)}.") from error
     return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
 
 
 def _read(path: Path, name: str) -> str:
     try:
+        require_regular(path, f"The fact file {name}")
         return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark before the text
     except FileNotFoundError as error:
         raise UserError(f"The fact file {name} does not exist: check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError is about the encoding, or a path with a null character
         raise UserError(f"The fact file {name} cannot be read ({error}): give a UTF-8 file of JSON or CSV.") from error
 
 
 def _is_one_object(text: str) -> bool:
     try:
         return "\n" in text.strip() and isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _beyond_json(error: Exception) -> str:
+    """Return what Python's JSON reader could not take although it is valid JSON, as an object of ``holds``."""
+    if isinstance(error, RecursionError):
+        return "lists or objects inside each other too deeply to be read: remove what is no fact"
+    return "a number with more digits than Python reads (4300): shorten it, or write it as a text"
 
 
 def _lines(text: str) -> Iterator[_Raw]:
@@ -132,6 +143,8 @@ def _lines(text: str) -> Iterator[_Raw]:
             yield _Raw(where, json.loads(line))
         except json.JSONDecodeError as error:
             yield _Raw(where, None, f"is not valid JSON ({error.msg} at column {error.colno}): correct the line")
+        except (ValueError, RecursionError) as error:
+            yield _Raw(where, None, f"holds {_beyond_json(error)}")
 
 
 def _table(text: str, name: str) -> Iterator[_Raw]:
@@ -154,11 +167,13 @@ def _table(text: str, name: str) -> Iterator[_Raw]:
         except StopIteration:
             return
         except csv.Error as error:  # where the next record begins is unknown
-            yield _Raw(
-                f"Record {index} (line {begin})",
-                None,
-                f"is not valid CSV ({error}): close every quote, and double those inside a cell",
-            )
+            fault = f"is not valid CSV ({error}): close every quote, and double those inside a cell"
+            if "field limit" in str(error):
+                fault = (
+                    f"has a cell of more than {csv.field_size_limit()} characters: shorten it, or, if it is not meant "
+                    "to be that long, close the quote that begins it"
+                )
+            yield _Raw(f"Record {index} (line {begin})", None, fault)
             return
         yield _row(f"Record {index} (line {rows.line_num})", row, len(columns))
         index += 1

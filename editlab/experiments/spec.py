@@ -157,7 +157,7 @@ def load_experiment(path: str | Path) -> Experiment:
         raise UserError(f"There is no experiment file {str(path)!r}: name one, such as configs/experiments/trust.yaml.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = "" if line is None else f" (see line {line + 1})"
         raise UserError(f"{path} is not valid YAML{where}: correct it.") from error

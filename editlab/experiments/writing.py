@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from editlab.errors import UserError
+from editlab.utils.files import atomic_file
 from editlab.experiments.csv_files import Row, read_rows, update_rows, write_rows
 from editlab.experiments.plan import Options, Run, all_cells, cases, load_function, planned
 from editlab.experiments.spec import Experiment, TableSpec
@@ -58,7 +59,8 @@ class Results:
             for run in self.all_runs:
                 if (run.case.name, run.seed) == (copy.case, self.first_seed) and (run.folder / copy.file).exists():
                     self.path(copy.file).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(run.folder / copy.file, self.path(copy.file))
+                    with atomic_file(self.path(copy.file)) as temporary:
+                        shutil.copy(run.folder / copy.file, temporary)
 
     def _from_function(self, table: TableSpec) -> list[Row]:
         """Rows of a function by its import path; with a case and a seed they join those of absent runs."""

@@ -26,7 +26,7 @@ from editlab.lm.fingerprint import architecture, fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
-from editlab.utils.files import cache_dir
+from editlab.utils.files import cache_dir, require_regular
 from editlab.utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,13 @@ def read_file(path: str) -> str:
     Raises:
         UserError: The file does not exist, or is not UTF-8 text.
     """
+    file = Path(path).expanduser()
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        require_regular(file, f"The text {path!r}")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"The text {path!r} does not exist: give a file, hub:<data set>, or self.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a ValueError is about the encoding, or a path with a null character
         raise UserError(f"The text {path!r} cannot be read as UTF-8 ({error}): give a text file.") from error
 
 

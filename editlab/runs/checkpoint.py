@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from editlab.errors import UserError
 from editlab.runs.resume import ENTRIES, KEY, sums
+from editlab.runs.summary import has_folder, run_folder
 from editlab.utils.compat import CheckpointHooks, save_unless_saved
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
@@ -43,21 +46,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(path) as temporary:
             torch.save(checkpoint, temporary)
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint.
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint after checking every entry of the file; it is never read as a pickle that may run code.
 
         Raises:
             FileNotFoundError: There is none.
-            UserError: The file is damaged, or not one of editlab's.
+            UserError: The file is damaged, or not one of editlab's; or ``weights_only`` is False.
         """
+        refuse_pickles(weights_only)
+        if not Path(path).exists():
+            raise FileNotFoundError(f"Checkpoint file not found: {path}")
         with _explained(path):
-            if Path(path).is_file() and not zipfile.is_zipfile(path):  # torch would read it as a pickle
-                raise EOFError
-            return _ours(super().load_checkpoint(path, *args, **kwargs), path)
+            _verify(Path(path))
+            return _ours(torch.load(path, map_location=map_location or "cpu", weights_only=True), path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def refuse_pickles(weights_only: bool | None) -> None:
+    """Refuse ``weights_only: false``, with which torch would run code that a checkpoint holds.
+
+    Raises:
+        UserError: ``weights_only`` is False.
+    """
+    if weights_only is False:
+        raise UserError(
+            "weights_only is False, and loading a checkpoint would then run any code in it: leave it out; checkpoints "
+            "of editlab hold only tensors, numbers and texts."
+        )
+
+
+def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
     """Read a checkpoint without a Trainer; its tensors are mapped, and read from the disk when they are used.
+
+    Args:
+        path: the file.
+        verify: check every entry of the file against its CRC-32 first, which reads the whole file.
 
     Raises:
         UserError: There is none, it is damaged, or not one of editlab's.
@@ -65,14 +87,42 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"The checkpoint {str(path)!r} does not exist: check --ckpt_path.")
     with _explained(path):
+        if verify:
+            _verify(path)
         return _ours(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
+
+
+class _DamagedError(Exception):
+    """Raised when an entry of a checkpoint does not match its CRC; the message names it."""
+
+
+_UNREADABLE = (
+    RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What zipfile, pickle and torch raise for damaged bytes; a NotImplementedError is a RuntimeError."""
+
+
+def _verify(path: Path) -> None:
+    """Check every entry of a checkpoint against the CRC-32 that ``torch.save`` wrote; ``torch.load`` ignores them."""
+    if not zipfile.is_zipfile(path):  # torch would read it as a pickle
+        raise EOFError
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise _DamagedError(bad.partition("/")[2] or bad)
 
 
 @contextmanager
 def _explained(path: Any) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _DamagedError as error:
+        raise UserError(
+            f"The checkpoint {path} is damaged (its entry {error} has changed since it was written): give another, or "
+            "start a new run."
+        ) from error
+    except _UNREADABLE as error:
         raise UserError(
             f"The checkpoint {path} cannot be read, because it is damaged or of another kind: give another, or "
             "start a new run."
@@ -91,6 +141,10 @@ def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
             f"The checkpoint {path} lacks {', '.join(lacking) or 'global_step'}, as one of another version of editlab "
             "may do: give another, or start a new run."
         )
+    for name in sums(saved["layers"]):
+        total = checkpoint["state_dict"][name]
+        if not isinstance(total, torch.Tensor) or total.dtype != torch.float32 or total.dim() != 2:
+            raise UserError(f"The checkpoint {path} has no float32 matrix as {name}: give another, or start a new run.")
     return checkpoint
 
 
@@ -116,6 +170,8 @@ class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the folder, and the atomic writer of files."""
+        if self.dirpath is None and not has_folder(trainer.loggers) and stage == "fit":
+            self.dirpath = str(run_folder(trainer) / "checkpoints")  # Lightning's folder would be that of an earlier run
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -146,6 +202,8 @@ class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last batches, and log the size of the file."""
+        if trainer.fast_dev_run:
+            return
         save_unless_saved(self, trainer)
         if self.best_model_path and trainer.is_global_zero:
             size = Path(self.best_model_path).stat().st_size
@@ -182,7 +240,7 @@ def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
     Raises:
         UserError: The run has fewer batches, or did not keep that state.
     """
-    newest = read_checkpoint(checkpoint)
+    newest = read_checkpoint(checkpoint, verify=False)  # the one that is found is verified when its sums are read
     if not 0 < step <= newest["global_step"]:
         raise UserError(f"--to_step is {step}: {checkpoint} has {newest['global_step']} batches; give 0 to that.")
     if step == newest["global_step"]:
@@ -190,7 +248,7 @@ def earlier_checkpoint(checkpoint: Path, step: int) -> Path:
     found: dict[int, Path] = {}
     for path in sorted(checkpoint.parent.glob("*.ckpt")):
         with suppress(UserError):  # an unreadable file is not the one
-            other = read_checkpoint(path)
+            other = read_checkpoint(path, verify=False)
             if _same_run(other[KEY], newest[KEY]):
                 found[other["global_step"]] = path
     if step in found:

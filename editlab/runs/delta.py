@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from editlab.lm.loading.load import load
 from editlab.lm.precision import dtype_name, dtype_named
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
-from editlab.runs.resume import KEY, adjusted_path, sums
+from editlab.runs.resume import KEY, adjusted_path, require_finite, sums
+from editlab.utils.disk_cache import digest
 from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
 FILE = "delta.safetensors"
-FORMAT = "editlab-delta-1"
+FORMAT = "editlab-delta-2"
+WITHOUT_DIGESTS = "editlab-delta-1"
+"""Format of earlier versions of editlab, whose files hold no digests and are read without checking them."""
 ORIENTATION = "[d_v, d_k]"
 """Layout of a tensor: rows are outputs, as in torch.nn.Linear; GPT-2's Conv1D stores the transpose."""
 
@@ -56,11 +60,16 @@ class Delta:
         return next(iter(self.totals)).partition(f".{self.layers[0]}.")[2]
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> Delta:
+    def from_checkpoint(cls, path: Path, usable: bool = True) -> Delta:
         """Read the delta of a checkpoint file.
 
+        Args:
+            path: the file.
+            usable: refuse sums that are not finite; False to read only what they belong to.
+
         Raises:
-            UserError: It cannot be read, is not editlab's, or of a version that did not name the edited modules.
+            UserError: It cannot be read, is not editlab's, or of a version that did not name the edited modules; or a
+                sum holds NaN or infinity.
         """
         checkpoint = read_checkpoint(path)
         saved = checkpoint[KEY]
@@ -74,6 +83,8 @@ class Delta:
             adjusted = adjusted_path(name)
             if adjusted is not None:
                 totals[adjusted] = total.contiguous()
+        if usable:
+            _require_finite(totals, f"the checkpoint {path}")
         dtype = dtype_named(saved["dtype"])
         history = History.of(checkpoint, path)
         if history.adapted:
@@ -96,6 +107,7 @@ class Delta:
             "orientation": ORIENTATION,
             "history": self.history.to_json(),
         }
+        metadata["digests"] = json.dumps(_digests(metadata, self.totals))
         save_file(self.totals, path, metadata)
 
     @classmethod
@@ -106,7 +118,7 @@ class Delta:
             path: the file, or the folder that ``editlab export --delta-only`` wrote it to.
 
         Raises:
-            UserError: There is no such file, or it is damaged or no delta of editlab's.
+            UserError: There is no such file, or it is damaged or no delta of editlab's, or a sum holds NaN or infinity.
         """
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
@@ -115,11 +127,15 @@ class Delta:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 totals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"The delta {path} is damaged or no safetensors file: export it again.") from error
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, WITHOUT_DIGESTS):
             raise UserError(f"{path} is no delta: give a file that `editlab export --delta-only` wrote.")
-        return cls._of(metadata, totals, path)
+        delta = cls._of(metadata, dict(totals), path)
+        if metadata["format"] == FORMAT:
+            _require_digests(metadata, totals, path)
+        _require_finite(delta.totals, f"the delta {path}")
+        return delta
 
     @classmethod
     def _of(cls, metadata: dict[str, str], totals: dict[str, Tensor], path: Path) -> Delta:
@@ -128,7 +144,7 @@ class Delta:
             named = (metadata["base_model"], metadata["fingerprint"], dtype_named(metadata["dtype"]), layers)
             ordered = {module: totals.pop(module) for module in modules}
             history = metadata["history"]
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError, UserError) as error:
             raise UserError(f"The delta {path} lacks some of its metadata or tensors: export it again.") from error
         if totals:
             raise UserError(f"The delta {path} has tensors that its metadata does not name: export it again.")
@@ -160,6 +176,39 @@ class Delta:
         """
         for name, total in self.totals.items():
             EditedLayer(*_target(model, name, total)).restore(total)
+
+
+def _digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the digest of each entry of a delta's file, by its name: of its metadata and of its tensors."""
+    found = {name: digest(text.encode()) for name, text in metadata.items() if name != "digests"}
+    for name, total in totals.items():
+        content = f"{total.dtype} {list(total.shape)} ".encode() + total.contiguous().numpy().tobytes()
+        found[name] = digest(content)
+    return found
+
+
+def _require_digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor], path: Path) -> None:
+    """Check every entry of a delta's file.
+
+    Raises:
+        UserError: An entry has changed since the file was written; the message names it.
+    """
+    try:
+        written = json.loads(metadata["digests"])
+        assert isinstance(written, dict)
+    except (KeyError, ValueError, RecursionError, AssertionError) as error:
+        raise UserError(f"The delta {path} is damaged (its digests cannot be read): export it again.") from error
+    now = _digests(metadata, totals)
+    changed = [name for name in {**written, **now} if written.get(name) != now.get(name)]
+    if changed:
+        raise UserError(
+            f"The delta {path} is damaged (its entry {changed[0]} has changed since it was written): export it again."
+        )
+
+
+def _require_finite(totals: Mapping[str, Tensor], source: str) -> None:
+    for name, total in totals.items():
+        require_finite(name, total, source)
 
 
 def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:

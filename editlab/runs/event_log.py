@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,16 @@ class EventLog:
             UserError: if the file cannot be written.
         """
         line = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        size: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            size = self.path.stat().st_size if self.path.exists() else 0
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
+            if size is not None:
+                with suppress(OSError):  # a part of the line may have been written
+                    os.truncate(self.path, size)
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}): free space there, or choose another "
                 "trainer.logger.init_args.save_dir; --ckpt_path last resumes after the last saved batch."
@@ -46,7 +53,7 @@ class EventLog:
         for line in self.path.read_bytes().split(b"\n")[:-1]:  # bytes, as half a character cannot be decoded
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict) and isinstance(event.get("step"), int):
                 events.append(event)

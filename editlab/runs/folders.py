@@ -71,7 +71,7 @@ class RunFolder:
             return {}
         try:
             loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{file} is not valid YAML: leave the run out, or correct the file.") from error
         if not isinstance(loaded or {}, Mapping):
             raise UserError(f"{file} is not a recipe: leave the run out, or correct the file.")
@@ -226,7 +226,7 @@ def _is_ours(file: Path) -> bool:
             return "edits" in lines.readline().strip().split(",")
     try:
         loaded = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return True  # damaged: reported when it is read
     return isinstance(loaded, dict) and loaded.keys() >= _OURS.keys()
 
@@ -235,7 +235,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     damaged = UserError(f"{path} is damaged, or not of this version of editlab: leave the run out, or run it again.")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged from error
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), kind) for name, kind in _OURS.items()):
         raise damaged

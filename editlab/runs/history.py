@@ -92,7 +92,7 @@ class History:
         try:
             values = json.loads(text)
             return cls(**{**values, "edits": tuple(Edit(**edit) for edit in values["edits"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError("The delta's history is not one that editlab wrote: export the delta again.") from error
 
 
@@ -108,7 +108,7 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
     """The content of a file of the run's folder; {} if there is none, as next to a checkpoint that was moved."""
     try:
         found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

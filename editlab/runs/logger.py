@@ -17,8 +17,11 @@ from editlab.errors import UserError
 from editlab.utils import compat
 from editlab.utils.files import atomic_file
 
-OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml")
+OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml", ".lock")
 """Files in a run's folder before anything is measured."""
+
+_EMPTY_EVENT_FILE = 256
+"""Upper bound of the bytes of an event file without events."""
 
 
 class RunLogger(TensorBoardLogger):
@@ -34,10 +37,11 @@ class RunLogger(TensorBoardLogger):
     """
 
     DEFAULT_NAME = "editlab"
+    DEFAULT_FOLDER = "lightning_logs"
 
     def __init__(
         self,
-        save_dir: str = "lightning_logs",
+        save_dir: str = DEFAULT_FOLDER,
         name: str | None = DEFAULT_NAME,
         version: int | str | None = None,
     ) -> None:
@@ -46,6 +50,7 @@ class RunLogger(TensorBoardLogger):
         self._rows: dict[int, dict[str, float]] | None = None
         self._read_at: int | None = None
         self._written = True
+        self._left = False
 
     @property
     def version(self) -> int | str:
@@ -125,8 +130,20 @@ class RunLogger(TensorBoardLogger):
         compat.purge_events_from(self, edits + 1)
 
     @rank_zero_only
+    def leave(self) -> None:
+        """Writes nothing from now on, and removes the event file that this process has opened in the folder."""
+        self._left = True
+        compat.close_event_file(self)
+        own = Path(self.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*")
+        newest = max(own, key=lambda path: path.stat().st_mtime_ns, default=None)
+        if newest is not None and newest.stat().st_size < _EMPTY_EVENT_FILE:
+            newest.unlink(missing_ok=True)
+
+    @rank_zero_only
     def save(self) -> None:
         """Writes the buffer of the event file, and the table."""
+        if self._left:
+            return
         super().save()
         self.experiment.flush()
         if not self._written:
@@ -136,6 +153,8 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Writes everything, also if the run failed; the folder of a run that failed before measuring is removed."""
+        if self._left:
+            return
         if status == "failed" and not self.rows and self._holds_nothing():
             compat.close_event_file(self)
             shutil.rmtree(self.log_dir, ignore_errors=True)

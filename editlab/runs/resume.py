@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from editlab.data.fact import Fact
 from editlab.edits.edited_model import EditedModel
@@ -189,6 +190,40 @@ def sums(layers: Sequence[int]) -> list[str]:
     return [f"edited.{layer}.total" for layer in layers]
 
 
+def require_sums(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Make sure that the sums of updates in a checkpoint fit the weights that they belong to, and are finite.
+
+    Args:
+        saved: the checkpoint's tensors by name.
+        expected: tensors of the shapes that the sums must have, by the same names.
+
+    Raises:
+        UserError: A sum has another shape or is missing, or it holds NaN or infinity.
+    """
+    for name, own in expected.items():
+        total = saved.get(name)
+        if not isinstance(total, Tensor) or total.shape != own.shape:
+            shape = list(total.shape) if isinstance(total, Tensor) else "no shape"
+            raise UserError(
+                f"The checkpoint's {name} has the shape {shape} and the weight {list(own.shape)}: set model.edit_module "
+                "and model.language_model as in the checkpoint's run, or start a new run without --ckpt_path."
+            )
+        require_finite(name, total, "the checkpoint")
+
+
+def require_finite(name: str, total: Tensor, source: str) -> None:
+    """Make sure that a sum of updates is finite.
+
+    Raises:
+        UserError: It holds NaN or infinity.
+    """
+    if not bool(total.isfinite().all()):
+        raise UserError(
+            f"The sum of updates {name} in {source} holds NaN or infinity, so the edited model cannot answer: use an "
+            "earlier checkpoint, or run the edits again with other settings."
+        )
+
+
 def adjusted_path(name: str) -> str | None:
     """Path in the language model of a sum of updates by its name in a checkpoint.
 
@@ -209,7 +244,7 @@ def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> No
         edits: number of edits in the checkpoint; 0 for a new run.
     """
     folder = run_folder(trainer)  # collective: every rank has to call it
-    if trainer.loggers and trainer.is_global_zero:  # a kill leaves a partly written checkpoint
+    if trainer.is_global_zero:  # a kill leaves a partly written checkpoint
         for path in (folder, folder / "checkpoints"):
             sweep(path)
     for logger in trainer.loggers:

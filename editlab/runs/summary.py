@@ -7,17 +7,22 @@ import logging
 import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.ledger import Ledger
 from editlab.runs.logger import RunLogger
@@ -27,10 +32,60 @@ from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
 
+_VERSION = re.compile(r"version_\d+")
+"""Pattern of the name of a run's folder."""
+
+_own_folders: WeakKeyDictionary[Trainer, Path | TemporaryDirectory[str]] = WeakKeyDictionary()
+"""Trainer -> the folder of its run, for runs whose folder is not their logger's."""
+
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run's files: its logger's, or the Trainer's root if it has no logger."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Return the folder of a run's files; every rank has to call this.
+
+    It is the logger's. A run without a logger that has a folder gets a folder of its own, ``version_N`` with the next
+    free number in the Trainer's ``default_root_dir``, or that of the run that it resumes. With ``fast_dev_run`` it is a
+    temporary folder, which is removed with the Trainer: a trial run keeps nothing.
+    """
+    if not trainer.fast_dev_run and has_folder(trainer.loggers):
+        return Path(str(trainer.log_dir))
+    if trainer not in _own_folders:
+        _own_folders[trainer] = (
+            TemporaryDirectory(prefix="editlab-", ignore_cleanup_errors=True)
+            if trainer.fast_dev_run
+            else Path(ranks.on_first(lambda: str(_reserved(trainer))))
+        )
+    own = own_folder(trainer)
+    assert own is not None
+    return own
+
+
+def own_folder(trainer: Trainer) -> Path | None:
+    """Return the folder that :func:`run_folder` has created for a run whose logger has none; None otherwise."""
+    found = _own_folders.get(trainer)
+    return Path(found.name) if isinstance(found, TemporaryDirectory) else found
+
+
+def has_folder(loggers: Iterable[Logger]) -> bool:
+    """Tell whether the first logger has a folder for each run; loggers that send numbers to a server have none."""
+    return isinstance(next(iter(loggers), None), TensorBoardLogger | CSVLogger)
+
+
+def _reserved(trainer: Trainer) -> Path:
+    """Return the folder of the run that is resumed, or create the next free one."""
+    root = Path(trainer.default_root_dir)
+    if trainer.ckpt_path:
+        run = Path(trainer.ckpt_path).resolve().parent.parent
+        if run.parent == root.resolve() and _VERSION.fullmatch(run.name):
+            return root / run.name
+    numbers = [int(path.name.partition("_")[2]) for path in root.glob("version_*") if _VERSION.fullmatch(path.name)]
+    number = max(numbers, default=-1) + 1
+    while True:
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # another run was faster
+            number += 1
 
 
 def peak_memory_mb() -> float:
@@ -148,7 +203,11 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         f"||delta|| / ||W||: {norms}",
         f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
         "",
-        f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
+    ]
+    if trainer.fast_dev_run:
+        return "\n".join([*lines, "nothing was kept, because trainer.fast_dev_run is set", ""])
+    lines += [
+        *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if logged else []),
         f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
         *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),

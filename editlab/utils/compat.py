@@ -7,6 +7,7 @@ Other modules use no private name of a dependency; a test checks that too. Nothi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -74,6 +75,11 @@ def save_unless_saved(checkpoint: Any, trainer: Any) -> None:
         checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
+def check_early_stopping(callback: Any, trainer: Any) -> None:
+    """Make an EarlyStopping callback evaluate the number that it watches now; by itself it does so once an epoch."""
+    callback._run_early_stopping_check(trainer)
+
+
 def next_version(logger: Any) -> int:
     """Return the next free number of a TensorBoardLogger's runs, without claiming it as ``logger.version`` does."""
     return int(logger._get_next_version())
@@ -95,6 +101,17 @@ def purge_events_from(logger: Any, step: int) -> None:
     The arguments of the writer can otherwise be set only when the logger is created.
     """
     logger._kwargs["purge_step"] = step
+
+
+def hide_writer_threads() -> None:
+    """Do not print the traceback of a failed write by TensorBoard's thread: the main thread raises the error too."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def timeout_of(strategy: Any) -> timedelta | None:

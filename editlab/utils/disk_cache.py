@@ -281,7 +281,7 @@ def _fault_of(folder: Path, parts: Sequence[Sequence[str]]) -> str | None:
         if not any((folder / name).is_file() for name in names):
             return f"{names[0]} is missing"
     try:
-        expected = json.loads(_verified(folder / DIGESTS))
+        expected: dict[str, str] = json.loads(_verified(folder / DIGESTS))
     except FileNotFoundError:  # made by an editlab version without digests: only later damage can be noticed
         _write_digests(folder)
         return None

@@ -38,6 +38,20 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("editlab")
 
 
+def require_regular(path: Path, name: str) -> None:
+    """Refuse a device, a pipe or a socket as a file that is read whole: reading it may never end.
+
+    Args:
+        path: the path; if nothing is there, or a folder, whoever reads it reports that.
+        name: what the user called it.
+
+    Raises:
+        UserError: It is not a regular file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{name} is a device, a pipe or a socket, which may never end: save its content as a file.")
+
+
 def sha256(file: Path) -> str:
     """Return the SHA-256 digest of a file's content in hexadecimal digits."""
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ that was not given is None and is always valid. NaN and infinity are never valid
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection
 
 from editlab.errors import UserError
@@ -74,3 +75,5 @@ def _check(where: str, settings: dict[str, float | None], holds: Callable[[float
             raise UserError(f"{where}.{name} is {value}: it {what}.")
         if value == math.inf:
             raise UserError(f"{where}.{name} is {value}: it must be finite.")
+        if isinstance(value, int) and value > sys.maxsize:
+            raise UserError(f"{where}.{name} has {value.bit_length()} bits: it must be at most {sys.maxsize}.")

@@ -1,13 +1,18 @@
 """A catalogue of bad inputs: each gives one sentence with a fix, the right exit code, and no partly written file."""
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
+from editlab.api import edit_model
+from editlab.cli.commands.ask import _prompts_from_input
 from editlab.cli.main import main
+from editlab.errors import UserError
 from editlab.lm import memory
 from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -93,6 +98,15 @@ FILES = {
     "short.txt": "A few words.",
     "cut.gguf": b"GGUF\3\0\0\0",
     "latin.txt": "S\u00e3o Tom\u00e9".encode("latin-1"),
+    "deep.json": "[" * 100_000,
+    "deep.jsonl": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "digits.json": '[{"subject": ' + "7" * 5000 + "}]",
+    "digits.jsonl": '{"subject": ' + "7" * 5000 + "}",
+    "field.csv": "subject,prompt,target\nFrance,The capital of {} is," + "x" * 140_000 + "\n",
+    "open_quote.csv": 'subject,prompt,target\nFrance,The capital of {} is,"' + "x,y\n" * 40_000,
+    "deep.yaml": "model: " + "[" * 3000 + "]" * 3000,
+    "digits.yaml": "data:\n  limit: " + "7" * 5000,
+    "pickle.yaml": "weights_only: false\n",
 }  # fmt: skip
 
 
@@ -114,6 +128,10 @@ def callbacks(*names):
 
 def with_callback(name, **settings):
     return [f"--trainer.callbacks={json.dumps([{'class_path': name, 'init_args': settings}])}"]
+
+
+def watch(name):
+    return with_callback("EarlyStopping", monitor=name)
 
 
 FIT = {
@@ -141,9 +159,25 @@ FIT = {
     "a table with a cell too many": (facts("wide.csv"), "has 4 cells for 3 columns: put texts with a comma"),
     "an open quote": (facts("quote.csv"), "close every quote"),
     "a schema that is none": (setting("data.format", "Wikidata"), "There is no class named 'Wikidata'"),
+    "an array that is too deep": (facts("deep.json"), "inside each other too deeply"),
+    "a line that is too deep": (facts("deep.jsonl"), "Record 0 (line 1) of deep.jsonl holds lists or objects inside"),
+    "a number of too many digits": (facts("digits.json"), "digits.json holds a number with more digits than Python"),
+    "a line with too many digits": (facts("digits.jsonl"), "holds a number with more digits than Python reads"),
+    "a cell that is too long": (facts("field.csv"), "has a cell of more than 131072 characters: shorten it"),
+    "a long cell of an open quote": (facts("open_quote.csv"), "close the quote that begins it"),
+    "a file without an end": (facts("/dev/zero"), "The fact file /dev/zero is a device, a pipe or a socket"),
+    "a text without an end": (setting("model.moments.text", "/dev/zero"), "'/dev/zero' is a device, a pipe or a"),
+    "a held-out text without an end": (setting("model.evaluation.heldout", "/dev/zero"), "is a device, a pipe or a"),
+    "a model without an end": (setting("model.language_model", "/dev/zero"), "/dev/zero"),
+    "a checkpoint without an end": (["--ckpt_path", "/dev/zero"], "/dev/zero"),
     # numbers out of range, and names that are none
     "no fact": (setting("data.limit", 0), "data.limit is 0: it must be at least 1"),
     "no batch": (setting("data.batch_size", 0), "data.batch_size is 0: it must be at least 1"),
+    "more facts than can be counted": (setting("data.limit", 10**30), "data.limit has 100 bits: it must be at most"),
+    "a batch larger than can be counted": (setting("data.batch_size", 10**30), "data.batch_size has 100 bits"),
+    "more tokens than can be counted": (setting("model.moments.tokens", 10**30), "model.moments.tokens has 100 bits"),
+    "an infinite step size": (setting("model.values.lr", "inf"), "model.values.lr is inf: it must be finite"),
+    "a step size that is no number": (setting("model.values.lr", ".nan"), "model.values.lr is nan"),
     "words for a number": (setting("data.limit", "many"), "data.limit is 'many': it must be int or null"),
     "an unknown layer": (setting("model.layers", [7]), "the model's layers are 0 to 3"),
     "the last layer": (setting("model.layers", [3]), "layer 3 at a subject's last token affects no target"),
@@ -211,6 +245,24 @@ FIT = {
     "broken YAML": (["--config", "broken.yaml"], "not valid YAML"),
     "YAML that is a list": (["--config", "list.yaml"], "The configuration is not a mapping: write sections"),
     "no YAML": (["--config", "none.yaml"], "none.yaml' does not exist: check --config"),
+    "YAML without an end": (["--config", "/dev/zero"], "The configuration /dev/zero is a device, a pipe or a socket"),
+    "YAML without an end, joined": (["--config=/dev/zero"], "The configuration /dev/zero is a device"),
+    "YAML that is too deep": (["--config", "deep.yaml"], "too deeply"),
+    "YAML with too many digits": (["--config", "digits.yaml"], ""),
+    "code in a checkpoint": (["--weights_only", "false"], "any code in it: leave it out"),
+    "code in a checkpoint, in YAML": (["--config", "pickle.yaml"], "any code in it: leave it out"),
+    "a logger that is not installed": (setting("trainer.logger", "CometLogger"), "needs the package comet"),
+    "another logger that is not installed": (setting("trainer.logger", "NeptuneLogger"), "needs the package neptune"),
+    "a logger that is none": (setting("trainer.logger", "PaperLogger"), "PaperLogger"),
+    "a misspelt number to watch": (watch("immediate/acuracy"), "did you mean immediate/accuracy?"),
+    "a number of no group to watch": (watch("val_loss"), "EarlyStopping watches 'val_loss', which no run logs"),
+    "a number of the end to watch": (watch("retained/ES"), "measured only at the end of a run: add ForgettingCurve"),
+    "a number of tests to watch": (watch("bystanders/ES"), "'bystanders/ES', which no run logs"),
+    "a number of the solve to watch": (watch("solve/layer_9/condition"), "which this run does not log: did you mean"),
+    "a checkpoint of a number that is none": (
+        with_callback("ModelCheckpoint", monitor="loss", every_n_train_steps=1), "ModelCheckpoint watches 'loss'"
+    ),
+    "no mode to watch": (with_callback("EarlyStopping", monitor="immediate/ES", mode="up"), "`mode` can be"),
     "YAML of another encoding": (["--config", "latin.yaml"], "The configuration is not in UTF-8"),
     "no settings of the model": (["--config", "null_model.yaml"], "model is null: write its settings under it"),
     "no settings of the data": (["--config", "null_data.yaml"], "data is null: write its settings under it"),
@@ -252,6 +304,24 @@ VERBS = {
     "no delta": (["apply", "--delta", "nowhere", "--model", "models/good", "--out", "out"], "does not exist"),
     "no run to ask": (["ask", "--ckpt_path", "nowhere", "France"], "nowhere"),
     "no run to revert": (["revert", "--ckpt_path", "nowhere", "--out", "out"], "nowhere"),
+    "noise to ask": (["ask", "--ckpt_path", "noise.ckpt", "France"], "noise.ckpt"),
+    "noise to revert": (["revert", "--ckpt_path", "noise.ckpt", "--out", "out"], "noise.ckpt"),
+    "noise for a delta": (["apply", "--delta", "noise.ckpt", "--model", "models/good", "--out", "out"], "noise.ckpt"),
+    "a delta without an end": (["apply", "--delta", "/dev/zero", "--model", "models/good", "--out", "out"], "/dev/zero"),
+    "a checkpoint without an end": (["export", "--ckpt_path", "/dev/zero", "--out", "out"], "/dev/zero"),
+    "no run to report": (["report", "nowhere"], "nowhere"),
+    "no run in the folder to report": (["report", "models"], "models"),
+    "a folder without a run to compare": (["compare", "models/empty"], "models/empty"),
+    "no experiment": (["sweep", "none.yaml"], "There is no experiment file"),
+    "an experiment without an end": (["sweep", "/dev/zero"], "There is no experiment file"),
+    "an experiment that is too deep": (["sweep", "deep.yaml"], "deep.yaml"),
+    "an experiment with too many digits": (["sweep", "digits.yaml"], "digits.yaml"),
+    "facts without an end": (["facts", "check", "/dev/zero"], "is a device, a pipe or a socket"),
+    "facts that are too deep": (["facts", "check", "deep.json"], "too deeply"),
+    "facts with too many digits": (["facts", "check", "digits.json"], "more digits than Python reads"),
+    "facts in a folder": (["facts", "check", "models"], "cannot be read"),
+    "facts in another encoding": (["facts", "check", "latin.json"], "cannot be read"),
+    "a name that no file can have": (["facts", "check", "a\0b"], ""),
 }
 
 
@@ -266,6 +336,7 @@ def said_by(capsys):
     sentences = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("editlab: ")]
     assert len(sentences) == 1, error
     assert "Traceback" not in error
+    assert "should not happen" not in error
     return sentences[0]
 
 
@@ -280,6 +351,8 @@ def test_bad_inputs_of_fit(place, capsys, case):
     left = [path for path in place.rglob("*") if path.suffix in (".safetensors", ".ckpt", ".csv") and path.is_file()]
     assert [path.name for path in left if path.parent == place and path.name not in FILES] == []
     assert not list(place.rglob("lightning_logs/**/*.ckpt"))
+    if not case.startswith("a number of the solve"):  # which is known after the first batch
+        assert not list(place.glob("lightning_logs/*/version_*")), "a run that ended before its first batch"
 
 
 @pytest.mark.parametrize("case", VERBS)
@@ -291,7 +364,29 @@ def test_bad_inputs_of_the_other_verbs(place, capsys, case):
 
 
 def test_the_catalogue_is_as_large_as_it_should_be():
-    assert len(FIT) + len(VERBS) >= 60
+    assert len(FIT) + len(VERBS) >= 150
+
+
+def test_errors_of_prompts_that_are_no_text(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"The capital of S\xe3o\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match=r"Standard input is not in UTF-8 \(.*\): convert the prompts"):
+        _prompts_from_input()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not remove a working directory")
+def test_errors_of_a_working_directory_that_is_gone(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for arguments in (["fit"], ["facts", "check", "a.csv"], ["export", "--ckpt_path", "a", "--out", "b"]):
+        assert main(arguments) == 2
+        assert said_by(capsys) == "editlab: The working directory was removed: change to a folder that exists."
+
+
+@pytest.mark.parametrize("given", [None, 7, "France", FRANCE])
+def test_errors_of_facts_that_are_no_list(given):
+    with pytest.raises(UserError, match=r"facts is of type \w+: give a list"):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), given)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -72,11 +72,17 @@ def _prompts_from_input() -> list[str]:
     if sys.stdin.isatty():
         sys.stderr.write("Type one prompt on each line; end with an empty line or Ctrl-D.\n")
     prompts = []
-    for line in sys.stdin:
-        if line.strip():
-            prompts.append(line.rstrip("\r\n"))
-        elif sys.stdin.isatty():
-            break
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                prompts.append(line.rstrip("\r\n"))
+            elif sys.stdin.isatty():
+                break
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Standard input is not in {error.encoding.upper()} ({error.reason}): convert the prompts, or give them as "
+            "arguments."
+        ) from error
     if not prompts:
         raise UserError("There is no prompt: give some as arguments, or one on each line of standard input.")
     return prompts

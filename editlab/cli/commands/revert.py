@@ -25,7 +25,7 @@ def _revert(given: Namespace) -> None:
     writing = Writing.of(given)
     checkpoint = find_checkpoint(given.ckpt_path)
     if given.to_step == 0:
-        writing.unedited(Delta.from_checkpoint(checkpoint), given.model)
+        writing.unedited(Delta.from_checkpoint(checkpoint, usable=False), given.model)
     else:
         writing.edited(Delta.from_checkpoint(earlier_checkpoint(checkpoint, given.to_step)), given.model)
 
