@@ -6,7 +6,6 @@ This module knows neither the callback nor PEFT, only an objective and an optimi
 from __future__ import annotations
 
 import logging
-import pickle
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from editlab.distributed import ranks
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import lacks_memory, release
 from editlab.utils.files import atomic_file
+from editlab.utils.torch_files import DamagedFileError, load_verified
 from editlab.utils.progress import progress
 from editlab.utils.rng import rng_state, set_rng_state
 
@@ -49,13 +49,13 @@ class Unfinished:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            kept: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+            if not self.path.exists():
+                return None
+            kept = load_verified(self.path)
+        except DamagedFileError:
+            log.warning("%s is damaged: the adjustment is trained from its start", self.path)
             return None
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
-            log.warning("%s cannot be read: the adjustment is trained from its start", self.path)
-            return None
-        return kept if kept.get("key") == self.key else None
+        return kept if isinstance(kept, dict) and kept.get("key") == self.key else None
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Saves a training's state in place of the last one.

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import shutil
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +21,7 @@ from editlab.runs.resume import ENTRIES, KEY, sums
 from editlab.runs.summary import has_folder, run_folder
 from editlab.utils.compat import CheckpointHooks, save_unless_saved
 from editlab.utils.files import atomic_file
+from editlab.utils.torch_files import DamagedFileError, load_verified
 from editlab.utils.validation import at_least_one
 
 log = logging.getLogger(__name__)
@@ -57,8 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not Path(path).exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
         with _explained(path):
-            _verify(Path(path))
-            return _ours(torch.load(path, map_location=map_location or "cpu", weights_only=True), path)
+            return _ours(load_verified(Path(path), map_location or "cpu"), path)
 
 
 def refuse_pickles(weights_only: bool | None) -> None:
@@ -87,42 +83,19 @@ def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"The checkpoint {str(path)!r} does not exist: check --ckpt_path.")
     with _explained(path):
-        if verify:
-            _verify(path)
-        return _ours(torch.load(path, map_location="cpu", weights_only=True, mmap=True), path)
-
-
-class _DamagedError(Exception):
-    """Raised when an entry of a checkpoint does not match its CRC; the message names it."""
-
-
-_UNREADABLE = (
-    RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
-    struct.error, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What zipfile, pickle and torch raise for damaged bytes; a NotImplementedError is a RuntimeError."""
-
-
-def _verify(path: Path) -> None:
-    """Check every entry of a checkpoint against the CRC-32 that ``torch.save`` wrote; ``torch.load`` ignores them."""
-    if not zipfile.is_zipfile(path):  # torch would read it as a pickle
-        raise EOFError
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
-    if bad is not None:
-        raise _DamagedError(bad.partition("/")[2] or bad)
+        return _ours(load_verified(path, mmap=True, verify=verify), path)
 
 
 @contextmanager
 def _explained(path: Any) -> Iterator[None]:
     try:
         yield
-    except _DamagedError as error:
-        raise UserError(
-            f"The checkpoint {path} is damaged (its entry {error} has changed since it was written): give another, or "
-            "start a new run."
-        ) from error
-    except _UNREADABLE as error:
+    except DamagedFileError as error:
+        if error.entry is not None:
+            raise UserError(
+                f"The checkpoint {path} is damaged (its entry {error.entry} has changed since it was written): give "
+                "another, or start a new run."
+            ) from error
         raise UserError(
             f"The checkpoint {path} cannot be read, because it is damaged or of another kind: give another, or "
             "start a new run."
@@ -132,7 +105,7 @@ def _explained(path: Any) -> Iterator[None]:
 def _ours(checkpoint: Any, path: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UserError(f"The checkpoint {path} is not editlab's: give one of its runs' checkpoints/{LAST}.ckpt.")
-    saved = checkpoint[KEY]
+    saved = checkpoint[KEY] if isinstance(checkpoint[KEY], dict) else {}
     lacking = [name for name in ENTRIES if name not in saved] or [
         name for name in sums(saved["layers"]) if name not in checkpoint.get("state_dict", {})
     ]
