@@ -21,9 +21,9 @@ from editlab.distributed import ranks
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import lacks_memory, release
 from editlab.utils.files import atomic_file
-from editlab.utils.torch_files import DamagedFileError, load_verified
 from editlab.utils.progress import progress
 from editlab.utils.rng import rng_state, set_rng_state
+from editlab.utils.torch_files import DamagedFileError, load_verified
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,9 @@ def _missing_package(error: Exception) -> str | None:
             found = _PACKAGE.search(str(link))
             name = link.name or (found.group(1) if found else None)
             if name and name.partition(".")[0] not in _OWN_PACKAGES:
-                return f"The recipe names a class that needs the package {name}, which is not installed: pip install it."
+                return (
+                    f"The recipe names a class that needs the package {name}, which is not installed: pip install it."
+                )
     return None
 
 

@@ -190,7 +190,9 @@ class SaveConfig(SaveConfigCallback):
         checkpoint = self.config.get("ckpt_path")
         enter_folder(trainer, stage)
         keeps = not trainer.fast_dev_run and (stage == "fit" or has_folder(trainer.loggers))
-        own = [folder for folder in map(RunFolder, [run_folder(trainer)] if keeps else []) if not _is_users(folder.path)]
+        own = [
+            folder for folder in map(RunFolder, [run_folder(trainer)] if keeps else []) if not _is_users(folder.path)
+        ]
         if checkpoint and stage == "fit":
             for started in (*own, *_run_of(Path(checkpoint))):
                 if started.settings:

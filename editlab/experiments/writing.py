@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 
 from editlab.errors import UserError
-from editlab.utils.files import atomic_file
 from editlab.experiments.csv_files import Row, read_rows, update_rows, write_rows
 from editlab.experiments.plan import Options, Run, all_cells, cases, load_function, planned
 from editlab.experiments.spec import Experiment, TableSpec
 from editlab.experiments.tables import COLUMNS, rows_of_means, rows_of_runs, rows_of_snapshots
 from editlab.experiments.turning import turns
+from editlab.utils.files import atomic_file
 
 
 @dataclass

@@ -144,7 +144,9 @@ class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the folder, and the atomic writer of files."""
         if self.dirpath is None and not has_folder(trainer.loggers) and stage == "fit":
-            self.dirpath = str(run_folder(trainer) / "checkpoints")  # Lightning's folder would be that of an earlier run
+            self.dirpath = str(
+                run_folder(trainer) / "checkpoints"
+            )  # Lightning's folder would be that of an earlier run
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 

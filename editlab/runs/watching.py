@@ -87,4 +87,8 @@ def _watched(callbacks: Iterable[Callback]) -> list[tuple[str, str]]:
 
 def _near(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {near[0]}?" if near else f": name one of {', '.join(sorted(known)[:8])} or another column of metrics.csv"
+    return (
+        f": did you mean {near[0]}?"
+        if near
+        else f": name one of {', '.join(sorted(known)[:8])} or another column of metrics.csv"
+    )

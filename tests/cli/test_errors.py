@@ -307,7 +307,10 @@ VERBS = {
     "noise to ask": (["ask", "--ckpt_path", "noise.ckpt", "France"], "noise.ckpt"),
     "noise to revert": (["revert", "--ckpt_path", "noise.ckpt", "--out", "out"], "noise.ckpt"),
     "noise for a delta": (["apply", "--delta", "noise.ckpt", "--model", "models/good", "--out", "out"], "noise.ckpt"),
-    "a delta without an end": (["apply", "--delta", "/dev/zero", "--model", "models/good", "--out", "out"], "/dev/zero"),
+    "a delta without an end": (
+        ["apply", "--delta", "/dev/zero", "--model", "models/good", "--out", "out"],
+        "/dev/zero",
+    ),
     "a checkpoint without an end": (["export", "--ckpt_path", "/dev/zero", "--out", "out"], "/dev/zero"),
     "no run to report": (["report", "nowhere"], "nowhere"),
     "no run in the folder to report": (["report", "models"], "models"),

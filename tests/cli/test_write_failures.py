@@ -94,10 +94,12 @@ def watch(monkeypatch):
         def saved(what, path, *args, **kwargs):
             if not disk.holds(path):
                 return plain_save(what, path, *args, **kwargs)
-            return disk.write(lambda: plain_save(what, path, *args, **kwargs), lambda: Path(path).write_bytes(b"PK half"))
+            return disk.write(
+                lambda: plain_save(what, path, *args, **kwargs), lambda: Path(path).write_bytes(b"PK half")
+            )
 
         def serialized(tensors, path, *args, **kwargs):
-            whole = lambda: plain_tensors(tensors, path, *args, **kwargs)  # noqa: E731
+            whole = lambda: plain_tensors(tensors, path, *args, **kwargs)
             return disk.write(whole, lambda: Path(path).write_bytes(b"half")) if disk.holds(path) else whole()
 
         monkeypatch.setattr(io, "open", opened)
