@@ -20,7 +20,7 @@ from typing import Any
 from editlab import __version__
 from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS, VERBS
 from editlab.errors import EditLabError, UserError, causes
-from editlab.utils.machine import LoadMeter, choose_threads, wait_passively
+from editlab.utils.machine import LoadMeter, choose_threads, wait_passively_if_busy
 from editlab.utils.progress import speaks
 
 PLUGINS = "editlab.plugins"
@@ -64,7 +64,7 @@ def run(arguments: list[str] | None = None) -> None:
         verb.load().run(arguments[1:])
         return
     meter = LoadMeter()
-    wait_passively()
+    wait_passively_if_busy(meter)
     load_plugins()
     from editlab.cli import training
 
