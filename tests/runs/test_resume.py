@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
-KILLS = 10
+KILLS = 6
 
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
