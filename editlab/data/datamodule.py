@@ -15,8 +15,9 @@ from editlab.data.files import read_facts
 from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
+from editlab.lm.joints import AUTO, JOINTS
 from editlab.utils.progress import progress
-from editlab.utils.validation import at_least_one
+from editlab.utils.validation import at_least_one, one_of
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,13 @@ class EditDataModule(LightningDataModule):
         format: class name of the file's schema; default: the schema that the first record matches.
         keep_repeats: edit all facts with the same subject and prompt, each superseding the one before; otherwise only
             the first is edited.
+        joint: what stands between a prompt and its target: a ``space``, ``none``, or ``auto``: a space, but none if the
+            language writes none there, as Chinese, Japanese and Thai do. Nothing is put after a prompt that ends in white
+            space, such as a rendered chat prompt.
         skip_bad: skip and log records that do not fit their schema or the model; otherwise they raise an error.
 
     Raises:
-        UserError: A size is below 1.
+        UserError: A size is below 1, or the joint is unknown.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class EditDataModule(LightningDataModule):
         format: FactFormat | None = None,
         skip_bad: bool = False,
         keep_repeats: bool = False,
+        joint: str = AUTO,
     ) -> None:
         super().__init__()
         at_least_one("data", limit=limit, batch_size=batch_size, bystanders=bystanders)
+        one_of("data", JOINTS, joint=joint)
         self.path = path
         self.limit = limit
         self.batch_size = batch_size
@@ -70,6 +76,7 @@ class EditDataModule(LightningDataModule):
         self.format = format
         self.skip_bad = skip_bad
         self.keep_repeats = keep_repeats
+        self.joint = joint
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
         self.fault: Callable[[Fact], str | None] = lambda fact: None

@@ -18,7 +18,8 @@ class Neighbor(NamedTuple):
 class Fact:
     """One fact edit: after the prompt with the subject in its ``{}`` the model should continue with ``target_new``.
 
-    Targets are words without a leading space; a prompt and its continuation are joined by one space.
+    Targets are words without a leading space; :func:`editlab.lm.joints.join` puts a space between a prompt and its
+    continuation if the language writes one.
     """
 
     subject: str

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.placement import runs_on
-from editlab.lm.tokens import encode
+from editlab.lm.tokens import encode, require_embedded
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
@@ -183,10 +183,11 @@ def answer(
         top: number of next tokens in the answer; fewer if the vocabulary is smaller.
 
     Raises:
-        UserError: The prompt is empty, or too long for the model.
+        UserError: The prompt is empty, too long for the model, or has a token that the model has no embedding for.
     """
     require_words(prompt)
     ids = list(encode(tokenizer, prompt).ids)
+    require_embedded(ids, tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     longest = context_length(model)
     if longest is not None and len(ids) + new_tokens > longest:
         raise UserError(

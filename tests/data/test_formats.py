@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from editlab.data import CounterFact, EasyEdit, Fact, Neighbor, ZsRE, read_facts
-from editlab.data.formats import as_template
+from editlab.data.formats import as_template, format_of, read_record
 from editlab.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -245,3 +245,33 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "latin").write_bytes(b'["\xe9\xff"]')
     with pytest.raises(UserError, match="cannot be read"):
         read_facts(str(tmp_path / "latin"))
+
+
+# line breaks at the end of prompts
+
+CHAT = " User: Where is the {}?\nAssistant:\n"
+CHAT_RECORDS = {
+    "CounterFact": {
+        "requested_rewrite": {"subject": "Louvre", "prompt": CHAT, "target_new": {"str": "Rome\n"},
+                              "target_true": {"str": "Paris\n"}},
+        "paraphrase_prompts": [CHAT], "neighborhood_prompts": [CHAT],
+    },
+    "ZsRE": {"subject": "Louvre", "src": CHAT, "alt": "Rome\n", "answers": ["Paris\n"], "rephrase": CHAT,
+             "loc": f"nq question: {CHAT}", "loc_ans": "Paris\n"},
+    "EasyEdit": {"subject": "Louvre", "prompt": CHAT, "target_new": "Rome\n", "ground_truth": ["Paris\n"],
+                 "rephrase_prompt": CHAT, "locality_prompt": [CHAT], "locality_ground_truth": ["Paris\n"]},
+    "Plain": {"subject": "Louvre\n", "prompt": CHAT, "target": "Rome\n", "truth": "Paris\n", "paraphrases": [CHAT],
+              "neighbors": [{"prompt": CHAT, "truth": "Paris\n"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "record"), CHAT_RECORDS.items(), ids=CHAT_RECORDS)
+def test_the_line_break_at_the_end_of_a_chat_prompt_is_kept(name, record):
+    """Everything else is trimmed: spaces around prompts, and all white space around subjects and targets."""
+    fact = read_record(record, 0)
+    assert type(format_of(record)).__name__ == name
+    assert (fact.subject, fact.target_new, fact.target_true) == ("Louvre", "Rome", "Paris")
+    expected = CHAT.lstrip()
+    assert fact.prompt == fact.paraphrases[0] == fact.neighbors[0].prompt == expected
+    assert fact.neighbors[0].truth == "Paris"
+    assert read_record({"subject": "Oslo", "prompt": " Oslo is ", "target": "Peru"}, 0).prompt == "{} is"

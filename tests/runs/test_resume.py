@@ -128,11 +128,12 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"architecture": {"eps": 2}}, "has 1 as eps in its config.json and this run's 2"),
         ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
+        ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
     ],
 )
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
-    check = IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size"} else IDENTITY.require_model
+    check = IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size", "joint"} else IDENTITY.require_model
     with pytest.raises(UserError, match=message):
         check(run)
 

@@ -16,9 +16,9 @@ from editlab.cli.commands.writing import add_device_argument
 from editlab.edits.ledger import Ledger, LedgerEntry
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
+from editlab.lm.joints import AUTO
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.placement import device_named
-from editlab.lm.tokens import encode
 from editlab.metrics.names import IMMEDIATE
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
@@ -64,7 +64,9 @@ def _report(given: Namespace) -> None:
         summary=run.summary,
         curve=run.curve,
         fates=ledger.fates,
-        missed=None if given.no_answers else find_missed(delta, ledger, _learnt(saved), given.model, device),
+        missed=None if given.no_answers else find_missed(
+            delta, ledger, _learnt(saved), given.model, device, saved.get("joint", AUTO)
+        ),
         adapted=delta.history.adapted,
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
@@ -81,7 +83,12 @@ def _learnt(saved: dict[str, Any]) -> list[bool]:
 
 
 def find_missed(
-    delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str | None, device: torch.device | None = None
+    delta: Delta,
+    ledger: Ledger,
+    learnt: Sequence[bool],
+    base: str | None,
+    device: torch.device | None = None,
+    joint: str = AUTO,
 ) -> list[Missed]:
     """The edits that the edited model should hold and does not, with its answers.
 
@@ -91,6 +98,7 @@ def find_missed(
         learnt: whether each edit was right just after its batch.
         base: name or path of the base model; default: the run's.
         device: device of the model; default: the CPU.
+        joint: the run's ``data.joint``.
     """
     standing = {id(fact) for fact in ledger.standing}
     numbered: list[tuple[int, LedgerEntry]] = [(i, e) for i, e in enumerate(ledger) if id(e.fact) in standing]
@@ -100,6 +108,7 @@ def find_missed(
     model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     delta.put_on(model)
     lm = LanguageModel(model, tokenizer, delta.edit_module)
+    lm.joint = joint
     facts = [entry.fact for _, entry in numbered]
     hits = score_facts(lm, facts, paraphrases=False, neighbors=0).edit.hit_new.tolist()
     missed = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]
@@ -112,7 +121,7 @@ def find_missed(
 
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
     """The greedy continuation of each prompt; prompts of one length are run together."""
-    ids = [encode(lm.tokenizer, prompt).ids for prompt in prompts]
+    ids = [lm.encode(prompt).ids for prompt in prompts]
     answers = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):

@@ -24,7 +24,7 @@ class CounterFact(FactFormat):
         neighbors = texts(record, "neighborhood_prompts")
         return Fact(
             subject=text(rewrite, "subject"),
-            prompt=text(rewrite, "prompt"),
+            prompt=text(rewrite, "prompt", prompt=True),
             target_new=text(field(rewrite, "target_new", dict), "str"),
             target_true=truth,
             paraphrases=texts(record, "paraphrase_prompts"),

@@ -26,7 +26,7 @@ class EasyEdit(FactFormat):
         subject = text(record, "subject")
         return Fact(
             subject=subject,
-            prompt=as_template(text(record, "prompt"), subject),
+            prompt=as_template(text(record, "prompt", prompt=True), subject),
             target_new=text(record, "target_new"),
             target_true=first_text(record, "ground_truth"),
             paraphrases=texts(record, "rephrase_prompt"),

@@ -28,13 +28,20 @@ def field(record: Any, name: str, kind: type) -> Any:
     return record[name]
 
 
-def text(record: Any, name: str) -> str:
-    """Return a required non-empty text without the spaces around it.
+def trimmed_prompt(text: str) -> str:
+    """Return a prompt without the spaces around it; line breaks at its end stay, as a chat prompt needs them."""
+    end = text[len(text.rstrip()) :]
+    return text.strip() + (end.rstrip(" ") if text.strip() and "\n" in end else "")
+
+
+def text(record: Any, name: str, *, prompt: bool = False) -> str:
+    """Return a required non-empty text without the spaces around it, or as :func:`trimmed_prompt` leaves a ``prompt``.
 
     Raises:
         UserError: The field is missing, not a text, or empty.
     """
-    found = field(record, name, str).strip()
+    given = field(record, name, str)
+    found = trimmed_prompt(given) if prompt else given.strip()
     if not found:
         raise UserError(f"has an empty {name!r}: fill it in")
     return str(found)
@@ -59,7 +66,7 @@ def texts_with_gaps(record: dict[str, Any], name: str) -> list[str]:
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise UserError(f'has a {name!r} that is not a list of texts: write it as ["...", "..."]')
-    return [v.strip() for v in values]
+    return [trimmed_prompt(v) for v in values]
 
 
 def first_text(record: dict[str, Any], name: str) -> str | None:
@@ -104,7 +111,7 @@ def paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighb
         answers = answers[:1]
     if len(questions) != len(answers):
         raise UserError(f"has {len(questions)} {prompts} but {len(answers)} {truths}: give as many of each")
-    yield from (Neighbor(p, t) for p, t in zip(questions, answers, strict=True) if p and t)
+    yield from (Neighbor(p, t.strip()) for p, t in zip(questions, answers, strict=True) if p and t)
 
 
 def as_template(prompt: str, subject: str) -> str:

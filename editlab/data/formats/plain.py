@@ -30,10 +30,10 @@ class Plain(FactFormat):
             raise UserError('has \'neighbors\' that are not a list: write [{"prompt": "...", "truth": "..."}]')
         return Fact(
             subject=subject,
-            prompt=as_template(text(record, "prompt"), subject),
+            prompt=as_template(text(record, "prompt", prompt=True), subject),
             target_new=text(record, "target"),
             target_true=text(record, "truth") if truth is not None else None,
             paraphrases=texts({"paraphrases": unpacked(record, "paraphrases")}, "paraphrases"),
-            neighbors=tuple(Neighbor(text(one, "prompt"), text(one, "truth")) for one in neighbors),
+            neighbors=tuple(Neighbor(text(one, "prompt", prompt=True), text(one, "truth")) for one in neighbors),
             id=record.get("id") or index,
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from editlab.data.fact import Fact, Neighbor
 from editlab.data.formats.base import FactFormat
-from editlab.data.formats.fields import as_template, text, texts
+from editlab.data.formats.fields import as_template, text, texts, trimmed_prompt
 
 
 class ZsRE(FactFormat):
@@ -20,15 +20,13 @@ class ZsRE(FactFormat):
         """Read a record; its neighbor is the unrelated question ``loc``, without MEND's marker before it."""
         subject = text(record, "subject")
         answers = texts(record, "answers")
-        loc = record.get("loc")
+        loc = trimmed_prompt(str(record.get("loc") or "").removeprefix("nq question: "))
         return Fact(
             subject=subject,
-            prompt=as_template(text(record, "src"), subject),
+            prompt=as_template(text(record, "src", prompt=True), subject),
             target_new=text(record, "alt"),
-            target_true=answers[0] if answers else None,
+            target_true=answers[0].strip() if answers else None,
             paraphrases=texts(record, "rephrase"),
-            neighbors=(
-                (Neighbor(str(loc).removeprefix("nq question: ").strip(), text(record, "loc_ans")),) if loc else ()
-            ),
+            neighbors=(Neighbor(loc, text(record, "loc_ans")),) if loc else (),
             id=record.get("case_id", index),
         )
