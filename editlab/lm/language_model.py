@@ -141,7 +141,7 @@ class LanguageModel(ModelRunner):
         return encoding
 
     def encode_pair(self, prompt: str, continuation: str) -> tuple[Encoding, int]:
-        """Tokenize a prompt with its continuation (:func:`editlab.lm.tokens.encode_pair`), with the model's :attr:`joint`.
+        """Tokenize a prompt with its continuation, joined by :attr:`joint` (:func:`editlab.lm.tokens.encode_pair`).
 
         Raises:
             UserError: As :meth:`encode`, or the continuation has no token, or no token stands before it.
@@ -277,7 +277,7 @@ class LanguageModel(ModelRunner):
     ) -> list[list[int]]:
         """Continue prompts of equal length by exactly ``new_tokens`` tokens, sampled at temperature 1, not truncated.
 
-        End-of-text tokens are never generated. The global random state is not changed.
+        End-of-text tokens are never generated, nor those with which a text begins. The global random state is not changed.
 
         Args:
             prompts: token ids; all prompts have the same length.
@@ -293,7 +293,8 @@ class LanguageModel(ModelRunner):
             NonFiniteError: The model's logits are not finite, so no token can be sampled.
         """
         with private_draws(seed):
-            new = continue_rows(self.model, prompts, new_tokens, most_likely if greedy else drawn, tick=tick)
+            pick = most_likely if greedy else drawn
+            new = continue_rows(self.model, prompts, new_tokens, pick, never=self.beginning, tick=tick)
         return [[*prompt, *more] for prompt, more in zip(prompts, new, strict=True)]
 
 

@@ -1,9 +1,8 @@
 """Text corpora as token ids: files, hub data sets, and text that a model samples itself.
 
 Text is read in windows. Every window begins with the special tokens with which the tokenizer begins a text
-(:attr:`LanguageModel.beginning`), because models whose tokenizer adds such tokens are never trained without them: without
-``<bos>`` the perplexity of Gemma 3 270M on prose is six times as high. These tokens are neither scored nor counted: in
-most models later tokens attend to them much more than to others, and their keys are outliers. :func:`cut` makes all
+(:attr:`LanguageModel.beginning`), because models whose tokenizer adds such tokens are never trained without them. These
+tokens are neither scored nor counted among keys: they are attention sinks, whose keys are outliers. :func:`cut` makes all
 windows, and :func:`scored` and :func:`text_of` tell which tokens of a window count.
 
 Text that the model samples itself needs no download, and its second moments work as well as those of a corpus.
