@@ -11,7 +11,6 @@ from editlab.errors import UserError
 from tests.test_api import PLAIN, SMALL, assert_same, changed, weights
 from tests.tiny import tiny_model, tiny_tokenizer
 
-
 # ---- models in a wrapper
 
 

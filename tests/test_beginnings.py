@@ -1,8 +1,8 @@
 """How texts begin: every text that editlab reads begins, and is scored, as the tokenizer begins a text.
 
 The model is a chain of tokens whose next-token table is known: no block changes the stream, so that the logits after a
-token are computed from its embedding alone. ``<s>`` has an embedding of its own, which makes the first token of a window
-likely; behind nothing it could not be scored at all.
+token are computed from its embedding alone. The first token of a window is scored behind
+``<s>``; without it there is nothing that it could be predicted from.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from callbacks.lora.objective import distributions, edit_rows, prompt_rows, short_windows, text_rows
 from callbacks.trust.probes import TEXT_WINDOW, measure_heldout, sentences_of_facts, sentences_of_text
 from editlab.data.fact import Fact, Neighbor
-from editlab.edits.layer_search import SearchSetup, TrialEvaluator
 from editlab.editor import SequentialEditor
+from editlab.edits.layer_search import SearchSetup, TrialEvaluator
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.scoring import score_facts, score_pairs, token_log_probs
@@ -197,7 +197,9 @@ READERS = {
     "perplexity of the fork": lambda lm, text: token_log_probs(lm, read_ids(lm, corpus.read_file(text), 100), 30),
     "moments of a file": lambda lm, text: second_moments(lm, [1], MomentSettings(text=text, tokens=200), "tiny"),
     "moments of sampled text": lambda lm, text: second_moments(lm, [1], MomentSettings(tokens=40, cache=False), "tiny"),
-    "moments of the layer search": lambda lm, text: accumulate(lm, [1], moments.text_windows(lm, setup_of(lm).moments, "")),
+    "moments of the layer search": lambda lm, text: accumulate(
+        lm, [1], moments.text_windows(lm, setup_of(lm).moments, "")
+    ),
     "prompts of the layer search": lambda lm, text: TrialEvaluator(lm, [FACT], ContextSettings(length=3)),
     "sampled text": lambda lm, text: sample_text(lm, 20, 0, ""),
     "contexts": lambda lm, text: sample_contexts(lm, ContextSettings(length=3)),

@@ -41,8 +41,8 @@ class EditDataModule(LightningDataModule):
         keep_repeats: edit all facts with the same subject and prompt, each superseding the one before; otherwise only
             the first is edited.
         joint: what stands between a prompt and its target: a ``space``, ``none``, or ``auto``: a space, but none if the
-            language writes none there, as Chinese, Japanese and Thai do. Nothing is put after a prompt that ends in white
-            space, such as a rendered chat prompt.
+            language writes none there, as Chinese, Japanese and Thai do. Nothing is put after a prompt that ends in
+            white space, such as a rendered chat prompt.
         skip_bad: skip and log records that do not fit their schema or the model; otherwise they raise an error.
 
     Raises:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from editlab.edits.edited_layer import EditedLayer
 
 _STANDING: WeakKeyDictionary[nn.Module, list[ref[EditedLayer]]] = WeakKeyDictionary()
-"""Linear map -> its edited layers, oldest first, as long as their runs' results are referenced. It is not a cache: which
-runs have edited a model is known neither to the model nor to a run."""
+"""Linear map -> its edited layers, oldest first, as long as their runs' results are referenced. It is not a cache:
+neither the model nor a run knows which runs have edited the model."""
 
 
 def record(layers: Iterable[EditedLayer]) -> None:

@@ -277,7 +277,8 @@ class LanguageModel(ModelRunner):
     ) -> list[list[int]]:
         """Continue prompts of equal length by exactly ``new_tokens`` tokens, sampled at temperature 1, not truncated.
 
-        End-of-text tokens are never generated, nor those with which a text begins. The global random state is not changed.
+        End-of-text tokens are never generated, nor those with which a text begins. The global random
+        state is not changed.
 
         Args:
             prompts: token ids; all prompts have the same length.
@@ -308,7 +309,9 @@ def _require_plain(model: PreTrainedModel) -> None:
         if type(module).__module__.partition(".")[0] == "peft":
             raise UserError(MERGE_FIRST.format(type(model).__name__))
         if "_orig_mod" in dict(module.named_children()):
-            raise UserError(f"A part of the model is compiled ({path or type(model).__name__}): compile it after the edit.")
+            raise UserError(
+                f"A part of the model is compiled ({path or type(model).__name__}): compile it after the edit."
+            )
 
 
 def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -71,8 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
     out = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     ids, offsets = out["input_ids"], out["offset_mapping"]
     special = [
-        bool(flag) and start == stop
-        for flag, (start, stop) in zip(out["special_tokens_mask"], offsets, strict=True)
+        bool(flag) and start == stop for flag, (start, stop) in zip(out["special_tokens_mask"], offsets, strict=True)
     ]
     length = len(special)
     while length and special[length - 1] and not all(special[:length]):

@@ -79,7 +79,7 @@ class ValueCache:
 
 
 def name_of(fact: Fact, unusual_texts: Sequence[str] = ()) -> str:
-    """Return the name of a fact's value, which depends on the prompt, the subject, the new target and their joint alone.
+    """Return the name of a fact's value, which depends on the prompt, the subject, the new target and their joint.
 
     Args:
         fact: the fact.

@@ -248,7 +248,9 @@ def test_errors_of_a_special_token_without_embedding_wait_for_a_text_that_has_it
     require_embeddings(tokenizer, rows)
     require_embedded(encode(tokenizer, "The capital of France is").ids, tokenizer, rows)
     require_embedded((), tokenizer, rows)
-    with pytest.raises(UserError, match=rf"A text has the token '<image>', but the tokenizer has {rows + 1} tokens and"):
+    with pytest.raises(
+        UserError, match=rf"A text has the token '<image>', but the tokenizer has {rows + 1} tokens and"
+    ):
         require_embedded(encode(tokenizer, "The <image> is").ids, tokenizer, rows)
 
 

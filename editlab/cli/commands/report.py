@@ -64,9 +64,9 @@ def _report(given: Namespace) -> None:
         summary=run.summary,
         curve=run.curve,
         fates=ledger.fates,
-        missed=None if given.no_answers else find_missed(
-            delta, ledger, _learnt(saved), given.model, device, saved.get("joint", AUTO)
-        ),
+        missed=None
+        if given.no_answers
+        else find_missed(delta, ledger, _learnt(saved), given.model, device, saved.get("joint", AUTO)),
         adapted=delta.history.adapted,
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
