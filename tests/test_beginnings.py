@@ -383,7 +383,7 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("read", BAD_TEXTS.values(), ids=BAD_TEXTS)
 def test_errors_of_a_token_without_embedding(read, tmp_path):
     (tmp_path / "text.txt").write_text("The <image> is. " * 20)
-    with pytest.raises(UserError, match=r"has the token '<image>', but the tokenizer has .* resize_token_embeddings"):
+    with pytest.raises(UserError, match=r"has the token '<image>', but the tokenizer has .*resize_token_embeddings"):
         read(too_many(), str(tmp_path / "text.txt"))
 
 
