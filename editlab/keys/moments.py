@@ -144,7 +144,7 @@ def accumulate(
         lm: the model.
         layers: numbers of the layers.
         windows: token ids of each window, as :func:`editlab.lm.text.cut` makes them. The keys of the special tokens
-            with which they begin are left out: they are outliers, and no edit is made at them.
+            with which they begin are left out: they are unlike others, and no edit is made at them.
         device: device of products and sums; default: the model's, or the CPU if that has no float64.
     """
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
