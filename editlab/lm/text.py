@@ -2,7 +2,8 @@
 
 Text is read in windows. Every window begins with the special tokens with which the tokenizer begins a text
 (:attr:`LanguageModel.beginning`), because models whose tokenizer adds such tokens are never trained without them. These
-tokens are neither scored nor counted among keys: no edit is made at them, and their keys are unlike others. :func:`cut` makes all windows, and :func:`scored` and :func:`text_of` tell which tokens of a window count.
+tokens are neither scored nor counted among keys: no edit is made at them, and their keys are unlike others.
+:func:`cut` makes all windows, and :func:`scored` and :func:`text_of` tell which tokens of a window count.
 
 Text that the model samples itself needs no download, and its second moments work as well as those of a corpus.
 Sampling takes minutes, so the sample is stored in the cache folder; the sample of the built-in model ships with editlab
