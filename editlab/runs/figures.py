@@ -153,7 +153,7 @@ def forgetting_figure(curve: Series, perplexity_before: float | None, columns: i
             if points := _points(curve, full_name(group, name)):
                 ax.plot(*zip(*points, strict=True), label=group, **style)
         ax.set(title=title, ylim=(-0.03, 1.03), xlabel="edits")
-    legend_below(figure)  # before the last panel, which has a legend of its own
+    legend_below(figure, 2 if columns == 1 else 4)  # before the last panel, which has a legend of its own
     if perplexities:
         ax = axes[len(shown)]
         if perplexity_before is not None:
