@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
-from editlab.data.formats import checked, read_record
+from editlab.data.formats import Record, UnreadFields, checked, read_all
 from editlab.editor import SequentialEditor
 from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
@@ -28,12 +29,15 @@ from editlab.lm.joints import AUTO
 from editlab.lm.language_model import MERGE_FIRST, LanguageModel
 from editlab.metrics.names import BEFORE, RETAINED, of_group
 from editlab.runs.logger import RunLogger
+from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import MEMIT, Method
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
 from editlab.values.optimize import ValueSettings
+
+log = logging.getLogger(__name__)
 
 RECOMMENDED: dict[str, Any] = {
     "method": MEMIT(covariance_weight=300),
@@ -164,7 +168,7 @@ def edit_model(
             trainer = Trainer(
                 accelerator="cpu" if model.device.type == "cpu" else "auto",
                 devices=[model.device.index or 0] if model.device.type == "cuda" else 1,
-                callbacks=list(callbacks),
+                callbacks=with_progress_bar(callbacks, progress),
                 logger=RunLogger(str(root), "edit_model") if folder is not None else False,
                 default_root_dir=root,
                 enable_checkpointing=False,
@@ -225,14 +229,21 @@ def _check_run(seed: int, folder: str | Path | None) -> None:
 
 
 def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
-    facts = []
+    facts, unread = [], UnreadFields()
     for index, one in enumerate(given):
         if not isinstance(one, Fact | Mapping):
             raise UserError(f"Fact {index} is {one!r}: give a Fact, or a dict with subject, prompt and target.")
         try:
-            facts.append(checked(one) if isinstance(one, Fact) else read_record(dict(one), index))
+            if isinstance(one, Fact):
+                facts.append(checked(one))
+                continue
+            record = Record(dict(one))
+            facts += read_all(record, index)
+            unread.add(record)
         except UserError as error:
             raise UserError(f"Fact {index} {error}.") from None
+    if sentence := unread.sentence("The list of facts"):
+        log.warning("%s", sentence)
     if not facts:
         raise UserError("No fact is given: give at least one.")
     return facts

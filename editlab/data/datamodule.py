@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, composed
 from editlab.data.files import read_facts
 from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
@@ -109,6 +109,7 @@ class EditDataModule(LightningDataModule):
         Raises:
             UserError: A fact has no true target or does not fit the model, or the model prefers the truth of none.
         """
+        self._name_unchanged_truths()
         wanted = self.limit or len(self.candidates)
         fitting = self.fitting(self.candidates)
         if not self.only_known:
@@ -136,6 +137,16 @@ class EditDataModule(LightningDataModule):
                 f"The model prefers the truth of none of the facts in {self.path}: set data.only_known to false."
             )
         self.facts = kept
+
+    def _name_unchanged_truths(self) -> None:
+        """Log the facts whose new target is their truth."""
+        kept = [fact for fact in self.candidates if fact.keeps_the_truth]
+        if kept:
+            some = ", ".join(f"{fact.question[:40]!r} with {fact.target_new!r}" for fact in kept[:3])
+            log.warning(
+                "%d of the facts have a target that is their truth, so that an edit cannot change them (%s%s): give "
+                "them another target, or remove them.", len(kept), some, ", ..." if len(kept) > 3 else "",
+            )  # fmt: skip
 
     def fitting(self, facts: Iterable[Fact]) -> Iterator[Fact]:
         """Yield the facts that fit the model, checking each when it is needed; ``skip_bad`` skips the other facts.
@@ -196,8 +207,8 @@ class EditDataModule(LightningDataModule):
 
     def _unedited(self) -> list[Fact]:
         edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
-        subjects = {fact.subject for fact in edited}
-        return [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
+        subjects = {composed(fact.subject) for fact in edited}
+        return [fact for fact in reversed(self.candidates) if composed(fact.subject) not in subjects]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Return the batch unchanged, because facts hold no tensors."""

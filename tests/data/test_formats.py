@@ -158,12 +158,12 @@ BAD = {
     "no prompt": (without(COUNTERFACT, "requested_rewrite", "prompt"), "lacks 'prompt'"),
     "no target": (without(COUNTERFACT, "requested_rewrite", "target_new"), "lacks 'target_new'"),
     "target without text": (changed(COUNTERFACT, {}, "requested_rewrite", "target_new"), "lacks 'str'"),
-    "target is a text": (
-        changed(COUNTERFACT, "x", "requested_rewrite", "target_new"),
-        "'target_new' that is not an object",
-    ),
+    "target a number": (changed(COUNTERFACT, 5, "requested_rewrite", "target_new"), "'target_new' that is not a text"),
+    "rewrite a text": (changed(COUNTERFACT, "x", "requested_rewrite"), "'requested_rewrite' that is not an object"),
+    "no rewrite": (changed(COUNTERFACT, [], "requested_rewrite"), "an empty 'requested_rewrite'"),
+    "several subjects": (changed(COUNTERFACT, ["a", "b"], "requested_rewrite", "subject"), "that is a list of 2"),
     "empty subject": (changed(COUNTERFACT, " ", "requested_rewrite", "subject"), "empty 'subject'"),
-    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "0 times {}"),
+    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "does not occur: write {}"),
     "two places": (
         changed(COUNTERFACT, "{} is {}", "requested_rewrite", "prompt"),
         "2 times {}",
@@ -173,16 +173,16 @@ BAD = {
     "easyedit subject elsewhere": (changed(EASYEDIT, "CNN", "subject"), "'CNN' does not occur"),
     "easyedit uneven": (changed(EASYEDIT, ["a", "b"], "locality_prompt"), "2 locality_prompt but 1"),
     "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is not a text"),
-    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is not an object"),
+    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "a part that is not an object"),
     "easyedit nested uneven": (
         {**EASYEDIT, "locality": {"near": {"prompt": ["a is", "b is", "c is"], "ground_truth": ["x"]}}},
         "3 prompt but 1 ground_truth",
     ),
     "easyedit truth a number": (changed(EASYEDIT, 1984, "ground_truth"), "'ground_truth' that is not a text"),
-    "easyedit truth nested": (changed(EASYEDIT, [["BBC"]], "ground_truth"), "'ground_truth' that is not a text"),
+    "easyedit truth nested": (changed(EASYEDIT, [[5]], "ground_truth"), "'ground_truth' that is not a text"),
     "easyedit nested truth a number": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is", "ground_truth": 1}}},
-        "'ground_truth' that is not a list of texts",
+        "'ground_truth' that is not a text",
     ),
     "easyedit nested truth absent": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is"}}},

@@ -202,9 +202,13 @@ def test_event_files_are_continued(tiny_folder, tmp_path):
             third = [i for i, point in enumerate(points, 1) if point == "after _log_step"][2]
             assert killed.run(arguments, here, tmp_path / name, die_at=third) is None
             killed.run([*arguments, "--ckpt_path", "last"], here, tmp_path / name)
-        events = EventAccumulator(str(last(here).parents[1])).Reload()
-        steps[name] = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert steps["whole"]["immediate/ES"] == [2, 4, 6, 8]
+        steps[name] = {}
+        for group in (".", "before", "immediate", "retained"):
+            events = EventAccumulator(str(last(here).parents[1] / group)).Reload()
+            for tag in events.Tags()["scalars"]:
+                steps[name][group, tag] = [e.step for e in events.Scalars(tag)]
+    assert steps["whole"]["immediate", "scores/ES"] == [2, 4, 6, 8]
+    assert steps["whole"][".", "weights/layer_1/delta_norm"] == [2, 4, 6, 8]
     assert steps["killed"] == steps["whole"]
 
 
