@@ -271,7 +271,7 @@ def test_the_line_break_at_the_end_of_a_chat_prompt_is_kept(name, record):
     fact = read_record(record, 0)
     assert type(format_of(record)).__name__ == name
     assert (fact.subject, fact.target_new, fact.target_true) == ("Louvre", "Rome", "Paris")
-    expected = CHAT.lstrip()
-    assert fact.prompt == fact.paraphrases[0] == fact.neighbors[0].prompt == expected
+    expected = CHAT.lstrip().replace("{}", "Louvre")
+    assert fact.question == fact.paraphrases[0] == fact.neighbors[0].prompt == expected
     assert fact.neighbors[0].truth == "Paris"
     assert read_record({"subject": "Oslo", "prompt": " Oslo is ", "target": "Peru"}, 0).prompt == "{} is"
