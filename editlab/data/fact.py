@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ class Neighbor(NamedTuple):
 class Fact:
     """One fact edit: after the prompt with the subject in its ``{}`` the model should continue with ``target_new``.
 
-    Targets are words without a leading space; a prompt and its continuation are joined by one space.
+    Targets are words without a leading space; :func:`editlab.lm.joints.join` puts a space between a prompt and its
+    continuation if the language writes one.
     """
 
     subject: str
@@ -30,7 +32,7 @@ class Fact:
     target_true: str | None = None
     """The continuation that was right before the edit; None if the data set has none."""
     paraphrases: tuple[str, ...] = ()
-    """Complete prompts that ask for the same fact in other words."""
+    """Complete prompts that ask for the same fact in other words; in a file, ``{}`` in one stands for the subject."""
     neighbors: tuple[Neighbor, ...] = ()
     """Prompts about other subjects, with their own answers."""
     id: int | str = 0
@@ -43,8 +45,16 @@ class Fact:
 
     @property
     def slot(self) -> tuple[str, str]:
-        """Subject and prompt; of two facts that agree in both, the later one replaces the earlier one."""
-        return self.subject, self.prompt
+        """Subject and prompt; of two facts that agree in both, the later one replaces the earlier one.
+
+        Both are in Unicode's composed form, so that an accented letter written as one character or as two is the same.
+        """
+        return composed(self.subject), composed(self.prompt)
+
+    @property
+    def keeps_the_truth(self) -> bool:
+        """Whether the new target is the true target, so that the edit has nothing to change."""
+        return self.target_true is not None and composed(self.target_new) == composed(self.target_true)
 
     @property
     def subject_span(self) -> tuple[int, int]:
@@ -61,6 +71,15 @@ class Fact:
         """Return the fact that :meth:`to_dict` was called on."""
         neighbors = tuple(Neighbor(*n) for n in values["neighbors"])
         return cls(**{**values, "paraphrases": tuple(values["paraphrases"]), "neighbors": neighbors})
+
+
+def composed(text: str) -> str:
+    r"""Return a text in Unicode's composed form (NFC), in which equal texts have equal characters.
+
+    >>> composed("e\\u0301") == "\\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def latest(facts: Sequence[Fact]) -> list[Fact]:

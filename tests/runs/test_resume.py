@@ -128,11 +128,14 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"architecture": {"eps": 2}}, "has 1 as eps in its config.json and this run's 2"),
         ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
+        ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
     ],
 )
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
-    check = IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size"} else IDENTITY.require_model
+    check = (
+        IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size", "joint"} else IDENTITY.require_model
+    )
     with pytest.raises(UserError, match=message):
         check(run)
 
@@ -199,9 +202,13 @@ def test_event_files_are_continued(tiny_folder, tmp_path):
             third = [i for i, point in enumerate(points, 1) if point == "after _log_step"][2]
             assert killed.run(arguments, here, tmp_path / name, die_at=third) is None
             killed.run([*arguments, "--ckpt_path", "last"], here, tmp_path / name)
-        events = EventAccumulator(str(last(here).parents[1])).Reload()
-        steps[name] = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert steps["whole"]["immediate/ES"] == [2, 4, 6, 8]
+        steps[name] = {}
+        for group in (".", "before", "immediate", "retained"):
+            events = EventAccumulator(str(last(here).parents[1] / group)).Reload()
+            for tag in events.Tags()["scalars"]:
+                steps[name][group, tag] = [e.step for e in events.Scalars(tag)]
+    assert steps["whole"]["immediate", "scores/ES"] == [2, 4, 6, 8]
+    assert steps["whole"][".", "weights/layer_1/delta_norm"] == [2, 4, 6, 8]
     assert steps["killed"] == steps["whole"]
 
 
