@@ -33,6 +33,7 @@ from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import MEMIT, Method
+from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
 from editlab.values.optimize import ValueSettings
@@ -255,19 +256,14 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     device = model.device
     training = {module: module.training for module in model.modules()}
     with_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A call that ``module.compile()`` has compiled would not see hooks that are added later.
-    compiled = {module: call for module in model.modules() if (call := vars(module).get("_compiled_call_impl"))}
     model.eval().requires_grad_(False)
-    for module in compiled:
-        module._compiled_call_impl = None
     try:
-        yield
+        with calls_not_compiled(model):
+            yield
     finally:
         model.to(device)  # type: ignore[arg-type]  # the Trainer leaves it on the CPU
         for module, mode in training.items():
             module.training = mode
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
         for parameter in with_gradient:
             parameter.requires_grad_(True)
 

@@ -25,8 +25,14 @@ class NonFiniteError(EditLabError):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and the errors that led to it, the outermost first: libraries wrap the errors of code they call."""
+    """Yield the error and the errors that led to it, each once, the outermost first.
+
+    Libraries wrap the errors of code that they call. The chain may be a cycle: if a writer stores its error and raises
+    it again while the same error is being handled elsewhere, an error becomes the context of its own cause.
+    """
+    seen: set[int] = set()
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
         yield link
         link = link.__cause__ or link.__context__

@@ -57,6 +57,14 @@ def with_a_compiled_part(model):
     return model
 
 
+def with_replicas(model):
+    """A DataParallel without its constructor, which asks every device that other tests may have registered."""
+    wrapped = torch.nn.DataParallel.__new__(torch.nn.DataParallel)
+    torch.nn.Module.__init__(wrapped)
+    wrapped.module = model
+    return wrapped
+
+
 @pytest.mark.parametrize(
     ("wrap", "sentence"),
     [
@@ -64,7 +72,7 @@ def with_a_compiled_part(model):
         (with_adapters_inside, r"LlamaForCausalLM has PEFT adapters, .* model\.merge_and_unload\(\)"),
         (with_adapters_of_transformers, r"LlamaForCausalLM has PEFT adapters, .* model\.merge_and_unload\(\)"),
         (with_a_compiled_part, r"A part of the model is compiled \(model\.layers\.3\): compile it after the edit\."),
-        (torch.nn.DataParallel, r"The model is a DataParallel, not a PreTrainedModel .*: give its part \.module\."),
+        (with_replicas, r"The model is a DataParallel, not a PreTrainedModel .*: give its part \.module\."),
         (lambda model: "gpt2", r"The model is a str, not a PreTrainedModel .*: give what AutoModelForCausalLM loads\."),
         (lambda model: None, r"The model is a NoneType, not a PreTrainedModel"),
     ],

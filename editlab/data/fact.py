@@ -76,7 +76,7 @@ class Fact:
 def composed(text: str) -> str:
     r"""Return a text in Unicode's composed form (NFC), in which equal texts have equal characters.
 
-    >>> composed("e\\u0301") == "\\u00e9"
+    >>> composed("e\u0301") == "\u00e9"
     True
     """
     return unicodedata.normalize("NFC", text)

@@ -160,6 +160,22 @@ def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -
 # ---- transformers and accelerate: models --------------------------------------------------------------------------
 
 
+@contextmanager
+def calls_not_compiled(model: nn.Module) -> Iterator[None]:
+    """Undo ``module.compile()`` for all modules of a model in a ``with`` block.
+
+    A compiled call does not run hooks that are added after its compilation. torch has no public way to undo it.
+    """
+    compiled = {module: call for module in model.modules() if (call := vars(module).get("_compiled_call_impl"))}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
 def attention_of(config: Any) -> str:
     """Return the name of the attention function that a model with this configuration uses; it is set at loading."""
     found: str = config._attn_implementation

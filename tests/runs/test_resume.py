@@ -171,12 +171,12 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
              for name in (killed.HALF, "after solve", "after loss") if name in points]  # fmt: skip
     kills, chains = 0, 0
     while kills < KILLS:
-        # A chain of runs, each killed on its way, up to four times; where one gets through, the next chain begins.
+        # A chain of runs, each killed on its way, up to twice; where one gets through, the next chain begins.
         here = folder(f"chain_{chains}")
         shrunk(recipe, here, tiny_folder)
         chains += 1
         die_at = aimed[chains - 1] if chains <= len(aimed) else draw.randint(1, len(points))
-        finished, stop = False, min(KILLS, kills + 4)
+        finished, stop = False, min(KILLS, kills + 2)
         while not finished:
             going_on = ["--ckpt_path", "last"] if last(here) else []
             finished = killed.run([*arguments, *going_on], here, tmp_path / f"cache_{chains}", die_at) is not None

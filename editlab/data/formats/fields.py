@@ -233,7 +233,7 @@ def checked(fact: Fact) -> Fact:
 def is_visible(text: str) -> bool:
     r"""Return whether a text has a character that shows something.
 
-    >>> is_visible("Peru"), is_visible("\\u200b \\ufeff"), is_visible("")
+    >>> is_visible("Peru"), is_visible("\u200b \ufeff"), is_visible("")
     (True, False, False)
     """
     return any(unicodedata.category(one) not in _INVISIBLE for one in _FILLERS.sub("", text))
