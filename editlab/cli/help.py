@@ -19,7 +19,7 @@ TEXTS = {
     "config": "YAML file of settings, a recipe. Of several files, and of the options after them, the last one counts.",
     "seed_everything": "Seed of all random draws of a run; true draws a seed, false sets none.",
     "trainer.accelerator": "Device of the model: cpu, gpu, cuda, mps, or auto, which takes a GPU if there is one.",
-    "trainer.strategy": "auto for one process; edit_ddp shares each edit among several processes.",
+    "trainer.strategy": "auto for one process; editlab_ddp shares each edit among several processes.",
     "trainer.devices": "Number of devices, a list of their numbers, or auto.",
     "trainer.precision": "Type of the weights and of the model's computations: 32-true, or bf16-true for half the "
     "memory. Values, scores and solves keep their full width.",
@@ -37,7 +37,8 @@ TEXTS = {
     "trainer.enable_progress_bar": "Whether progress bars are shown; null shows them.",
     "trainer.enable_model_summary": "Whether the modules of the model are listed before the run.",
     "trainer.use_distributed_sampler": "Must be false: with several processes, each of them gets every fact.",
-    "trainer.default_root_dir": "Folder of a run's files if it has no logger; null is the working directory.",
+    "trainer.default_root_dir": "Folder of a run's files if it has no logger; null is the working directory. "
+    "With a logger it has no effect.",
     "trainer.deterministic": "Whether only deterministic algorithms of torch are used. The solve is deterministic on "
     "a CPU anyway.",
     "weights_only": "Leave it out: checkpoints of editlab hold tensors, numbers and texts, and no code.",

@@ -34,8 +34,8 @@ def remove(layers: Iterable[EditedLayer]) -> None:
     """
     for layer in layers:
         standing = [other for one in _STANDING.get(layer.module, []) if (other := one()) is not None]
-        if any(other is layer for other in standing):
-            index = next(i for i, other in enumerate(standing) if other is layer)
+        index = next((i for i, other in enumerate(standing) if other is layer), None)
+        if index is not None:
             _remove(layer, standing[index + 1 :])
             _STANDING[layer.module] = [ref(other) for other in standing if other is not layer]
 

@@ -1,11 +1,11 @@
 """Choice of the number of compute threads on this machine, and of how they wait for each other.
 
 PyTorch divides each operation among OpenMP threads, which by default keep a core busy while they wait for each other.
-On an idle machine this is fastest: on two cores, threads that sleep instead take 1.4 times as long for values. On a
-machine with other work they wait for a thread that is not running, and a run takes four times as long. So where other
-programs are busy at the start, threads sleep (:func:`wait_passively_if_busy`, before torch is imported), and there are
-no more of them than there are free cores (:func:`choose_threads`). What the user has set in the environment is never
-changed.
+On an idle machine this is fastest: threads that sleep instead take half as long again for values on two cores. On a
+machine with other work they wait for a thread that is not running, and a run takes three times as long
+(``results/busy_machine.csv``). So where other programs are busy at the start, threads sleep
+(:func:`wait_passively_if_busy`, before torch is imported), and there are no more of them than there are free cores
+(:func:`choose_threads`). What the user has set in the environment is never changed.
 """
 
 from __future__ import annotations

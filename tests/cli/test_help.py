@@ -84,6 +84,12 @@ def test_no_text_contradicts_a_default(parsers, verb):
         assert not stated or str(action.default) in stated or action.default is None, name
 
 
+def test_the_help_names_the_strategy_that_exists():
+    from editlab.distributed.strategy import NAME
+
+    assert NAME in TEXTS["trainer.strategy"].split()
+
+
 def test_the_settings_of_a_class_are_explained():
     text = shown("fit", "--model.method.help", "EMMET")
     assert "gram_ridge" in text
