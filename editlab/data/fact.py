@@ -15,6 +15,16 @@ class Neighbor(NamedTuple):
     truth: str
 
 
+class Question(NamedTuple):
+    """A prompt whose answer follows from an edit, such as a two-hop question or the reversed fact."""
+
+    group: str
+    """Name of the kind of question, such as ``reasoning``; portability is measured for each group."""
+    prompt: str
+    answers: tuple[str, ...]
+    """The answer, then its aliases; at least one."""
+
+
 @dataclass(frozen=True)
 class Fact:
     """One fact edit: after the prompt with the subject in its ``{}`` the model should continue with ``target_new``.
@@ -37,6 +47,12 @@ class Fact:
     """Prompts about other subjects, with their own answers."""
     id: int | str = 0
     """Identifier of the record in its file."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the new target that count as right in a generated answer."""
+    truth_aliases: tuple[str, ...] = ()
+    """Other names of the true target."""
+    portability: tuple[Question, ...] = ()
+    """Questions whose answers follow from the edit."""
 
     @property
     def question(self) -> str:
@@ -64,13 +80,20 @@ class Fact:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as plain strings and lists, for a checkpoint."""
-        return {**asdict(self), "neighbors": [list(n) for n in self.neighbors]}
+        return {
+            **asdict(self),
+            "neighbors": [list(n) for n in self.neighbors],
+            "portability": [[q.group, q.prompt, list(q.answers)] for q in self.portability],
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Fact:
-        """Return the fact that :meth:`to_dict` was called on."""
+        """Return the fact that :meth:`to_dict` was called on; fields that an older version did not have are empty."""
+        texts = {name: tuple(values.get(name, ())) for name in ("paraphrases", "aliases", "truth_aliases")}
         neighbors = tuple(Neighbor(*n) for n in values["neighbors"])
-        return cls(**{**values, "paraphrases": tuple(values["paraphrases"]), "neighbors": neighbors})
+        asked = values.get("portability", ())
+        questions = tuple(Question(group, prompt, tuple(answers)) for group, prompt, answers in asked)
+        return cls(**{**values, **texts, "neighbors": neighbors, "portability": questions})
 
 
 def composed(text: str) -> str:
