@@ -26,6 +26,7 @@ from editlab.metrics.names import (
     full_name,
 )
 from editlab.runs.figures import Series, forgetting_figure
+from editlab.runs.logger import SCORES
 from editlab.runs.summary import run_folder
 from editlab.runs.watching import log_numbers
 from editlab.utils.files import atomic_file
@@ -132,14 +133,13 @@ def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
         GENERATION_ENTROPY: min(settings.heldout_tokens, settings.generated_texts) > 0,
     }  # fmt: skip
     titles = {metric.name: metric.title for metric in METRICS}
+    # RunLogger names a metric alike in the runs of all groups; another TensorBoard logger has the groups in the names.
+    groups = "|".join((SCORES, *TABLE_GROUPS))
     charts = {
-        titles[name]: [f"^{re.escape(full_name(group, name))}$" for group in TABLE_GROUPS]
-        for name in CURVES
+        titles[name]: [f"^({groups})/{re.escape(name)}$"]
+        for name in (*CURVES, PERPLEXITY, GENERATION_ENTROPY)
         if measured[name]
     }
-    for name in (PERPLEXITY, GENERATION_ENTROPY):
-        if measured[name]:
-            charts[titles[name]] = [f"^{full_name(RETAINED, name)}$"]
     charts["norm of the update"] = ["^weights/.*delta_norm$"]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EditCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,22 +17,28 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
-from editlab.data.formats import checked, read_record
+from editlab.data.formats import Record, UnreadFields, checked, read_all
 from editlab.editor import SequentialEditor
+from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
-from editlab.lm.language_model import LanguageModel
+from editlab.lm.joints import AUTO
+from editlab.lm.language_model import MERGE_FIRST, LanguageModel
 from editlab.metrics.names import BEFORE, RETAINED, of_group
 from editlab.runs.logger import RunLogger
+from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.solver.methods import MEMIT, Method
+from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
 from editlab.values.optimize import ValueSettings
+
+log = logging.getLogger(__name__)
 
 RECOMMENDED: dict[str, Any] = {
     "method": MEMIT(covariance_weight=300),
@@ -74,17 +81,24 @@ class EditResult:
         return of_group(self.summary["metrics"], RETAINED)
 
     def revert(self) -> None:
-        """Removes all edits from the model, bit for bit."""
-        _revert(self.editor)
+        """Removes the edits of this call from the model; those of later calls stay.
+
+        If nothing else has changed the edited weights since, they are what they were before the call, bit for bit.
+        """
+        standing.remove(_changed_layers(self.editor))
 
     def __str__(self) -> str:
         """The metrics before, right after, and at the end, as a table."""
         return metric_table(self.summary["metrics"]).to_text()
 
 
+def _changed_layers(editor: SequentialEditor) -> list[EditedLayer]:
+    layers = [*editor.edited.values(), *editor.adjusted.values()]  # ``auto`` may not have chosen them yet
+    return [layer for layer in layers if isinstance(layer, EditedLayer)]
+
+
 def _revert(editor: SequentialEditor) -> None:
-    for layer in [*editor.edited.values(), *editor.adjusted.values()]:  # ``auto`` may not have chosen them yet
-        assert isinstance(layer, EditedLayer)
+    for layer in _changed_layers(editor):
         layer.adapter = None
         layer.restore(torch.zeros_like(layer.total))
 
@@ -96,6 +110,7 @@ def edit_model(
     *,
     layers: Sequence[int] | Literal["auto"] = (4, 5, 6),
     batch_size: int = 16,
+    joint: str = AUTO,
     callbacks: Sequence[Callback] = (),
     folder: str | Path | None = None,
     seed: int = 0,
@@ -108,13 +123,14 @@ def edit_model(
     model's train or eval mode do not change.
 
     Args:
-        model: any causal language model of transformers, on one device.
+        model: any causal language model of transformers, on one device; of a compiled one the model inside is edited.
         tokenizer: its fast tokenizer.
         facts: the facts in the order of their edits: :class:`~editlab.data.Fact`, or dicts with ``subject``, ``prompt``
             and ``target`` (or in any other schema of a fact file).
         layers: blocks whose MLP output projection is edited. The default suits SmolLM2-135M; ``auto`` chooses
             them by trying (:mod:`editlab.edits.layer_search`), on the first facts.
         batch_size: facts in a step.
+        joint: what stands between a prompt and its target: ``auto``, ``space`` or ``none`` (:mod:`editlab.lm.joints`).
         callbacks: such as ``MemoryReplay()``, ``TrustRollback(heldout="some_text.txt")``, ``LoRAAdjust()``. All facts
             are edited, so trust has no facts to hold out and needs a text. editlab's callbacks forget earlier calls;
             their state after this call can be read from them.
@@ -137,12 +153,13 @@ def edit_model(
         ])
         print(result)
     """
+    given, model = model, _plain(model)
     _check(model, tokenizer, settings)
     _check_run(seed, folder)
     chosen = layers if isinstance(layers, str) else list(layers)
     name = {"language_model": model.config.name_or_path or type(model).__name__}
     editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
-    data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False)
+    data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False, joint=joint)
     data.candidates = _facts(facts)
     generators = rng_state()
     try:
@@ -152,7 +169,7 @@ def edit_model(
             trainer = Trainer(
                 accelerator="cpu" if model.device.type == "cpu" else "auto",
                 devices=[model.device.index or 0] if model.device.type == "cuda" else 1,
-                callbacks=list(callbacks),
+                callbacks=with_progress_bar(callbacks, progress),
                 logger=RunLogger(str(root), "edit_model") if folder is not None else False,
                 default_root_dir=root,
                 enable_checkpointing=False,
@@ -166,9 +183,26 @@ def edit_model(
         raise
     finally:
         set_rng_state(generators)
+    standing.record(_changed_layers(editor))
     kept = editor.edited_facts
     gone = [fact for fact in data.facts if fact not in kept]
-    return model, EditResult(kept, gone, summary, editor)
+    return given, EditResult(kept, gone, summary, editor)
+
+
+def _plain(model: Any) -> PreTrainedModel:
+    """Return the model inside a compiled one, which shares its weights; any other model is returned as it is.
+
+    Raises:
+        UserError: It is not a model of transformers.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if type(model).__module__.partition(".")[0] == "peft":
+        raise UserError(MERGE_FIRST.format(type(model).__name__))
+    if not isinstance(model, PreTrainedModel):
+        inside = getattr(model, "module", None)
+        fix = "its part .module" if isinstance(inside, PreTrainedModel) else "what AutoModelForCausalLM loads"
+        raise UserError(f"The model is a {type(model).__name__}, not a PreTrainedModel of transformers: give {fix}.")
+    return model
 
 
 def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
@@ -199,14 +233,21 @@ def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
     if isinstance(given, str | Mapping | Fact) or not isinstance(given, Iterable):
         kind = type(given).__name__
         raise UserError(f"facts is of type {kind}: give a list of Facts, or of dicts with subject, prompt and target.")
-    facts = []
+    facts, unread = [], UnreadFields()
     for index, one in enumerate(given):
         if not isinstance(one, Fact | Mapping):
             raise UserError(f"Fact {index} is {one!r}: give a Fact, or a dict with subject, prompt and target.")
         try:
-            facts.append(checked(one) if isinstance(one, Fact) else read_record(dict(one), index))
+            if isinstance(one, Fact):
+                facts.append(checked(one))
+                continue
+            record = Record(dict(one))
+            facts += read_all(record, index)
+            unread.add(record)
         except UserError as error:
             raise UserError(f"Fact {index} {error}.") from None
+    if sentence := unread.sentence("The list of facts"):
+        log.warning("%s", sentence)
     if not facts:
         raise UserError("No fact is given: give at least one.")
     return facts
@@ -214,13 +255,14 @@ def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Puts the model into eval mode without gradients inside the ``with``; afterwards restores modes and device."""
+    """Puts the model into eval mode, without gradients and uncompiled, inside the ``with``; afterwards restores it."""
     device = model.device
     training = {module: module.training for module in model.modules()}
     with_gradient = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
     try:
-        yield
+        with calls_not_compiled(model):
+            yield
     finally:
         model.to(device)  # type: ignore[arg-type]  # the Trainer leaves it on the CPU
         for module, mode in training.items():

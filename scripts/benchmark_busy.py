@@ -10,7 +10,7 @@ so that a machine that slows down slows all of them. Settings:
     torch     torch's defaults: as many threads as cores, which spin while they wait for each other
     passive   the same, with threads that sleep while they wait
     one       a single thread
-    editlab   what the command ``editlab`` does: threads that sleep, no more of them than there are free cores
+    editlab   what the command ``editlab`` does: on a busy machine threads that sleep, no more than there are free cores
 
 Appends to ``results/busy_machine.csv``: seconds a fact (median over rounds), how many times as long that is as torch's
 defaults take on the idle machine, and whether the values have the same bits as those of torch's defaults.
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from editlab.utils.files import atomic_file
-from editlab.utils.machine import THREAD_VARIABLES, WAIT_VARIABLES, LoadMeter, choose_threads, wait_passively
+from editlab.utils.machine import THREAD_VARIABLES, WAIT_VARIABLES, LoadMeter, choose_threads, wait_passively_if_busy
 
 RESULTS = Path(__file__).parents[1] / "results" / "busy_machine.csv"
 SETTINGS: dict[str, dict[str, str]] = {
@@ -53,7 +53,7 @@ def work(options: argparse.Namespace) -> None:
     """Loads the model, then computes the values once for each line of standard input; answers in lines of JSON."""
     meter = LoadMeter()
     if options.worker == "editlab":
-        wait_passively()
+        wait_passively_if_busy(meter)
     import torch
 
     from editlab.data import EditDataModule

@@ -206,8 +206,8 @@ class LoRAAdjust(EditCallback):
         with editor.unedited():
             windows = short_windows(lm, self.text, count, self.seed) if count else []
             half = -(-count // 2)
-            self.texts = text_rows(windows[:half])
-            self.other_rows = [*prompt_rows(lm, spare), *text_rows(windows[half:])]
+            self.texts = text_rows(lm, windows[:half])
+            self.other_rows = [*prompt_rows(lm, spare), *text_rows(lm, windows[half:])]
             with self._products(editor):
                 self._unedited_distributions = distributions(lm, self.other_rows) if self.weights["unedited"] else []
         if trainer.is_global_zero:

@@ -19,8 +19,7 @@ from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
 from editlab.lm.prefix_cache import PrefixCache
-from editlab.lm.text import read_file, read_ids, sample_text
-from editlab.lm.tokens import encode, encode_pair
+from editlab.lm.text import cut, read_file, read_ids, sample_text, scored, text_of
 from editlab.utils.validation import not_negative
 
 LOSSES = {"edits": 1.0, "before": 2.0, "unedited": 0.0}
@@ -44,7 +43,7 @@ def edit_rows(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str])
     rows = []
     for fact in facts:
         for context in contexts:
-            encoding, start = encode_pair(lm.tokenizer, context + fact.question, fact.target_new)
+            encoding, start = lm.encode_pair(lm.in_context(context, fact.question), fact.target_new)
             indices = tuple(range(start - 1, len(encoding.ids) - 1))
             rows.append(Row(tuple(encoding.ids[:-1]), indices, tuple(encoding.ids[start:])))
     return rows
@@ -52,7 +51,7 @@ def edit_rows(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str])
 
 def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
     """The questions of facts; the next-token distribution at their end counts."""
-    encoded = [tuple(encode(lm.tokenizer, fact.question).ids) for fact in facts]
+    encoded = [tuple(lm.encode(fact.question).ids) for fact in facts]
     return [Row(ids, (len(ids) - 1,), (-1,)) for ids in encoded]
 
 
@@ -69,15 +68,21 @@ def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[l
         UserError: The file cannot be read, or is too short.
     """
     if text == "self":
-        flat = [token for window in sample_text(lm, count * WINDOW, seed, "Sampling text") for token in window]
+        windows = sample_text(lm, count * WINDOW, seed, "Sampling text")
+        flat = [token for window in windows for token in text_of(lm, window)]
     else:
         flat = read_ids(lm, read_file(text), count * WINDOW)
-    return [flat[i : i + WINDOW] for i in range(0, len(flat), WINDOW)]
+    return cut(lm, flat, WINDOW)
 
 
-def text_rows(windows: Sequence[Sequence[int]]) -> list[Row]:
-    """Windows of text; each token after the first counts."""
-    return [Row(tuple(w[:-1]), tuple(range(len(w) - 1)), tuple(w[1:])) for w in windows if len(w) > 1]
+def text_rows(lm: LanguageModel, windows: Sequence[Sequence[int]]) -> list[Row]:
+    """Windows of text, as :func:`editlab.lm.text.cut` makes them; the tokens that can be scored count."""
+    indices = [scored(lm, window) for window in windows]
+    return [
+        Row(tuple(w[:-1]), tuple(i - 1 for i in some), tuple(w[i] for i in some))
+        for w, some in zip(windows, indices, strict=True)
+        if some
+    ]
 
 
 def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:

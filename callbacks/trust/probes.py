@@ -21,7 +21,7 @@ from editlab.evaluation.scoring import score_pairs
 from editlab.keys.subject_keys import locate
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import products_above
-from editlab.lm.tokens import encode, encode_pair
+from editlab.lm.text import cut, first_ids, scored
 
 LARGEST = 1e300
 """Replaces an infinite condition number, which JSON cannot represent."""
@@ -38,6 +38,13 @@ class Sentence(NamedTuple):
     """token ids of the sentence"""
     confidence_index: int
     """index of that token"""
+    beginning: int = 0
+    """number of special tokens that the tokenizer put before it, which are not scored"""
+
+    @property
+    def scored(self) -> range:
+        """Indices of the tokens that are scored."""
+        return range(max(1, self.beginning), len(self.ids))
 
 
 @dataclass(frozen=True)
@@ -65,22 +72,21 @@ class BatchAnswers:
 def sentences_of_facts(lm: LanguageModel, facts: Sequence[Fact], count: int) -> list[Sentence]:
     """Return true statements of up to ``count`` facts; confidence is measured at the first token of the answer."""
     stated = [(fact.question, fact.target_true) for fact in facts if fact.target_true is not None][:count]
-    encoded = [encode_pair(lm.tokenizer, question, truth) for question, truth in stated]
-    return [Sentence(tuple(encoding.ids), start) for encoding, start in encoded]
+    encoded = [lm.encode_pair(question, truth) for question, truth in stated]
+    return [Sentence(tuple(encoding.ids), start, encoding.beginning) for encoding, start in encoded]
 
 
 def sentences_of_text(lm: LanguageModel, text: str, count: int) -> list[Sentence]:
     """Up to ``count`` windows of a text; confidence is measured at the last token of each."""
-    ids = tuple(encode(lm.tokenizer, text).ids[: count * TEXT_WINDOW])
-    windows = [ids[i : i + TEXT_WINDOW] for i in range(0, len(ids), TEXT_WINDOW)]
-    return [Sentence(window, len(window) - 1) for window in windows if len(window) > 1]
+    windows = cut(lm, first_ids(lm, text, count * TEXT_WINDOW), TEXT_WINDOW)
+    return [Sentence(tuple(w), len(w) - 1, len(lm.beginning)) for w in windows if scored(lm, w)]
 
 
 def measure_heldout(lm: LanguageModel, sentences: Sequence[Sentence]) -> HeldOut:
     """Measure the held-out sentences with the current weights."""
-    wanted = [[(p - 1, s.ids[p]) for p in range(1, len(s.ids))] for s in sentences]
+    wanted = [[(p - 1, s.ids[p]) for p in s.scored] for s in sentences]
     logps, _, tops = lm.next_token_scores([s.ids for s in sentences], wanted)
-    confidence = [float(top[s.confidence_index - 1].exp()) for s, top in zip(sentences, tops, strict=True)]
+    confidence = [float(top[s.scored.index(s.confidence_index)].exp()) for s, top in zip(sentences, tops, strict=True)]
     return HeldOut(float(-torch.cat(logps).mean()), sum(confidence) / len(confidence))
 
 
@@ -111,7 +117,7 @@ def attribution_focus(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> T
     fractions = []
     module = lm.anatomy.edit_module(layer)
     for fact in facts:
-        encoding, start = encode_pair(lm.tokenizer, fact.question, fact.target_new)
+        encoding, start = lm.encode_pair(fact.question, fact.target_new)
         _, last = locate(lm, fact)
         with torch.enable_grad(), _read_as_leaf(module) as seen:
             logits = lm.run(torch.tensor([encoding.ids[:start]])).logits[0, -1].float()

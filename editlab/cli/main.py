@@ -17,10 +17,12 @@ from importlib.metadata import entry_points
 from io import TextIOWrapper
 from typing import Any
 
+from tqdm import tqdm
+
 from editlab import __version__
 from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS, VERBS
 from editlab.errors import EditLabError, UserError, causes
-from editlab.utils.machine import LoadMeter, choose_threads, wait_passively
+from editlab.utils.machine import LoadMeter, choose_threads, wait_passively_if_busy
 from editlab.utils.progress import speaks
 
 PLUGINS = "editlab.plugins"
@@ -53,18 +55,20 @@ def run(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     first = arguments[0] if arguments else ""
-    if first in ("-h", "--help"):
+    if first in ("-h", "--help", "--help=all"):
         help_parser().parse_args(["--help"])
     if first == "--version":
         log_line(f"editlab {__version__}")
         return
     _require_verb(first)
     verb = VERBS.get(first)
+    if verb is not None:  # their help shows everything anyway
+        arguments = ["--help" if argument == "--help=all" else argument for argument in arguments]
     if verb is not None and not verb.needs_model:
         verb.load().run(arguments[1:])
         return
     meter = LoadMeter()
-    wait_passively()
+    wait_passively_if_busy(meter)
     load_plugins()
     from editlab.cli import training
 
@@ -209,6 +213,11 @@ class _Screen(logging.StreamHandler):
     @stream.setter
     def stream(self, value: Any) -> None:
         """Ignores the stream: it is always the standard output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a message above the progress bars that are on the screen."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Ends the command if the program that reads its output has ended.

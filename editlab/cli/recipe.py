@@ -206,8 +206,17 @@ class SaveConfig(SaveConfigCallback):
         with atomic_file(folder / self.config_filename) as temporary:
             self.parser.save(self.config, str(temporary), skip_none=False, overwrite=True, multifile=self.multifile)
 
+    def _settings(self) -> dict[str, Any]:
+        return flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the settings for TensorBoard's HParams page."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_settings(self._settings())
+
     def _compare(self, folder: RunFolder) -> None:
-        then, now = folder.settings, flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        then, now = folder.settings, self._settings()
         callbacks = set(_names(EditCallback))
         changed = [
             f"{name}: {_in_words(name, then)} then, {_in_words(name, now)} now"

@@ -15,11 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from editlab.cli.commands import DESCRIPTION, TRAINER_VERBS
 from editlab.cli.failures import note_saved
+from editlab.cli.help import ALL, arrange, help_wanted
 from editlab.cli.recipe import SaveConfig, can_resume, complete
 from editlab.data import EditDataModule
 from editlab.distributed.strategy import NAME, EditStrategy
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
+from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.runs.workplace import abandon_folder
 from editlab.utils import compat
@@ -29,6 +31,13 @@ from editlab.utils.progress import bars, speaks
 
 class EditLabCLI(compat.CommandHooks, LightningCLI):
     """``editlab fit | validate | test``, with editlab's model, data, logger and defaults."""
+
+    full_help = False
+    """whether ``--help`` shows every setting"""
+
+    def arrange_help(self, verb: str, parser: Any, arguments: list[Any]) -> None:
+        """Puts editlab's texts in place of Lightning's, and leaves most of the Trainer's settings out."""
+        arrange(verb, parser, arguments, self.full_help)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -77,6 +86,11 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         Raises:
             UserError: Its strategy cannot divide an edit among several processes.
         """
+        settings = self.config_init[self.config.subcommand].trainer
+        given = settings.callbacks or []
+        settings.callbacks = with_progress_bar(
+            given if isinstance(given, list) else [given], settings.enable_progress_bar is not False
+        )
         trainer = super().instantiate_trainer(**arguments)
         if isinstance(trainer.strategy, EditStrategy):
             return trainer
@@ -95,7 +109,14 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
 
 def run_trainer(arguments: list[str]) -> EditLabCLI:
     """Runs one of the Trainer's verbs (``fit``, ``validate``, ``test``) and returns the CLI."""
-    return EditLabCLI(
+    arguments, wanted = help_wanted(arguments)
+    if wanted:
+        compat.read_attribute_docstrings()  # parsing the sources for them takes a second
+    return _create(_WithFullHelp if wanted == ALL else EditLabCLI, arguments)
+
+
+def _create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
+    return cls(
         SequentialEditor,
         EditDataModule,
         seed_everything_default=0,
@@ -106,6 +127,35 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"exit_on_error": False, "prog": "editlab", "description": DESCRIPTION},
     )
+
+
+class _WithFullHelp(EditLabCLI):
+    full_help = True
+
+
+class _ParsersAlone(_WithFullHelp):
+    """The command line without a run: it stops where the arguments would be parsed."""
+
+    class Stop(Exception):  # noqa: N818 - not an error
+        """Carries the parsers of the verbs."""
+
+    def arrange_help(self, verb: str, parser: Any, arguments: list[Any]) -> None:
+        super().arrange_help(verb, parser, arguments)
+        self.found = {**getattr(self, "found", {}), verb: parser}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise self.Stop(self.found)
+
+
+def trainer_parsers() -> dict[str, LightningArgumentParser]:
+    """The parsers of the Trainer's verbs by name, for shell completion."""
+    compat.read_attribute_docstrings()
+    try:
+        _create(_ParsersAlone, [])
+    except _ParsersAlone.Stop as stop:
+        found: dict[str, LightningArgumentParser] = stop.args[0]
+        return found
+    raise AssertionError("the parsers stop before they parse")
 
 
 def configure_libraries() -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from editlab.data.fact import Fact, Neighbor
+from editlab.data.fact import Fact, Neighbor, Question
 from editlab.data.files import read_facts
 from editlab.data.formats import CounterFact, EasyEdit, FactFormat, Plain, ZsRE
 from editlab.data.stream import EditStream
@@ -19,6 +19,7 @@ __all__ = [
     "FactFormat",
     "Neighbor",
     "Plain",
+    "Question",
     "ZsRE",
     "read_facts",
 ]

@@ -10,13 +10,14 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, composed
 from editlab.data.files import read_facts
 from editlab.data.formats import FactFormat
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
+from editlab.lm.joints import AUTO, JOINTS
 from editlab.utils.progress import progress
-from editlab.utils.validation import at_least_one
+from editlab.utils.validation import at_least_one, one_of
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,13 @@ class EditDataModule(LightningDataModule):
         format: class name of the file's schema; default: the schema that the first record matches.
         keep_repeats: edit all facts with the same subject and prompt, each superseding the one before; otherwise only
             the first is edited.
+        joint: what stands between a prompt and its target: a ``space``, ``none``, or ``auto``: a space, but none if the
+            language writes none there, as Chinese, Japanese and Thai do. Nothing is put after a prompt that ends in
+            white space, such as a rendered chat prompt.
         skip_bad: skip and log records that do not fit their schema or the model; otherwise they raise an error.
 
     Raises:
-        UserError: A size is below 1.
+        UserError: A size is below 1, or the joint is unknown.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class EditDataModule(LightningDataModule):
         format: FactFormat | None = None,
         skip_bad: bool = False,
         keep_repeats: bool = False,
+        joint: str = AUTO,
     ) -> None:
         super().__init__()
         at_least_one("data", limit=limit, batch_size=batch_size, bystanders=bystanders)
+        one_of("data", JOINTS, joint=joint)
         self.path = path
         self.limit = limit
         self.batch_size = batch_size
@@ -70,6 +76,7 @@ class EditDataModule(LightningDataModule):
         self.format = format
         self.skip_bad = skip_bad
         self.keep_repeats = keep_repeats
+        self.joint = joint
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
         self.fault: Callable[[Fact], str | None] = lambda fact: None
@@ -102,6 +109,7 @@ class EditDataModule(LightningDataModule):
         Raises:
             UserError: A fact has no true target or does not fit the model, or the model prefers the truth of none.
         """
+        self._name_unchanged_truths()
         wanted = self.limit or len(self.candidates)
         fitting = self.fitting(self.candidates)
         if not self.only_known:
@@ -129,6 +137,16 @@ class EditDataModule(LightningDataModule):
                 f"The model prefers the truth of none of the facts in {self.path}: set data.only_known to false."
             )
         self.facts = kept
+
+    def _name_unchanged_truths(self) -> None:
+        """Log the facts whose new target is their truth."""
+        kept = [fact for fact in self.candidates if fact.keeps_the_truth]
+        if kept:
+            some = ", ".join(f"{fact.question[:40]!r} with {fact.target_new!r}" for fact in kept[:3])
+            log.warning(
+                "%d of the facts have a target that is their truth, so that an edit cannot change them (%s%s): give "
+                "them another target, or remove them.", len(kept), some, ", ..." if len(kept) > 3 else "",
+            )  # fmt: skip
 
     def fitting(self, facts: Iterable[Fact]) -> Iterator[Fact]:
         """Yield the facts that fit the model, checking each when it is needed; ``skip_bad`` skips the other facts.
@@ -189,8 +207,8 @@ class EditDataModule(LightningDataModule):
 
     def _unedited(self) -> list[Fact]:
         edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
-        subjects = {fact.subject for fact in edited}
-        return [fact for fact in reversed(self.candidates) if fact.subject not in subjects]
+        subjects = {composed(fact.subject) for fact in edited}
+        return [fact for fact in reversed(self.candidates) if composed(fact.subject) not in subjects]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Return the batch unchanged, because facts hold no tensors."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from editlab.data.fact import Fact
-from editlab.data.formats import FactFormat, format_of, read_record
+from editlab.data.formats import FORMATS, FactFormat, Record, UnreadFields, format_of, read_all
+from editlab.data.formats.record import Cell
 from editlab.errors import UserError
 from editlab.utils.files import require_regular
 
@@ -26,13 +27,15 @@ _EXTRA_CELLS = "more cells than columns"
 
 
 class Found(NamedTuple):
-    """The result of reading one record: a fact, or a description of its fault."""
+    """The result of reading one fact of a record: the fact, or a description of the record's fault."""
 
     where: str
     """name of the record, such as ``Record 3 (line 4)``; records are counted from 0, lines from 1"""
     fact: Fact | None
     fault: str | None
     """what is wrong and how to fix it, as a predicate whose subject is :attr:`where`"""
+    record: Record | None = None
+    """the record, which knows the fields that were read; None for a fault, and for a record's second and later facts"""
 
 
 class _Raw(NamedTuple):
@@ -42,7 +45,7 @@ class _Raw(NamedTuple):
 
 
 def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool = False) -> list[Fact]:
-    """Return the facts of a file.
+    """Return the facts of a file, and log the fields that are not read.
 
     Args:
         path: a JSON array, JSONL, CSV or TSV file, or ``worldfacts`` for the built-in facts.
@@ -54,7 +57,10 @@ def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool 
     """
     facts: list[Fact] = []
     bad: list[str] = []
-    for where, fact, fault in find_facts(path, fact_format):
+    unread = UnreadFields()
+    for where, fact, fault, record in find_facts(path, fact_format):
+        if record is not None:
+            unread.add(record)
         if fact is not None:
             facts.append(fact)
         elif skip_bad:
@@ -63,6 +69,8 @@ def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool 
             raise UserError(f"{where} of {path} {fault}, or set data.skip_bad to true to skip it.")
     if bad:
         log.warning("%d records of %s are skipped: %s", len(bad), path, "; ".join(bad[:5]))
+    if sentence := unread.sentence(path):
+        log.info("%s", sentence)
     if not facts:
         raise UserError(f"The fact file {path} holds no record that can be used.")
     return facts
@@ -76,7 +84,7 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
     """
     file = BUILTIN if path == "worldfacts" else Path(path).expanduser()
     empty = True
-    for index, raw in enumerate(_records(file, path)):
+    for index, raw in enumerate(_records(file, path, fact_format)):
         empty = False
         try:
             if raw.fault is not None:
@@ -85,17 +93,21 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
                 raise UserError(f"is a {type(raw.content).__name__} and not an object with fields: give it subject, "
                                 "prompt and target")  # fmt: skip
             fact_format = fact_format or format_of(raw.content)
-            yield Found(raw.where, read_record(raw.content, index, fact_format), None)
+            record = Record(raw.content)
+            facts = read_all(record, index, fact_format)
         except UserError as error:
             yield Found(raw.where, None, str(error))
+            continue
+        notes = [None if file == BUILTIN else record, *[None] * len(facts)]  # the built-in facts name their relations
+        yield from (Found(raw.where, fact, None, note) for fact, note in zip(facts, notes, strict=False))
     if empty:
         raise UserError(f"The fact file {path} holds no record.")
 
 
-def _records(path: Path, name: str) -> Iterable[_Raw]:
+def _records(path: Path, name: str, fact_format: FactFormat | None) -> Iterable[_Raw]:
     text = _read(path, name)
     if path.suffix.lower() in TABLES:
-        return _table(text, name)
+        return _table(text, name, fact_format)
     if text.lstrip()[:1] != "[":
         if _is_one_object(text):
             raise UserError(f"The fact file {name} is one JSON object over many lines: write its records as a list.")
@@ -147,7 +159,7 @@ def _lines(text: str) -> Iterator[_Raw]:
             yield _Raw(where, None, f"holds {_beyond_json(error)}")
 
 
-def _table(text: str, name: str) -> Iterator[_Raw]:
+def _table(text: str, name: str, fact_format: FactFormat | None) -> Iterator[_Raw]:
     """Yield the records of a CSV or TSV text; the first line names the columns, and empty cells are ignored."""
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
@@ -156,7 +168,8 @@ def _table(text: str, name: str) -> Iterator[_Raw]:
         columns = [str(column).strip() for column in rows.fieldnames or ()]
     except csv.Error as error:
         raise UserError(f"The first line of {name} is not CSV ({error}): write subject,prompt,target there.") from error
-    if "subject" not in columns:
+    known = [fact_format] if fact_format else FORMATS
+    if "subject" not in columns and not any(one.matches(dict.fromkeys(columns)) for one in known):
         raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
     rows.fieldnames = columns
     index = 0
@@ -183,4 +196,4 @@ def _row(where: str, row: dict[str, Any], columns: int) -> _Raw:
     if _EXTRA_CELLS in row:
         cells = columns + len(row[_EXTRA_CELLS])
         return _Raw(where, None, f'has {cells} cells for {columns} columns: put texts with a comma in "quotes"')
-    return _Raw(where, {column: cell for column, cell in row.items() if cell is not None and cell.strip()})
+    return _Raw(where, {column: Cell(cell) for column, cell in row.items() if cell is not None and cell.strip()})

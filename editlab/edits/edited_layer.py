@@ -57,9 +57,14 @@ class EditedLayer(nn.Module):
         return self
 
     @property
+    def module(self) -> nn.Module:
+        """The linear map whose weight is edited."""
+        return self._modules_outside[0]
+
+    @property
     def weight(self) -> Tensor:
         """The weight parameter of the module."""
-        return self._modules_outside[0].weight  # type: ignore[return-value]
+        return self.module.weight  # type: ignore[return-value]
 
     @property
     def edited(self) -> bool:
@@ -68,14 +73,17 @@ class EditedLayer(nn.Module):
 
     @torch.no_grad()
     def write(self) -> None:
-        """Sets the parameter to original + sum + adapter, or to the original while ``set_aside``."""
-        if self.set_aside or not self.edited:
-            self.weight.copy_(self.original)  # a sum would turn -0.0 into 0.0
-            return
+        """Sets the parameter to :meth:`value`, or to the original while ``set_aside``."""
+        self.weight.copy_(self.original if self.set_aside else self.value())
+
+    def value(self) -> Tensor:
+        """The weight that this layer makes: original + sum + adapter, in the module's orientation and type."""
+        if not self.edited:
+            return self.original  # a sum would turn -0.0 into 0.0
         total = self.total if self.adapter is None else self.total + self.adapter
         total = total.T if self.transposed else total
         # The wider of the two types: a 16-bit original is summed in float32, a float64 one keeps its digits.
-        self.weight.copy_((self.original + total).to(self.weight.dtype))
+        return (self.original + total).to(self.weight.dtype)
 
     @torch.no_grad()
     def add(self, update: Tensor) -> None:

@@ -17,6 +17,7 @@ from editlab.edits.edited_layer import EditedLayer, unedited
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.fingerprint import fingerprint, model_key
+from editlab.lm.joints import AUTO as AUTO_JOINT
 from editlab.lm.language_model import LanguageModel
 from editlab.utils import compat
 
@@ -57,9 +58,13 @@ class EditedModel(lightning.LightningModule):
         self.adjusted: nn.ModuleDict = nn.ModuleDict()
 
     def configure_model(self) -> None:
-        """Loads the language model once, in the Trainer's dtype."""
-        if hasattr(self, "lm"):
-            return
+        """Loads the language model once, in the Trainer's dtype, and sets how it joins prompts and targets."""
+        if not hasattr(self, "lm"):
+            self._load()
+        data = getattr(compat.trainer_of(self), "datamodule", None)
+        self.lm.joint = getattr(data, "joint", AUTO_JOINT)
+
+    def _load(self) -> None:
         if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:
             raise UserError(
                 "model.device_map spreads one copy of the model over all devices, and each of several processes has a "

@@ -38,7 +38,8 @@ from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, text_windows
 from editlab.keys.subject_keys import check_lengths
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.tokens import encode, tokenizer_fingerprint
+from editlab.lm.text import reading
+from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.utils.disk_cache import Codec, DiskCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings, optimize_values
@@ -78,12 +79,18 @@ class SearchSetup:
 
     def cache_key(self, facts: Sequence[Fact]) -> str:
         """Hash of everything that a choice of layers on these facts depends on."""
+        texts = self.lm.unusual_texts(
+            [(fact.question, fact.target_new) for fact in facts]
+            + [(paraphrase, fact.target_new) for fact in facts for paraphrase in fact.paraphrases]
+            + [(neighbor.prompt, neighbor.truth) for fact in facts for neighbor in fact.neighbors]
+        )
         return key_of(
             model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
             module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
             values=asdict(self.values), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
             contexts=asdict(self.contexts),
             search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
+            **reading(self.lm), **({"texts": texts} if texts else {}),
         )  # fmt: skip
 
 
@@ -266,14 +273,14 @@ class TrialEvaluator:
         """Next-token distribution at each locality prompt, float32 [prompts, vocabulary]."""
         if not self.locality_prompts:
             return None
-        rows = [encode(self.lm.tokenizer, prompt).ids for prompt in self.locality_prompts]
+        rows = [self.lm.encode(prompt).ids for prompt in self.locality_prompts]
         return self.lm.next_token_probabilities(rows)
 
     def evaluate(self, batch: slice) -> Fractions:
         """Efficacy and generality of some of the facts, and locality, with the weights as they are."""
         facts = self.facts[batch]
         paraphrased = [(prompt, fact.target_new) for fact in facts for prompt in fact.paraphrases[:1]]
-        prefixed = [(self.unseen + fact.question, fact.target_new) for fact in facts]
+        prefixed = [(self.lm.in_context(self.unseen, fact.question), fact.target_new) for fact in facts]
         efficacy = self._probability([(fact.question, fact.target_new) for fact in facts])
         generality = self._probability(paraphrased or prefixed)
         now = self._distributions()

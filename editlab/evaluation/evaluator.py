@@ -20,7 +20,7 @@ from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import MATMULS, products, type_of_products
-from editlab.lm.text import read_file, read_ids
+from editlab.lm.text import cut, read_file, read_ids, text_of
 from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, RetentionByAge, TokenPerplexity
 from editlab.metrics.names import (
     BEFORE,
@@ -255,12 +255,12 @@ class Evaluation:
             perplexity.update(token_log_probs(lm, self._heldout))
         found = {PERPLEXITY: float(perplexity.compute())}
         width = min(OPENING, len(self._heldout) // max(1, settings.generated_texts))
-        openings = [self._heldout[i * width : (i + 1) * width] for i in range(settings.generated_texts)]
+        openings = cut(lm, self._heldout[: width * settings.generated_texts], width) if width else []
         if openings and settings.generated_tokens >= 3 and width:
             texts = ranks.on_first(lambda: _sampled(lm, openings, settings.generated_tokens))
             if texts is not None:
                 entropy = GenerationEntropy(**GATHERED)
-                entropy.update(text[width:] for text in texts)
+                entropy.update(text_of(lm, text)[width:] for text in texts)
                 found[GENERATION_ENTROPY] = float(entropy.compute())
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from editlab.data.fact import Fact
 from editlab.evaluation.score_cache import Request, Score, ScoreCache
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.tokens import encode_pair
+from editlab.lm.text import cut, scored
 from editlab.metrics.scores import PromptScores
 
 
@@ -49,7 +49,7 @@ def score_pairs(
     Returns:
         float32 [n] in nats, and bool [n]: whether the argmax is right at every token of the target.
     """
-    encoded = {pair: encode_pair(lm.tokenizer, *pair) for pair in dict.fromkeys(pairs)}
+    encoded = {pair: lm.encode_pair(*pair) for pair in dict.fromkeys(pairs)}
     requests: list[Request] = [(encoding.ids, start) for encoding, start in encoded.values()]
     if cache is None:
         scores = dict(zip(requests, _score(lm, requests), strict=True))
@@ -153,19 +153,18 @@ def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | 
 
 
 def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> Tensor:
-    """Log-probability of each token after the tokens before it in its window, float32 [n - windows], in nats.
+    """Log-probability of each token after the tokens before it in its window, float32 [scored tokens], in nats.
 
-    Windows do not overlap, so the first token of each has no context and is not counted.
+    Windows do not overlap and begin as the tokenizer begins a text (:mod:`editlab.lm.text`). Without special tokens
+    there, the first token of each window has no context and is not counted.
 
     Args:
         lm: the model.
-        ids: token ids of the text.
-        window: tokens in a window; at most the model's maximum length.
+        ids: token ids of the text, without special tokens before it.
+        window: tokens of text in a window, or fewer if the model takes fewer.
     """
-    window = min(window, lm.longest or window)
-    windows = [list(ids[i : i + window]) for i in range(0, len(ids), window)]
-    windows = [w for w in windows if len(w) > 1]
-    wanted = [[(p - 1, w[p]) for p in range(1, len(w))] for w in windows]
+    windows = [w for w in cut(lm, ids, window) if len(w) > 1]
+    wanted = [[(p - 1, w[p]) for p in scored(lm, w)] for w in windows]
     # Logits of 4 x 256 positions in float32 fit into a laptop's memory.
-    logps = lm.next_token_scores(windows, wanted, tokens_a_pass=4 * window).logps
+    logps = lm.next_token_scores(windows, wanted, tokens_a_pass=4 * max(map(len, windows), default=1)).logps
     return torch.cat([torch.empty(0), *logps])

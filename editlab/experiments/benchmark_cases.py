@@ -167,7 +167,8 @@ def keys(s: Setting) -> list[Round]:
 def moments(s: Setting) -> list[Round]:
     """Second moments over text; the difference is relative, in norm."""
     windows = sample_text(s.lm, s.options.tokens, 0, "Sampling text")
-    windows = [w for w in windows if len(w) == WINDOW]
+    before = len(s.lm.beginning)
+    windows = [w for w in windows if len(w) == before + WINDOW]
     size = max(1, len(windows) // 4)
     layer = s.site.layer
 
@@ -175,7 +176,8 @@ def moments(s: Setting) -> list[Round]:
         return accumulate(s.lm, [layer], some)[layer]
 
     parts = [windows[i : i + size] for i in range(0, size * (len(windows) // size), size)]
-    return [Round(len(p) * WINDOW, partial(plain_moments, s.lm, layer, p), partial(ours, p), relative) for p in parts]
+    return [Round(len(p) * WINDOW, partial(plain_moments, s.lm, layer, p, before), partial(ours, p), relative)
+            for p in parts]  # fmt: skip
 
 
 def solver(s: Setting) -> list[Round]:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from editlab.utils.csv_cells import defused, restored
 from editlab.utils.files import atomic_file
 
 Row: TypeAlias = dict[str, Any]
@@ -24,7 +25,7 @@ MADE_WITH = ("recipe", "settings", "revision", "machine", *VERSIONS)
 def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV file, all values as text; a column that is empty in a row is absent from it."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{name: restored(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -35,7 +36,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: defused(value) for name, value in row.items()} for row in rows)
 
 
 def update_rows(path: Path, rows: Sequence[Row], cases: Collection[str]) -> list[Row]:

@@ -14,13 +14,21 @@ from editlab.experiments.figure_spec import (
     BarsSpec,
     CurvesSpec,
     FigureSpec,
+    FrontierSpec,
     HeatMapSpec,
     LineSpec,
     LinesSpec,
     RadarSpec,
     RunsFigureSpec,
 )
-from editlab.experiments.figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
+from editlab.experiments.figures import (
+    bars_figure,
+    frontier_figure,
+    heat_figure,
+    lines_figure,
+    radar_figure,
+    roc_figure,
+)
 from editlab.experiments.plan import Run, load_function
 from editlab.experiments.spec import Experiment
 from editlab.experiments.tables import SNAPSHOT
@@ -86,6 +94,13 @@ def _draw(spec: FigureSpec, rows: Sequence[Row]) -> Figure | None:
     if isinstance(spec, BarsSpec):
         groups = {label: chosen(rows, {"case": case}) for case, label in spec.cases.items()}
         return bars_figure(groups, spec.panels) if any(groups.values()) else None
+    if isinstance(spec, FrontierSpec):
+        families = {
+            label: {name: chosen(rows, {"case": case}) for case, name in points.items()}
+            for label, points in spec.families.items()
+        }
+        found = any(some for points in families.values() for some in points.values())
+        return frontier_figure(families, spec.x, spec.panels, spec.xlabel) if found else None
     if isinstance(spec, RadarSpec):
         return _radar(spec, rows)
     return roc_figure(rows) if rows else None

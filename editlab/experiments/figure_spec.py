@@ -76,6 +76,21 @@ class BarsSpec:
 
 
 @dataclass(frozen=True)
+class FrontierSpec:
+    """What a family of settings trades: one panel for each column over the column ``x``, one line for each family."""
+
+    kind: Literal["frontier"]
+    file: str
+    table: str
+    x: str
+    xlabel: str
+    families: Mapping[str, Mapping[str, str]]
+    """label of a line -> case -> name of its point, in the order of the line"""
+    panels: Mapping[str, str]
+    """column -> title"""
+
+
+@dataclass(frozen=True)
 class RadarPanel:
     """One radar: some rows, and the group of metrics that is drawn."""
 
@@ -117,4 +132,6 @@ class RunsFigureSpec:
     """import path of a function of the finished runs that returns a figure"""
 
 
-FigureSpec: TypeAlias = CurvesSpec | LinesSpec | HeatMapSpec | BarsSpec | RadarSpec | RocSpec | RunsFigureSpec
+FigureSpec: TypeAlias = (
+    CurvesSpec | LinesSpec | HeatMapSpec | BarsSpec | FrontierSpec | RadarSpec | RocSpec | RunsFigureSpec
+)

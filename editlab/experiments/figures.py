@@ -158,6 +158,33 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
     return figure
 
 
+def frontier_figure(
+    families: Mapping[str, Mapping[str, Sequence[Row]]], x: str, panels: Mapping[str, str], xlabel: str
+) -> Figure:
+    """One panel for each column over ``x``; a line for each family, whose points are means over the rows of a setting.
+
+    Args:
+        families: label -> name of a point -> rows, in the order of the line; points without rows are left out.
+        x: column of the abscissa.
+        panels: column -> title.
+        xlabel: label of the abscissa.
+    """
+    figure, axes = new_figure(1, len(panels), width=3.2, height=2.9)
+    for ax, (column, title) in zip(axes, panels.items(), strict=True):
+        for (label, points), (color, line) in zip(families.items(), STYLES, strict=False):
+            known = {name: rows for name, rows in points.items() if values_of(rows, x) and values_of(rows, column)}
+            places = [(mean(values_of(rows, x)), mean(values_of(rows, column))) for rows in known.values()]
+            ax.plot(
+                [a for a, _ in places], [b for _, b in places], color=color, linestyle=line, marker="o", label=label
+            )
+            for name, place in zip(known, places, strict=True):
+                ax.annotate(name, place, xytext=(3, 4), textcoords="offset points", fontsize=8, color=color)
+        ax.set(title=title, xlabel=xlabel)
+        ax.margins(0.15)
+    legend_below(figure)
+    return figure
+
+
 def roc_figure(rows: Sequence[Row]) -> Figure:
     """ROC, and precision over recall: a row of panels for each kind of label, a line for each gate.
 

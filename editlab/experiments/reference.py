@@ -128,12 +128,17 @@ def plain_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: S
 
 
 @torch.no_grad()
-def plain_moments(lm: LanguageModel, layer: int, windows: Sequence[Sequence[int]], rows: int = 8) -> Tensor:
-    """Second moments of keys over windows of one length, float64 [d_k, d_k]: all blocks and the logits run."""
+def plain_moments(
+    lm: LanguageModel, layer: int, windows: Sequence[Sequence[int]], before: int = 0, rows: int = 8
+) -> Tensor:
+    """Second moments of keys over windows of one length, float64 [d_k, d_k]: all blocks and the logits run.
+
+    The first ``before`` tokens of each window are not counted.
+    """
     total, count = torch.zeros(lm.anatomy.key_size(layer), lm.anatomy.key_size(layer), dtype=torch.float64), 0
     for start in range(0, len(windows), rows):
         ids, mask = padded(windows[start : start + rows], lm.device)
-        keys = _record(lm, lm.anatomy.edit_module(layer), ids, mask).flatten(0, 1).double().cpu()
+        keys = _record(lm, lm.anatomy.edit_module(layer), ids, mask)[:, before:].flatten(0, 1).double().cpu()
         total += keys.T @ keys
         count += len(keys)
     return total / count

@@ -22,7 +22,7 @@ from editlab.runs.figures import save_figure
 FIGURES = "figures"
 """Name of the last step, which draws the figures."""
 
-ORDER = ("baselines", "replay_ablation", "lora_ablation", "trust_eval", "forgetting", "batch_experiments")
+ORDER = ("baselines", "slack_dial", "replay_ablation", "lora_ablation", "trust_eval", "forgetting", "batch_experiments")
 """Experiments that come first, in this order; others follow by name."""
 
 

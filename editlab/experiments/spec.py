@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from editlab.errors import UserError
-from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec
+from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec, FrontierSpec
 from editlab.experiments.schema import build
 
 
@@ -228,6 +228,8 @@ def check_cases(experiment: Experiment, names: Collection[str]) -> None:
             referred += [(case, f"the figure {figure.file}") for row in figure.rows for case in row]
         elif isinstance(figure, BarsSpec):
             referred += [(case, f"the figure {figure.file}") for case in figure.cases]
+        elif isinstance(figure, FrontierSpec):
+            referred += [(case, f"the figure {figure.file}") for points in figure.families.values() for case in points]
     referred += [(case, "quick") for case in (experiment.quick.only if experiment.quick else ())]
     for case, where in referred:
         if case not in names:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.tokens import encode
 from editlab.utils.validation import at_least_one, not_negative
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -36,7 +35,7 @@ def sample_contexts(lm: LanguageModel, settings: ContextSettings) -> list[str]:
     """
     contexts = [""]
     for i in range(settings.count):
-        opening = encode(lm.tokenizer, OPENINGS[i % len(OPENINGS)]).ids
+        opening = lm.encode(OPENINGS[i % len(OPENINGS)]).ids
         ids = lm.sample([opening], settings.length, settings.seed + i)[0]
         text = " ".join(str(lm.tokenizer.decode(ids, skip_special_tokens=True)).split())
         contexts.append(text.rstrip(".") + ". ")

@@ -1,7 +1,8 @@
 """Second moments C0 = E[k k^T] of the keys of ordinary text, whose outputs an edit should not change.
 
-Text is read in windows, and sums are in float64. Blocks above the highest of the layers do not run. Several ranks share
-the passes. The result is cached under a fingerprint of the weights, the layers and the text.
+Text is read in windows (:mod:`editlab.lm.text`), without the keys of the special tokens before it. Sums are in float64.
+Blocks above the highest of the layers do not run. Several ranks share the passes. The result is cached under a
+fingerprint of the weights, the layers and the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from editlab.distributed import ranks
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import has_float64, widened
-from editlab.lm.text import WINDOW, read_windows, text_key
+from editlab.lm.text import WINDOW, read_windows, reading, text_key, text_of
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.solver.preservation import Preservation
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
@@ -82,7 +83,7 @@ def second_moments(
     keys = {
         layer: key_of(
             model=model, tokenizer=tokenizer_fingerprint(lm.tokenizer), layer=layer, module=lm.anatomy.edit_path,
-            text=text_key, tokens=settings.tokens,
+            text=text_key, tokens=settings.tokens, **reading(lm),
             # With a tolerance, the keys of all layers decide where reading stops.
             stop=[settings.tolerance, sorted(layers)] if settings.tolerance else None,
         )
@@ -135,18 +136,20 @@ def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list
 def accumulate(
     lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], device: torch.device | None = None
 ) -> dict[int, Tensor]:
-    """Second moments of the layers' keys at all tokens of windows of text, float64 [d_k, d_k] on the CPU.
+    """Second moments of the layers' keys at the tokens of text in windows, float64 [d_k, d_k] on the CPU.
 
     Each pass adds one float64 product for each layer to a sum that stays on one device until the end.
 
     Args:
         lm: the model.
         layers: numbers of the layers.
-        windows: token ids of each window.
+        windows: token ids of each window, as :func:`editlab.lm.text.cut` makes them. The keys of the special tokens
+            with which they begin are left out: they are unlike others, and no edit is made at them.
         device: device of products and sums; default: the model's, or the CPU if that has no float64.
     """
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in layers}
     where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
+    before = len(lm.beginning)
 
     def add_up(starts: Sequence[int]) -> list[Tensor]:
         sizes = [lm.anatomy.key_size(layer) for layer in layers]
@@ -154,12 +157,12 @@ def accumulate(
         for start in progress(starts, desc="Second moments", unit="pass"):
             seen = lm.read(windows[start : start + ROWS], modules, stop=max(layers))
             for layer, total in zip(layers, sums, strict=True):
-                keys = widened(torch.cat([window.pop(layer) for window in seen]), where)
+                keys = widened(torch.cat([window.pop(layer)[before:] for window in seen]), where)
                 total.addmm_(keys.T, keys)
         return [total.cpu() for total in sums]
 
     totals = ranks.summed(range(0, len(windows), ROWS), add_up)
-    count = sum(len(window) for window in windows)
+    count = _tokens(lm, windows)
     return {layer: total.div_(count) for layer, total in zip(layers, totals, strict=True)}
 
 
@@ -178,7 +181,7 @@ def accumulate_until(
     Args:
         lm: the model.
         layers: numbers of the layers.
-        windows: token ids of each window.
+        windows: as for :func:`accumulate`.
         tolerance: largest acceptable excess; 0 reads all windows.
         device: as for :func:`accumulate`.
     """
@@ -189,11 +192,11 @@ def accumulate_until(
     while read < len(windows):
         part = windows[read : 2 * read]
         longer = ranks.on_first(partial(_most_excess, lm, found, part[:PROBED]))
-        tokens = sum(map(len, windows[:read]))
+        tokens = _tokens(lm, windows[:read])
         log.info("Second moments of %d tokens: new keys are %.0f%% longer than theirs", tokens, 100 * longer)
         if longer < tolerance:
             break
-        more, new = accumulate(lm, layers, part, device), sum(map(len, part))
+        more, new = accumulate(lm, layers, part, device), _tokens(lm, part)
         found = {layer: (tokens * found[layer] + new * more[layer]) / (tokens + new) for layer in layers}
         read += len(part)
     return found
@@ -202,7 +205,13 @@ def accumulate_until(
 def _most_excess(lm: LanguageModel, moments: dict[int, Tensor], windows: Sequence[Sequence[int]]) -> float:
     modules: dict[Any, tuple[nn.Module, str]] = {layer: (lm.anatomy.edit_module(layer), "input") for layer in moments}
     seen = lm.read(windows, modules, stop=max(moments))
-    return max(excess(moments[layer], torch.cat([window[layer] for window in seen]).cpu()) for layer in moments)
+    keys = {layer: torch.cat([window[layer][len(lm.beginning) :] for window in seen]).cpu() for layer in moments}
+    return max(excess(moments[layer], keys[layer]) for layer in moments)
+
+
+def _tokens(lm: LanguageModel, windows: Sequence[Sequence[int]]) -> int:
+    """Return the number of tokens of text in windows."""
+    return sum(len(text_of(lm, window)) for window in windows)
 
 
 def excess(moments: Tensor, keys: Tensor) -> float:

@@ -14,7 +14,7 @@ from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import has_float64, widened
-from editlab.lm.tokens import Encoding, encode, encode_pair
+from editlab.lm.tokens import Encoding
 
 KEY_MODES = ("bare", "mean")
 
@@ -89,12 +89,12 @@ class CachedKey:
 
 
 def locate(lm: LanguageModel, fact: Fact, context: str = "") -> tuple[Encoding, int]:
-    """The tokens of ``context + question`` and the index of the subject's last token.
+    """The tokens of a fact's question behind a context, and the index of the subject's last token.
 
     Raises:
         UserError: The tokenizer gives the subject no token.
     """
-    encoding = encode(lm.tokenizer, context + fact.question)
+    encoding = lm.encode(lm.in_context(context, fact.question))
     return encoding, encoding.token_at(len(context) + fact.subject_span[1])
 
 
@@ -120,7 +120,7 @@ def too_long(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> str | No
         return None
     limit = f"and the model takes {lm.longest}: shorten"
     if not _short(lm.longest, *contexts, fact.question, fact.target_new):
-        before = max((len(encode(lm.tokenizer, context).ids) for context in contexts if context), default=0)
+        before = max((len(lm.encode(context).ids) for context in contexts if context), default=0)
         length = before + _length(lm, fact.question, fact.target_new)
         if length > lm.longest:
             return f"has {length} tokens with its target and a context, {limit} its prompt"
@@ -149,7 +149,7 @@ def _short(tokens: int, *texts: str) -> bool:
 
 
 def _length(lm: LanguageModel, prompt: str, continuation: str) -> int:
-    return len(encode_pair(lm.tokenizer, prompt, continuation)[0].ids)
+    return len(lm.encode_pair(prompt, continuation)[0].ids)
 
 
 def read_keys(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.placement import runs_on
-from editlab.lm.tokens import encode
+from editlab.lm.tokens import encode, require_embedded
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
@@ -52,6 +52,7 @@ def continue_rows(
     pick: Pick = most_likely,
     *,
     stop: bool = False,
+    never: Sequence[int] = (),
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
     """Generate new tokens after prompts of equal length, with a KV cache and one forward pass per token.
@@ -65,6 +66,7 @@ def continue_rows(
         pick: chooses each next token.
         stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
             never generated.
+        never: further tokens that are not generated if ``stop`` is off.
         tick: called after each step with the number of tokens that the step generated.
 
     Returns:
@@ -72,6 +74,7 @@ def continue_rows(
     """
     device = runs_on(model.get_input_embeddings())
     ends = torch.tensor(sorted(end_tokens(model)), dtype=torch.long, device=device)
+    banned = torch.tensor(sorted({*end_tokens(model), *never}), dtype=torch.long, device=device)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     fed = torch.tensor([list(prompt) for prompt in prompts], device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -82,7 +85,7 @@ def continue_rows(
         cache = out.past_key_values
         logits = out.logits[:, -1].to(device=device, dtype=torch.float32, copy=True)
         if not stop:
-            logits[:, ends] = -torch.inf
+            logits[:, banned] = -torch.inf
         token = pick(logits)
         steps.append(token)
         if tick is not None:
@@ -183,10 +186,11 @@ def answer(
         top: number of next tokens in the answer; fewer if the vocabulary is smaller.
 
     Raises:
-        UserError: The prompt is empty, or too long for the model.
+        UserError: The prompt is empty, too long for the model, or has a token that the model has no embedding for.
     """
     require_words(prompt)
     ids = list(encode(tokenizer, prompt).ids)
+    require_embedded(ids, tokenizer, len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     longest = context_length(model)
     if longest is not None and len(ids) + new_tokens > longest:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,17 +15,33 @@ from editlab.errors import UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.forward import by_row, logits_only_at, reading
 from editlab.lm.generate import continue_rows, drawn, most_likely
+from editlab.lm.joints import AUTO, join
 from editlab.lm.loading.load import load
 from editlab.lm.memory import by_halves
 from editlab.lm.packing import can_pack, lay_out_whole, pads_between
 from editlab.lm.placement import DeviceMap
 from editlab.lm.probe import keeps_only_kv_cache
 from editlab.lm.runner import ModelRunner
-from editlab.lm.tokens import by_beginning, by_length
+from editlab.lm.tokens import (
+    Encoding,
+    beginning_of,
+    by_beginning,
+    by_length,
+    encode,
+    encode_pair,
+    require_embedded,
+    require_embeddings,
+)
 from editlab.utils.rng import private_draws
 
 TOKENS_A_PASS = 4096
 """Largest number of tokens in one forward pass: enough for full-speed matrix products, and few enough for memory."""
+
+MERGE_FIRST = (
+    "{} has PEFT adapters, and an edit changes plain weights: merge them first by model = model.merge_and_unload(), "
+    "called on the PeftModel."
+)
+"""Message that refuses such a model; its gap takes the model's class."""
 
 
 class NextTokenScores(NamedTuple):
@@ -49,8 +65,8 @@ class LanguageModel(ModelRunner):
         placed: the model stays on its devices, whatever device the Trainer uses.
 
     Raises:
-        UserError: There is no such module, the model's logits are not finite, the model keeps a recurrent state, or
-            its attention counts padding as distance.
+        UserError: There is no such module, the model has PEFT adapters or fewer embeddings than the tokenizer tokens,
+            its logits are not finite, it keeps a recurrent state, or its attention counts padding as distance.
     """
 
     def __init__(
@@ -60,8 +76,16 @@ class LanguageModel(ModelRunner):
         edit_module: str | None = None,
         placed: bool = False,
     ) -> None:
+        _require_plain(model)
         super().__init__(model, edit_module, placed)
         self.tokenizer = tokenizer
+        self.embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        require_embeddings(tokenizer, self.embeddings)
+        self.beginning = beginning_of(tokenizer)
+        """the special tokens with which every text begins"""
+        self.beginning_text = "".join(tokenizer.convert_ids_to_tokens(list(self.beginning)))
+        self.joint = AUTO
+        """what stands between a prompt and its continuation (:mod:`editlab.lm.joints`)"""
         self.longest = context_length(model)
         self.blocks_give_tuples = self._probe_tuples()
         if not keeps_only_kv_cache(model):
@@ -103,6 +127,53 @@ class LanguageModel(ModelRunner):
                 "(trainer.precision)."
             )
         return kinds[0]
+
+    # ---- tokens of texts ----------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> Encoding:
+        """Tokenize a text (:func:`editlab.lm.tokens.encode`).
+
+        Raises:
+            UserError: The model has no embedding for one of its tokens.
+        """
+        encoding = encode(self.tokenizer, text)
+        require_embedded(encoding.ids, self.tokenizer, self.embeddings)
+        return encoding
+
+    def encode_pair(self, prompt: str, continuation: str) -> tuple[Encoding, int]:
+        """Tokenize a prompt with its continuation, joined by :attr:`joint` (:func:`editlab.lm.tokens.encode_pair`).
+
+        Raises:
+            UserError: As :meth:`encode`, or the continuation has no token, or no token stands before it.
+        """
+        encoding, start = encode_pair(self.tokenizer, prompt, continuation, self.joint)
+        require_embedded(encoding.ids, self.tokenizer, self.embeddings)
+        return encoding, start
+
+    def in_context(self, context: str, prompt: str) -> str:
+        """Return a prompt behind a context; special tokens with which the prompt begins stay at the very beginning.
+
+        A character of the prompt after these tokens has the same index as in ``context + prompt``.
+        """
+        own = self.beginning_text
+        if own and prompt.startswith(own):
+            return own + context + prompt.removeprefix(own)
+        return context + prompt
+
+    def unusual_texts(self, pairs: Iterable[tuple[str, str]]) -> list[str]:
+        """Return the texts of those pairs that are not read as two words with a space between.
+
+        Cache keys name them, so that the keys of all other texts are independent of how joints are chosen.
+        """
+        own = self.beginning_text
+        texts = ((prompt, continuation, join(prompt, continuation, self.joint)) for prompt, continuation in pairs)
+        return [
+            text
+            for prompt, continuation, text in texts
+            if text != f"{prompt.rstrip()} {continuation.strip()}" or (own and text.startswith(own))
+        ]
+
+    # ---- forward passes -----------------------------------------------------------------------------------------
 
     def passes(self, rows: Sequence[Sequence[int]], tokens: int | None = None) -> list[list[int]]:
         """Return the indices of the rows that run together, one list for each forward pass.
@@ -206,7 +277,8 @@ class LanguageModel(ModelRunner):
     ) -> list[list[int]]:
         """Continue prompts of equal length by exactly ``new_tokens`` tokens, sampled at temperature 1, not truncated.
 
-        End-of-text tokens are never generated. The global random state is not changed.
+        End-of-text tokens are never generated, nor those with which a text begins. The global random
+        state is not changed.
 
         Args:
             prompts: token ids; all prompts have the same length.
@@ -222,8 +294,24 @@ class LanguageModel(ModelRunner):
             NonFiniteError: The model's logits are not finite, so no token can be sampled.
         """
         with private_draws(seed):
-            new = continue_rows(self.model, prompts, new_tokens, most_likely if greedy else drawn, tick=tick)
+            pick = most_likely if greedy else drawn
+            new = continue_rows(self.model, prompts, new_tokens, pick, never=self.beginning, tick=tick)
         return [[*prompt, *more] for prompt, more in zip(prompts, new, strict=True)]
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Refuse models whose linear maps are wrapped.
+
+    Raises:
+        UserError: The model has adapters of PEFT, or a part of it is compiled.
+    """
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(MERGE_FIRST.format(type(model).__name__))
+        if "_orig_mod" in dict(module.named_children()):
+            raise UserError(
+                f"A part of the model is compiled ({path or type(model).__name__}): compile it after the edit."
+            )
 
 
 def _all_of(row: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,10 @@
 """Text corpora as token ids: files, hub data sets, and text that a model samples itself.
 
+Text is read in windows. Every window begins with the special tokens with which the tokenizer begins a text
+(:attr:`LanguageModel.beginning`), because models whose tokenizer adds such tokens are never trained without them. These
+tokens are neither scored nor counted among keys: no edit is made at them, and their keys are unlike others.
+:func:`cut` makes all windows, and :func:`scored` and :func:`text_of` tell which tokens of a window count.
+
 Text that the model samples itself needs no download, and its second moments work as well as those of a corpus.
 Sampling takes minutes, so the sample is stored in the cache folder; the sample of the built-in model ships with editlab
 (:data:`SHIPPED`).
@@ -24,7 +29,7 @@ from editlab.distributed import ranks
 from editlab.errors import EditLabError, UserError
 from editlab.lm.fingerprint import architecture, fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.tokens import tokenizer_fingerprint
+from editlab.lm.tokens import require_embedded, tokenizer_fingerprint
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
 from editlab.utils.files import cache_dir, require_regular
 from editlab.utils.progress import progress
@@ -36,7 +41,7 @@ SELF = "self"
 HUB = "hub:"
 """Prefix of a hub data set's name: ``hub:dataset[:config[:split]]``."""
 WINDOW = 128
-"""Tokens in a window of text; keys in the middle layers hardly depend on earlier tokens."""
+"""Tokens of text in a window; keys in the middle layers hardly depend on earlier tokens."""
 SAMPLED_ROWS = 128
 """Windows that are sampled together; they share one random generator, so another number gives another text."""
 _CHARACTERS_A_TOKEN = 12
@@ -86,15 +91,28 @@ def read_hub(name: str) -> str:
         ) from error
 
 
-def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
-    """Return the first ``tokens`` token ids of a text, without special tokens.
+def first_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
+    """Return up to ``tokens`` token ids of a text, without special tokens before it.
 
     Raises:
-        UserError: The text has fewer tokens.
+        UserError: The model has no embedding for one of the tokens.
     """
     # Only the beginning of a large corpus is tokenized.
     beginning = text[: tokens * _CHARACTERS_A_TOKEN]
-    ids = list(lm.tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])[:tokens]
+    ids = list(lm.tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])
+    own = len(lm.beginning) if tuple(ids[: len(lm.beginning)]) == lm.beginning else 0  # spelled out in the text
+    ids = ids[own : own + tokens]
+    require_embedded(ids, lm.tokenizer, lm.embeddings)
+    return ids
+
+
+def read_ids(lm: LanguageModel, text: str, tokens: int) -> list[int]:
+    """Return the first ``tokens`` token ids of a text, without special tokens before it.
+
+    Raises:
+        UserError: The text has fewer tokens, or the model has no embedding for one of them.
+    """
+    ids = first_ids(lm, text, tokens)
     if len(ids) < tokens:
         raise UserError(f"The text has {len(ids)} tokens, and {tokens} are needed: lower the number of tokens.")
     return ids
@@ -116,12 +134,12 @@ def text_key(text: str, seed: int) -> str:
 def read_windows(
     lm: LanguageModel, text: str, tokens: int, *, seed: int = 0, title: str = "", cache: bool = True
 ) -> list[list[int]]:
-    """Return the token ids of a text in windows of :data:`WINDOW` tokens; the last one may be shorter.
+    """Return a text in windows, as :func:`cut` makes them.
 
     Args:
         lm: the model, which samples the text if ``text`` is ``self``.
         text: ``self``, a file, or ``hub:dataset[:config[:split]]``.
-        tokens: number of tokens.
+        tokens: number of tokens of text.
         seed: seed of the sampling.
         title: title of the progress bar while text is sampled.
         cache: store sampled text in the cache folder and reuse it.
@@ -131,12 +149,49 @@ def read_windows(
     """
     if text == SELF:
         return self_text(lm, tokens, seed, title, cache)
-    return cut(read_ids(lm, read_hub(text) if text.startswith(HUB) else read_file(text), tokens))
+    return cut(lm, read_ids(lm, read_hub(text) if text.startswith(HUB) else read_file(text), tokens))
 
 
-def cut(ids: Sequence[int]) -> list[list[int]]:
-    """Divide token ids into windows of :data:`WINDOW` tokens; the last one may be shorter."""
-    return [list(ids[i : i + WINDOW]) for i in range(0, len(ids), WINDOW)]
+def cut(lm: LanguageModel, ids: Sequence[int], size: int | None = None) -> list[list[int]]:
+    """Divide the token ids of a text into windows, each of which begins as the model's tokenizer begins a text.
+
+    Args:
+        lm: the model.
+        ids: token ids, without special tokens before them.
+        size: tokens of text in a window, or fewer if the model takes fewer; default: :data:`WINDOW`. The last window
+            may be shorter.
+
+    Returns:
+        The token ids of each window, with the special tokens before it.
+    """
+    size, before = window_size(lm, size), lm.beginning
+    return [[*before, *ids[start : start + size]] for start in range(0, len(ids), size)]
+
+
+def window_size(lm: LanguageModel, size: int | None = None) -> int:
+    """Return the tokens of text in a window: ``size`` (default: :data:`WINDOW`), or as many as the model takes."""
+    size = WINDOW if size is None else size
+    return size if lm.longest is None else min(size, lm.longest - len(lm.beginning))
+
+
+def text_of(lm: LanguageModel, window: Sequence[int]) -> Sequence[int]:
+    """Return a window without the special tokens that it begins with."""
+    return window[len(lm.beginning) :]
+
+
+def scored(lm: LanguageModel, window: Sequence[int]) -> range:
+    """Return the indices of a window's tokens that can be scored.
+
+    Special tokens before the text are not scored; without any, the first token has no context to be predicted from.
+    """
+    return range(max(1, len(lm.beginning)), len(window))
+
+
+def reading(lm: LanguageModel) -> dict[str, Any]:
+    """Return how windows of text are read, as a part of cache keys; {} for windows of ordinary length that are bare."""
+    if not lm.beginning and window_size(lm) == WINDOW:
+        return {}
+    return {"reading": [list(lm.beginning), window_size(lm)]}
 
 
 # ---- text that the model samples itself ---------------------------------------------------------------------------
@@ -157,51 +212,59 @@ def self_text(lm: LanguageModel, tokens: int, seed: int, title: str, cache: bool
     """
     shipped = ranks.on_first(partial(_shipped, lm, tokens, seed))
     if shipped is not None:
-        return cut(shipped)
+        return cut(lm, shipped)
     if not cache:
         return sample_text(lm, tokens, seed, title)
     key = key_of(
         model=model_key(fingerprint(lm.model), lm.model), tokenizer=tokenizer_fingerprint(lm.tokenizer), seed=seed,
-        tokens=tokens, window=WINDOW, rows=SAMPLED_ROWS, device=lm.device.type,
+        tokens=tokens, window=WINDOW, rows=SAMPLED_ROWS, device=lm.device.type, **reading(lm),
     )  # fmt: skip
 
     def sample() -> dict[str, Tensor]:
         windows = sample_text(lm, tokens, seed, title)
-        return {"ids": torch.tensor([token for window in windows for token in window], dtype=torch.int32)}
+        return {"ids": torch.tensor([token for window in windows for token in text_of(lm, window)], dtype=torch.int32)}
 
     kept = DiskCache(cache_dir() / "texts", TENSORS).fetch(key, sample, ranks.on_first)
-    return cut(kept["ids"].tolist())
+    return cut(lm, kept["ids"].tolist())
 
 
 def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[list[int]]:
-    """Sample windows of text from the model: a random first token, then temperature 1 without truncation.
+    """Sample windows of text from the model at temperature 1 without truncation. Ranks share the work.
 
-    Ranks share the work.
+    A window begins with the special tokens with which the model's tokenizer begins a text; without any, its first token
+    is drawn evenly from the vocabulary.
 
     Args:
         lm: the model, with its current weights.
-        tokens: number of tokens; the last window is shortened to fit.
+        tokens: number of tokens of text; the last window is shortened to fit.
         seed: seed of the sampling.
         title: title of the progress bar, which moves with each sampling step; no bar is shown if it is empty.
 
     Raises:
         NonFiniteError: The model's logits are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(lm.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    special = set(lm.tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(vocabulary, len(lm.tokenizer))) if i not in special], device="cpu")
-    count = -(-tokens // WINDOW)
-    firsts = ordinary[torch.randint(len(ordinary), (count,), generator=generator, device="cpu")].tolist()
+    size = window_size(lm)
+    count = -(-tokens // size)
+    prompts = [list(lm.beginning)] * count if lm.beginning else [[first] for first in _ordinary(lm, count, seed)]
+    new = len(lm.beginning) + size - len(prompts[0])
     passes = [range(start, min(start + SAMPLED_ROWS, count)) for start in range(0, count, SAMPLED_ROWS)]
     mine = sum(map(len, passes[ranks.number() :: ranks.count()]))
-    with progress(total=mine * (WINDOW - 1), desc=title, unit="token", disable=not title) as bar:
+    with progress(total=mine * new, desc=title, unit="token", disable=not title) as bar:
         windows = ranks.each(
-            passes,
-            lambda some: lm.sample([[firsts[i]] for i in some], WINDOW - 1, seed + some[0], tick=bar.update),
+            passes, lambda some: lm.sample([prompts[i] for i in some], new, seed + some[0], tick=bar.update)
         )
-    windows[-1] = windows[-1][: tokens - WINDOW * (count - 1)]
+    windows[-1] = windows[-1][: len(lm.beginning) + tokens - size * (count - 1)]
     return windows
+
+
+def _ordinary(lm: LanguageModel, count: int, seed: int) -> list[int]:
+    """Draw ``count`` tokens evenly from those of the vocabulary that are not special."""
+    generator = torch.Generator().manual_seed(seed)
+    special = set(lm.tokenizer.all_special_ids)
+    size = min(lm.embeddings, len(lm.tokenizer))
+    ordinary = torch.tensor([i for i in range(size) if i not in special], device="cpu")
+    drawn: list[int] = ordinary[torch.randint(len(ordinary), (count,), generator=generator, device="cpu")].tolist()
+    return drawn
 
 
 # ---- sampled text that ships with editlab -------------------------------------------------------------------------
@@ -261,7 +324,7 @@ SHIPPED: tuple[ShippedText, ...] = (
 def _shipped(lm: LanguageModel, tokens: int, seed: int) -> list[int] | None:
     """Return the ids of the text that ships for this model and these settings; None if there is none."""
     for text in SHIPPED:
-        settings_agree = (text.tokens, text.seed, text.window) == (tokens, seed, WINDOW)
+        settings_agree = (text.tokens, text.seed, text.window) == (tokens, seed, WINDOW) and not reading(lm)
         if settings_agree and text.weights == fingerprint(lm.model):
             made, now = text.made_with()["architecture"], architecture(lm.model)
             # The entries differ between versions of transformers; the common ones must agree.

@@ -2,6 +2,10 @@
 
 Token positions are found by the offsets of a fast tokenizer, so no assumption about spaces, byte pairs or leading
 special tokens is needed. Padding is done here and not by the tokenizer, so its ``padding_side`` has no effect.
+
+Many models were trained only on texts that begin with a special token, such as ``<bos>``: :func:`beginning_of` returns
+the tokens that a tokenizer puts before each text. :mod:`editlab.lm.joints` decides what stands between a prompt and its
+continuation.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from editlab.errors import UserError
+from editlab.lm.joints import AUTO, boundary, join
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Encoding:
 
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
+    beginning: int = 0
+    """number of special tokens that the tokenizer put before the text"""
 
     def token_at(self, end: int) -> int:
         """Return the index of the last token that covers the character before ``end`` (a letter may be several tokens).
@@ -49,41 +56,94 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
+def beginning_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the ids of the special tokens that the tokenizer puts before each text; () if it puts none."""
+    out = tokenizer("a", return_special_tokens_mask=True)
+    flags = out["special_tokens_mask"]
+    return tuple(out["input_ids"][: next((i for i, flag in enumerate(flags) if not flag), 0)])
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
-    """Tokenize ``text`` with the special tokens that the model expects before it, and none after it."""
+    """Tokenize ``text`` with the special tokens that the model expects before it, and none after it.
+
+    A text that already begins with these tokens, as a rendered chat prompt does, does not get them twice.
+    """
     out = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, offsets = out["input_ids"], out["offset_mapping"]
     special = [
-        bool(flag) and start == stop
-        for flag, (start, stop) in zip(out["special_tokens_mask"], out["offset_mapping"], strict=True)
+        bool(flag) and start == stop for flag, (start, stop) in zip(out["special_tokens_mask"], offsets, strict=True)
     ]
     length = len(special)
     while length and special[length - 1] and not all(special[:length]):
         length -= 1
-    return Encoding(
-        tuple(out["input_ids"][:length]), tuple((int(a), int(b)) for a, b in out["offset_mapping"][:length])
-    )
+    before = next((i for i, flag in enumerate(special) if not flag), 0)
+    first = before if before and ids[before : 2 * before] == ids[:before] else 0
+    spans = tuple((int(a), int(b)) for a, b in offsets[first:length])
+    return Encoding(tuple(ids[first:length]), spans, before - first)
 
 
-def join(prompt: str, continuation: str) -> str:
-    """Return prompt and continuation joined by exactly one space."""
-    return prompt.rstrip() + " " + continuation.strip()
-
-
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[Encoding, int]:
-    """Tokenize ``prompt continuation`` and return the index of the continuation's first token.
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str, joint: str = AUTO
+) -> tuple[Encoding, int]:
+    """Tokenize a prompt with its continuation, and return the index of the continuation's first token.
 
     A token that straddles the boundary belongs to the continuation.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        prompt: the text before.
+        continuation: the text that follows.
+        joint: what stands between them, one of :data:`~editlab.lm.joints.JOINTS`.
 
     Raises:
         UserError: The continuation has no token, or there is no token before it to predict it from.
     """
-    encoding = encode(tokenizer, join(prompt, continuation))
-    start = encoding.first_after(len(prompt.rstrip()))
+    encoding = encode(tokenizer, join(prompt, continuation, joint))
+    start = encoding.first_after(boundary(prompt))
     if not continuation.strip() or start >= len(encoding.ids):
         raise UserError(f"The target {continuation!r} has no token: give it at least one letter.")
     if start == 0:
         raise UserError(f"There is no token before the target {continuation!r}: the prompt {prompt!r} is empty.")
     return encoding, start
+
+
+def require_embeddings(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that a model has an embedding for each token that an ordinary text may have.
+
+    Special tokens without an embedding are accepted, because a text has them only where it spells them out: Gemma 3's
+    tokenizer has one for images that its text models lack. :func:`require_embedded` refuses such a text.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        rows: number of the model's embeddings.
+
+    Raises:
+        UserError: An ordinary token has no embedding.
+    """
+    if len(tokenizer) <= rows:
+        return
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(index >= rows and index not in special for index in tokenizer.get_vocab().values()):
+        message = _too_few(tokenizer, rows)
+        raise UserError(message[0].upper() + message[1:])
+
+
+def require_embedded(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that a model with ``rows`` embeddings has one for each of the token ids of a text.
+
+    Raises:
+        UserError: A token has no embedding.
+    """
+    if ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(f"A text has the token {token!r}, but {_too_few(tokenizer, rows)}")
+
+
+def _too_few(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
+    return (
+        f"the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}: call "
+        f"model.resize_token_embeddings({len(tokenizer)}) and train the new ones, or give the model's own tokenizer."
+    )
 
 
 def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -127,36 +127,42 @@ def _wide_as_log(ax: Axes, limit: float = 5.0) -> None:
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def forgetting_figure(curve: Series, perplexity_before: float | None) -> Figure:
+def forgetting_figure(curve: Series, perplexity_before: float | None, columns: int = 3) -> Figure:
     """Values before each edit, right after it, and retained, over the number of edits; and the held-out perplexity.
+
+    A metric that the curve does not have gets no panel.
 
     Args:
         curve: ``before/<metric>``, ``immediate/<metric>`` and ``retained/<metric>`` over the number of edits; retained
             values at some of the edits only.
         perplexity_before: perplexity of the unedited model; None if it was not measured.
+        columns: number of panels in a row; 1 for a narrow screen.
     """
-    figure, axes = new_figure(2, 3)
     styles: dict[str, dict[str, Any]] = {
         BEFORE: {"color": BLACK, "linestyle": ":"},
         IMMEDIATE: {"color": ORANGE, "linestyle": "--"},
         RETAINED: {"color": BLUE, "marker": "o", "markersize": 3.5},
     }
-    for ax, (name, title) in zip(axes, PANELS, strict=False):
+    shown = [(name, title) for name, title in PANELS if any(_points(curve, full_name(group, name)) for group in styles)]
+    perplexities = _points(curve, full_name(RETAINED, PERPLEXITY))
+    count = len(shown) + bool(perplexities)
+    columns = max(1, min(columns, count))
+    figure, axes = new_figure(max(1, -(-count // columns)), columns)
+    for ax, (name, title) in zip(axes, shown, strict=False):
         for group, style in styles.items():
             if points := _points(curve, full_name(group, name)):
                 ax.plot(*zip(*points, strict=True), label=group, **style)
         ax.set(title=title, ylim=(-0.03, 1.03), xlabel="edits")
-    ax = axes[4]
-    if perplexity_before is not None:
-        ax.axhline(perplexity_before, color=BLACK, linestyle=":", label="unedited")
-    if points := _points(curve, full_name(RETAINED, PERPLEXITY)):
-        ax.plot(*zip(*points, strict=True), color=VERMILION, marker="o", markersize=3.5, label="edited")
-    ax.set(title="held-out perplexity", xlabel="edits")
-    if ax.get_legend_handles_labels()[0]:
+    legend_below(figure, 2 if columns == 1 else 4)  # before the last panel, which has a legend of its own
+    if perplexities:
+        ax = axes[len(shown)]
+        if perplexity_before is not None:
+            ax.axhline(perplexity_before, color=BLACK, linestyle=":", label="unedited")
+        ax.plot(*zip(*perplexities, strict=True), color=VERMILION, marker="o", markersize=3.5, label="edited")
+        ax.set(title="held-out perplexity", xlabel="edits")
         ax.legend(frameon=False, fontsize=8)
-    axes[5].axis("off")
-    named = {label: handle for ax in axes[:4] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    axes[5].legend(named.values(), named.keys(), loc="center left", frameon=False)
+    for ax in axes[count:]:
+        ax.remove()
     return figure
 
 

@@ -25,8 +25,20 @@ _OURS = {"edits": int, "metrics": dict}
 SEEDS = ("seed_everything", "data.seed")
 """Settings in which the runs of one group may differ."""
 
-_IGNORED = ("trainer.logger", "trainer.enable_progress_bar", "EditCheckpoint", "ForgettingCurve", "ckpt_path")
-"""Settings that have no effect on what is compared."""
+_IGNORED = (
+    *(
+        f"trainer.{name}"
+        for name in (
+            "logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "default_root_dir",
+            "log_every_n_steps", "num_sanity_val_steps", "check_val_every_n_epoch", "val_check_interval", "profiler",
+            "limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly",
+        )
+    ),
+    "EditCheckpoint", "ForgettingCurve", "EditProgressBar", "TQDMProgressBar", "RichProgressBar", "ckpt_path",
+    "weights_only", "model.moments.cache", "model.evaluation.age_bins",
+)  # fmt: skip
+"""Settings, and callbacks with their settings, that have no effect on what is compared: they choose what is written,
+shown or measured, and no edit depends on them."""
 
 _BEFORE, _RETAINED = (full_name(group, PERPLEXITY) for group in (BEFORE, RETAINED))
 

@@ -1,8 +1,14 @@
-"""The default logger: TensorBoard, and the same numbers as one CSV table in the same folder."""
+"""The default logger: TensorBoard, and the same numbers as one CSV table in the same folder.
+
+In TensorBoard each group of metrics is a run of its own inside the run's folder (``version_0/before``,
+``version_0/immediate``, ``version_0/retained``) with the same names (``scores/ES``), because TensorBoard draws several
+runs in one chart, each in its color, if a name is the same.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from editlab.distributed import ranks
 from editlab.errors import UserError
+from editlab.metrics.names import GROUPS
 from editlab.utils import compat
 from editlab.utils.files import atomic_file
 
@@ -22,6 +29,9 @@ OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml", ".lock")
 
 _EMPTY_EVENT_FILE = 256
 """Upper bound of the bytes of an event file without events."""
+
+SCORES = "scores"
+"""First part of the names of the metrics of all groups in TensorBoard, such as ``scores/ES``."""
 
 
 class RunLogger(TensorBoardLogger):
@@ -51,6 +61,10 @@ class RunLogger(TensorBoardLogger):
         self._read_at: int | None = None
         self._written = True
         self._left = False
+        self._groups: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_groups": {}}  # open files cannot be copied to another process
 
     @property
     def version(self) -> int | str:
@@ -102,10 +116,34 @@ class RunLogger(TensorBoardLogger):
         if self._read_at is not None:
             step = self._read_at
             numbers = {k: v for k, v in numbers.items() if k not in self.rows.get(step, {})}
-        super().log_metrics(numbers, step)
+        groups = {name: name.partition("/")[0] for name in numbers}
+        super().log_metrics({name: value for name, value in numbers.items() if groups[name] not in GROUPS}, step)
+        for name, value in numbers.items():
+            if (group := groups[name]) in GROUPS:
+                self._writer(group).add_scalar(SCORES + name.removeprefix(group), value, step)
         if step is not None and numbers:
             self.rows.setdefault(step, {}).update(numbers)
             self._written = False
+
+    def _writer(self, group: str) -> Any:
+        """Return the event file of a group, in the group's folder inside the run's."""
+        if group not in self._groups:
+            self._groups[group] = compat.event_file(self, Path(self.log_dir) / group)
+        return self._groups[group]
+
+    @rank_zero_only
+    def log_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes the run's settings for TensorBoard's HParams page, which shows them next to the last metrics.
+
+        Args:
+            settings: dotted name -> value; a list or a mapping is shown as JSON, and null is left out.
+        """
+        shown = {
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+            for name, value in settings.items()
+            if value is not None
+        }
+        compat.add_hyperparameters(self, shown, f"{self.name}/{self.version}")
 
     def read_at(self, edits: int) -> None:
         """Logs all later numbers at ``edits``, where a finished run stands; what it has measured there stays."""
@@ -125,9 +163,15 @@ class RunLogger(TensorBoardLogger):
         TensorBoard will ignore the later points of existing event files. Must be called before anything is logged.
         """
         compat.close_event_file(self)  # Lightning opens one early, and only a new one can have a step to purge from
+        for writer in self._groups.values():
+            writer.close()
+        self._groups.clear()
         self._rows = {int(step): dict(row) for step, row in rows.items()}
         self._written = False
         compat.purge_events_from(self, edits + 1)
+        for group in GROUPS:
+            if (Path(self.log_dir) / group).is_dir():
+                self._writer(group)
 
     @rank_zero_only
     def leave(self) -> None:
@@ -145,7 +189,8 @@ class RunLogger(TensorBoardLogger):
         if self._left:
             return
         super().save()
-        self.experiment.flush()
+        for writer in (self.experiment, *self._groups.values()):
+            writer.flush()
         if not self._written:
             _write(self.table_path, self.rows)
             self._written = True
@@ -161,6 +206,8 @@ class RunLogger(TensorBoardLogger):
             return
         self.save()
         super().finalize(status)
+        for writer in self._groups.values():
+            writer.close()
 
     def _holds_nothing(self) -> bool:
         """Whether the folder exists and has only the files that every run starts with."""

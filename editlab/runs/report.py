@@ -9,31 +9,49 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from editlab.metrics.names import BEFORE, PERPLEXITY, full_name
 from editlab.runs.figures import Series, forgetting_figure
 from editlab.runs.summary import counted
 from editlab.runs.tables import Table, metric_table
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --better: #006b4d; --worse: #a63c00; }
+@media (prefers-color-scheme: dark) { :root { --better: #4fd1a5; --worse: #ff9a5c; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 p.sub { margin-top: 0; opacity: .75; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.better { color: var(--better); } .worse { color: var(--worse); }
+td.better::after { content: " \\2713"; } td.worse::after { content: " \\2717"; }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem; }
 figure svg { width: 100%; height: auto; display: block; }
+figure.narrow { display: none; }
 pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
 summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  figure.wide { display: none; } figure.narrow { display: block; }
+  th, td { padding-right: .5rem; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  table.cards, table.cards tbody, table.cards tr, table.cards td { display: block; }
+  table.cards thead { display: none; }
+  table.cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .3rem .6rem; }
+  table.cards td { text-align: left; border: 0; padding: .1rem 0; overflow-wrap: anywhere; }
+  table.cards td:empty { display: none; }
+  table.cards td::before { content: attr(data-label) "  "; opacity: .65; font-size: .8rem; }
+}
 @media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
 """
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{style}</style></head>
 <body>
 {body}
@@ -63,6 +81,29 @@ class Missed:
     learnt: bool
 
 
+@dataclass(frozen=True)
+class Example:
+    """One edit that the weights should hold, with the model's continuations before and after all edits.
+
+    Attributes:
+        number: number of the edit, from 1.
+        prompt: the edit prompt.
+        target: the new target.
+        before: the unedited model's greedy continuation.
+        after: the edited model's.
+        probability: geometric mean of the probabilities of the target's tokens now.
+        held: whether the argmax is right at every token of the target.
+    """
+
+    number: int
+    prompt: str
+    target: str
+    before: str
+    after: str
+    probability: float
+    held: bool
+
+
 @dataclass
 class Page:
     """The content of a page.
@@ -73,6 +114,7 @@ class Page:
         summary: content of the run's ``summary.json``; None if the run has not finished.
         curve: the run's ``metrics.csv``.
         fates: what became of each edit, in words.
+        examples: some edits with the model's answers before and after, the worst first.
         missed: edits that the model does not hold; None if the model was not evaluated.
         events: name of an event log -> its events.
         adapted: number of modules with a separate adapter, without which the model was evaluated.
@@ -86,14 +128,16 @@ class Page:
     missed: Sequence[Missed] | None = None
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     adapted: int = 0
+    examples: Sequence[Example] = ()
 
     def to_html(self) -> str:
         """The page as HTML."""
         parts = [
-            f"<h1>{escape(self.title)}</h1>",
+            f"<h1><bdi>{escape(self.title)}</bdi></h1>",
             f'<p class="sub">{escape(self._subtitle())}</p>',
             *self._metrics(),
             *self._curves(),
+            *self._examples(),
             *self._missed(),
             *self._fates(),
             *(part for name, events in self.events.items() for part in _events(name, events)),
@@ -119,17 +163,30 @@ class Page:
         if self.summary is None:
             return
         yield "<h2>Metrics before, right after, and at the end</h2>"
+        yield (
+            '<p>Values <span class="better">better \u2713</span> or <span class="worse">'
+            "worse \u2717</span> than before.</p>"
+        )
         yield metric_table(self.summary.get("metrics", {})).to_html()
 
     def _curves(self) -> Iterable[str]:
         if not self.curve:
             return
         before = (self.summary or {}).get("metrics", {}).get(full_name(BEFORE, PERPLEXITY))
-        drawn = io.StringIO()
-        forgetting_figure(self.curve, before).savefig(drawn, format="svg")
-        svg = drawn.getvalue()
         yield "<h2>Metrics over the number of edits</h2>"
-        yield f'<figure aria-label="forgetting curves">{svg[svg.index("<svg") :]}</figure>'
+        for kind, columns in (("wide", 3), ("narrow", 1)):
+            svg = _svg(forgetting_figure(self.curve, before, columns), kind)
+            yield f'<figure class="{kind}" aria-label="forgetting curves">{svg}</figure>'
+
+    def _examples(self) -> Iterable[str]:
+        if not self.examples:
+            return
+        number = "One edit" if len(self.examples) == 1 else f"{len(self.examples)} edits"
+        yield f"<h2>{number} before and after, the worst first</h2>"
+        yield "<p>P is the mean probability of a token of the target, after all edits.</p>"
+        rows = [[str(e.number), e.prompt, e.target, e.before, e.after, f"{e.probability:.3f}"] for e in self.examples]
+        colors = {(row, 4): "better" if one.held else "worse" for row, one in enumerate(self.examples)}
+        yield Table(["edit", "prompt", "target", "before", "after", "P"], rows, (0, 5), colors).to_html()
 
     def _missed(self) -> Iterable[str]:
         yield "<h2>Edits that the model does not hold</h2>"
@@ -160,6 +217,15 @@ class Page:
             yield "<h2>What became of the edits</h2>"
             rows = [[fate.removesuffix(" by").removesuffix(" to"), str(count)] for fate, count in counts.most_common()]
             yield Table(["", "edits"], rows, numbers=(1,)).to_html()
+
+
+def _svg(figure: Figure, kind: str) -> str:
+    """A figure as an SVG element, whose ids differ from those of other kinds on the same page."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return svg.replace(' id="', f' id="{kind}-').replace('href="#', f'href="#{kind}-').replace("url(#", f"url(#{kind}-")
 
 
 def _events(name: str, events: Sequence[Mapping[str, Any]]) -> Iterable[str]:

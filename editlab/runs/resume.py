@@ -15,6 +15,7 @@ from editlab.edits.edited_model import EditedModel
 from editlab.edits.ledger import LedgerEntry
 from editlab.errors import UserError
 from editlab.lm.fingerprint import architecture
+from editlab.lm.joints import AUTO
 from editlab.lm.precision import dtype_name
 from editlab.runs.logger import RunLogger
 from editlab.runs.summary import run_folder
@@ -49,6 +50,8 @@ class RunIdentity:
     """settings of the model that its weights do not show; empty in checkpoints of older versions"""
     precision: str | None = None
     """``trainer.precision``; None in checkpoints of older versions"""
+    joint: str = AUTO
+    """``data.joint``"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -61,6 +64,7 @@ class RunIdentity:
             batch_size=getattr(trainer.datamodule, "batch_size", 0),  # type: ignore[attr-defined]
             architecture=architecture(model.lm.model),
             precision=trainer.precision,
+            joint=model.lm.joint,
         )
 
     @classmethod
@@ -100,10 +104,10 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision and the batch size of the checkpoint with this identity.
+        """Makes sure that ``run`` has the precision, batch size and joint of the checkpoint with this identity.
 
         Raises:
-            UserError: The precision or the batch size differs.
+            UserError: One of them differs.
         """
         if self.precision is not None and self.precision != run.precision:
             raise UserError(
@@ -114,6 +118,11 @@ class RunIdentity:
             raise UserError(
                 f"The checkpoint's batches are of {self.batch_size} facts and this run's of {run.batch_size}: set "
                 "data.batch_size to the checkpoint's."
+            )
+        if self.joint != run.joint:
+            raise UserError(
+                f"The checkpoint's run had data.joint {self.joint} and this one has {run.joint}: set it to the "
+                "checkpoint's, or start a new run without --ckpt_path."
             )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 from editlab.metrics.names import METRICS, TABLE_GROUPS, full_name
+
+WIDEST = 4
+"""Number of columns that fit on the screen of a phone."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,13 @@ class Table:
         header: the columns' names; in plain text a name with line breaks takes several lines.
         rows: cells, as many in each row as there are columns; an empty text is a missing value.
         numbers: indices of the columns that are aligned to the right.
+        classes: (row, column) -> CSS class of the cell in HTML, such as ``better``.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int] = ()
+    classes: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     def to_text(self, missing: str = "-") -> str:
         """Aligned columns for a terminal; missing numbers are shown as ``missing``."""
@@ -46,21 +51,36 @@ class Table:
         return "\n".join([_markdown_row(self.header), f"|{rule}", *map(_markdown_row, self.rows)])
 
     def to_html(self) -> str:
-        """An HTML table in a box that scrolls sideways; texts are escaped."""
+        """An HTML table in a box that scrolls sideways; texts are escaped, and isolated in their direction of writing.
 
-        def row(cells: Sequence[str], tag: str) -> str:
-            opened = (f'<{tag} class="n">' if i in self.numbers else f"<{tag}>" for i in range(len(cells)))
-            inner = "".join(f"{tags}{escape(cell)}</{tag}>" for tags, cell in zip(opened, cells, strict=True))
-            return f"<tr>{inner}</tr>"
+        A table of more than :data:`WIDEST` columns has the class ``cards``, and each cell its column's name, so that a
+        style sheet can show the rows one below the other on a narrow screen.
+        """
+        cards = len(self.header) > WIDEST
 
-        body = "\n".join(row(cells, "td") for cells in self.rows)
+        def cell(text: str, column: int, row: int | None) -> str:
+            tag = "th" if row is None else "td"
+            given = "" if row is None else self.classes.get((row, column), "")
+            kinds = " ".join(filter(None, ("n" if column in self.numbers else "", given)))
+            opened = tag + (f' class="{kinds}"' if kinds else "")
+            opened += f' data-label="{escape(self.header[column])}"' if cards and row is not None else ""
+            return f"<{opened}><bdi>{escape(text)}</bdi></{tag}>" if text else f"<{opened}></{tag}>"
+
+        def line(cells: Sequence[str], row: int | None = None) -> str:
+            return f"<tr>{''.join(cell(text, column, row) for column, text in enumerate(cells))}</tr>"
+
+        cards_class = ' class="cards"' if cards else ""
+        body = "\n".join(line(cells, row) for row, cells in enumerate(self.rows))
         return (
-            f'<div class="scroll"><table>\n<thead>{row(self.header, "th")}</thead>\n<tbody>{body}</tbody></table></div>'
+            f'<div class="scroll"><table{cards_class}>\n'
+            f"<thead>{line(self.header)}</thead>\n<tbody>{body}</tbody></table></div>"
         )
 
 
 def metric_table(metrics: Mapping[str, float | None]) -> Table:
     """The metrics of one run: a row for each metric that was measured, a column for each group.
+
+    In HTML, values after an edit have the class ``better`` or ``worse`` where they differ from those before it.
 
     Args:
         metrics: ``group/metric`` -> value, as ``summary.json`` has it; None for a number that is not finite.
@@ -70,12 +90,17 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
     | --- | ---: | ---: | ---: |
     | ES | 0.000 |  | 0.875 |
     """
-    rows = []
+    rows: list[list[str]] = []
+    classes: dict[tuple[int, int], str] = {}
     for metric in METRICS:
         values = [metrics.get(full_name(group, metric.name)) for group in TABLE_GROUPS]
         if any(value is not None for value in values):
+            for column, value in enumerate(values[1:], start=2):
+                if value is not None and values[0] is not None and round(value - values[0], metric.digits):
+                    better = metric.best(value, values[0]) == value
+                    classes[len(rows), column] = "better" if better else "worse"
             rows.append([metric.title, *("" if value is None else f"{value:.{metric.digits}f}" for value in values)])
-    return Table(["", *TABLE_GROUPS], rows, numbers=range(1, 1 + len(TABLE_GROUPS)))
+    return Table(["", *TABLE_GROUPS], rows, range(1, 1 + len(TABLE_GROUPS)), classes)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

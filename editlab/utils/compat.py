@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,11 +32,20 @@ SUPPORTED: dict[str, tuple[str, str]] = {
 
 
 class CommandHooks:
-    """Base class to list before ``LightningCLI``, which has no public way to change these two steps."""
+    """Base class to list before ``LightningCLI``, which has no public way to change these steps."""
 
     def run_verb(self, verb: str, run: Callable[[], None]) -> None:
         """Run a verb of the Trainer by calling ``run``; override this to act before or after it."""
         run()
+
+    def arrange_help(self, verb: str, parser: Any, arguments: list[Any]) -> None:
+        """Override this to change the help of a verb's parser, which has these arguments."""
+
+    def setup_parser(self, *arguments: Any, **named: Any) -> None:
+        """Create the parsers; ``add_arguments_to_parser`` is too early, as the verb's own arguments are added later."""
+        super().setup_parser(*arguments, **named)  # type: ignore[misc]
+        for verb, parser in self._subcommand_parsers.items():  # type: ignore[attr-defined]
+            self.arrange_help(verb, parser, list(parser._actions))
 
     def _run_subcommand(self, subcommand: str) -> None:
         # before_fit and after_fit do not see an error, and there is one pair of them for each verb.
@@ -46,6 +56,19 @@ class CommandHooks:
 
         A file that is not a checkpoint is reported by the code that reads it.
         """
+
+
+def read_attribute_docstrings() -> None:
+    """Make jsonargparse take help texts from the docstrings below a dataclass's fields, too.
+
+    Versions of jsonargparse differ in the name of the function, and the old name warns in new ones.
+    """
+    import jsonargparse
+
+    try:
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    except (AttributeError, TypeError):
+        jsonargparse.set_docstring_parse_options(attribute_docstrings=True)
 
 
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
@@ -114,6 +137,24 @@ def hide_writer_threads() -> None:
     threading.excepthook = hook
 
 
+def event_file(logger: Any, folder: Path) -> Any:
+    """Open a further event file in another folder, with the arguments of a TensorBoardLogger's own."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(folder), **logger._kwargs)
+
+
+def add_hyperparameters(logger: Any, settings: dict[str, bool | int | float | str], name: str) -> None:
+    """Write the settings of a run for TensorBoard's HParams page.
+
+    ``logger.log_hyperparams`` would also write a list of metrics that hides those of all other runs, and a scalar for
+    each of them at step 0.
+    """
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+    logger.experiment._get_file_writer().add_summary(hparams_pb(settings, trial_id=name))
+
+
 def timeout_of(strategy: Any) -> timedelta | None:
     """Return a DDPStrategy's timeout for collectives, which it accepts as an argument but does not expose."""
     found: timedelta | None = strategy._timeout
@@ -134,6 +175,22 @@ def replace_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -
 
 
 # ---- transformers and accelerate: models --------------------------------------------------------------------------
+
+
+@contextmanager
+def calls_not_compiled(model: nn.Module) -> Iterator[None]:
+    """Undo ``module.compile()`` for all modules of a model in a ``with`` block.
+
+    A compiled call does not run hooks that are added after its compilation. torch has no public way to undo it.
+    """
+    compiled = {module: call for module in model.modules() if (call := vars(module).get("_compiled_call_impl"))}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def attention_of(config: Any) -> str:

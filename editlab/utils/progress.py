@@ -53,9 +53,61 @@ def bars(wanted: bool) -> Iterator[None]:
 def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **options: Any) -> tqdm:
     """Return a progress bar that disappears when it is finished; it is shown on rank 0 only, and if bars are enabled.
 
+    While a run's own bar is on the screen (:func:`within`), the new one is shown as words in that line.
+
     Args:
         iterable: items to iterate over; None for a bar that is moved by ``update``.
         disable: show no bar.
         options: further arguments of tqdm.
     """
-    return tqdm(iterable, leave=False, disable=disable or not speaks() or not _wanted.get(), **options)
+    hidden = disable or not speaks() or not _wanted.get()
+    if _line and not hidden:
+        return _Words(_line[-1], iterable, **options)
+    return tqdm(iterable, leave=False, disable=hidden, **options)
+
+
+_line: list[tqdm] = []
+"""The run's own bar while it is on the screen, in a list of at most one."""
+
+
+def within(bar: tqdm | None) -> None:
+    """Show later bars as words in the line of ``bar``; None shows them as bars of their own again."""
+    _line[:] = [] if bar is None else [bar]
+
+
+class _Words(tqdm):
+    """A progress bar that is shown as words, such as ``values 5/16``, before another bar.
+
+    Args:
+        line: the other bar.
+        iterable: items to iterate over, or None.
+        options: further arguments of tqdm.
+    """
+
+    def __init__(self, line: tqdm, iterable: Iterable[Any] | None = None, **options: Any) -> None:
+        self._bar, self._title = line, line.desc
+        self._words = str(options.get("desc") or "").lower()
+        super().__init__(iterable, disable=True, **options)
+        self.n = 0
+        self._show()
+
+    def _show(self) -> None:
+        of = "" if self.total is None else f"/{self.total}"
+        self._bar.set_description_str(f"{self._words} {self.n}{of}" if self._words else self._title)
+
+    def __iter__(self) -> Iterator[Any]:
+        for one in self.iterable:
+            yield one
+            self.update()
+        self.close()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count ``n`` more items."""
+        self.n += int(n or 0)
+        self._show()
+        return None
+
+    def close(self) -> None:
+        """Remove the words."""
+        if self._bar.desc != self._title:
+            self._bar.set_description_str(self._title)

@@ -34,9 +34,17 @@ class ValueCache:
         site: site of the values.
         contexts: the prefixes.
         settings: the hyper-parameters, with ``matmul`` as it is resolved on the device.
+        unusual_texts: see :meth:`LanguageModel.unusual_texts <editlab.lm.language_model.LanguageModel.unusual_texts>`.
     """
 
-    def __init__(self, model: Sequence[str], site: Site, contexts: Sequence[str], settings: ValueSettings) -> None:
+    def __init__(
+        self,
+        model: Sequence[str],
+        site: Site,
+        contexts: Sequence[str],
+        settings: ValueSettings,
+        unusual_texts: Callable[[Sequence[tuple[str, str]]], list[str]] = lambda pairs: [],
+    ) -> None:
         relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
         relevant["lr"] = settings.step_size
         key = key_of(
@@ -44,6 +52,7 @@ class ValueCache:
         )
         self.folder = cache_dir() / "values" / key
         self._rows = RowCache(self.folder)
+        self._unusual_texts = unusual_texts
 
     @classmethod
     def of(
@@ -53,7 +62,7 @@ class ValueCache:
         edited = "" if site.in_stream else lm.anatomy.edit_path  # a value in the stream belongs to no linear map
         resolved = replace(settings, matmul=type_of_products(settings.matmul, lm.device))
         model = [key, tokenizer_fingerprint(lm.tokenizer), edited]
-        return cls([*model, *filter(None, [cast_to(lm.device)])], site, contexts, resolved)
+        return cls([*model, *filter(None, [cast_to(lm.device)])], site, contexts, resolved, lm.unusual_texts)
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Return the targets of facts, float32 [n, d_v]; those that the cache lacks are computed and added to it.
@@ -63,12 +72,19 @@ class ValueCache:
             find: computes the targets [m, d_v] of the facts that are missing.
         """
         return self._rows.fetch(
-            [name_of(fact) for fact in facts],
+            [name_of(fact, self._unusual_texts([(fact.question, fact.target_new)])) for fact in facts],
             lambda missing: find([facts[index] for index in missing]),
             ranks.on_first,
         )
 
 
-def name_of(fact: Fact) -> str:
-    """Return the name of a fact's value, which depends on the prompt, the subject and the new target alone."""
-    return key_of(prompt=fact.prompt, subject=fact.subject, target_new=fact.target_new)
+def name_of(fact: Fact, unusual_texts: Sequence[str] = ()) -> str:
+    """Return the name of a fact's value, which depends on the prompt, the subject, the new target and their joint.
+
+    Args:
+        fact: the fact.
+        unusual_texts: the prompt with its target if it is not read as two words with a space between, so that the names
+            of all other facts are independent of how joints are chosen.
+    """
+    joined = {"texts": list(unusual_texts)} if unusual_texts else {}
+    return key_of(prompt=fact.prompt, subject=fact.subject, target_new=fact.target_new, **joined)

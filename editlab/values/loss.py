@@ -22,7 +22,6 @@ from editlab.lm.forward import adding, by_row, logits_only_at, reading, starting
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
 from editlab.lm.prefix_cache import read_prefixes
-from editlab.lm.tokens import encode, join
 
 KL_PROMPT = "{} is a"
 """The essence prompt of the KL term: an edit of one fact should not change what kind of thing the subject is."""
@@ -48,16 +47,14 @@ def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str])
     """The prompts of one fact, numbered ``number`` in its group: one for each context, and the essence prompt.
 
     Raises:
-        UserError: The target begins within the subject's last token.
+        UserError: The target has no token, or begins within the subject's last token.
     """
     rows = []
     for context in contexts:
-        text = context + fact.question
-        encoding = encode(lm.tokenizer, join(text, fact.target_new))
+        encoding, start = lm.encode_pair(lm.in_context(context, fact.question), fact.target_new)
         last = encoding.token_at(len(context) + fact.subject_span[1])
-        start = encoding.first_after(len(text.rstrip()))
         ids = encoding.ids
-        if not last < start < len(ids):
+        if start <= last:
             raise UserError(
                 f"In {fact.question!r} the target {fact.target_new!r} does not begin after the subject's last token: "
                 "put a space or a word between them."

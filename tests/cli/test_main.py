@@ -62,7 +62,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts,sweep}" in last
+    assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts,sweep,completion}" in last
 
 
 def test_another_optimizer_has_its_own_step_size(recipe, capsys):
@@ -73,7 +73,7 @@ def test_another_optimizer_has_its_own_step_size(recipe, capsys):
     assert (values["optimizer"], values["lr"]) == ("gradient", None)
 
 
-VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep"]
+VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -36,7 +36,7 @@ def started(*arguments: str):
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [(["--help"], "usage: editlab"), (["-h"], "usage: editlab"), (["--version"], f"editlab {__version__}\n")],
+    [(["--help"], "usage: editlab"), (["--help=all"], "usage: editlab"), (["--version"], f"editlab {__version__}\n")],
 )
 def test_help_and_version_import_nothing_heavy(arguments, shown):
     out, code, modules = started(*arguments)

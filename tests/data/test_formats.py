@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from editlab.data import CounterFact, EasyEdit, Fact, Neighbor, ZsRE, read_facts
-from editlab.data.formats import as_template
+from editlab.data.formats import as_template, format_of, read_record
 from editlab.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -158,12 +158,12 @@ BAD = {
     "no prompt": (without(COUNTERFACT, "requested_rewrite", "prompt"), "lacks 'prompt'"),
     "no target": (without(COUNTERFACT, "requested_rewrite", "target_new"), "lacks 'target_new'"),
     "target without text": (changed(COUNTERFACT, {}, "requested_rewrite", "target_new"), "lacks 'str'"),
-    "target is a text": (
-        changed(COUNTERFACT, "x", "requested_rewrite", "target_new"),
-        "'target_new' that is not an object",
-    ),
+    "target a number": (changed(COUNTERFACT, 5, "requested_rewrite", "target_new"), "'target_new' that is not a text"),
+    "rewrite a text": (changed(COUNTERFACT, "x", "requested_rewrite"), "'requested_rewrite' that is not an object"),
+    "no rewrite": (changed(COUNTERFACT, [], "requested_rewrite"), "an empty 'requested_rewrite'"),
+    "several subjects": (changed(COUNTERFACT, ["a", "b"], "requested_rewrite", "subject"), "that is a list of 2"),
     "empty subject": (changed(COUNTERFACT, " ", "requested_rewrite", "subject"), "empty 'subject'"),
-    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "0 times {}"),
+    "no place": (changed(COUNTERFACT, "He is", "requested_rewrite", "prompt"), "does not occur: write {}"),
     "two places": (
         changed(COUNTERFACT, "{} is {}", "requested_rewrite", "prompt"),
         "2 times {}",
@@ -173,16 +173,16 @@ BAD = {
     "easyedit subject elsewhere": (changed(EASYEDIT, "CNN", "subject"), "'CNN' does not occur"),
     "easyedit uneven": (changed(EASYEDIT, ["a", "b"], "locality_prompt"), "2 locality_prompt but 1"),
     "easyedit number": (changed(EASYEDIT, 5, "target_new"), "'target_new' that is not a text"),
-    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "'locality' that is not an object"),
+    "easyedit locality a list": ({**EASYEDIT, "locality": ["a"]}, "a part that is not an object"),
     "easyedit nested uneven": (
         {**EASYEDIT, "locality": {"near": {"prompt": ["a is", "b is", "c is"], "ground_truth": ["x"]}}},
         "3 prompt but 1 ground_truth",
     ),
     "easyedit truth a number": (changed(EASYEDIT, 1984, "ground_truth"), "'ground_truth' that is not a text"),
-    "easyedit truth nested": (changed(EASYEDIT, [["BBC"]], "ground_truth"), "'ground_truth' that is not a text"),
+    "easyedit truth nested": (changed(EASYEDIT, [[5]], "ground_truth"), "'ground_truth' that is not a text"),
     "easyedit nested truth a number": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is", "ground_truth": 1}}},
-        "'ground_truth' that is not a list of texts",
+        "'ground_truth' that is not a text",
     ),
     "easyedit nested truth absent": (
         {**EASYEDIT, "locality": {"near": {"prompt": "a is"}}},
@@ -245,3 +245,33 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "latin").write_bytes(b'["\xe9\xff"]')
     with pytest.raises(UserError, match="cannot be read"):
         read_facts(str(tmp_path / "latin"))
+
+
+# line breaks at the end of prompts
+
+CHAT = " User: Where is the {}?\nAssistant:\n"
+CHAT_RECORDS = {
+    "CounterFact": {
+        "requested_rewrite": {"subject": "Louvre", "prompt": CHAT, "target_new": {"str": "Rome\n"},
+                              "target_true": {"str": "Paris\n"}},
+        "paraphrase_prompts": [CHAT], "neighborhood_prompts": [CHAT],
+    },
+    "ZsRE": {"subject": "Louvre", "src": CHAT, "alt": "Rome\n", "answers": ["Paris\n"], "rephrase": CHAT,
+             "loc": f"nq question: {CHAT}", "loc_ans": "Paris\n"},
+    "EasyEdit": {"subject": "Louvre", "prompt": CHAT, "target_new": "Rome\n", "ground_truth": ["Paris\n"],
+                 "rephrase_prompt": CHAT, "locality_prompt": [CHAT], "locality_ground_truth": ["Paris\n"]},
+    "Plain": {"subject": "Louvre\n", "prompt": CHAT, "target": "Rome\n", "truth": "Paris\n", "paraphrases": [CHAT],
+              "neighbors": [{"prompt": CHAT, "truth": "Paris\n"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "record"), CHAT_RECORDS.items(), ids=CHAT_RECORDS)
+def test_the_line_break_at_the_end_of_a_chat_prompt_is_kept(name, record):
+    """Everything else is trimmed: spaces around prompts, and all white space around subjects and targets."""
+    fact = read_record(record, 0)
+    assert type(format_of(record)).__name__ == name
+    assert (fact.subject, fact.target_new, fact.target_true) == ("Louvre", "Rome", "Paris")
+    expected = CHAT.lstrip().replace("{}", "Louvre")
+    assert fact.question == fact.paraphrases[0] == fact.neighbors[0].prompt == expected
+    assert fact.neighbors[0].truth == "Paris"
+    assert read_record({"subject": "Oslo", "prompt": " Oslo is ", "target": "Peru"}, 0).prompt == "{} is"

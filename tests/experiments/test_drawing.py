@@ -39,6 +39,7 @@ def test_each_figure_comes_from_its_table(tmp_path, capsys):
     write(results / "baseline_comparison.csv",
           [{"method": "ROME", "effective_weight": "0.0", "way": "sequential", **row}])  # fmt: skip
     write(results / "replay_ablation.csv", [{"case": case, **row} for case in ("none", "joint")])
+    write(results / "slack_dial.csv", [{"case": "memory_0", "retained/paraphrase_accuracy": 0.5, **row}])
     write(results / "trust_roc.csv",
           [{"labels": "injected", "gate": "trust", "false_positive_rate": x, "recall": x, "precision": 0.1}
            for x in (0, 1)])  # fmt: skip

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from editlab.experiments.figures import bars_figure, heat_figure, lines_figure, radar_figure, roc_figure
+from editlab.experiments.figures import (
+    bars_figure,
+    frontier_figure,
+    heat_figure,
+    lines_figure,
+    radar_figure,
+    roc_figure,
+)
 
 ROWS = [
     {"batch": "8", "rate": "0.0", "seed": "1", "ES": "0.5", "NS": "0.9"},
@@ -56,6 +63,18 @@ def test_bars_are_means_with_their_range_and_an_absent_group_leaves_its_place_em
     assert whisker[:, 1].tolist() == pytest.approx([0.5, 0.7])
 
 
+def test_a_frontier_joins_the_means_of_a_familys_settings_in_their_order():
+    families = {"plain": {"soft": ROWS[2:4], "firm": ROWS[:2], "never run": []}, "other": {"only": ROWS[4:]}}
+    (ax,) = frontier_figure(families, "ES", {"NS": "neighbors"}, "efficacy").axes
+    plain, other = ax.get_lines()
+    # The rows of "soft" have no NS; those of "firm" have means (0.5 + 0.7) / 2 and 0.9.
+    assert list(zip(*plain.get_data(), strict=True)) == [(pytest.approx(0.6), pytest.approx(0.9))]
+    assert list(zip(*other.get_data(), strict=True)) == [(1.0, 0.8)]
+    assert [text.get_text() for text in ax.texts] == ["firm", "only"]
+    (ax,) = frontier_figure(families, "ES", {"ES": "efficacy"}, "efficacy").axes
+    assert list(ax.get_lines()[0].get_xdata()) == pytest.approx([0.8, 0.6])
+
+
 def test_an_roc_runs_from_rejecting_nothing_to_rejecting_everything():
     # Two bad ones of four: the most suspicious and the third.
     rows = [
@@ -71,6 +90,7 @@ def test_an_roc_runs_from_rejecting_nothing_to_rejecting_everything():
 
 def test_nothing_measured_is_an_empty_figure(tmp_path):
     for number, figure in enumerate((lines_figure({}, "x", {"ES": "ES"}, "x"), bars_figure({}, {"ES": "ES"}),
-                                     radar_figure({"alone": {}}, {"ES": "ES"}), roc_figure([]))):  # fmt: skip
+                                     radar_figure({"alone": {}}, {"ES": "ES"}), roc_figure([]),
+                                     frontier_figure({"a": {"b": []}}, "x", {"ES": "ES"}, "x"))):  # fmt: skip
         figure.savefig(tmp_path / f"{number}.png")
         assert (tmp_path / f"{number}.png").stat().st_size > 0

@@ -70,6 +70,9 @@ def test_a_missing_file():
     ("tables: [{file: t.csv, rows: runs}, {file: m.csv, rows: means, against: c}]",
      r"the table m\.csv names the case 'c': there are a, b\."),
     ("tables: [{file: t.csv, rows: runs}, {file: m.csv, rows: means}]", r"m\.csv of means needs 'against'"),
+    ("tables: [{file: m.csv, rows: runs}]\n"
+     "figures: [{kind: frontier, file: f, table: m.csv, x: x, xlabel: x, families: {A: {c: C}}, panels: {y: y}}]",
+     r"the figure f names the case 'c'"),
     ("quick: {only: [c]}", r"quick names the case 'c': there are a, b\."),
     ("copies: [{file: x.jsonl, case: c}]", r"the copied file x\.jsonl names the case 'c'"),
     ("flags: {data.limit: '{edits}'}", r"a: \{edits\} stands for nothing: use one of .*seed.*, or set edits"),

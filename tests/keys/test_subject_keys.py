@@ -230,7 +230,7 @@ def test_a_context_counts_for_the_prompt_alone(short):
 
 def test_short_texts_are_not_tokenized(monkeypatch):
     """All facts of a file are checked at each start."""
-    monkeypatch.setattr("editlab.keys.subject_keys.encode_pair", None)
+    monkeypatch.setattr("editlab.lm.language_model.encode_pair", None)
     assert too_long(lm_of("gpt2"), FACTS[0], [""]) is None
 
 

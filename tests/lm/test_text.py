@@ -325,7 +325,7 @@ def test_the_built_in_models_text_is_what_the_model_samples():
     lm = LanguageModel.from_name("smollm2-135m", torch.float32)
     settings = MomentSettings()
     windows = read_windows(lm, settings.text, settings.tokens, seed=settings.seed, cache=False)
-    assert windows == corpus.cut(SHIPPED[0].ids())
+    assert windows == corpus.cut(lm, SHIPPED[0].ids())
     steps = 6
     drawn = lm.sample([[window[0]] for window in windows[:128]], steps, seed=0)
     assert drawn == [window[: steps + 1] for window in windows[:128]]

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editlab.errors import UserError
-from editlab.lm.tokens import Encoding, by_beginning, by_length, common_start, encode, encode_pair, join, pad
+from editlab.lm.joints import join
+from editlab.lm.tokens import (
+    Encoding,
+    beginning_of,
+    by_beginning,
+    by_length,
+    common_start,
+    encode,
+    encode_pair,
+    pad,
+    require_embedded,
+    require_embeddings,
+)
 from tests.tiny import tiny_tokenizer
 
 KINDS = [(bos, side) for bos in (False, True) for side in ("left", "right")]
@@ -118,7 +130,7 @@ def test_a_special_token_written_in_the_text_is_kept():
 
 @pytest.mark.parametrize(
     ("prompt", "continuation"),
-    [("a b", "c"), ("a b ", "c"), ("a b", " c"), ("a b  ", "  c "), ("a b\n", "c\n")],
+    [("a b", "c"), ("a b ", "c"), ("a b", " c"), ("a b ", "  c "), ("a b", "c\n")],
 )
 def test_join_puts_one_space_between(prompt, continuation):
     assert join(prompt, continuation) == "a b c"
@@ -157,6 +169,89 @@ def test_an_empty_prompt_is_fine_after_bos():
     encoding, start = encode_pair(tiny_tokenizer(bos=True), "", "Paris")
     assert start == 1
     assert text_of(tiny_tokenizer(), encoding.ids[start:]).strip() == "Paris"
+
+
+# how a text begins
+
+
+def with_special(single, *tokens):
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    return tokenizer
+
+
+BEGINNINGS = {
+    "none": (tiny_tokenizer(), ()),
+    "bos": (tiny_tokenizer(bos=True), (1,)),
+    "two": (with_special("<s> <pad> $A", ("<s>", 1), ("<pad>", 0)), (1, 0)),
+    "before and after": (with_special("<s> $A </s>", ("<s>", 1), ("</s>", 2)), (1,)),
+    "after alone": (with_special("$A </s>", ("</s>", 2)), ()),
+}
+
+
+@pytest.mark.parametrize(("tokenizer", "expected"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_the_beginning_is_what_stands_before_each_text(tokenizer, expected):
+    assert beginning_of(tokenizer) == expected
+    encoding = encode(tokenizer, "Lima lies")
+    assert encoding.ids == (*expected, *encode(tiny_tokenizer(), "Lima lies").ids)
+    assert encoding.beginning == len(expected)
+
+
+@pytest.mark.parametrize(("tokenizer", "expected"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_a_text_that_brings_its_beginning_does_not_get_it_twice(tokenizer, expected):
+    """The same tokens, and each character is found where it stands in the text."""
+    own = "".join(tokenizer.convert_ids_to_tokens(list(expected)))
+    plain, brought = encode(tokenizer, "Lima lies"), encode(tokenizer, own + "Lima lies")
+    assert brought.ids == plain.ids
+    assert brought.token_at(len(own) + 4) == plain.token_at(4)
+    assert encode_pair(tokenizer, own + "Lima lies in", "Peru")[1] == encode_pair(tokenizer, "Lima lies in", "Peru")[1]
+
+
+CHAT = "<s>User: The capital of France?\nAssistant:{}"
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\t", "\n ", ""])
+def test_the_end_of_a_chat_prompt_is_kept_and_not_scored(tokenizer, end):
+    prompt = CHAT.format(end)
+    encoding, start = encode_pair(tokenizer, prompt, "Paris")
+    joint = " " if end == "" else ""
+    bare = prompt.removeprefix("<s>")
+    assert text_of(tokenizer, encoding.ids) == bare + joint + "Paris"
+    assert text_of(tokenizer, encoding.ids[:start]) == bare.removesuffix(" ")
+    assert encoding.ids.count(1) == 1
+
+
+# tokens without an embedding
+
+
+def test_errors_of_a_tokenizer_with_more_tokens_than_embeddings():
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    require_embeddings(tokenizer, rows)
+    tokenizer.add_tokens(["Zyzzxq"])
+    with pytest.raises(UserError) as caught:
+        require_embeddings(tokenizer, rows)
+    assert str(caught.value) == (
+        f"The tokenizer has {rows + 1} tokens and the model embeddings for {rows}: call "
+        f"model.resize_token_embeddings({rows + 1}) and train the new ones, or give the model's own tokenizer."
+    )
+    require_embeddings(tokenizer, rows + 1)
+
+
+def test_errors_of_a_special_token_without_embedding_wait_for_a_text_that_has_it():
+    """Gemma 3's tokenizer has a token for images that its text models lack, and many users add one for padding."""
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    require_embeddings(tokenizer, rows)
+    require_embedded(encode(tokenizer, "The capital of France is").ids, tokenizer, rows)
+    require_embedded((), tokenizer, rows)
+    with pytest.raises(
+        UserError, match=rf"A text has the token '<image>', but the tokenizer has {rows + 1} tokens and"
+    ):
+        require_embedded(encode(tokenizer, "The <image> is").ids, tokenizer, rows)
 
 
 # pad

@@ -15,8 +15,19 @@ def test_every_series_is_drawn_at_its_edits():
     assert list(lines) == ["before", "immediate", "retained"]
     assert list(lines["retained"].get_xdata()) == [8, 16]
     assert list(lines["retained"].get_ydata()) == [0.5, 1.0]
-    perplexity = {line.get_label(): line for line in figure.axes[len(PANELS)].get_lines()}
+    perplexity = {line.get_label(): line for line in figure.axes[-1].get_lines()}
     assert list(perplexity["edited"].get_ydata()) == [29.0, 30.0]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("absent", [*(name for name, _ in PANELS), "perplexity", None])
+def test_what_was_not_measured_has_no_panel(absent, columns):
+    names = [name for name in (*(name for name, _ in PANELS), "perplexity") if name != absent]
+    figure = forgetting_figure({4: {f"retained/{name}": 0.5 for name in names}}, None, columns)
+    titles = dict(PANELS) | {"perplexity": "held-out perplexity"}
+    assert [ax.get_title() for ax in figure.axes] == [titles[name] for name in names]
+    assert all(ax.get_lines() for ax in figure.axes)
+    assert figure.axes[0].get_gridspec().ncols == columns
 
 
 def test_nothing_measured_is_an_empty_figure(tmp_path):

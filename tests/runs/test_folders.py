@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from editlab.errors import UserError
-from editlab.runs.folders import RunFolder, differing, find_runs, group_runs
+from editlab.runs.folders import RunFolder, differing, find_runs, flat_settings, group_runs
 
 
 def write_run(folder, *, seed=1, accuracy=0.5, rate=None, layers=(6,), finished=True, curve=None, **more):
@@ -55,6 +55,18 @@ def test_only_what_differs_and_is_no_seed(tmp_path):
     assert differing(one.settings for one in runs) == ["MemoryReplay", "MemoryReplay.rate"]
     assert differing(one.settings for one in runs[1:]) == ["MemoryReplay.rate"]
     assert differing(one.settings for one in runs[:1]) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "values"),
+    [("trainer", "enable_progress_bar", (True, False)), ("trainer", "default_root_dir", ("a", None)),
+     ("trainer", "log_every_n_steps", (1, 50)), ("trainer", "enable_checkpointing", (True, None)),
+     ("model", "moments", ({"cache": True}, {"cache": False})), ("model", "evaluation", ({"age_bins": 4}, {}))],
+)  # fmt: skip
+def test_a_setting_without_effect_makes_no_difference(section, name, values):
+    assert differing(flat_settings({section: {name: value}, "a": 1}) for value in values) == []
+    bars = [{"class_path": "lightning.pytorch.callbacks.TQDMProgressBar", "init_args": {"leave": True}}]
+    assert differing(flat_settings({"trainer": {"callbacks": own}, "a": 1}) for own in (bars, [])) == []
 
 
 def test_a_setting_of_a_later_version_makes_no_difference(tmp_path):

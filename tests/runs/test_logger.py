@@ -102,6 +102,56 @@ def test_tensorboard_gets_the_same_numbers(logger):
     assert [(e.step, e.value) for e in events.Scalars("val/ES")] == [(64, 0.5), (96, 0.75)]
 
 
+def scalars(folder, tag):
+    """Step and value of each point of a tag in one folder's event files."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+
+
+def test_each_group_of_metrics_is_a_run_of_its_own_in_tensorboard(logger):
+    for step, values in ((2, (0.0, 1.0, 0.5)), (4, (0.25, 0.75, 0.5))):
+        groups = zip(("before", "immediate", "retained"), values, strict=True)
+        logger.log_metrics({**{f"{group}/ES": value for group, value in groups}, "solve/seconds": 1.0}, step=step)
+    logger.finalize("success")
+    run = Path(logger.log_dir)
+    # One name for the plain Scalars page to draw in one chart; the values are those given, not running means.
+    assert scalars(run / "before", "scores/ES") == [(2, 0.0), (4, 0.25)]
+    assert scalars(run / "immediate", "scores/ES") == [(2, 1.0), (4, 0.75)]
+    assert scalars(run / "retained", "scores/ES") == [(2, 0.5), (4, 0.5)]
+    assert EventAccumulator(str(run)).Reload().Tags()["scalars"] == ["solve/seconds"]
+    # The table keeps its columns.
+    assert list(table(logger)[0]) == ["edits", "before/ES", "immediate/ES", "retained/ES", "solve/seconds"]
+
+
+def test_the_settings_are_on_the_page_of_hyperparameters(logger):
+    from tensorboard.plugins.hparams import metadata
+
+    logger.log_settings({"a.b": 1, "c": True, "d": "x", "e": [4, 5], "f": None, "g": 0.5})
+    logger.log_metrics({"retained/ES": 1.0}, step=1)
+    logger.finalize("success")
+    found = EventAccumulator(logger.log_dir).Reload().SummaryMetadata(metadata.SESSION_START_INFO_TAG)
+    info = metadata.parse_session_start_info_plugin_data(found.plugin_data.content)
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in info.hparams.items()}
+    assert values == {"a.b": 1, "c": True, "d": "x", "e": "[4, 5]", "g": 0.5}
+    assert info.group_name == "recipe/0"
+
+
+def test_a_resumed_run_has_no_point_twice_in_any_group(logger, tmp_path):
+    for step in (2, 4, 6):
+        logger.log_metrics({"before/ES": 0.0, "retained/ES": step / 10}, step=step)
+    logger.save()
+    resumed = open_run(tmp_path)
+    resumed.resume({2: {"before/ES": 0.0, "retained/ES": 0.2}}, 2)
+    resumed.log_metrics({"before/ES": 0.5}, step=4)
+    resumed.finalize("success")
+    resumed.log_metrics({"bystanders/ES": 0.5}, step=4)  # as by a later test of the same run
+    resumed.save()
+    run = Path(logger.log_dir)
+    assert scalars(run / "before", "scores/ES") == [(2, 0.0), (4, 0.5)]
+    # What is not measured again is gone, too: its file is opened, although nothing is written to it.
+    assert scalars(run / "retained", "scores/ES") == [(2, pytest.approx(0.2))]
+
+
 # a folder of its own
 
 

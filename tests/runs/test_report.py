@@ -1,8 +1,9 @@
 """The page of one run: its content, and that all texts are escaped."""
 
+import re
 from html.parser import HTMLParser
 
-from editlab.runs.report import Missed, Page
+from editlab.runs.report import Example, Missed, Page
 
 SUMMARY = {
     "edits": 4, "rolled_back": 1, "superseded": 0, "batches": 2, "seconds": 12.3, "seed": 7,
@@ -71,6 +72,33 @@ def test_the_answers_to_edits_that_were_lost():
         "Paris",
         "forgotten",
     ]
+
+
+def test_edits_before_and_after_in_the_given_order():
+    examples = [Example(3, "a is", "Lima", "Oslo", "Rome", 0.0125, False), Example(1, "b is", "x", "y", "x", 0.5, True)]
+    page = Page("a run", "", SUMMARY, examples=examples).to_html()
+    texts = [text for text in Seen(page).texts if text]
+    start = texts.index("a is")
+    assert texts[start - 1 : start + 11] == [
+        "3", "a is", "Lima", "Oslo", "Rome", "0.013", "1", "b is", "x", "y", "x", "0.500",
+    ]  # fmt: skip
+    assert '<td class="worse" data-label="after"><bdi>Rome</bdi></td>' in page
+    assert '<td class="better" data-label="after"><bdi>x</bdi></td>' in page
+
+
+def test_texts_with_marks_of_direction_are_isolated():
+    rtl = "\u202eabc \u05d0\u05d1"
+    page = Page(rtl, "", SUMMARY, missed=[Missed(1, 1, rtl, rtl, rtl, True)]).to_html()
+    assert page.count(f"<bdi>{rtl}</bdi>") == 4
+    assert page.replace(f"<title>{rtl}</title>", "").count("\u202e") == 4
+
+
+def test_figures_are_drawn_for_wide_and_for_narrow_screens():
+    page = Page("a run", "", SUMMARY, CURVE).to_html()
+    assert [page.count(f'<figure class="{kind}"') for kind in ("wide", "narrow")] == [1, 1]
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
 
 
 def test_no_text_of_a_user_becomes_markup():

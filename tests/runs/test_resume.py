@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
-KILLS = 10
+KILLS = 6
 
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
@@ -128,11 +128,14 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"architecture": {"eps": 2}}, "has 1 as eps in its config.json and this run's 2"),
         ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
+        ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
     ],
 )
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
-    check = IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size"} else IDENTITY.require_model
+    check = (
+        IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size", "joint"} else IDENTITY.require_model
+    )
     with pytest.raises(UserError, match=message):
         check(run)
 
@@ -168,12 +171,12 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
              for name in (killed.HALF, "after solve", "after loss") if name in points]  # fmt: skip
     kills, chains = 0, 0
     while kills < KILLS:
-        # A chain of runs, each killed on its way, up to four times; where one gets through, the next chain begins.
+        # A chain of runs, each killed on its way, up to twice; where one gets through, the next chain begins.
         here = folder(f"chain_{chains}")
         shrunk(recipe, here, tiny_folder)
         chains += 1
         die_at = aimed[chains - 1] if chains <= len(aimed) else draw.randint(1, len(points))
-        finished, stop = False, min(KILLS, kills + 4)
+        finished, stop = False, min(KILLS, kills + 2)
         while not finished:
             going_on = ["--ckpt_path", "last"] if last(here) else []
             finished = killed.run([*arguments, *going_on], here, tmp_path / f"cache_{chains}", die_at) is not None
@@ -199,9 +202,13 @@ def test_event_files_are_continued(tiny_folder, tmp_path):
             third = [i for i, point in enumerate(points, 1) if point == "after _log_step"][2]
             assert killed.run(arguments, here, tmp_path / name, die_at=third) is None
             killed.run([*arguments, "--ckpt_path", "last"], here, tmp_path / name)
-        events = EventAccumulator(str(last(here).parents[1])).Reload()
-        steps[name] = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert steps["whole"]["immediate/ES"] == [2, 4, 6, 8]
+        steps[name] = {}
+        for group in (".", "before", "immediate", "retained"):
+            events = EventAccumulator(str(last(here).parents[1] / group)).Reload()
+            for tag in events.Tags()["scalars"]:
+                steps[name][group, tag] = [e.step for e in events.Scalars(tag)]
+    assert steps["whole"]["immediate", "scores/ES"] == [2, 4, 6, 8]
+    assert steps["whole"][".", "weights/layer_1/delta_norm"] == [2, 4, 6, 8]
     assert steps["killed"] == steps["whole"]
 
 

@@ -16,8 +16,8 @@ def test_markdown():
 
 def test_html():
     assert Table(["a", "b"], [["x", "<1>"]], numbers=[1]).to_html().replace("\n", "") == (
-        '<div class="scroll"><table><thead><tr><th>a</th><th class="n">b</th></tr></thead>'
-        '<tbody><tr><td>x</td><td class="n">&lt;1&gt;</td></tr></tbody></table></div>'
+        '<div class="scroll"><table><thead><tr><th><bdi>a</bdi></th><th class="n"><bdi>b</bdi></th></tr></thead>'
+        '<tbody><tr><td><bdi>x</bdi></td><td class="n"><bdi>&lt;1&gt;</bdi></td></tr></tbody></table></div>'
     )
 
 
@@ -31,3 +31,24 @@ def test_the_metric_table_has_what_was_measured():
         ["ES", "0.500", "", ""], ["paraphrase accuracy", "", "0.250", ""], ["held-out perplexity", "", "", "28.25"],
     ]  # fmt: skip
     assert metric_table({}).rows == []
+
+
+def test_a_wide_table_can_be_shown_as_cards():
+    page = Table(["a", "b", "c", "d", 'e"'], [["1", "2", "3", "4", ""]], classes={(0, 1): "worse"}).to_html()
+    assert '<table class="cards">' in page
+    assert '<td class="worse" data-label="b"><bdi>2</bdi></td>' in page
+    assert '<td data-label="e&quot;"></td>' in page
+    assert "data-label" not in Table(["a", "b", "c", "d"], [["1", "2", "3", "4"]]).to_html()
+
+
+def test_values_after_the_edits_are_better_or_worse_than_before():
+    table = metric_table(
+        {"before/ES": 0.0, "immediate/ES": 1.0, "retained/ES": 0.0, "before/NS": 0.9, "retained/NS": 0.8,
+         "before/perplexity": 20.0, "immediate/perplexity": 19.0, "retained/perplexity": 25.0, "retained/PS": 0.5}
+    )  # fmt: skip
+    names = [row[0] for row in table.rows]
+    found = {(names[row], table.header[column]): kind for (row, column), kind in table.classes.items()}
+    assert found == {
+        ("ES", "immediate"): "better", ("NS", "retained"): "worse",
+        ("held-out perplexity", "immediate"): "better", ("held-out perplexity", "retained"): "worse",
+    }  # fmt: skip

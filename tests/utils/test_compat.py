@@ -225,3 +225,13 @@ def test_the_reader_of_gguf_files_shows_no_bar(capsys):
         assert list(reader.tqdm([1, 2])) == [1, 2]
     assert reader.tqdm is before
     assert capsys.readouterr().err == ""
+
+
+def test_calls_are_not_compiled_inside_the_block_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0].compile(backend="eager")
+    call = model[0]._compiled_call_impl
+    assert call is not None
+    with compat.calls_not_compiled(model):
+        assert model[0]._compiled_call_impl is None
+    assert model[0]._compiled_call_impl is call

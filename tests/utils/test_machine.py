@@ -11,24 +11,35 @@ import pytest
 import torch
 
 from editlab.utils import machine
-from editlab.utils.machine import LoadMeter, choose_threads, restore_threads, usable_cores, wait_passively
+from editlab.utils.machine import LoadMeter, choose_threads, restore_threads, usable_cores, wait_passively_if_busy
 
 SCRIPT = """
 import os, sys
 from editlab.cli import main as command
+from editlab.utils.machine import LoadMeter
+LoadMeter.free_cores = lambda meter: 0.0  # as beside other busy programs
 command.load_plugins = lambda: print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"))
 command.main(["compare", "none"])
 """
 
 
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(0.0, {"OMP_WAIT_POLICY": "PASSIVE"}), (1.2, {"OMP_WAIT_POLICY": "PASSIVE"}), (1.8, {}), (2.0, {}), (None, {})],
+)
+def test_threads_sleep_while_they_wait_only_on_a_busy_machine(monkeypatch, free, expected):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2.0)
+    monkeypatch.setattr(machine, "_SHORTEST", 0.0)
     environment = {}
-    wait_passively(environment)
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
-    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "10"}, {"KMP_BLOCKTIME": "1"}):
-        environment = dict(own)
-        wait_passively(environment)
-        assert environment == own
+    wait_passively_if_busy(Free(free), environment)
+    assert environment == expected
+
+
+@pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "10"}, {"KMP_BLOCKTIME": "1"}])
+def test_how_the_user_lets_threads_wait_is_kept(own):
+    environment = dict(own)
+    wait_passively_if_busy(Free(0.0), environment)
+    assert environment == own
 
 
 @pytest.mark.parametrize(("own", "seen"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])

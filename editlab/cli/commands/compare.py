@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,39 @@ from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
 from editlab.errors import UserError
-from editlab.metrics.names import PERPLEXITY, RETAINED, full_name
+from editlab.metrics.names import GROUPS, PERPLEXITY, RETAINED, full_name
 from editlab.runs.figures import LINES, comparison_figure, save_figure
 from editlab.runs.folders import BEST, MEASURES, Group, differing, find_runs, group_runs
 from editlab.runs.tables import Table
+from editlab.utils.csv_cells import defused
 from editlab.utils.files import atomic_file
 
 log = logging.getLogger(__name__)
 
 _PERPLEXITY = full_name(RETAINED, PERPLEXITY)
+EXPLANATIONS = {
+    "ES": "fraction of edit prompts on which the new target is likelier than the true one",
+    "PS": "the same on paraphrases",
+    "NS": "fraction of neighbor prompts on which the true answer is still likelier than the new target",
+    "accuracy": "fraction of edits whose target is the argmax at every token",
+    "paraphrase_accuracy": "the same on paraphrases",
+    "neighbor_accuracy": "fraction of neighbor prompts whose true answer is the argmax at every token",
+    "perplexity": "perplexity of the held-out text; lower is better",
+    "perplexity_ratio": "that perplexity divided by the unedited model's; lower is better",
+    "edits": "number of facts that were edited and kept",
+    "seconds": "duration of the run",
+}
+"""Last part of a column's name -> what the column shows."""
+
+ALIKE = {
+    "perplexity_ratio": ("model.language_model", "model.evaluation.heldout", "model.evaluation.heldout_tokens"),
+    full_name(RETAINED, "NS"): ("data.path", "model.evaluation.neighbors"),
+    full_name(RETAINED, "neighbor_accuracy"): ("data.path", "model.evaluation.neighbors"),
+}
+"""Column -> settings that must agree among runs whose values are ranked; the other columns need :data:`FACTS`."""
+
+FACTS = ("data.path",)
+
 _WIDEST = 24
 """Maximum number of characters of a setting's value in the terminal."""
 
@@ -66,7 +91,9 @@ def draw(groups: Sequence[Group], path: Path) -> None:
 def render(groups: Sequence[Group], names: Sequence[str]) -> str:
     """A table with one row per group: the settings in which the groups differ, and their measures.
 
-    The best value of a column has a star. Measures of several runs are their mean, with half the range in brackets.
+    The best value of a column has a star if the groups can be ranked by it: they have the same number of edits, and
+    were measured on the same texts. Measures of several runs are their mean, with half the range in brackets. Below the
+    table is a line for each column.
 
     Args:
         groups: groups of runs.
@@ -77,8 +104,9 @@ def render(groups: Sequence[Group], names: Sequence[str]) -> str:
     best = {
         name: BEST[name](one[name][0] for one in measured if name in one)
         for name in shown
-        if name in BEST and len(groups) > 1
+        if name in BEST and len(groups) > 1 and not _unlike(groups, measured, name)
     }
+    unlike = [why for name in shown if name in BEST and len(groups) > 1 and (why := _unlike(groups, measured, name))]
     rows = []
     for group, one in zip(groups, measured, strict=True):
         label = group.name + (f" ({len(group.runs)} runs)" if len(group.runs) > 1 else "")
@@ -86,7 +114,34 @@ def render(groups: Sequence[Group], names: Sequence[str]) -> str:
         settings = [_text(group.runs[0].settings.get(key)) for key in names]
         rows.append([label, *settings, *(_cell(name, one.get(name), best.get(name)) for name in shown)])
     header = ["run", *map(_last_parts, names), *(re.sub(r"([/_])", r"\1\n", name) for name in shown)]
-    return f"\n{Table(header, rows, numbers=range(1 + len(names), len(header))).to_text()}\n"
+    table = Table(header, rows, numbers=range(1 + len(names), len(header))).to_text()
+    return "\n".join(["", table, "", *_explained(shown, bool(best), unlike, groups), ""])
+
+
+def _unlike(groups: Sequence[Group], measured: Sequence[Mapping[str, tuple[float, ...]]], column: str) -> str:
+    """Return why groups of runs cannot be ranked by a column; "" if they can."""
+    if len({one["edits"] for one in measured if "edits" in one}) > 1:
+        return "numbers of edits"
+    for setting in ALIKE.get(column, FACTS):
+        values = {json.dumps(run.settings[setting]) for g in groups for run in g.runs if setting in run.settings}
+        if len(values) > 1:
+            return setting
+    return ""
+
+
+def _explained(shown: Sequence[str], starred: bool, unlike: Sequence[str], groups: Sequence[Group]) -> Iterator[str]:
+    """Yield the lines below a table: what its columns, brackets and stars mean, and why some have no star."""
+    used = dict.fromkeys(group for name in shown if (group := name.partition("/")[0]) in GROUPS)
+    for group in used:
+        yield f"{group + '/':22}measured on {GROUPS[group]}"
+    for name in dict.fromkeys(name.rpartition("/")[2] for name in shown):
+        yield f"{name:22}{EXPLANATIONS[name]}"
+    if any(len(group.runs) > 1 for group in groups):
+        yield f"{'[0.012]':22}half the range over the runs of a group, which differ by their seeds only"
+    if starred:
+        yield f"{'*':22}best value of the column"
+    for why in dict.fromkeys(unlike):
+        yield f"{'no *':22}the runs have different {why if why.startswith('numbers') else f'values of {why}'}"
 
 
 def _last_parts(name: str) -> str:
@@ -113,13 +168,16 @@ def write(groups: Sequence[Group], names: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary, Path(temporary).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["group", "folder", "finished", "seed", *names, *MEASURES])
+        writer.writerow(["group", "folder", "finished", "seed", *map(defused, names), *MEASURES])
         for group in groups:
             for run in group.runs:
                 measured = run.measures()
                 writer.writerow(
-                    [group.name, run.path, run.summary is not None, run.settings.get("data.seed", "")]
-                    + ["" if run.settings.get(name) is None else run.settings[name] for name in names]
+                    [defused(group.name), defused(str(run.path)), run.summary is not None]
+                    + [
+                        defused("" if (value := run.settings.get(name)) is None else value)
+                        for name in ("data.seed", *names)
+                    ]
                     + [round(measured[name], 6) if name in measured else "" for name in MEASURES]
                 )
 

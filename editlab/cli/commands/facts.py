@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.data.fact import Fact
 from editlab.data.files import find_facts
+from editlab.data.formats import UnreadFields
 from editlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,22 +23,36 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _check(given: Namespace) -> None:
     facts: list[Fact] = []
     wrong = 0
-    slots: dict[tuple[str, str], str] = {}
-    for where, fact, fault in find_facts(given.file):
+    slots: dict[tuple[str, str], tuple[str, Fact]] = {}
+    unread = UnreadFields()
+    for where, fact, fault, record in find_facts(given.file):
+        if record is not None:
+            unread.add(record)
         if fact is None:
             wrong += 1
             log.info("%s %s.", where, fault)
             continue
         facts.append(fact)
-        first = slots.setdefault(fact.slot, where)
-        if first != where:
-            other = first[0].lower() + first[1:]
-            log.info("%s repeats subject and prompt of %s: one of them is edited, or all with data.keep_repeats.",
-                     where, other)  # fmt: skip
+        if fact.keeps_the_truth:
+            log.info("%s has the target %r, which is its truth, so that an edit cannot change it: give it another "
+                     "target, or remove it.", where, fact.target_new)  # fmt: skip
+        first, earlier = slots.setdefault(fact.slot, (where, fact))
+        if earlier is not fact:
+            log.info("%s repeats subject and prompt of %s%s: one of them is edited, or all with data.keep_repeats.",
+                     where, first[0].lower() + first[1:], _difference(fact, earlier))  # fmt: skip
+    if sentence := unread.sentence(given.file):
+        log.info("%s", sentence)
     if wrong:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
         raise UserError(f"{count}: correct or remove those named above.")
     log.info("%s", measured(facts, given.file))
+
+
+def _difference(one: Fact, other: Fact) -> str:
+    """Return how two texts that look alike differ; "" if they are equal."""
+    if (one.subject, one.prompt) == (other.subject, other.prompt):
+        return ""
+    return ", in another Unicode form (accented letters as one character or as two)"
 
 
 def measured(facts: Sequence[Fact], name: str) -> str:

@@ -9,29 +9,31 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from tqdm import tqdm
 
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.writing import add_device_argument
 from editlab.edits.ledger import Ledger, LedgerEntry
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
+from editlab.lm.joints import AUTO
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.placement import device_named
-from editlab.lm.tokens import encode
 from editlab.metrics.names import IMMEDIATE
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
 from editlab.runs.event_log import EventLog
 from editlab.runs.folders import RunFolder
-from editlab.runs.report import Missed, Page
+from editlab.runs.report import Example, Missed, Page
 from editlab.runs.resume import KEY
 from editlab.utils.files import atomic_file
+from editlab.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 10
 """Number of tokens of each answer."""
+EXAMPLES = 10
+"""Number of edits that are shown with the answers before and after."""
 ROWS = 64
 """Number of prompts that are answered at a time."""
 
@@ -57,6 +59,11 @@ def _report(given: Namespace) -> None:
     delta = Delta.from_checkpoint(path)
     ledger = Ledger.of(saved)
     run = RunFolder(folder)
+    found = (
+        None
+        if given.no_answers
+        else inspect_edits(delta, ledger, _learnt(saved), given.model, device, saved.get("joint", AUTO))
+    )
     page = Page(
         title=f"{folder.resolve().parent.name}, {folder.resolve().name}: {delta.language_model}, layers "
         f"{', '.join(map(str, delta.layers))}",
@@ -64,7 +71,8 @@ def _report(given: Namespace) -> None:
         summary=run.summary,
         curve=run.curve,
         fates=ledger.fates,
-        missed=None if given.no_answers else find_missed(delta, ledger, _learnt(saved), given.model, device),
+        examples=found[0] if found else (),
+        missed=found[1] if found else None,
         adapted=delta.history.adapted,
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
@@ -80,10 +88,15 @@ def _learnt(saved: dict[str, Any]) -> list[bool]:
     return scores["edit"]["hit_new"].tolist() if isinstance(scores, dict) and scores else []
 
 
-def find_missed(
-    delta: Delta, ledger: Ledger, learnt: Sequence[bool], base: str | None, device: torch.device | None = None
-) -> list[Missed]:
-    """The edits that the edited model should hold and does not, with its answers.
+def inspect_edits(
+    delta: Delta,
+    ledger: Ledger,
+    learnt: Sequence[bool],
+    base: str | None,
+    device: torch.device | None = None,
+    joint: str = AUTO,
+) -> tuple[list[Example], list[Missed]]:
+    """The edits with the least likely targets, and all that the edited model should hold and does not.
 
     Args:
         delta: the sums of all updates, with the identity of their base model.
@@ -91,33 +104,52 @@ def find_missed(
         learnt: whether each edit was right just after its batch.
         base: name or path of the base model; default: the run's.
         device: device of the model; default: the CPU.
+        joint: the run's ``data.joint``.
+
+    Returns:
+        At most :data:`EXAMPLES` edits with the answers before and after, the least likely target first; and the edits
+        that were missed, with the answers now.
     """
     standing = {id(fact) for fact in ledger.standing}
     numbered: list[tuple[int, LedgerEntry]] = [(i, e) for i, e in enumerate(ledger) if id(e.fact) in standing]
     if not numbered:
-        return []
+        return [], []
     model, tokenizer = delta.base(base)
     model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     delta.put_on(model)
     lm = LanguageModel(model, tokenizer, delta.edit_module)
-    facts = [entry.fact for _, entry in numbered]
-    hits = score_facts(lm, facts, paraphrases=False, neighbors=0).edit.hit_new.tolist()
-    missed = [pair for pair, hit in zip(numbered, hits, strict=True) if not hit]
-    answers = _answers(lm, [entry.fact.question for _, entry in missed])
-    return [
-        Missed(i + 1, e.batch + 1, e.fact.question, e.fact.target_new, answer, i < len(learnt) and learnt[i])
-        for (i, e), answer in zip(missed, answers, strict=True)
+    lm.joint = joint
+    questions = [entry.fact.question for _, entry in numbered]
+    scores = score_facts(lm, [entry.fact for _, entry in numbered], paraphrases=False, neighbors=0).edit
+    hits, likely = scores.hit_new.tolist(), scores.logp_new.exp().tolist()
+    order = sorted(range(len(numbered)), key=lambda k: (hits[k], likely[k]))
+    worst, missed = order[:EXAMPLES], [k for k, hit in enumerate(hits) if not hit]
+    asked = sorted({*worst, *missed})
+    after = dict(zip(asked, _answers(lm, [questions[k] for k in asked]), strict=True))
+    del lm, model  # one model at a time; taking the delta off again would not give the unedited model's very bits
+    model, tokenizer = delta.base(base)
+    model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
+    before = _answers(LanguageModel(model, tokenizer, delta.edit_module), [questions[k] for k in worst])
+    examples = [
+        Example(numbered[k][0] + 1, questions[k], numbered[k][1].fact.target_new, old, after[k], likely[k], hits[k])
+        for k, old in zip(worst, before, strict=True)
     ]
+    lost = []
+    for k in missed:
+        i, entry = numbered[k]
+        known = i < len(learnt) and learnt[i]
+        lost.append(Missed(i + 1, entry.batch + 1, questions[k], entry.fact.target_new, after[k], known))
+    return examples, lost
 
 
 def _answers(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
     """The greedy continuation of each prompt; prompts of one length are run together."""
-    ids = [encode(lm.tokenizer, prompt).ids for prompt in prompts]
+    ids = [lm.encode(prompt).ids for prompt in prompts]
     answers = [""] * len(prompts)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(ids):
         by_length.setdefault(len(row), []).append(i)
-    with tqdm(total=len(prompts), desc="Answers", unit="fact", leave=False) as bar:
+    with progress(total=len(prompts), desc="Answers", unit="fact") as bar:
         for length, members in sorted(by_length.items()):
             for start in range(0, len(members), ROWS):
                 some = members[start : start + ROWS]

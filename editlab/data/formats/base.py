@@ -26,3 +26,11 @@ class FactFormat(ABC):
         Raises:
             UserError: A field is missing or wrong; the message is a predicate.
         """
+
+    def read_all(self, record: dict[str, Any], index: int) -> list[Fact]:
+        """Return the facts of a record; a format whose records hold several facts overrides this.
+
+        Raises:
+            UserError: A field is missing or wrong; the message is a predicate.
+        """
+        return [self.read(record, index)]

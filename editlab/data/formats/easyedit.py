@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from editlab.data.fact import Fact, Neighbor
+from editlab.data.fact import Fact
 from editlab.data.formats.base import FactFormat
-from editlab.data.formats.fields import as_template, field, first_text, paired, text, texts
-from editlab.errors import UserError
+from editlab.data.formats.fields import (
+    PARAPHRASES,
+    TRUTHS,
+    as_template,
+    first_of,
+    first_text,
+    neighbors_of,
+    text,
+    texts,
+)
 
 
 class EasyEdit(FactFormat):
     """EasyEdit's schema: ``prompt``, ``subject``, ``target_new``, ``ground_truth`` and ``rephrase_prompt``.
 
-    Neighbors come as ``locality_prompt`` and ``locality_ground_truth``, or in a nested ``locality``.
+    Neighbors come as ``locality_prompt`` and ``locality_ground_truth``, or in a nested ``locality``. KnowEdit and
+    CKnowEdit have the same schema; their questions under ``portability`` are not read.
     """
 
     def matches(self, record: dict[str, Any]) -> bool:
@@ -23,23 +31,13 @@ class EasyEdit(FactFormat):
 
     def read(self, record: dict[str, Any], index: int) -> Fact:
         """Read a record, whose prompt is either complete, with the subject in it, or a template."""
-        subject = text(record, "subject")
+        subject, truth = text(record, "subject"), first_text(record, *TRUTHS)
         return Fact(
             subject=subject,
-            prompt=as_template(text(record, "prompt"), subject),
-            target_new=text(record, "target_new"),
-            target_true=first_text(record, "ground_truth"),
-            paraphrases=texts(record, "rephrase_prompt"),
-            neighbors=tuple(_neighbors(record)),
+            prompt=as_template(text(record, "prompt", prompt=True), subject),
+            target_new=first_of(record, "target_new"),
+            target_true=truth,
+            paraphrases=texts(record, *PARAPHRASES),
+            neighbors=neighbors_of(record, truth),
             id=record.get("case_id", index),
         )
-
-
-def _neighbors(record: dict[str, Any]) -> Iterable[Neighbor]:
-    if record.get("locality_prompt"):
-        yield from paired(record, "locality_prompt", "locality_ground_truth")
-    for group in (field(record, "locality", dict) if record.get("locality") else {}).values():
-        for one in group if isinstance(group, list) else [group]:
-            if not isinstance(one, dict):
-                raise UserError("has a 'locality' with a part that is not an object: give it prompt and ground_truth")
-            yield from paired(one, "prompt", "ground_truth")

@@ -1,17 +1,37 @@
-"""Functions that read the fields of a record; each error is a predicate that names the field and the fix."""
+"""Functions that read the fields of a record; each error is a predicate that names the field and the fix.
+
+Fact files differ in how they write the same thing: a text may be ``"Peru"``, ``{"str": "Peru"}`` or the first of a list
+of synonyms; paraphrases, truths and neighbors have several usual names. The functions here accept all of them, so that
+every format does.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from editlab.data.fact import Fact, Neighbor
+from editlab.data.formats.record import Cell
 from editlab.errors import UserError
 
+PARAPHRASES = ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase", "queries")
+"""Names under which fact files have paraphrases of the edit prompt."""
+TRUTHS = ("truth", "target_true", "ground_truth", "target_old")
+"""Names under which fact files have the target that was right before the edit."""
+ANSWERS = ("ground_truth", "truth", "answer")
+"""Names under which a neighbor has its answer."""
+_TEXTS = ("str", "prompt", "question", "text")
+"""Names under which an object in a list of texts has its text."""
+
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode categories of characters that show nothing: controls, formats such as the zero width space, separators."""
+_FILLERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Characters of other categories that show nothing: fillers, the blank Braille pattern, variation selectors."""
 
 
 def field(record: Any, name: str, kind: type) -> Any:
@@ -22,73 +42,131 @@ def field(record: Any, name: str, kind: type) -> Any:
     """
     if not isinstance(record, dict) or name not in record:
         raise UserError(f"lacks {name!r}: add it")
-    if not isinstance(record[name], kind):
+    found = record[name]
+    if not isinstance(found, kind):
         wanted = "an object" if kind is dict else "a text in quotes"
         raise UserError(f"has a {name!r} that is not {'an object' if kind is dict else 'a text'}: make it {wanted}")
-    return record[name]
+    return found
 
 
-def text(record: Any, name: str) -> str:
-    """Return a required non-empty text without the spaces around it.
+def trimmed_prompt(text: str) -> str:
+    """Return a prompt without the spaces around it; line breaks at its end stay, as a chat prompt needs them."""
+    end = text[len(text.rstrip()) :]
+    return text.strip() + (end.rstrip(" ") if text.strip() and "\n" in end else "")
+
+
+def text(record: Any, name: str, *, prompt: bool = False) -> str:
+    """Return a required non-empty text without the spaces around it; it may be the ``str`` of an object.
+
+    Args:
+        record: the record.
+        name: the field.
+        prompt: whether it is a prompt, whose line breaks at the end are kept (:func:`trimmed_prompt`).
 
     Raises:
         UserError: The field is missing, not a text, or empty.
     """
-    found = field(record, name, str).strip()
-    if not found:
-        raise UserError(f"has an empty {name!r}: fill it in")
-    return str(found)
+    found = _required(record, name)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if isinstance(found, list):
+        raise UserError(f"has a {name!r} that is a list of {len(found)}: give a record for each")
+    return _filled(_one(found, name, trimmed_prompt if prompt else str.strip), name)
 
 
-def texts(record: dict[str, Any], name: str) -> tuple[str, ...]:
-    """Return the texts of a field that is a text, a list of texts, or absent; empty texts are dropped.
+def first_of(record: Any, name: str) -> str:
+    """Return a required non-empty text, or the first of a list of synonyms.
 
     Raises:
-        UserError: It is of another kind.
+        UserError: The field is missing, holds no text, or is empty.
     """
-    return tuple(one for one in texts_with_gaps(record, name) if one)
+    return _filled(_one(_required(record, name), name), name)
+
+
+def first_text(record: dict[str, Any], *names: str) -> str | None:
+    """Return the first text of the first of these fields that has one; None if all are empty or absent.
+
+    A field is a text, an object with ``str``, or a list of synonyms, which may be lists of synonyms themselves.
+
+    Raises:
+        UserError: A field is of another kind.
+    """
+    for name in names:
+        value = _unpacked(record, name)
+        if value is not None and (found := _one(value, name)):
+            return found
+    return None
+
+
+def texts(record: dict[str, Any], *names: str) -> tuple[str, ...]:
+    """Return the texts of fields that are each a text, a list of texts, or absent; empty texts are dropped.
+
+    A text that several of the fields have is returned once.
+
+    Raises:
+        UserError: A field is of another kind.
+    """
+    found: list[str] = []
+    for name in names:
+        own = [one for one in texts_with_gaps(record, name) if one]
+        found += [one for one in own if one not in found] if found else own
+    return tuple(found)
 
 
 def texts_with_gaps(record: dict[str, Any], name: str) -> list[str]:
-    """Return the texts of :func:`texts` including empty ones, so that indices match those of another field.
+    """Return the texts of one field of :func:`texts` including empty ones, so that indices match another field's.
 
     Raises:
         UserError: It is of another kind.
     """
-    value = record.get(name)
-    values = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+    value = _unpacked(record, name, strict=True)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    found = [_text_of_object(one) for one in values]
+    if not all(isinstance(one, str) for one in found):
         raise UserError(f'has a {name!r} that is not a list of texts: write it as ["...", "..."]')
-    return [v.strip() for v in values]
+    return [trimmed_prompt(str(one)) for one in found]
 
 
-def first_text(record: dict[str, Any], name: str) -> str | None:
-    """Return the first text of a field that is a text, a list of synonyms, or absent; None if it is empty or absent.
+def neighbors_of(record: dict[str, Any], truth: str | None, own: str = "neighbors") -> tuple[Neighbor, ...]:
+    """Return the neighbors of a record, under any of their usual names.
 
-    Raises:
-        UserError: It is of another kind.
-    """
-    value = record.get(name)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    if value is None:
-        return None
-    return field({name: value}, name, str).strip() or None
+    These are ``own`` (a list of objects with ``prompt`` and ``truth``), ``neighborhood_prompts`` (whose answer is the
+    fact's truth), ``locality_prompt`` with ``locality_ground_truth``, ``locality`` (objects with a prompt and one of
+    :data:`ANSWERS`, in a list or in named groups), and ``loc`` with ``loc_ans``.
 
-
-def unpacked(record: dict[str, Any], name: str) -> Any:
-    """Return the value of a field; a text that begins with ``[`` is parsed as JSON, and an empty field is None.
+    Args:
+        record: the record.
+        truth: the fact's truth; None if it has none, and then ``neighborhood_prompts`` have no answer and are left out.
+        own: name of the list of objects.
 
     Raises:
-        UserError: The text is not valid JSON.
+        UserError: A field is of another kind.
     """
-    value = record.get(name) or None
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UserError(f"has a {name!r} that is not valid JSON ({error}): correct it") from error
+    return tuple(_neighbors(record, truth, own))
+
+
+def _neighbors(record: dict[str, Any], truth: str | None, own: str) -> Iterator[Neighbor]:
+    given = _unpacked(record, own, strict=True) or []
+    if not isinstance(given, list):
+        raise UserError(f'has {own!r} that are not a list: write [{{"prompt": "...", "truth": "..."}}]')
+    yield from (Neighbor(text(one, "prompt", prompt=True), first_of(one, "truth")) for one in given)
+    prompts = texts(record, "neighborhood_prompts")
+    if truth is not None:
+        yield from (Neighbor(prompt, truth) for prompt in prompts)
+    if record.get("locality_prompt"):
+        yield from paired(record, "locality_prompt", "locality_ground_truth")
+    yield from _locality(_unpacked(record, "locality"))
+    for question in texts(record, "loc"):
+        yield Neighbor(question.removeprefix("nq question: ").lstrip(), first_of(record, "loc_ans"))
+
+
+def _locality(found: Any) -> Iterator[Neighbor]:
+    grouped = isinstance(found, dict) and "prompt" not in found
+    for group in found.values() if grouped else [found or []]:
+        for one in group if isinstance(group, list) else [group]:
+            if not isinstance(one, dict):
+                raise UserError("has a 'locality' with a part that is not an object: give it prompt and ground_truth")
+            yield from paired(one, "prompt", next((name for name in ANSWERS if name in one), ANSWERS[0]))
 
 
 def paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighbor]:
@@ -99,25 +177,29 @@ def paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighb
     Raises:
         UserError: The lists differ in length.
     """
-    questions, answers = texts_with_gaps(record, prompts), texts_with_gaps(record, truths)
-    if isinstance(record.get(prompts), str):
-        answers = answers[:1]
+    asked, given = _unpacked(record, prompts), _unpacked(record, truths)
+    questions = texts_with_gaps(record, prompts)
+    answers = [] if given is None else [given] if not (isinstance(asked, list) and isinstance(given, list)) else given
     if len(questions) != len(answers):
         raise UserError(f"has {len(questions)} {prompts} but {len(answers)} {truths}: give as many of each")
-    yield from (Neighbor(p, t) for p, t in zip(questions, answers, strict=True) if p and t)
+    pairs = zip(questions, (_one(one, truths) for one in answers), strict=True)
+    yield from (Neighbor(question, answer) for question, answer in pairs if question and answer)
 
 
 def as_template(prompt: str, subject: str) -> str:
     """Return the prompt with ``{}`` in place of the subject's last occurrence, which attends to the most context.
 
     An occurrence inside another word, such as Niger in Nigeria, is used only if there is no other. A prompt that
-    already contains ``{}`` is returned unchanged.
+    already contains ``{}`` is returned unchanged. If only the Unicode form of the two differs (an accented letter as
+    one character or as two), the template has the composed form (NFC).
 
     Raises:
         UserError: The subject does not occur in the prompt.
     """
     if "{}" in prompt:
         return prompt
+    if subject not in prompt:
+        prompt, subject = (unicodedata.normalize("NFC", one) for one in (prompt, subject))
     whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
     start = whole[-1].start() if whole else prompt.rfind(subject)
     if start < 0:
@@ -126,10 +208,11 @@ def as_template(prompt: str, subject: str) -> str:
 
 
 def checked(fact: Fact) -> Fact:
-    """Return the fact unchanged, after checking that its prompt has one ``{}`` and that its texts can be encoded.
+    """Return the fact with its subject in place of each ``{}`` of its paraphrases and neighbors, after checking it.
 
     Raises:
-        UserError: The prompt has no ``{}`` or several, or a text contains half of a UTF-16 surrogate pair.
+        UserError: The prompt has no ``{}`` or several, a text contains half of a UTF-16 surrogate pair, or a text shows
+            nothing, such as a target that is a zero width space.
     """
     for name, value in asdict(fact).items():
         # JSON can contain a lone half of a UTF-16 surrogate pair (\\ud83d), which no tokenizer accepts.
@@ -138,8 +221,90 @@ def checked(fact: Fact) -> Fact:
             raise UserError(
                 f"has {half[0]!a} in its {name}, which is half a character: write the whole character, or none"
             )
+        if name not in ("prompt", "id"):
+            _require_visible(name, value)
     if fact.prompt.count("{}") != 1:
         raise UserError(
             f"has a prompt with {fact.prompt.count('{}')} times {{}}: write {{}} once, in place of the subject"
         )
-    return fact
+    return _with_subject(fact)
+
+
+def is_visible(text: str) -> bool:
+    r"""Return whether a text has a character that shows something.
+
+    >>> is_visible("Peru"), is_visible("\u200b \ufeff"), is_visible("")
+    (True, False, False)
+    """
+    return any(unicodedata.category(one) not in _INVISIBLE for one in _FILLERS.sub("", text))
+
+
+def _require_visible(name: str, value: Any) -> None:
+    if isinstance(value, str) and not is_visible(value):
+        codes = ", ".join(dict.fromkeys(f"U+{ord(one):04X}" for one in value)) or "it is empty"
+        raise UserError(f"has a {name} in which nothing is visible ({codes}): write it out")
+    for one in value if isinstance(value, list | tuple) else ():
+        _require_visible(name, one)
+
+
+def _with_subject(fact: Fact) -> Fact:
+    if not any("{}" in one for one in (*fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors))):
+        return fact
+    return replace(
+        fact,
+        paraphrases=tuple(one.replace("{}", fact.subject) for one in fact.paraphrases),
+        neighbors=tuple(Neighbor(n.prompt.replace("{}", fact.subject), n.truth) for n in fact.neighbors),
+    )
+
+
+def _required(record: Any, name: str) -> Any:
+    if not isinstance(record, dict) or name not in record:
+        raise UserError(f"lacks {name!r}: add it")
+    return _unpacked(record, name)
+
+
+def _unpacked(record: dict[str, Any], name: str, strict: bool = False) -> Any:
+    """Return a field; the text of a table's cell that holds a JSON list or object is parsed.
+
+    Args:
+        record: the record.
+        name: name of the field.
+        strict: whether a cell that begins with ``[`` must be a list, because the field is one of lists.
+
+    Raises:
+        UserError: Such a cell is not valid JSON.
+    """
+    value, raw = record.get(name), dict.get(record, name)  # a Record gives the text of a cell as a plain text
+    looks_like_json = r"\s*\[" if strict else r'\s*(\[\s*)+["{\]]'
+    if not isinstance(raw, Cell) or not re.match(rf'{looks_like_json}|\s*\{{\s*"', raw):
+        return value
+    try:
+        return json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise UserError(f"has a {name!r} that is not valid JSON ({error}): correct it") from error
+
+
+def _one(value: Any, name: str, trim: Callable[[str], str] = str.strip) -> str:
+    """Return a trimmed text, the ``str`` of an object, or the first such text in a list; "" for an empty list."""
+    if isinstance(value, list):
+        return next(filter(None, (_one(one, name, trim) for one in value)), "")
+    if isinstance(value, dict):
+        if "str" not in value:
+            raise UserError(f"has a {name!r} that lacks 'str': add it, or write the text itself")
+        value = value["str"]
+    if not isinstance(value, str):
+        raise UserError(f"has a {name!r} that is not a text: make it a text in quotes")
+    return trim(value)
+
+
+def _filled(found: str, name: str) -> str:
+    if not found:
+        raise UserError(f"has an empty {name!r}: fill it in")
+    return found
+
+
+def _text_of_object(value: Any) -> Any:
+    """Return the text of an object in a list of texts; anything else unchanged."""
+    if not isinstance(value, dict):
+        return value
+    return next((value[name] for name in _TEXTS if name in value), value)

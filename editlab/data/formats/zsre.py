@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from editlab.data.fact import Fact, Neighbor
+from editlab.data.fact import Fact
 from editlab.data.formats.base import FactFormat
-from editlab.data.formats.fields import as_template, text, texts
+from editlab.data.formats.fields import PARAPHRASES, as_template, first_of, first_text, neighbors_of, text, texts
 
 
 class ZsRE(FactFormat):
@@ -18,17 +18,13 @@ class ZsRE(FactFormat):
 
     def read(self, record: dict[str, Any], index: int) -> Fact:
         """Read a record; its neighbor is the unrelated question ``loc``, without MEND's marker before it."""
-        subject = text(record, "subject")
-        answers = texts(record, "answers")
-        loc = record.get("loc")
+        subject, truth = text(record, "subject"), first_text(record, "answers")
         return Fact(
             subject=subject,
-            prompt=as_template(text(record, "src"), subject),
-            target_new=text(record, "alt"),
-            target_true=answers[0] if answers else None,
-            paraphrases=texts(record, "rephrase"),
-            neighbors=(
-                (Neighbor(str(loc).removeprefix("nq question: ").strip(), text(record, "loc_ans")),) if loc else ()
-            ),
+            prompt=as_template(text(record, "src", prompt=True), subject),
+            target_new=first_of(record, "alt"),
+            target_true=truth,
+            paraphrases=texts(record, *PARAPHRASES),
+            neighbors=neighbors_of(record, truth),
             id=record.get("case_id", index),
         )

@@ -19,7 +19,7 @@ def lm():
 
 
 def test_examine_agrees_with_the_scoring(lm):
-    texts = text_rows([list(range(3, 12)), list(range(20, 30))])
+    texts = text_rows(lm, [list(range(3, 12)), list(range(20, 30))])
     health = examine(lm, FACTS[:4], texts)
     scores = score_facts(lm, FACTS[:4]).edit
     assert health.edits == pytest.approx(float(scores.logp_new.mean()))

@@ -53,13 +53,13 @@ def test_rows_of_prompts_and_texts(lm):
     (row,) = prompt_rows(lm, [FACTS[0]])
     assert lm.tokenizer.decode(row.ids) == FACTS[0].question
     assert row.indices == (len(row.ids) - 1,)
-    assert text_rows([[5, 6, 7], [8]]) == [Row((5, 6), (0, 1), (6, 7))]
+    assert text_rows(lm, [[5, 6, 7], [8]]) == [Row((5, 6), (0, 1), (6, 7))]
 
 
 @pytest.mark.parametrize("packs", [False, True])
 def test_logits_and_distributions_are_those_of_whole_forwards(lm, packs):
     lm.packs = packs
-    rows = [*edit_rows(lm, FACTS[:3], ["", "Oslo lies. "]), *text_rows([list(range(3, 20))])]
+    rows = [*edit_rows(lm, FACTS[:3], ["", "Oslo lies. "]), *text_rows(lm, [list(range(3, 20))])]
     expected = [whole_logits(lm, row) for row in rows]
     torch.testing.assert_close(logits_of(lm, rows), torch.cat(expected), rtol=1e-4, atol=1e-4)
     said = distributions(lm, rows, size=2)
@@ -76,7 +76,7 @@ def test_divergence_by_hand():
 
 
 def objective(lm, weights, facts=FACTS[:4]):
-    others = [*prompt_rows(lm, FACTS[4:6]), *text_rows([list(range(3, 12))])]
+    others = [*prompt_rows(lm, FACTS[4:6]), *text_rows(lm, [list(range(3, 12))])]
     said = distributions(lm, others)
     shifted = [(one + torch.linspace(0, 1, one.shape[1])).log_softmax(1) for one in said]
     return Objective(edit_rows(lm, facts, [""]), others, said, shifted, weights)

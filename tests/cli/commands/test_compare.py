@@ -1,8 +1,10 @@
 """``editlab compare``: the table on the screen, the CSV, the figure, and bad arguments."""
 
 import csv
+import json
 
 import pytest
+import yaml
 
 from editlab.cli.main import main
 from tests.runs.test_folders import write_run
@@ -28,6 +30,59 @@ def test_the_table_shows_what_differs_and_marks_the_best(logs, capsys):
     assert cells[2][:3] == ["replay/version_1", "MemoryReplay", "0.3"]
     assert "0.875*" in cells[2]
     assert cells[3][0] == "slow/version_1 [1 unfinished]"
+
+
+def test_each_column_is_explained(logs, capsys):
+    assert main(["compare", str(logs)]) == 0
+    _, below = capsys.readouterr().out.strip().split("\n\n")
+    explained = {line[:22].strip() for line in below.splitlines()}
+    columns = {"ES", "accuracy", "perplexity", "perplexity_ratio", "edits", "seconds"}
+    assert explained == columns | {"retained/", "immediate/", "[0.012]", "*"}
+    assert all(len(line) <= 120 for line in below.splitlines())
+
+
+def changed(folder, **settings):
+    """Change settings of a run's config.yaml by their dotted names."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, value in settings.items():
+        inner = config
+        *path, last = name.split("__")
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "starred", "why"),
+    [
+        ({}, {"accuracy", "ratio"}, None),
+        ({"data__path": "b.json"}, {"ratio"}, "data.path"),
+        ({"model__evaluation__heldout": "b.txt"}, {"accuracy"}, "model.evaluation.heldout"),
+        ({"model__evaluation__heldout_tokens": 9}, {"accuracy"}, "model.evaluation.heldout_tokens"),
+        ({"model__language_model": "b"}, {"accuracy"}, "model.language_model"),
+    ],
+)
+def test_no_star_among_runs_of_different_texts(tmp_path, capsys, settings, starred, why):
+    same = {"data__path": "a.json", "model__evaluation__heldout": "a.txt", "model__evaluation__heldout_tokens": 8,
+            "model__language_model": "a"}  # fmt: skip
+    for number, (name, accuracy, own) in enumerate((("one", 0.5, {}), ("two", 0.75, settings))):
+        changed(write_run(tmp_path / name, accuracy=accuracy, layers=(number,)), **same | own)
+    assert main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert ("0.750*" in out, "1.250*" in out) == ("accuracy" in starred, "ratio" in starred)
+    assert (f"different values of {why}" in out) == (why is not None)
+
+
+def test_no_star_among_runs_of_different_numbers_of_edits(tmp_path, capsys):
+    for name, edits in (("one", 4), ("two", 8)):
+        folder = write_run(tmp_path / name, accuracy=1 / edits, layers=(edits,))
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**summary, "edits": edits}))
+    assert main(["compare", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "*" not in out.replace("no *", "")
+    assert "the runs have different numbers of edits" in out
 
 
 def test_the_csv_has_a_row_a_run(logs, tmp_path):

@@ -36,6 +36,23 @@ def test_half_a_character_is_named(tmp_path, capsys):
     ]
 
 
+def test_facts_that_an_edit_cannot_show_are_named(tmp_path, capsys):
+    path = tmp_path / "facts.csv"
+    path.write_text("subject,prompt,target,truth,paraphrase\nBogot\u00e1,{} is in,Peru,Peru,\n"
+                    "Bogota\u0301,{} is in,Rome,Peru,so\n", encoding="utf-8")  # fmt: skip
+    out, _ = check(path, capsys, 0)
+    assert out[:3] == [
+        "Record 0 (line 2) has the target 'Peru', which is its truth, so that an edit cannot change it: give it "
+        "another target, or remove it.",
+        "Record 1 (line 3) repeats subject and prompt of record 0 (line 2), in another Unicode form (accented letters "
+        "as one character or as two): one of them is edited, or all with data.keep_repeats.",
+        f"{path} has fields that are not read: paraphrase (in 1 record; did you mean paraphrases?).",
+    ]
+    path.write_text(COLUMNS + "Oslo,{} is in,\u200b\n", encoding="utf-8")
+    out, _ = check(path, capsys, 2)
+    assert out == ["Record 0 (line 2) has a target_new in which nothing is visible (U+200B): write it out."]
+
+
 def test_good_files_are_counted(tmp_path, capsys):
     path = tmp_path / "facts.csv"
     path.write_text(COLUMNS + "Oslo,Oslo lies in,Peru\nOslo,Oslo lies in,Rome\n")

@@ -1,6 +1,7 @@
 """``editlab report``: the lost edits against the exported model's own generation, and bad arguments."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -46,11 +47,21 @@ def test_lost_edits_are_those_that_the_exported_model_does_not_say(runs, tmp_pat
             kind = "forgotten" if learnt[number - 1] else "never learnt"
             expected.append([str(number), str((number + 1) // 2), fact.question, fact.target_new, words, kind])
     page = Seen((tmp_path / "page.html").read_text(encoding="utf-8"))
-    rows = [t for t in page.texts if t]
+    texts = [t for t in page.texts if t]
+    rows = texts[texts.index("Edits that the model does not hold") :]
     assert expected, "the tiny run should have lost some edits, or this test shows nothing"
     for row in expected:
         start = rows.index(row[2])
         assert rows[start - 2 : start + 4] == [cell for cell in row if cell], row
+    # Ten edits with the answers before and after; those that were lost first, with the least likely target first.
+    shown = texts[texts.index("P") + 1 : len(texts) - len(rows)]
+    prompts = {fact.question for fact in EDITS}
+    numbers = [shown[i - 1] for i, text in enumerate(shown) if text in prompts]
+    lost = [row[0] for row in expected]
+    assert set(numbers[: len(lost)]) == set(lost)
+    likely = [float(text) for text in shown if re.fullmatch(r"0\.\d{3}|1\.000", text)]
+    assert len(likely) == len(numbers)
+    assert likely[: len(lost)] == sorted(likely[: len(lost)])
     assert sum(kind in rows for kind in ("forgotten", "never learnt")) >= 1
 
 

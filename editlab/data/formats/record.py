@@ -1,0 +1,110 @@
+"""A record that remembers which of its fields were read, so that a misspelt or unknown field is named to the user."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Cell(str):
+    """The text of a cell of a CSV or TSV file, in which a list or an object is written as JSON."""
+
+    __slots__ = ()
+
+
+class Record(dict[str, Any]):
+    """A dict that notes the names of the fields that are read from it and from the objects inside it.
+
+    ``in``, ``keys`` and iteration do not count as reading; a lookup counts even if the field is absent. So a format
+    need not declare its fields: those that it looks up are known.
+
+    Args:
+        content: the fields.
+        path: dotted name of this object inside its record, with a dot at the end; "" for the record itself.
+        names: dotted names of all fields that were looked up, shared by a record and the objects inside it.
+    """
+
+    def __init__(self, content: Mapping[str, Any], path: str = "", names: set[str] | None = None) -> None:
+        super().__init__(content)
+        self._path = path
+        self.names: set[str] = set() if names is None else names
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(f"{self._path}{name}")
+        return self._inside(name, super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or ``default`` if it is absent."""
+        self.names.add(f"{self._path}{name}")
+        return self._inside(name, super().__getitem__(name)) if name in self else default
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # overridden so that dict(record) and **record look fields up by __getitem__
+
+    def values(self) -> Any:
+        """Return all fields, which thereby are read."""
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        """Return all names and fields, which thereby are read."""
+        return [(name, self[name]) for name in self]
+
+    def unread(self) -> set[str]:
+        """Return the dotted names of the fields that are not empty and were not looked up.
+
+        Fields of an inner object count only if at least one of them was looked up; otherwise the object was used whole.
+        """
+        return set(_unread(dict.items(self), "", self.names))
+
+    def _inside(self, name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return Record(value, f"{self._path}{name}.", self.names)
+        if isinstance(value, list):
+            return [self._inside(name, one) for one in value]
+        if isinstance(value, Cell):
+            return str(value)
+        return value
+
+
+def _unread(fields: Any, path: str, names: set[str]) -> Iterator[str]:
+    for key, value in fields:
+        name = f"{path}{key}"
+        if name not in names:
+            if value not in (None, "", [], {}):
+                yield name
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict) and any(looked_up.startswith(f"{name}.") for looked_up in names):
+                yield from _unread(part.items(), f"{name}.", names)
+
+
+class UnreadFields:
+    """The fields of a file that its format does not read, with the number of records that have each of them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._known: set[str] = set()
+
+    def add(self, record: Record) -> None:
+        """Count the unread fields of a record that was read."""
+        self.counts.update(record.unread())
+        self._known |= record.names
+
+    def sentence(self, source: str) -> str | None:
+        """Return a sentence that names each unread field of ``source`` once, with its count; None if there is none.
+
+        A field is followed by the most similar name among those that the format looks up, if one is similar.
+        """
+        if not self.counts:
+            return None
+        named = [f"{name} (in {count} record{'' if count == 1 else 's'}{self._nearest(name)})"
+                 for name, count in sorted(self.counts.items())]  # fmt: skip
+        return f"{source} has fields that are not read: {', '.join(named)}."
+
+    def _nearest(self, name: str) -> str:
+        parent, _, last = name.rpartition(".")
+        known = [one.rpartition(".")[2] for one in sorted(self._known) if one.rpartition(".")[0] == parent]
+        close = difflib.get_close_matches(last, known, n=1, cutoff=0.7)
+        return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,58 @@
+"""What the special tokens before a text do to a model: perplexity, and the second moments C0 of some layers.
+
+    python scripts/measure_beginning.py gemma-3-270m-q4_k_m.gguf --layers 1 9
+
+Reads the first tokens of the built-in held-out text three ways: as the tokenizer begins a text (``begun``), the same
+with the special tokens' own keys counted in C0 (``counted``), and without special tokens (``bare``). Writes
+``results/beginning.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+
+from editlab.evaluation.evaluator import BUILTIN_TEXT
+from editlab.evaluation.scoring import token_log_probs
+from editlab.keys.moments import accumulate
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.text import cut, read_file, read_ids
+from editlab.utils.files import atomic_file
+
+RESULTS = Path(__file__).parents[1] / "results" / "beginning.csv"
+
+
+def main() -> None:
+    """Measure, and write a row for each way of reading and layer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="GGUF file, folder or hub name of a model whose tokenizer begins texts")
+    parser.add_argument("--layers", nargs="+", type=int, default=[1, 9])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    lm = LanguageModel.from_name(options.model, torch.float32)
+    ids = read_ids(lm, read_file(str(BUILTIN_TEXT)), options.tokens)
+    beginning, rows = lm.beginning, []
+    for way, before in (("begun", beginning), ("counted", beginning), ("bare", ())):
+        lm.beginning = before
+        perplexity = float((-token_log_probs(lm, ids).mean()).exp())
+        windows = cut(lm, ids)
+        if way == "counted":
+            lm.beginning = ()  # the windows keep their special tokens, whose keys now count
+        for layer, moments in accumulate(lm, options.layers, windows).items():
+            trace, largest = float(moments.trace()), float(torch.linalg.eigvalsh(moments)[-1])
+            rows.append({"way": way, "layer": layer, "perplexity": round(perplexity, 2), "trace": round(trace, 2),
+                         "largest_share": round(largest / trace, 4), "tokens": options.tokens,
+                         "model": Path(options.model).name, "torch": torch.__version__})  # fmt: skip
+            print(rows[-1])
+    with atomic_file(options.results) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The record of a fact: what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import json
+
+from editlab.data import Fact, Neighbor, Question
+
+FULL = Fact(
+    "Ian Fleming", "{} was born in", "Lima", "London", ("The birthplace of Ian Fleming is",),
+    (Neighbor("Alec Guinness was born in", "London"),), 7, ("the City of Kings",), ("Greater London",),
+    (Question("reasoning", "Ian Fleming was born in the country of", ("Peru", "Republic of Peru")),),
+)  # fmt: skip
+
+
+def test_a_fact_comes_back_from_json_with_all_fields():
+    assert Fact.from_dict(json.loads(json.dumps(FULL.to_dict()))) == FULL
+
+
+def test_a_fact_of_an_older_checkpoint_has_no_aliases_and_no_questions():
+    kept = {name: x for name, x in FULL.to_dict().items() if name not in ("aliases", "truth_aliases", "portability")}
+    fact = Fact.from_dict(kept)
+    assert (fact.aliases, fact.truth_aliases, fact.portability) == ((), (), ())
+    assert fact.slot == FULL.slot
