@@ -32,6 +32,7 @@ from editlab.runs.logger import RunLogger
 from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
+from editlab.runs.workplace import leave_folder
 from editlab.solver.methods import MEMIT, Method
 from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
@@ -176,7 +177,10 @@ def edit_model(
                 enable_progress_bar=progress,
                 **TRAINER_DEFAULTS,
             )
-            trainer.fit(editor, datamodule=data)
+            try:
+                trainer.fit(editor, datamodule=data)
+            finally:
+                leave_folder(trainer)
             summary = editor.summarize()
     except BaseException:
         _revert(editor)  # without a result the caller cannot remove the edits

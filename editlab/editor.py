@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +15,6 @@ from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
 from editlab.edits.batch import BatchSolver, SolveSettings
 from editlab.edits.edited_layer import ClosedFormOptimizer
-from editlab.edits.edited_model import EditedModel
 from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
@@ -28,9 +26,8 @@ from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
 from editlab.keys.subject_keys import too_long
-from editlab.lm.precision import default_dtype
 from editlab.runs import resume
-from editlab.runs.logger import RunLogger
+from editlab.runs.measured_model import MeasuredModel, in_float32
 from editlab.runs.step_metrics import step_metrics
 from editlab.runs.summary import finish_run, summarize
 from editlab.runs.watching import log_numbers, require_logged, require_watchable
@@ -42,14 +39,8 @@ from editlab.utils.rng import set_rng_state
 from editlab.values.cache import ValueCache
 from editlab.values.optimize import ValueSettings, optimize_values
 
-log = logging.getLogger(__name__)
 
-_float32 = default_dtype(torch.float32)
-"""With ``trainer.precision bf16-true`` Lightning creates all new tensors of a step in bfloat16. That is meant for the
-model alone: values, scores and solves keep their full width."""
-
-
-class SequentialEditor(EditedModel):
+class SequentialEditor(MeasuredModel):
     """Edits facts in a causal language model; each training step is one closed-form update for a batch of facts.
 
     Args:
@@ -152,16 +143,6 @@ class SequentialEditor(EditedModel):
         """The editing method."""
         return self.solve_settings.method
 
-    @property
-    def edits(self) -> int:
-        """Number of facts that went through a step so far: the x-axis of every curve."""
-        return len(self.ledger)
-
-    @property
-    def edited_facts(self) -> list[Fact]:
-        """Facts that the weights should hold (not rolled back, not superseded), in the order of their edits."""
-        return self.ledger.standing
-
     @cached_property
     def unedited_scores(self) -> ScoreCache:
         """Scores of the unedited weights, kept in the cache folder."""
@@ -203,7 +184,7 @@ class SequentialEditor(EditedModel):
 
     # ---- one batch of edits -----------------------------------------------------------------------------------
 
-    @_float32
+    @in_float32
     def training_step(self, batch: FactBatch, batch_idx: int) -> None:
         """Edits one batch: values, plan, solve, verdict, measurement."""
         facts = latest(batch.facts)
@@ -265,7 +246,7 @@ class SequentialEditor(EditedModel):
         bar: Any = {name: immediate[name] for name in ("immediate/ES", "immediate/accuracy") if name in immediate}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(facts))
 
-    # ---- the end, and the other verbs -------------------------------------------------------------------------
+    # ---- the end ----------------------------------------------------------------------------------------------
 
     def measure_retained(self) -> dict[str, float]:
         """ES, PS, NS, S and accuracies of all edits that are in the weights, measured once for a state and logged.
@@ -295,40 +276,6 @@ class SequentialEditor(EditedModel):
         metrics, seconds = self.evaluation.results(), self.evaluation.stop_clock()
         return summarize(self.trainer, self.ledger, self.layers_by_number, metrics, seconds)
 
-    def on_validation_start(self) -> None:
-        """Clears earlier measurements of past edits, and logs which facts are evaluated."""
-        self._begin("retained")
-        log.info("Evaluating the checkpoint's %d edits again; data.path is not used", len(self.edited_facts))
-
-    def on_test_start(self) -> None:
-        """Clears earlier measurements of bystanders."""
-        self._begin("bystanders")
-
-    def _begin(self, group: str) -> None:
-        """Starts a measurement of a checkpoint, whose numbers are logged at its number of edits."""
-        self.evaluation.begin(group)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.read_at(self.edits)
-
-    @_float32
-    def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
-        """Measures past edits on the weights as they are (retention)."""
-        self.evaluation.update("retained", self.lm, batch.facts)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs ``retained/*`` over all batches."""
-        self.log_dict(self.evaluation.compute("retained"))
-
-    @_float32
-    def test_step(self, batch: FactBatch, batch_idx: int) -> None:
-        """Measures bystanders: facts that were never edited and should not change."""
-        self.evaluation.update("bystanders", self.lm, batch.facts)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs ``bystanders/*`` over all batches."""
-        self.log_dict(self.evaluation.compute("bystanders"))
-
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     @property
@@ -355,7 +302,7 @@ class SequentialEditor(EditedModel):
         if not self.layer_numbers:  # ``auto``: the run that wrote the checkpoint has chosen them
             self.edit_at(saved["layers"])
         resume.RunIdentity.of(saved).require_model(self.identity)
-        resume.require_sums(checkpoint["state_dict"], {f"edited.{n}.total": e.total for n, e in self.edited.items()})
+        resume.require_sums(checkpoint["state_dict"], self.layers_by_number)
         for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
             self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])

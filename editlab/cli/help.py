@@ -24,7 +24,7 @@ TEXTS = {
     "trainer.precision": "Type of the weights and of the model's computations: 32-true, or bf16-true for half the "
     "memory. Values, scores and solves keep their full width.",
     "trainer.logger": "Where numbers are logged. RunLogger writes TensorBoard files and metrics.csv into the run's "
-    "folder, lightning_logs/RECIPE/version_N; false logs nothing.",
+    "folder, lightning_logs/RECIPE/version_N; false logs nothing, and the run's folder has its other files.",
     "trainer.callbacks": "Callbacks, such as MemoryReplay, TrustRollback, LoRAAdjust and ForgettingCurve.",
     "trainer.max_epochs": "Number of passes over the facts. A run edits each of its facts once, so it is 1.",
     "trainer.max_steps": "Number of batches after which the run ends; -1 edits all facts.",
@@ -37,11 +37,12 @@ TEXTS = {
     "trainer.enable_progress_bar": "Whether progress bars are shown; null shows them.",
     "trainer.enable_model_summary": "Whether the modules of the model are listed before the run.",
     "trainer.use_distributed_sampler": "Must be false: with several processes, each of them gets every fact.",
-    "trainer.default_root_dir": "Folder of a run's files if it has no logger; null is the working directory. "
-    "With a logger it has no effect.",
+    "trainer.default_root_dir": "Folder under which runs are kept: X/lightning_logs/RECIPE/version_N, or X/version_N "
+    "without a logger. null is the working directory; a save_dir of the logger's own takes precedence.",
     "trainer.deterministic": "Whether only deterministic algorithms of torch are used. The solve is deterministic on "
     "a CPU anyway.",
-    "weights_only": "Leave it out: checkpoints of editlab hold tensors, numbers and texts, and no code.",
+    "weights_only": "Leave it out: checkpoints of editlab hold tensors, numbers and texts, and no code. false is "
+    "refused.",
 }  # fmt: skip
 """Name of a setting -> its help, in place of Lightning's."""
 

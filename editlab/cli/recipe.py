@@ -30,7 +30,7 @@ from editlab.runs.checkpoint import (
 )
 from editlab.runs.folders import RunFolder, differing, flat_settings
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import has_folder, run_folder
+from editlab.runs.summary import has_folder, is_trial, resume_in_own_folder, run_folder
 from editlab.runs.workplace import enter_folder
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
@@ -188,8 +188,10 @@ class SaveConfig(SaveConfigCallback):
             UserError: A resumed run's settings would make other edits than those it was started with.
         """
         checkpoint = self.config.get("ckpt_path")
+        if checkpoint and stage == "fit":
+            resume_in_own_folder(trainer, Path(checkpoint))
         enter_folder(trainer, stage)
-        keeps = not trainer.fast_dev_run and (stage == "fit" or has_folder(trainer.loggers))
+        keeps = not is_trial(trainer) and (stage == "fit" or has_folder(trainer.loggers))
         own = [
             folder for folder in map(RunFolder, [run_folder(trainer)] if keeps else []) if not _is_users(folder.path)
         ]

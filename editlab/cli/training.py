@@ -112,7 +112,8 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
     arguments, wanted = help_wanted(arguments)
     if wanted:
         compat.read_attribute_docstrings()  # parsing the sources for them takes a second
-    return _create(_WithFullHelp if wanted == ALL else EditLabCLI, arguments)
+    # Without a request for the short help nothing is left out: config.yaml lacks the settings that the help lacks.
+    return _create(_WithFullHelp if wanted in (ALL, None) else EditLabCLI, arguments)
 
 
 def _create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from editlab.errors import UserError
 from editlab.runs.resume import ENTRIES, KEY, sums
-from editlab.runs.summary import has_folder, run_folder
+from editlab.runs.summary import has_folder, is_trial, run_folder
 from editlab.utils.compat import CheckpointHooks, save_unless_saved
 from editlab.utils.files import atomic_file
 from editlab.utils.torch_files import DamagedFileError, load_verified
@@ -144,9 +144,8 @@ class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the folder, and the atomic writer of files."""
         if self.dirpath is None and not has_folder(trainer.loggers) and stage == "fit":
-            self.dirpath = str(
-                run_folder(trainer) / "checkpoints"
-            )  # Lightning's folder would be that of an earlier run
+            # Lightning's own choice may be the folder of an earlier run.
+            self.dirpath = str(run_folder(trainer) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -177,7 +176,7 @@ class EditCheckpoint(CheckpointHooks, ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last batches, and log the size of the file."""
-        if trainer.fast_dev_run:
+        if is_trial(trainer):
             return
         save_unless_saved(self, trainer)
         if self.best_model_path and trainer.is_global_zero:

@@ -131,9 +131,9 @@ class Delta:
             raise UserError(f"The delta {path} is damaged or no safetensors file: export it again.") from error
         if metadata.get("format") not in (FORMAT, WITHOUT_DIGESTS):
             raise UserError(f"{path} is no delta: give a file that `editlab export --delta-only` wrote.")
-        delta = cls._of(metadata, dict(totals), path)
         if metadata["format"] == FORMAT:
             _require_digests(metadata, totals, path)
+        delta = cls._of(metadata, totals, path)
         _require_finite(delta.totals, f"the delta {path}")
         return delta
 
@@ -182,7 +182,8 @@ def _digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor]) -> dict[
     """Return the digest of each entry of a delta's file, by its name: of its metadata and of its tensors."""
     found = {name: digest(text.encode()) for name, text in metadata.items() if name != "digests"}
     for name, total in totals.items():
-        content = f"{total.dtype} {list(total.shape)} ".encode() + total.contiguous().numpy().tobytes()
+        content = total.reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = f"{total.dtype} {list(total.shape)} ".encode() + content
         found[name] = digest(content)
     return found
 
@@ -208,7 +209,8 @@ def _require_digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor], 
 
 def _require_finite(totals: Mapping[str, Tensor], source: str) -> None:
     for name, total in totals.items():
-        require_finite(name, total, source)
+        if total.dtype == torch.float32:  # others are refused when they are put on a model
+            require_finite(name, total, source)
 
 
 def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:

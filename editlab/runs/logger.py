@@ -27,9 +27,6 @@ from editlab.utils.files import atomic_file
 OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml", ".lock")
 """Files in a run's folder before anything is measured."""
 
-_EMPTY_EVENT_FILE = 256
-"""Upper bound of the bytes of an event file without events."""
-
 SCORES = "scores"
 """First part of the names of the metrics of all groups in TensorBoard, such as ``scores/ES``."""
 
@@ -177,11 +174,7 @@ class RunLogger(TensorBoardLogger):
     def leave(self) -> None:
         """Writes nothing from now on, and removes the event file that this process has opened in the folder."""
         self._left = True
-        compat.close_event_file(self)
-        own = Path(self.log_dir).glob(f"events.out.tfevents.*.{os.getpid()}.*")
-        newest = max(own, key=lambda path: path.stat().st_mtime_ns, default=None)
-        if newest is not None and newest.stat().st_size < _EMPTY_EVENT_FILE:
-            newest.unlink(missing_ok=True)
+        compat.close_event_file(self, remove=True)
 
     @rank_zero_only
     def save(self) -> None:

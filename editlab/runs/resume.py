@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from editlab.data.fact import Fact
+from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.edited_model import EditedModel
 from editlab.edits.ledger import LedgerEntry
 from editlab.errors import UserError
@@ -199,23 +200,24 @@ def sums(layers: Sequence[int]) -> list[str]:
     return [f"edited.{layer}.total" for layer in layers]
 
 
-def require_sums(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def require_sums(saved: Mapping[str, Tensor], layers: Mapping[int, EditedLayer]) -> None:
     """Make sure that the sums of updates in a checkpoint fit the weights that they belong to, and are finite.
 
     Args:
         saved: the checkpoint's tensors by name.
-        expected: tensors of the shapes that the sums must have, by the same names.
+        layers: layer number -> the edited layer.
 
     Raises:
         UserError: A sum has another shape or is missing, or it holds NaN or infinity.
     """
-    for name, own in expected.items():
-        total = saved.get(name)
+    for name, layer in zip(sums(list(layers)), layers.values(), strict=True):
+        own, total = layer.total, saved.get(name)
         if not isinstance(total, Tensor) or total.shape != own.shape:
             shape = list(total.shape) if isinstance(total, Tensor) else "no shape"
             raise UserError(
-                f"The checkpoint's {name} has the shape {shape} and the weight {list(own.shape)}: set model.edit_module "
-                "and model.language_model as in the checkpoint's run, or start a new run without --ckpt_path."
+                f"The checkpoint's {name} has the shape {shape} and the weight {list(own.shape)}: set "
+                "model.edit_module and model.language_model as in the checkpoint's run, or start a new run without "
+                "--ckpt_path."
             )
         require_finite(name, total, "the checkpoint")
 

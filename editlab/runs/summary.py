@@ -8,13 +8,14 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import psutil
 import torch
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 _VERSION = re.compile(r"version_\d+")
 """Pattern of the name of a run's folder."""
 
-_own_folders: WeakKeyDictionary[Trainer, Path | TemporaryDirectory[str]] = WeakKeyDictionary()
+_own_folders: WeakKeyDictionary[Trainer, Path] = WeakKeyDictionary()
 """Trainer -> the folder of its run, for runs whose folder is not their logger's."""
 
 
@@ -43,26 +44,39 @@ def run_folder(trainer: Trainer) -> Path:
     """Return the folder of a run's files; every rank has to call this.
 
     It is the logger's. A run without a logger that has a folder gets a folder of its own, ``version_N`` with the next
-    free number in the Trainer's ``default_root_dir``, or that of the run that it resumes. With ``fast_dev_run`` it is a
-    temporary folder, which is removed with the Trainer: a trial run keeps nothing.
+    free number in the Trainer's ``default_root_dir``, unless :func:`resume_in_own_folder` has set it. With
+    ``fast_dev_run`` it is a temporary folder, which is removed with the Trainer: a trial run keeps nothing.
     """
-    if not trainer.fast_dev_run and has_folder(trainer.loggers):
+    if not is_trial(trainer) and has_folder(trainer.loggers):
         return Path(str(trainer.log_dir))
     if trainer not in _own_folders:
         _own_folders[trainer] = (
-            TemporaryDirectory(prefix="editlab-", ignore_cleanup_errors=True)
-            if trainer.fast_dev_run
-            else Path(ranks.on_first(lambda: str(_reserved(trainer))))
+            _temporary(trainer) if is_trial(trainer) else Path(ranks.on_first(lambda: str(_reserved(trainer))))
         )
-    own = own_folder(trainer)
-    assert own is not None
-    return own
+    return _own_folders[trainer]
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Tell whether this is a trial run of one or a few batches (``fast_dev_run``), which keeps nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def own_folder(trainer: Trainer) -> Path | None:
     """Return the folder that :func:`run_folder` has created for a run whose logger has none; None otherwise."""
-    found = _own_folders.get(trainer)
-    return Path(found.name) if isinstance(found, TemporaryDirectory) else found
+    return _own_folders.get(trainer)
+
+
+def resume_in_own_folder(trainer: Trainer, checkpoint: Path) -> None:
+    """Let a run without a logger that has a folder write into that of the run that it resumes, if it is one of its own.
+
+    Args:
+        trainer: of the run.
+        checkpoint: the checkpoint that it resumes from.
+    """
+    root, run = Path(trainer.default_root_dir), checkpoint.resolve().parent.parent
+    own = run.parent == root.resolve() and _VERSION.fullmatch(run.name)
+    if own and not is_trial(trainer) and not has_folder(trainer.loggers):
+        _own_folders[trainer] = root / run.name
 
 
 def has_folder(loggers: Iterable[Logger]) -> bool:
@@ -70,13 +84,16 @@ def has_folder(loggers: Iterable[Logger]) -> bool:
     return isinstance(next(iter(loggers), None), TensorBoardLogger | CSVLogger)
 
 
+def _temporary(trainer: Trainer) -> Path:
+    """Create a folder that is removed with the Trainer, or at the end of the process."""
+    folder = mkdtemp(prefix="editlab-")
+    finalize(trainer, shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _reserved(trainer: Trainer) -> Path:
-    """Return the folder of the run that is resumed, or create the next free one."""
+    """Create the next free folder."""
     root = Path(trainer.default_root_dir)
-    if trainer.ckpt_path:
-        run = Path(trainer.ckpt_path).resolve().parent.parent
-        if run.parent == root.resolve() and _VERSION.fullmatch(run.name):
-            return root / run.name
     numbers = [int(path.name.partition("_")[2]) for path in root.glob("version_*") if _VERSION.fullmatch(path.name)]
     number = max(numbers, default=-1) + 1
     while True:
@@ -204,7 +221,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
         "",
     ]
-    if trainer.fast_dev_run:
+    if is_trial(trainer):
         return "\n".join([*lines, "nothing was kept, because trainer.fast_dev_run is set", ""])
     lines += [
         *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if logged else []),

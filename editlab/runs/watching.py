@@ -1,4 +1,4 @@
-"""Logging numbers so that Lightning's callbacks can watch them: ``EarlyStopping`` and ``ModelCheckpoint(monitor=...)``."""
+"""Logging numbers so that Lightning's callbacks, such as ``EarlyStopping``, can watch them."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ _OF_EACH_STEP = (BEFORE, IMMEDIATE, "solve", "weights", "edit")
 def _watched(callbacks: Iterable[Callback]) -> list[tuple[str, str]]:
     """Return the class name of each callback that watches a number, and the number's name."""
     return [
-        (type(callback).__name__, callback.monitor)
+        (type(callback).__name__, name)
         for callback in callbacks
-        if isinstance(getattr(callback, "monitor", None), str)
+        if isinstance(name := getattr(callback, "monitor", None), str)
     ]
 
 

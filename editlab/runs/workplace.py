@@ -12,7 +12,7 @@ from editlab.errors import UserError
 from editlab.runs.checkpoint import AtomicCheckpointIO
 from editlab.runs.folder_lock import lock_folder, unlock_folder
 from editlab.runs.logger import OPENING, RunLogger
-from editlab.runs.summary import has_folder, own_folder, run_folder
+from editlab.runs.summary import has_folder, is_trial, own_folder, run_folder
 
 
 def enter_folder(trainer: Trainer, stage: str) -> None:
@@ -28,7 +28,7 @@ def enter_folder(trainer: Trainer, stage: str) -> None:
         UserError: Another process is writing into the folder.
     """
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    if trainer.fast_dev_run or (stage != "fit" and not has_folder(trainer.loggers)):
+    if is_trial(trainer) or (stage != "fit" and not has_folder(trainer.loggers)):
         return
     folder = run_folder(trainer)
     try:
@@ -58,6 +58,6 @@ def abandon_folder(trainer: Trainer) -> None:
 def _folder(trainer: Trainer) -> Path | None:
     """Return the run's folder without creating one, and without asking the other ranks."""
     own = own_folder(trainer)
-    if own is not None or trainer.fast_dev_run or not has_folder(trainer.loggers):
+    if own is not None or is_trial(trainer) or not has_folder(trainer.loggers):
         return own
     return Path(str(trainer.loggers[0].log_dir))

@@ -108,14 +108,21 @@ def next_version(logger: Any) -> int:
     return int(logger._get_next_version())
 
 
-def close_event_file(logger: Any) -> None:
+def close_event_file(logger: Any, remove: bool = False) -> None:
     """Close a TensorBoardLogger's event file if one is open; the next access to ``experiment`` opens a new one.
 
     ``logger.experiment.close()`` would keep the closed writer, and would open a file only to close it.
+
+    Args:
+        logger: the logger.
+        remove: remove the file, too.
     """
     if logger._experiment is not None:
+        path = Path(logger._experiment._get_file_writer().event_writer._file_name)
         logger._experiment.close()
         logger._experiment = None
+        if remove:
+            path.unlink(missing_ok=True)
 
 
 def purge_events_from(logger: Any, step: int) -> None:
@@ -129,6 +136,8 @@ def purge_events_from(logger: Any, step: int) -> None:
 def hide_writer_threads() -> None:
     """Do not print the traceback of a failed write by TensorBoard's thread: the main thread raises the error too."""
     before = threading.excepthook
+    if before.__module__ == __name__:
+        return
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
         if type(arguments.thread).__name__ != "_AsyncWriterThread":

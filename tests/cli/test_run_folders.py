@@ -57,9 +57,11 @@ def fit(*arguments):
 
 
 def test_a_trial_run_writes_nothing(place, capsys):
-    for callback in ("TrustRollback", "ForgettingCurve"):
-        assert fit("--trainer.fast_dev_run", "true", f"--trainer.callbacks+={callback}") == 0
-        assert new_files(place) == []
+    (place / "held_out.txt").write_text("Oslo lies in Norway, and Lima lies in Peru. " * 20)
+    trust = {"class_path": "TrustRollback", "init_args": {"heldout": "held_out.txt"}}  # all facts are edited
+    for callback in (trust, {"class_path": "ForgettingCurve"}):
+        assert fit("--trainer.fast_dev_run", "true", f"--trainer.callbacks={json.dumps([callback])}") == 0
+        assert new_files(place) == ["held_out.txt"]
     assert "nothing was kept, because trainer.fast_dev_run is set" in capsys.readouterr().out
 
 

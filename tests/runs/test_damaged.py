@@ -24,6 +24,14 @@ def flip(path, at):
     path.write_bytes(content)
 
 
+def read_or_refusal(read, path):
+    """What is read, or the sentence with which it is refused."""
+    try:
+        return read(path)
+    except UserError as error:
+        return str(error)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of the least content, with one sum of updates."""
@@ -67,11 +75,8 @@ def test_errors_of_any_flipped_byte_in_a_checkpoint(checkpoint, read):
     whole, before = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=True)["state_dict"][TOTAL]
     for at in random.Random(1).sample(range(len(whole)), 60):
         flip(checkpoint, at)
-        try:
-            found = read(checkpoint)
-        except UserError:
-            pass
-        else:  # a byte that carries nothing: padding between entries, a date
+        found = read_or_refusal(read, checkpoint)
+        if not isinstance(found, str):  # a byte that carries nothing: padding between entries, a date
             total = found.totals["h.1.mlp"] if isinstance(found, Delta) else found["state_dict"][TOTAL]
             assert torch.equal(total, before)
         checkpoint.write_bytes(whole)
@@ -91,10 +96,9 @@ def test_errors_of_any_flipped_byte_in_a_delta(delta):
     whole = path.read_bytes()
     for at in [*range(40), *random.Random(2).sample(range(len(whole)), 160)]:
         flip(path, at)
-        try:
-            found = Delta.load(path)
-        except UserError as error:
-            assert "export it again" in str(error) or "is no delta" in str(error) or "--delta-only" in str(error)
+        found = read_or_refusal(Delta.load, path)
+        if isinstance(found, str):
+            assert "export it again" in found or "is no delta" in found
         else:  # a space that pads the header
             assert (found.fingerprint, found.history) == (made.fingerprint, made.history)
             assert torch.equal(found.totals["h.1.mlp"], made.totals["h.1.mlp"])

@@ -22,11 +22,13 @@ def test_another_holder_is_refused_until_it_lets_go(tmp_path):
 
 
 def test_a_killed_process_does_not_block(tmp_path):
-    code = (
-        "import sys, time\nfrom filelock import FileLock\n"
-        "FileLock(sys.argv[1]).acquire()\nprint('held', flush=True)\ntime.sleep(60)"
+    code = (  # the name keeps the lock: one that is collected is released
+        "import sys\nfrom filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\nsys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / NAME], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     with holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError):

@@ -6,6 +6,7 @@ import ast
 import configparser
 import importlib
 import re
+import threading
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import SessionLog
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 
 from editlab.utils import compat
@@ -174,6 +176,31 @@ def test_a_loggers_version_and_event_file(tmp_path):
     files = sorted((tmp_path / "runs" / "version_5").glob("events*"), key=lambda path: path.stat().st_mtime_ns)
     starts = [e.step for f in files for e in EventFileLoader(str(f)).Load() if e.session_log.status == SessionLog.START]
     assert starts == [7]
+    again = TensorBoardLogger(tmp_path, name="runs", version=5)
+    assert again.experiment
+    compat.close_event_file(again, remove=True)  # the one that is open, no other
+    assert sorted((tmp_path / "runs" / "version_5").glob("events*")) == sorted(files)
+
+
+def test_early_stopping_is_evaluated_at_once():
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    trainer.callback_metrics["x"] = torch.tensor(3.0)
+    callback = EarlyStopping("x", mode="max", stopping_threshold=2.0)
+    compat.check_early_stopping(callback, trainer)
+    assert trainer.should_stop
+
+
+def test_errors_of_tensorboards_threads_are_not_printed(monkeypatch):
+    assert event_file_writer._AsyncWriterThread.run
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: seen.append(arguments.thread))
+    compat.hide_writer_threads()
+    compat.hide_writer_threads()
+    for kind in (type("_AsyncWriterThread", (threading.Thread,), {}), threading.Thread):
+        thread = kind(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert [type(thread) for thread in seen] == [threading.Thread]
 
 
 def test_a_strategys_timeout():

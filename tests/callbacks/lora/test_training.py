@@ -185,7 +185,7 @@ def test_a_damaged_file_is_reported_and_not_used(lm, tmp_path, monkeypatch, capl
     trained(lm, path, stop=3)
     path.write_bytes(path.read_bytes()[:100])
     assert len(trained(lm, path)[1]) == 8
-    assert "kept.pt cannot be read: the adjustment is trained from its start" in caplog.text
+    assert "kept.pt is damaged: the adjustment is trained from its start" in caplog.text
 
 
 def test_a_short_training_is_not_written_down(lm, tmp_path):
