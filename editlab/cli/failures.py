@@ -35,7 +35,7 @@ def describe(error: BaseException, editing: bool = True, saved: bool = True) -> 
         saved: whether the run can be resumed from a checkpoint.
     """
     for link in causes(error):
-        found = _of_system(link, editing, saved) or _of_memory(link, editing, saved) or _of_input(link)
+        found = _of_system(link, editing, saved) or _of_memory(link, editing, saved)
         if found:
             return found
     return None
@@ -66,15 +66,6 @@ def _of_system(error: BaseException, editing: bool, saved: bool) -> str | None:
         )
     if error.errno in FORBIDDEN:
         return f"{error.filename or 'A file'} may not be read or written: change its permissions, or name another path."
-    return None
-
-
-def _of_input(error: BaseException) -> str | None:
-    """Explain the limits of Python's readers of JSON and YAML, wherever they are used."""
-    if isinstance(error, RecursionError):
-        return "Something that was read holds lists or mappings inside each other too deeply: flatten it."
-    if isinstance(error, ValueError) and "integer string conversion" in str(error):
-        return "A number in what was read has more digits than Python reads (4300): shorten it."
     return None
 
 

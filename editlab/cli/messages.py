@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterable
 
 from jsonargparse import ArgumentError
@@ -28,12 +29,12 @@ def explain(error: Exception) -> str | None:
     """Return one sentence for a mistake in the configuration; None for an error of another kind."""
     if isinstance(error, FileNotFoundError) and "heckpoint" in str(error):
         return f"The checkpoint {str(error).split(': ')[-1]!r} does not exist: check --ckpt_path."
-    missing = _missing_package(error)
-    if missing is not None:
-        return missing
     if isinstance(error, MisconfigurationException) or _NO_TRAINER.search(str(error)):
         return _line(str(error)) + "."
     text, known = str(error), isinstance(error, ArgumentError)
+    found_elsewhere = _beyond_a_reader(error) or (None if known else _missing_package(error) or _refusal(error))
+    if found_elsewhere:
+        return found_elsewhere
     for pattern, sentence in _SENTENCES if known else _TRAINER_SENTENCES:
         found = re.search(pattern, text, re.DOTALL)
         if found is not None:
@@ -44,14 +45,36 @@ def explain(error: Exception) -> str | None:
 def _missing_package(error: Exception) -> str | None:
     """Explain the error of a class, such as a logger, whose package is not installed; None for any other error."""
     for link in causes(error):
-        if isinstance(link, ImportError):
+        if isinstance(link, ModuleNotFoundError):
             found = _PACKAGE.search(str(link))
             name = link.name or (found.group(1) if found else None)
             if name and name.partition(".")[0] not in _OWN_PACKAGES:
-                return (
-                    f"The recipe names a class that needs the package {name}, which is not installed: pip install it."
-                )
+                return f"This needs the package {name}, which is not installed: install it with pip."
     return None
+
+
+def _refusal(error: Exception) -> str | None:
+    """Explain the error that a class raised about its settings, which the parser has wrapped; None for another one."""
+    if not str(error).startswith("Does not validate against any of the Union subtypes"):
+        return None
+    *_, innermost = causes(error)
+    return f"A class that the recipe names refuses its settings: {_line(str(innermost))}."
+
+
+def _beyond_a_reader(error: Exception) -> str | None:
+    """Explain the limits of the readers of JSON and YAML; None for any other error."""
+    for link in causes(error):
+        if isinstance(link, ValueError) and "integer string conversion" in str(link):
+            return "A number in what was read has more digits than Python reads (4300): shorten it."
+        if isinstance(link, RecursionError) and _module_of(link) in ("json", "yaml", "jsonargparse"):
+            return "What was read holds lists or mappings inside each other too deeply: flatten it."
+    return None
+
+
+def _module_of(error: BaseException) -> str:
+    """Return the name of the package whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 _PACKAGE = re.compile(r"(?:[Mm]odule not found: |Requirement |No module named |pip install (?:-U )?)['\"]?([\w.-]+)")

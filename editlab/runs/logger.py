@@ -184,7 +184,7 @@ class RunLogger(TensorBoardLogger):
         super().save()
         for writer in (self.experiment, *self._groups.values()):
             writer.flush()
-        if not self._written:
+        if not self._written and (self.rows or self.table_path.exists()):
             _write(self.table_path, self.rows)
             self._written = True
 
