@@ -18,10 +18,11 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from editlab.cli.main import main
 from tests.experiments.made_up import SCORES
-from tests.recipes import write_recipe
+from tests.recipes import only_verbs, write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLE = 6
@@ -115,7 +116,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     tiny_model("llama").save_pretrained(root / "base")
     tiny_tokenizer().save_pretrained(root / "base")
-    settings = {"method": {"class_path": "EMMET"}, "layers": [1], "evaluation": {"heldout_tokens": 64}}
+    settings = {"method": {"class_path": "EMMET"}, "layers": [1], "evaluation": {"heldout_tokens": 0}}
     write_recipe(root, root / "base", model=settings, trainer={"callbacks": [CURVE]})
     recipe = yaml.safe_load((root / "tiny.yaml").read_text())
     recipe["data"]["path"] = str(root / "facts.json")
@@ -201,6 +202,8 @@ def test_errors_of_a_full_disk_at_each_write(finished, tmp_path, watch, capsys, 
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(out)
             watch(disk)
+            only_verbs(patch, "fit")
+            patch.setattr("callbacks.forgetting.forgetting_figure", lambda *_: Figure((1, 1)))  # drawing takes longest
             code = main(COMMANDS[command].format(root=finished, out=out).split())
         return code, disk.count
 

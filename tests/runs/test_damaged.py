@@ -129,6 +129,15 @@ def test_errors_of_sums_that_are_not_finite(checkpoint, delta, tmp_path, bad):
     assert Delta.from_checkpoint(checkpoint, usable=False).fingerprint == "ab"  # reverting needs no sum
 
 
+@pytest.mark.parametrize("bad", [torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2), "text", None])
+def test_errors_of_sums_that_are_no_matrices(checkpoint, bad):
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"][TOTAL] = bad
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match=r"has no float32 matrix as edited.1.total: give another"):
+        read_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("kind", ["moments or text", "values or scores", "converted model"])
 def test_a_damaged_cache_is_made_again_with_one_line(tmp_path, caplog, kind):
     made = []
