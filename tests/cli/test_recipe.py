@@ -41,11 +41,19 @@ def test_a_run_with_several_loggers_resumes_in_its_own_folder(fit, tmp_path):
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
 
 
-def test_the_newest_run_cannot_be_found_without_a_logger(fit, capsys):
-    assert fit("--trainer.logger", "false", "--ckpt_path", "last") == 2
-    assert "trainer.logger has none" in last_line(capsys)
+@pytest.mark.parametrize(
+    ("logger", "said"),
+    [
+        ("false", "There is no run with a checkpoint in lightning_logs/tiny to resume"),
+        ("null", "trainer.logger has none"),  # Lightning's default logger
+    ],
+)
+def test_the_newest_run_cannot_be_found_without_a_logger(fit, capsys, logger, said):
+    assert fit("--trainer.logger", logger, "--ckpt_path", "last") == 2
+    assert said in last_line(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_without_a_logger_the_users_own_config_stays(fit, tmp_path):
     recipe = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
     recipe["model"]["passes"] = 1
@@ -53,9 +61,10 @@ def test_without_a_logger_the_users_own_config_stays(fit, tmp_path):
     (tmp_path / "config.yaml").write_text(own)
     without = ["fit", "--config", "config.yaml", "--trainer.logger", "false", "--model.passes", "2"]
     assert main([*without, "--trainer.max_steps", "1"]) == 0
-    # Nor is it what the run was started with.
+    # Nor is it what the run was started with whose checkpoint lies there.
+    (tmp_path / "lightning_logs" / "config" / "version_0" / "checkpoints").rename(tmp_path / "checkpoints")
     assert main([*without, "--ckpt_path", "checkpoints/last.ckpt"]) == 0
-    assert edits_of(tmp_path) == 4
+    assert edits_of(tmp_path / "lightning_logs" / "config" / "version_1") == 4
     assert (tmp_path / "config.yaml").read_text() == own
 
 
@@ -195,8 +204,8 @@ def test_only_a_run_with_a_checkpoint_gets_advice_to_resume(fit, fails_at, capsy
         fails_at(step, error)
         assert fit() == 1
         assert ("--ckpt_path last" in last_line(capsys)) == saved
-    assert fit("--trainer.logger", "false") == 1  # last would not find it
-    assert "--ckpt_path last" not in last_line(capsys)
+    assert fit("--trainer.logger", "false") == 1  # last finds it without a logger, too
+    assert "--ckpt_path last" in last_line(capsys)
 
 
 def test_partly_written_files_of_a_kill_are_removed(fit, tmp_path):
