@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.data.fact import Fact
 from editlab.data.files import find_facts
-from editlab.data.formats import UnreadFields
+from editlab.data.formats import FIELD, SUBJECTS, Subjects, UnreadFields
 from editlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,14 +18,19 @@ log = logging.getLogger(__name__)
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts for the built-in facts.")
+    parser.add_argument(
+        "--columns", type=dict[str, str], default=None,
+        help="As data.columns: names of a fact's fields and their names in the file, as a JSON object.",
+    )  # fmt: skip
+    parser.add_argument("--subject", type=str, choices=SUBJECTS, default=FIELD, help="As data.subject.")
 
 
 def _check(given: Namespace) -> None:
     facts: list[Fact] = []
     wrong = 0
     slots: dict[tuple[str, str], tuple[str, Fact]] = {}
-    unread = UnreadFields()
-    for where, fact, fault, record in find_facts(given.file):
+    unread, subjects = UnreadFields(), Subjects(given.subject)
+    for where, fact, fault, record in find_facts(given.file, columns=given.columns, subjects=subjects):
         if record is not None:
             unread.add(record)
         if fact is None:
@@ -40,7 +45,7 @@ def _check(given: Namespace) -> None:
         if earlier is not fact:
             log.info("%s repeats subject and prompt of %s%s: one of them is edited, or all with data.keep_repeats.",
                      where, first[0].lower() + first[1:], _difference(fact, earlier))  # fmt: skip
-    if sentence := unread.sentence(given.file):
+    for sentence in filter(None, (unread.sentence(given.file), subjects.sentence(given.file))):
         log.info("%s", sentence)
     if wrong:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
