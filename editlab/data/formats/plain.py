@@ -71,7 +71,7 @@ class Plain(FactFormat):
 
 
 class WikiBio(Plain):
-    """WikiBio of KnowEdit (Zhang et al. 2024): a ``concept``, a passage about it in ``text``, its next one in ``labels``."""
+    """WikiBio of KnowEdit (Zhang et al. 2024): a ``concept``, a passage in ``text``, the next one in ``labels``."""
 
     def __init__(self) -> None:
         super().__init__(subject="concept", prompt="text", target="labels")

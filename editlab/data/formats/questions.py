@@ -80,9 +80,7 @@ def _questions(record: dict[str, Any], own: str) -> Iterator[Question]:
         yield from asked(record, PORTABILITY, "portability_prompt", "portability_ground_truth")
     found = unpacked(record, own) or []
     if not isinstance(found, dict | list):
-        raise UserError(
-            f'has a {own!r} that is no list: write [{{"group": "...", "prompt": "...", "answers": ["..."]}}]'
-        )
+        raise UserError(f'has a {own!r} that is no list: write [{{"group": "...", "prompt": "...", "answers": [...]}}]')
     groups: Iterable[tuple[Any, Any]] = [(PORTABILITY, found)]
     if isinstance(found, dict) and not any(name in found for name in _PROMPTS):
         groups = found.items()

@@ -111,19 +111,33 @@ class UnreadFields:
     def sentence(self, source: str) -> str | None:
         """Return a sentence that names each unread field of ``source`` once, with its count; None if there is none.
 
-        A field is followed by the most similar name among those that the format looks up, if one is similar. A second
+        A field is followed by the most similar name among those that the format looks up, if one is similar; fields of
+        the same name in several objects inside the records, such as groups of tests, are named together. A second
         sentence counts the prompts without an answer, if there are any.
         """
         sentences = []
         if self.counts:
-            named = [f"{name} (in {count} record{'' if count == 1 else 's'}{self._nearest(name)})"
-                     for name, count in sorted(self.counts.items())]  # fmt: skip
-            sentences.append(f"{source} has fields that are not read: {', '.join(named)}.")
+            sentences.append(f"{source} has fields that are not read: {', '.join(self._named())}.")
         if self.left_out:
             named = [f"{count} in {name}" for name, count in sorted(self.left_out.items())]
             fix = "add an answer to each, or ignore this"
             sentences.append(f"{source} has prompts without an answer, which are left out ({', '.join(named)}): {fix}.")
         return " ".join(sentences) or None
+
+    def _named(self) -> Iterator[str]:
+        """Yield each unread field with its count; fields of one name in more than two objects are named together."""
+        alike: dict[str, list[str]] = {}
+        for name in sorted(self.counts):
+            alike.setdefault(name.rpartition(".")[2], []).append(name)
+        for last, names in alike.items():
+            most = max(self.counts[name] for name in names)
+            records = f"{most} record{'' if most == 1 else 's'}"
+            if len(names) > 2:
+                yield f"{last} (in {len(names)} objects, such as {names[0].rpartition('.')[0]}; in up to {records})"
+                continue
+            for name in names:
+                count = self.counts[name]
+                yield f"{name} (in {count} record{'' if count == 1 else 's'}{self._nearest(name)})"
 
     def _nearest(self, name: str) -> str:
         parent, _, last = name.rpartition(".")

@@ -28,9 +28,10 @@ class RippleEdits(FactFormat):
     prompt of a test is a question of its own, and any of its answers counts, by any of its names.
 
     As published, an edit is one sentence ("The capital of Peru is Oslo.") with the Wikidata ids of subject and target.
-    The target is then the label of its id in the tests' answers, else what follows the last "is" of the sentence; the
-    subject is the longest span, in whole words, that the sentence shares with the prompts of all tests of its id. Files
-    that name them (``subject_label`` and ``target_label``, or ``subject`` and ``target``) are read by these names.
+    The target is then the label of its id in the tests' answers, else what follows the last "is" of the sentence. The
+    subject is the label of its id, else the longest span, in whole words, that the sentence shares with the prompts of
+    all tests of its id. Files that name them (``subject_label`` and ``target_label``, or ``subject`` and ``target``)
+    are read by these names.
     """
 
     def matches(self, record: dict[str, Any]) -> bool:
@@ -102,9 +103,8 @@ class _Tests:
                 if isinstance(ids, list) and isinstance(answers, list) and len(ids) == len(answers):
                     for one, answer in zip(ids, answers, strict=True):
                         labels.setdefault(str(one), names_in(answer, "answers"))
-                names, subject = names_in(answers, "answers"), query.get("subject_id")
-                if names:
-                    prompt = text(query, "prompt", prompt=True)
+                prompt, subject = text(query, "prompt", prompt=True), query.get("subject_id")
+                if names := names_in(answers, "answers"):
                     found.append(_Test(group, prompt, names, None if group == "Subject_Aliasing" else subject))
                 else:
                     leave_out(query, "prompt")
@@ -120,7 +120,13 @@ class _Tests:
         return (names[0], names[1:]) if names else (None, ())
 
     def subject(self, prompt: str, subject: Any) -> str | None:
-        """Return the words that a prompt shares with all tests about a subject (its id); None if there are none."""
+        """Return the name of a subject, given by its id, in a prompt; None if no test shows it.
+
+        It is the label of the id if an answer has it, else the words that the prompt shares with all tests of the id.
+        """
+        label = next(iter(self.labels.get(str(subject), ())), None)
+        if label and label in prompt:
+            return label
         others = [test.prompt for test in self.tests if test.subject == subject and test.prompt != prompt]
         return shared_words(prompt, others) if subject else None
 

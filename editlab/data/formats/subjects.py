@@ -129,24 +129,29 @@ def shared_words(prompt: str, others: Iterable[str]) -> str | None:
     texts = [f" {' '.join(word.casefold() for word in _WORD.findall(one))} " for one in others]
     if not texts:
         return None
-    words = [(found.start(), found.end(), found[0].casefold()) for found in _WORD.finditer(prompt)]
-    names = [[word for word in words if start <= word[0] < end] for start, end in _capitals(prompt)]
+    words = list(_WORD.finditer(prompt))
+    names = [[word for word in words if start <= word.start() < end] for start, end in _capitals(prompt)]
     best = max((_longest(run, texts) for run in names), default=(0, 0, 0))
     _, length, start = best if best[0] else _longest(words, texts)
     return prompt[start : start + length] or None
 
 
-def _longest(words: Sequence[tuple[int, int, str]], texts: Sequence[str]) -> tuple[int, int, int]:
+def _longest(words: Sequence[re.Match[str]], texts: Sequence[str]) -> tuple[int, int, int]:
     """Return the number of words, the length and the start of the best span of adjacent words that all texts have."""
     best = (0, 0, 0)
-    for first, (start, _, word) in enumerate(words):
-        for last in range(first, len(words) if word not in _STOP else first):
-            span = f" {' '.join(word for *_, word in words[first : last + 1])} "
+    for first, word in enumerate(words):
+        for last in range(first, first if _is_function_word(word) else len(words)):
+            span = f" {' '.join(one[0].casefold() for one in words[first : last + 1])} "
             if not all(span in text for text in texts):
                 break  # a longer span from here is in no more of the texts
-            if words[last][2] not in _STOP:
-                best = max(best, (last + 1 - first, words[last][1] - start, start))
+            if not _is_function_word(words[last]):
+                best = max(best, (last + 1 - first, words[last].end() - word.start(), word.start()))
     return best
+
+
+def _is_function_word(word: re.Match[str]) -> bool:
+    """Return whether a word is one of :data:`_STOP`; AT and IT in capitals are abbreviations."""
+    return word[0].casefold() in _STOP and not (len(word[0]) > 1 and word[0].isupper())
 
 
 def last_capitals(prompt: str) -> str | None:
@@ -170,7 +175,7 @@ def _capitals(prompt: str) -> list[tuple[int, int]]:
         joined = before is not None and start >= 0 and _one_name(before, prompt[before.end() : word.start()])
         capital = word[0][0].isupper() or (word[0][0].isdigit() and joined)
         if capital and not joined:
-            start = -1 if word[0].casefold() in _STOP else word.start()
+            start = -1 if _is_function_word(word) else word.start()
         elif not capital and not (joined and word[0] in _INSIDE):
             start = -1
         if capital and start >= 0:
