@@ -13,6 +13,7 @@ from lightning import LightningDataModule
 from editlab.data.fact import Fact, composed
 from editlab.data.files import read_facts
 from editlab.data.formats import FIELD, SUBJECTS, FactFormat, check_columns
+from editlab.data.portability import with_questions_of
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
 from editlab.lm.joints import AUTO, JOINTS
@@ -103,7 +104,7 @@ class EditDataModule(LightningDataModule):
             random.Random(self.seed).shuffle(facts)
         first: dict[tuple[str, str], Fact] = {}
         for fact in facts:
-            first.setdefault(fact.slot, fact)
+            first[fact.slot] = with_questions_of(first.get(fact.slot, fact), fact)
         self.candidates = facts if self.keep_repeats else list(first.values())
         if len(first) < len(facts):
             what = "supersede earlier ones" if self.keep_repeats else "are skipped (data.keep_repeats keeps them)"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from editlab.data.fact import Question
+from editlab.data.fact import Fact, Question, composed
 
 MULTI_HOP = "multi-hop"
 """Group of MQuAKE's multi-hop questions: the variants of one question, of which any may be answered."""
@@ -17,16 +18,29 @@ ANY_COUNTS = frozenset({MULTI_HOP})
 def cases(questions: Iterable[Question]) -> list[tuple[Question, ...]]:
     """Return the questions of one fact as cases; a case counts as right where any of its questions is answered.
 
-    All questions of a group in :data:`ANY_COUNTS` are one case: MQuAKE words each multi-hop question in three ways, and
-    its authors take a case for solved if the model answers one of them (Zhong et al. 2023). Every other question is a
-    case of its own. Cases come in the order of their first question.
+    Questions of a group in :data:`ANY_COUNTS` that have the same answers are one case: MQuAKE words each multi-hop
+    question in three ways, and its authors take a case for solved if the model answers one of them (Zhong et al. 2023).
+    Every other question is a case of its own. Cases come in the order of their first question.
 
     >>> two = [Question("multi-hop", "Capital of its country?", ("Oslo",)),
     ...        Question("multi-hop", "Its country's capital is", ("Oslo",))]
     >>> [len(case) for case in cases([*two, Question("Reasoning", "Its king is", ("Harald V",))])]
     [2, 1]
     """
-    found: dict[str | int, list[Question]] = {}
+    found: dict[object, list[Question]] = {}
     for number, question in enumerate(questions):
-        found.setdefault(question.group if question.group in ANY_COUNTS else number, []).append(question)
+        together = question.group in ANY_COUNTS
+        found.setdefault((question.group, question.answers) if together else number, []).append(question)
     return [tuple(case) for case in found.values()]
+
+
+def with_questions_of(fact: Fact, repeat: Fact) -> Fact:
+    """Return a fact with the questions of a record that makes the same edit again, so that they are not lost with it.
+
+    In MQuAKE many cases share an edit. A record with another target adds nothing, because its questions do not follow
+    from the first edit.
+    """
+    new = [question for question in repeat.portability if question not in fact.portability]
+    if not new or composed(fact.target_new) != composed(repeat.target_new):
+        return fact
+    return replace(fact, portability=(*fact.portability, *new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
@@ -22,7 +23,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--columns", type=dict[str, str], default=None,
         help="As data.columns: names of a fact's fields and their names in the file, as a JSON object.",
     )  # fmt: skip
-    parser.add_argument("--subject", type=str, choices=SUBJECTS, default=FIELD, help="As data.subject.")
+    parser.add_argument("--subject", type=str, default=FIELD, help=f"As data.subject: {', '.join(SUBJECTS)}.")
 
 
 def _check(given: Namespace) -> None:
@@ -51,6 +52,8 @@ def _check(given: Namespace) -> None:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
         raise UserError(f"{count}: correct or remove those named above.")
     log.info("%s", measured(facts, given.file))
+    if line := followed(facts):
+        log.info("%s", line)
 
 
 def _difference(one: Fact, other: Fact) -> str:
@@ -73,6 +76,16 @@ def measured(facts: Sequence[Fact], name: str) -> str:
     if truths < total:
         lines.append("Set data.only_known to false: without a truth it is unknown whether the model prefers it.")
     return "\n".join(lines)
+
+
+def followed(facts: Sequence[Fact]) -> str | None:
+    """Return how many facts have portability questions, and in which groups, as text; None if none has."""
+    groups = Counter(question.group for fact in facts for question in fact.portability)
+    if not groups:
+        return None
+    count = sum(bool(fact.portability) for fact in facts)
+    named = ", ".join(f"{questions} {group}" for group, questions in groups.items())
+    return f"{count} with questions that follow from the edit: {named}."
 
 
 _CHECK = Command("check", "List the wrong records of a file of facts.", _add_arguments, _check)

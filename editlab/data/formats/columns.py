@@ -25,7 +25,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
     known = (*COLUMNS, *SAME)
     for ours, theirs in columns.items():
         if ours not in known:
-            raise UserError(f"data.columns gives a name to {ours!r}, which is no field of a fact: {_fix(ours, known)}.")
+            raise UserError(f"data.columns gives a name to {ours!r}, which is no field of a fact: {_fix(ours, known)}")
         if not isinstance(theirs, str) or not theirs:
             raise UserError(f"data.columns.{ours} is {theirs!r}: write the name of a field of the file.")
     for ours, other in SAME.items():
@@ -48,7 +48,7 @@ def format_by(columns: Mapping[str, str], present: Collection[str], source: str)
     for ours, theirs in columns.items():
         if present and theirs not in present:
             fix = _fix(theirs, sorted(present))
-            raise UserError(f"data.columns.{ours} is {theirs!r}, which is no field of {source}: {fix}.")
+            raise UserError(f"data.columns.{ours} is {theirs!r}, which is no field of {source}: {fix}")
     names = {SAME.get(ours, ours): theirs for ours, theirs in columns.items()}
     if "target" not in present and "target_new" in present:
         names.setdefault("target", "target_new")
@@ -57,4 +57,4 @@ def format_by(columns: Mapping[str, str], present: Collection[str], source: str)
 
 def _fix(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?"[:-1] if close else f"use one of {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}."
