@@ -135,8 +135,11 @@ def test_named_groups_hold_objects_or_parallel_lists():
         },
         "reversed": [{"prompt": "{} is the city of", "ground_truth": "Peru", "group": "back"}],
         "empty": [],
+        "absent": None,
     }
-    questions = read_record({**BASES["EasyEdit"], "portability": groups}, 0).portability
+    fact = read_record({**BASES["EasyEdit"], "portability": groups, "locality": {"near": [], "far": None}}, 0)
+    questions = fact.portability
+    assert fact.neighbors == ()
     assert questions == (
         Question("reasoning", "Its king is", ("Harald V",)),
         Question("reasoning", "Its queen is", ("Sonja", "Queen Sonja")),

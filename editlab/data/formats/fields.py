@@ -157,7 +157,7 @@ def _neighbors(record: dict[str, Any], truth: str | None, own: str) -> Iterator[
 def _locality(found: Any) -> Iterator[Neighbor]:
     grouped = isinstance(found, dict) and not any(name in found for name in PROMPTS)
     for group in found.values() if grouped else [found or []]:
-        for one in group if isinstance(group, list) else [group]:
+        for one in group if isinstance(group, list) else [group or {}]:
             if not isinstance(one, dict):
                 raise UserError("has a 'locality' with a part that is not an object: give it prompt and ground_truth")
             yield from paired(one, found_name(one, PROMPTS), found_name(one, ANSWERS))

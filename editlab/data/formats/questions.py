@@ -85,7 +85,7 @@ def _questions(record: dict[str, Any], own: str) -> Iterator[Question]:
     if isinstance(found, dict) and not any(name in found for name in _PROMPTS):
         groups = found.items()
     for group, part in groups:
-        for one in part if isinstance(part, list) else [part]:
+        for one in part if isinstance(part, list) else [part or {}]:
             if not isinstance(one, dict):
                 raise UserError(f"has a {own!r} with a part that is not an object: give it prompt and answers")
             named = str(one.get("group") or group)
