@@ -48,7 +48,7 @@ class RippleEdits(FactFormat):
         target, aliases = tests.named(edit, "target_id")
         target = first_text(edit, "target_label", "target") or target
         prompt, target = _parts(edit, target)
-        before = edit.get("previous_fact") or edit.get("original_fact") or {}
+        before = _object(edit, "previous_fact", "original_fact")
         truth, truth_aliases = tests.named(before, "target_id")
         truth = first_text(before, "target_label", "target") or truth
         if before and truth is None:
@@ -59,7 +59,7 @@ class RippleEdits(FactFormat):
                 f"names its subject by the id {edit.get('subject_id')!r} alone, and no test shows its name: add "
                 "'subject_label' to 'edit', or set data.subject to infer or last_token"
             )
-        asked = [*names_in((edit.get("fact_query") or {}).get("answers"), "fact_query")]
+        asked = names_in(_object(edit, "fact_query").get("answers"), "answers")
         return Fact(
             subject=subject or "",
             prompt=as_template(prompt, subject) if subject else prompt,
@@ -129,6 +129,11 @@ class _Tests:
             return label
         others = [test.prompt for test in self.tests if test.subject == subject and test.prompt != prompt]
         return shared_words(prompt, others) if subject else None
+
+
+def _object(edit: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return the first of several inner objects that is there; an empty one if none is."""
+    return next((field(edit, name, dict) for name in names if edit.get(name)), {})
 
 
 def _queries(record: dict[str, Any], group: str) -> Iterator[dict[str, Any]]:
