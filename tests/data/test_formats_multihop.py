@@ -86,6 +86,8 @@ def test_mquake_with_one_rewrite_and_without_questions():
     assert [type(format_of(record)) for record in (MQUAKE, one)] == [MQuAKE] * 2
     assert len(read_record(one, 0).portability) == 6
     bare = {"requested_rewrite": one["requested_rewrite"]}
+    named = changed(bare, ["curling", "roarin' game"], "requested_rewrite", 0, "target_new")
+    assert read_record(named, 0).aliases == ("roarin' game",)
     assert (read_record(bare, 4).portability, read_record(bare, 4).id) == ((), 4)
 
 

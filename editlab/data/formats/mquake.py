@@ -35,8 +35,8 @@ class MQuAKE(CounterFact):
         facts = [
             replace(
                 fact,
-                aliases=_aliases(fact, fact.target_new, new),
-                truth_aliases=_aliases(fact, fact.target_true, old),
+                aliases=_aliases(fact, fact.target_new, new) or fact.aliases,
+                truth_aliases=_aliases(fact, fact.target_true, old) or fact.truth_aliases,
             )
             for fact in facts
         ]
