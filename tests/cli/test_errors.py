@@ -140,6 +140,9 @@ FIT = {
     "a table without a header": (facts("headless.csv"), "write subject,prompt,target there"),
     "a table with a cell too many": (facts("wide.csv"), "has 4 cells for 3 columns: put texts with a comma"),
     "an open quote": (facts("quote.csv"), "close every quote"),
+    "a column of no field": (setting("data.columns", {"promt": "x"}), "is no field of a fact: did you mean prompt?"),
+    "a column that is none": (setting("data.columns", {"prompt": "x"}), "data.columns.prompt is 'x', which is no"),
+    "an unknown rule for subjects": (setting("data.subject", "guess"), "it must be one of field, infer, last_token"),
     "a schema that is none": (setting("data.format", "Wikidata"), "There is no class named 'Wikidata'"),
     # numbers out of range, and names that are none
     "no fact": (setting("data.limit", 0), "data.limit is 0: it must be at least 1"),
