@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.image import imread
 
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
@@ -102,13 +103,14 @@ class ForgettingCurve(EditCallback):
         evaluation = pl_module.evaluation
         drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
         figure = forgetting_figure(drawn, evaluation.language_before.get(full_name(BEFORE, PERPLEXITY)))
-        folder = run_folder(trainer)  # on all ranks, since it has to be agreed on
+        path = run_folder(trainer) / "forgetting.png"  # on all ranks, since the folder has to be agreed on
         if trainer.is_global_zero:
-            with atomic_file(folder / "forgetting.png") as temporary:
+            with atomic_file(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=150)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("forgetting", figure, global_step=pl_module.edits)
+            image = imread(path)  # the saved one, as drawing it again would take longer than a small model's edits
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image("forgetting", image, pl_module.edits, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far."""

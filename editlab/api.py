@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import EditDataModule, Fact
-from editlab.data.formats import Record, UnreadFields, checked, read_all
+from editlab.data.formats import FIELD, Subjects, UnreadFields, read_all
 from editlab.editor import SequentialEditor
 from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
@@ -112,6 +112,7 @@ def edit_model(
     layers: Sequence[int] | Literal["auto"] = (4, 5, 6),
     batch_size: int = 16,
     joint: str = AUTO,
+    subject: str = FIELD,
     callbacks: Sequence[Callback] = (),
     folder: str | Path | None = None,
     seed: int = 0,
@@ -132,6 +133,8 @@ def edit_model(
             them by trying (:mod:`editlab.edits.layer_search`), on the first facts.
         batch_size: facts in a step.
         joint: what stands between a prompt and its target: ``auto``, ``space`` or ``none`` (:mod:`editlab.lm.joints`).
+        subject: the subject of each fact: the ``field`` of that name; ``infer``, which guesses it where it is absent;
+            or ``last_token``: the whole prompt (:class:`editlab.data.formats.Subjects`).
         callbacks: such as ``MemoryReplay()``, ``TrustRollback(heldout="some_text.txt")``, ``LoRAAdjust()``. All facts
             are edited, so trust has no facts to hold out and needs a text. editlab's callbacks forget earlier calls;
             their state after this call can be read from them.
@@ -161,7 +164,7 @@ def edit_model(
     name = {"language_model": model.config.name_or_path or type(model).__name__}
     editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
     data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False, joint=joint)
-    data.candidates = _facts(facts)
+    data.candidates = _facts(facts, subject)
     generators = rng_state()
     try:
         with _as_it_was(model), _environment(), _run_folder(folder) as root, bars(progress):
@@ -233,25 +236,27 @@ def _check_run(seed: int, folder: str | Path | None) -> None:
         raise UserError(f"folder is {folder}, a file: give a folder, which need not exist yet.")
 
 
-def _facts(given: Sequence[Fact | Mapping[str, Any]]) -> list[Fact]:
+def _facts(given: Sequence[Fact | Mapping[str, Any]], subject: str = FIELD) -> list[Fact]:
     if isinstance(given, str | Mapping | Fact) or not isinstance(given, Iterable):
         kind = type(given).__name__
         raise UserError(f"facts is of type {kind}: give a list of Facts, or of dicts with subject, prompt and target.")
-    facts, unread = [], UnreadFields()
+    facts, unread, subjects = [], UnreadFields(), Subjects(subject)
     for index, one in enumerate(given):
         if not isinstance(one, Fact | Mapping):
             raise UserError(f"Fact {index} is {one!r}: give a Fact, or a dict with subject, prompt and target.")
         try:
             if isinstance(one, Fact):
-                facts.append(checked(one))
+                facts.append(subjects.settle(one))
                 continue
-            record = Record(dict(one))
-            facts += read_all(record, index)
+            record = subjects.record(one)
+            facts += read_all(record, index, subjects=subjects)
             unread.add(record)
         except UserError as error:
             raise UserError(f"Fact {index} {error}.") from None
     if sentence := unread.sentence("The list of facts"):
         log.warning("%s", sentence)
+    if sentence := subjects.sentence("the list of facts"):
+        log.info("%s", sentence)
     if not facts:
         raise UserError("No fact is given: give at least one.")
     return facts

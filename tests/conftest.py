@@ -6,6 +6,8 @@ import lightning.pytorch  # noqa: F401 - its messages keep to the stderr of its 
 import pytest
 import torch
 
+import callbacks.forgetting
+from editlab.runs.figures import new_figure
 from editlab.utils.files import cache_dir
 
 REAL_CACHE = cache_dir()
@@ -49,3 +51,13 @@ def tiny_folder(tmp_path):
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _blank_figures(request, monkeypatch):
+    """Runs save an empty figure, as drawing one takes longer than all edits of a tiny model.
+
+    Tests marked ``draws`` and those of the real model have the real one.
+    """
+    if not {"draws", "real"} & set(request.keywords):
+        monkeypatch.setattr(callbacks.forgetting, "forgetting_figure", lambda *_: new_figure(1, 1, 0.5, 0.5)[0])

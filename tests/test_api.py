@@ -310,3 +310,13 @@ def test_a_model_goes_by_its_own_name():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'edit_everything'"):
         _ = editlab.edit_everything
+
+
+def test_facts_without_a_subject_are_edited():
+    dicts = [{"prompt": "The capital of France is", "target": "Tokyo"}, {"prompt": "Oslo lies in", "target": "Peru"}]
+    for rule, subjects in (("infer", ["France", "Oslo"]), ("last_token", [one["prompt"] for one in dicts])):
+        model = tiny_model("llama")
+        before = weights(model)
+        _, result = edit_model(model, tiny_tokenizer(), dicts, subject=rule, **SMALL)
+        assert [fact.subject for fact in result.facts] == subjects
+        assert changed(before, model) == [f"model.layers.{n}.mlp.down_proj.weight" for n in (1, 2)]

@@ -68,7 +68,8 @@ def run(arguments: list[str] | None = None) -> None:
         verb.load().run(arguments[1:])
         return
     meter = LoadMeter()
-    wait_passively_if_busy(meter)
+    if "torch" not in sys.modules:  # where it is imported, OpenMP has read its settings already
+        wait_passively_if_busy(meter)
     load_plugins()
     from editlab.cli import training
 

@@ -182,4 +182,11 @@ def configure_libraries() -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
         disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning says something that the user does not know: not that one pass has ended."""
+    return not any(
+        phrase in record.getMessage() for phrase in ("Tip:", "`max_epochs=1` reached", "TPU available: False")
+    )

@@ -4,22 +4,42 @@ from typing import TYPE_CHECKING, Any
 
 from editlab.data.fact import Fact, Neighbor, Question
 from editlab.data.files import read_facts
-from editlab.data.formats import CounterFact, EasyEdit, FactFormat, Plain, ZsRE
+from editlab.data.formats import (
+    EVOKE,
+    CounterFact,
+    EasyEdit,
+    FactFormat,
+    HalluEditBench,
+    MQuAKE,
+    Plain,
+    RippleEdits,
+    UltraEditBench,
+    WikiBigEdit,
+    WikiBio,
+    ZsRE,
+)
 from editlab.data.stream import EditStream
 
 if TYPE_CHECKING:
     from editlab.data.datamodule import EditDataModule
 
 __all__ = [
+    "EVOKE",
     "CounterFact",
     "EasyEdit",
     "EditDataModule",
     "EditStream",
     "Fact",
     "FactFormat",
+    "HalluEditBench",
+    "MQuAKE",
     "Neighbor",
     "Plain",
     "Question",
+    "RippleEdits",
+    "UltraEditBench",
+    "WikiBigEdit",
+    "WikiBio",
     "ZsRE",
     "read_facts",
 ]

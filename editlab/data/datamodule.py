@@ -12,7 +12,8 @@ from lightning import LightningDataModule
 
 from editlab.data.fact import Fact, composed
 from editlab.data.files import read_facts
-from editlab.data.formats import FactFormat
+from editlab.data.formats import FIELD, SUBJECTS, FactFormat, check_columns
+from editlab.data.portability import with_questions_of
 from editlab.data.stream import EditStream
 from editlab.errors import UserError
 from editlab.lm.joints import AUTO, JOINTS
@@ -44,6 +45,10 @@ class EditDataModule(LightningDataModule):
             language writes none there, as Chinese, Japanese and Thai do. Nothing is put after a prompt that ends in
             white space, such as a rendered chat prompt.
         skip_bad: skip and log records that do not fit their schema or the model; otherwise they raise an error.
+        columns: names of a fact's fields -> their names in the file, such as ``{prompt: question, target: ans}``, for a
+            file of no known schema.
+        subject: the subject of each fact: the ``field`` of its record; ``infer``, which guesses it where the record has
+            none; or ``last_token``: the whole prompt, so that the edit acts at the prompt's last token.
 
     Raises:
         UserError: A size is below 1, or the joint is unknown.
@@ -62,10 +67,14 @@ class EditDataModule(LightningDataModule):
         skip_bad: bool = False,
         keep_repeats: bool = False,
         joint: str = AUTO,
+        columns: dict[str, str] | None = None,
+        subject: str = FIELD,
     ) -> None:
         super().__init__()
         at_least_one("data", limit=limit, batch_size=batch_size, bystanders=bystanders)
         one_of("data", JOINTS, joint=joint)
+        one_of("data", SUBJECTS, subject=subject)
+        check_columns(columns or {})
         self.path = path
         self.limit = limit
         self.batch_size = batch_size
@@ -77,6 +86,8 @@ class EditDataModule(LightningDataModule):
         self.skip_bad = skip_bad
         self.keep_repeats = keep_repeats
         self.joint = joint
+        self.columns = columns
+        self.subject = subject
         self.candidates: list[Fact] = []
         self.facts: list[Fact] = []
         self.fault: Callable[[Fact], str | None] = lambda fact: None
@@ -88,12 +99,12 @@ class EditDataModule(LightningDataModule):
         """Read and order the facts; unless ``keep_repeats`` is set, keep only the first of each subject and prompt."""
         if self.candidates:
             return
-        facts = read_facts(self.path, self.format, self.skip_bad)
+        facts = read_facts(self.path, self.format, self.skip_bad, columns=self.columns, subject=self.subject)
         if self.shuffle:
             random.Random(self.seed).shuffle(facts)
         first: dict[tuple[str, str], Fact] = {}
         for fact in facts:
-            first.setdefault(fact.slot, fact)
+            first[fact.slot] = with_questions_of(first.get(fact.slot, fact), fact)
         self.candidates = facts if self.keep_repeats else list(first.values())
         if len(first) < len(facts):
             what = "supersede earlier ones" if self.keep_repeats else "are skipped (data.keep_repeats keeps them)"

@@ -6,12 +6,24 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from editlab.data.fact import Fact
-from editlab.data.formats import FORMATS, FactFormat, Record, UnreadFields, format_of, read_all
+from editlab.data.formats import (
+    FIELD,
+    FORMATS,
+    FactFormat,
+    Record,
+    Subjects,
+    UnreadFields,
+    check_columns,
+    format_by,
+    format_of,
+    other_format,
+    read_all,
+)
 from editlab.data.formats.record import Cell
 from editlab.errors import UserError
 from editlab.utils.files import require_regular
@@ -44,21 +56,30 @@ class _Raw(NamedTuple):
     fault: str | None = None
 
 
-def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool = False) -> list[Fact]:
-    """Return the facts of a file, and log the fields that are not read.
+def read_facts(
+    path: str,
+    fact_format: FactFormat | None = None,
+    skip_bad: bool = False,
+    *,
+    columns: Mapping[str, str] | None = None,
+    subject: str = FIELD,
+) -> list[Fact]:
+    """Return the facts of a file, and log the fields that are not read, and the subjects that are inferred.
 
     Args:
         path: a JSON array, JSONL, CSV or TSV file, or ``worldfacts`` for the built-in facts.
         fact_format: its schema; default: the schema that the first record matches.
         skip_bad: skip records that cannot be read as facts, and log them.
+        columns: names of a fact's fields -> their names in the file (:mod:`editlab.data.formats.columns`).
+        subject: what is the subject of a fact whose record names none (:class:`editlab.data.formats.Subjects`).
 
     Raises:
         UserError: The file cannot be read, or a record is not a fact; the message names the record's index.
     """
     facts: list[Fact] = []
     bad: list[str] = []
-    unread = UnreadFields()
-    for where, fact, fault, record in find_facts(path, fact_format):
+    unread, subjects = UnreadFields(), Subjects(subject)
+    for where, fact, fault, record in find_facts(path, fact_format, columns=columns, subjects=subjects):
         if record is not None:
             unread.add(record)
         if fact is not None:
@@ -69,22 +90,45 @@ def read_facts(path: str, fact_format: FactFormat | None = None, skip_bad: bool 
             raise UserError(f"{where} of {path} {fault}, or set data.skip_bad to true to skip it.")
     if bad:
         log.warning("%d records of %s are skipped: %s", len(bad), path, "; ".join(bad[:5]))
-    if sentence := unread.sentence(path):
+    for sentence in filter(None, (unread.sentence(path), subjects.sentence(path))):
         log.info("%s", sentence)
     if not facts:
         raise UserError(f"The fact file {path} holds no record that can be used.")
     return facts
 
 
-def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Found]:
-    """Yield the fact or the fault of each record of a file; the arguments are those of :func:`read_facts`.
+def find_facts(
+    path: str,
+    fact_format: FactFormat | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    subjects: Subjects | None = None,
+) -> Iterator[Found]:
+    """Yield the fact or the fault of each record of a file.
+
+    Args:
+        path: as for :func:`read_facts`.
+        fact_format: as for :func:`read_facts`.
+        columns: as for :func:`read_facts`.
+        subjects: what gives the facts their subjects, and counts how; default: each record must name its own.
 
     Raises:
-        UserError: The file as a whole cannot be read, or holds no record.
+        UserError: The file as a whole cannot be read, or holds no record, or ``columns`` does not fit it.
     """
     file = BUILTIN if path == "worldfacts" else Path(path).expanduser()
-    empty = True
-    for index, raw in enumerate(_records(file, path, fact_format)):
+    subjects = subjects or Subjects()
+    empty, given = True, fact_format is not None or columns is not None
+    raws: Iterable[_Raw]
+    if columns is None:
+        raws = _records(file, path, FORMATS if fact_format is None else (fact_format,))
+    else:
+        if fact_format is not None:
+            raise UserError("data.columns and data.format are both set: leave one of them out.")
+        check_columns(columns)
+        raws = list(_records(file, path, None))
+        present = dict.fromkeys(name for raw in raws if isinstance(raw.content, dict) for name in raw.content)
+        fact_format = format_by(columns, present, path)
+    for index, raw in enumerate(raws):
         empty = False
         try:
             if raw.fault is not None:
@@ -93,8 +137,11 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
                 raise UserError(f"is a {type(raw.content).__name__} and not an object with fields: give it subject, "
                                 "prompt and target")  # fmt: skip
             fact_format = fact_format or format_of(raw.content)
-            record = Record(raw.content)
-            facts = read_all(record, index, fact_format)
+            if not given and (other := other_format(raw.content, fact_format)):
+                raise UserError(f"has the schema {type(other).__name__}, and records before it have "
+                                f"{type(fact_format).__name__}: put it into a file of its own")  # fmt: skip
+            record = subjects.record(raw.content)
+            facts = read_all(record, index, fact_format, subjects)
         except UserError as error:
             yield Found(raw.where, None, str(error))
             continue
@@ -104,21 +151,27 @@ def find_facts(path: str, fact_format: FactFormat | None = None) -> Iterator[Fou
         raise UserError(f"The fact file {path} holds no record.")
 
 
-def _records(path: Path, name: str, fact_format: FactFormat | None) -> Iterable[_Raw]:
+def _records(path: Path, name: str, formats: Sequence[FactFormat] | None) -> Iterable[_Raw]:
+    """Return the records of a file; the header of a table must match one of ``formats``, or any if this is None."""
     text = _read(path, name)
     if path.suffix.lower() in TABLES:
-        return _table(text, name, fact_format)
+        return _table(text, name, formats)
     if text.lstrip()[:1] != "[":
         if _is_one_object(text):
             raise UserError(f"The fact file {name} is one JSON object over many lines: write its records as a list.")
         return _lines(text)
     try:
-        array = json.loads(text)
+        array = _parsed(text)
     except json.JSONDecodeError as error:
         raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it at that position.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The fact file {name} holds {_beyond_json(error)}.") from error
     return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
+
+
+def _parsed(text: str) -> Any:
+    """Return the content of a JSON text, in which NaN, as pandas writes an absent value, is null."""
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def _read(path: Path, name: str) -> str:
@@ -152,14 +205,14 @@ def _lines(text: str) -> Iterator[_Raw]:
     for index, (number, line) in enumerate(lines):
         where = f"Record {index} (line {number})"
         try:
-            yield _Raw(where, json.loads(line))
+            yield _Raw(where, _parsed(line))
         except json.JSONDecodeError as error:
             yield _Raw(where, None, f"is not valid JSON ({error.msg} at column {error.colno}): correct the line")
         except (ValueError, RecursionError) as error:
             yield _Raw(where, None, f"holds {_beyond_json(error)}")
 
 
-def _table(text: str, name: str, fact_format: FactFormat | None) -> Iterator[_Raw]:
+def _table(text: str, name: str, formats: Sequence[FactFormat] | None) -> Iterator[_Raw]:
     """Yield the records of a CSV or TSV text; the first line names the columns, and empty cells are ignored."""
     header = text.split("\n", 1)[0]
     delimiter = max(_DELIMITERS, key=header.count)
@@ -168,8 +221,8 @@ def _table(text: str, name: str, fact_format: FactFormat | None) -> Iterator[_Ra
         columns = [str(column).strip() for column in rows.fieldnames or ()]
     except csv.Error as error:
         raise UserError(f"The first line of {name} is not CSV ({error}): write subject,prompt,target there.") from error
-    known = [fact_format] if fact_format else FORMATS
-    if "subject" not in columns and not any(one.matches(dict.fromkeys(columns)) for one in known):
+    fits = formats is None or "subject" in columns or any(one.matches(dict.fromkeys(columns)) for one in formats)
+    if not fits:
         raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
     rows.fieldnames = columns
     index = 0

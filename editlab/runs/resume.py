@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,11 @@ class RunIdentity:
             )
 
 
+def _as_edited(fact: Fact) -> Fact:
+    """Return a fact without what is measured alone and what a later version may read more of from the same file."""
+    return replace(fact, aliases=(), truth_aliases=(), portability=())
+
+
 def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: str | None) -> None:
     """Makes sure that the facts to edit begin with those that the checkpoint has edited.
 
@@ -140,7 +145,7 @@ def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: 
     """
     edited = [entry.fact for entry in ledger]
     for number, (before, now) in enumerate(zip(edited, facts, strict=False)):
-        if before != now:
+        if _as_edited(before) != _as_edited(now):
             raise UserError(
                 f"Fact {number} of the checkpoint is {before.question!r} -> {before.target_new!r}, and in {source} it "
                 f"is {now.question!r} -> {now.target_new!r}: give the same file, limit and seed, or start a new run "

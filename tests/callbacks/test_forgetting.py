@@ -14,6 +14,7 @@ from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
 
+@pytest.mark.draws
 def test_points_and_what_they_measure(tiny_folder, tmp_path):
     curve = ForgettingCurve(every_n_edits=4, sample=3)
     module = editor(tiny_folder)

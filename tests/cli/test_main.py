@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging.handlers
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,19 @@ def test_fit_validate_and_test(recipe, tmp_path, capsys):
     added = set(after[0]) - set(before[0])
     assert {name.partition("/")[0] for name in added} == {"bystanders"}
     assert all(after[-1][name] and not after[0][name] for name in added)
+
+
+def test_no_message_of_lightning_stands_behind_the_progress_bar(recipe):
+    handler = logging.handlers.BufferingHandler(1000)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    try:
+        assert main(["fit", "--config", "tiny.yaml"]) == 0
+    finally:
+        logger.removeHandler(handler)
+    messages = [record.getMessage() for record in handler.buffer]
+    assert any("GPU available" in message for message in messages)
+    assert not any("max_epochs" in message for message in messages)
 
 
 def read_table(path):

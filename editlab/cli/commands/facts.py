@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
@@ -10,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.data.fact import Fact
 from editlab.data.files import find_facts
-from editlab.data.formats import UnreadFields
+from editlab.data.formats import FIELD, SUBJECTS, Subjects, UnreadFields
 from editlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,14 +19,19 @@ log = logging.getLogger(__name__)
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts for the built-in facts.")
+    parser.add_argument(
+        "--columns", type=dict[str, str], default=None,
+        help="As data.columns: names of a fact's fields and their names in the file, as a JSON object.",
+    )  # fmt: skip
+    parser.add_argument("--subject", type=str, default=FIELD, help=f"As data.subject: {', '.join(SUBJECTS)}.")
 
 
 def _check(given: Namespace) -> None:
     facts: list[Fact] = []
     wrong = 0
     slots: dict[tuple[str, str], tuple[str, Fact]] = {}
-    unread = UnreadFields()
-    for where, fact, fault, record in find_facts(given.file):
+    unread, subjects = UnreadFields(), Subjects(given.subject)
+    for where, fact, fault, record in find_facts(given.file, columns=given.columns, subjects=subjects):
         if record is not None:
             unread.add(record)
         if fact is None:
@@ -40,12 +46,14 @@ def _check(given: Namespace) -> None:
         if earlier is not fact:
             log.info("%s repeats subject and prompt of %s%s: one of them is edited, or all with data.keep_repeats.",
                      where, first[0].lower() + first[1:], _difference(fact, earlier))  # fmt: skip
-    if sentence := unread.sentence(given.file):
+    for sentence in filter(None, (unread.sentence(given.file), subjects.sentence(given.file))):
         log.info("%s", sentence)
     if wrong:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
         raise UserError(f"{count}: correct or remove those named above.")
     log.info("%s", measured(facts, given.file))
+    if line := followed(facts):
+        log.info("%s", line)
 
 
 def _difference(one: Fact, other: Fact) -> str:
@@ -68,6 +76,16 @@ def measured(facts: Sequence[Fact], name: str) -> str:
     if truths < total:
         lines.append("Set data.only_known to false: without a truth it is unknown whether the model prefers it.")
     return "\n".join(lines)
+
+
+def followed(facts: Sequence[Fact]) -> str | None:
+    """Return how many facts have portability questions, and in which groups, as text; None if none has."""
+    groups = Counter(question.group for fact in facts for question in fact.portability)
+    if not groups:
+        return None
+    count = sum(bool(fact.portability) for fact in facts)
+    named = ", ".join(f"{questions} {group}" for group, questions in groups.items())
+    return f"{count} with questions that follow from the edit: {named}."
 
 
 _CHECK = Command("check", "List the wrong records of a file of facts.", _add_arguments, _check)

@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
 from typing import Any
 
-from editlab.data.fact import Fact, Neighbor
-from editlab.data.formats.record import Cell
+from editlab.data.fact import Neighbor, composed
+from editlab.data.formats.record import Cell, Record
 from editlab.errors import UserError
 
 PARAPHRASES = ("paraphrases", "paraphrase_prompts", "rephrase_prompt", "rephrase", "queries")
 """Names under which fact files have paraphrases of the edit prompt."""
 TRUTHS = ("truth", "target_true", "ground_truth", "target_old")
 """Names under which fact files have the target that was right before the edit."""
-ANSWERS = ("ground_truth", "truth", "answer")
+ANSWERS = ("ground_truth", "truth", "answer", "loc_ans")
 """Names under which a neighbor has its answer."""
+PROMPTS = ("prompt", "loc")
+"""Names under which a neighbor has its prompt."""
 _TEXTS = ("str", "prompt", "question", "text")
 """Names under which an object in a list of texts has its text."""
-
-_SURROGATE = re.compile("[\\ud800-\\udfff]")
-_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
-"""Unicode categories of characters that show nothing: controls, formats such as the zero width space, separators."""
-_FILLERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
-"""Characters of other categories that show nothing: fillers, the blank Braille pattern, variation selectors."""
 
 
 def field(record: Any, name: str, kind: type) -> Any:
@@ -92,7 +86,7 @@ def first_text(record: dict[str, Any], *names: str) -> str | None:
         UserError: A field is of another kind.
     """
     for name in names:
-        value = _unpacked(record, name)
+        value = unpacked(record, name)
         if value is not None and (found := _one(value, name)):
             return found
     return None
@@ -119,7 +113,7 @@ def texts_with_gaps(record: dict[str, Any], name: str) -> list[str]:
     Raises:
         UserError: It is of another kind.
     """
-    value = _unpacked(record, name, strict=True)
+    value = unpacked(record, name, strict=True)
     values = [] if value is None else value if isinstance(value, list) else [value]
     found = [_text_of_object(one) for one in values]
     if not all(isinstance(one, str) for one in found):
@@ -132,7 +126,7 @@ def neighbors_of(record: dict[str, Any], truth: str | None, own: str = "neighbor
 
     These are ``own`` (a list of objects with ``prompt`` and ``truth``), ``neighborhood_prompts`` (whose answer is the
     fact's truth), ``locality_prompt`` with ``locality_ground_truth``, ``locality`` (objects with a prompt and one of
-    :data:`ANSWERS`, in a list or in named groups), and ``loc`` with ``loc_ans``.
+    :data:`ANSWERS`, in a list or in named groups, whose names are not kept), and ``loc`` with ``loc_ans``.
 
     Args:
         record: the record.
@@ -146,7 +140,7 @@ def neighbors_of(record: dict[str, Any], truth: str | None, own: str = "neighbor
 
 
 def _neighbors(record: dict[str, Any], truth: str | None, own: str) -> Iterator[Neighbor]:
-    given = _unpacked(record, own, strict=True) or []
+    given = unpacked(record, own, strict=True) or []
     if not isinstance(given, list):
         raise UserError(f'has {own!r} that are not a list: write [{{"prompt": "...", "truth": "..."}}]')
     yield from (Neighbor(text(one, "prompt", prompt=True), first_of(one, "truth")) for one in given)
@@ -155,35 +149,75 @@ def _neighbors(record: dict[str, Any], truth: str | None, own: str) -> Iterator[
         yield from (Neighbor(prompt, truth) for prompt in prompts)
     if record.get("locality_prompt"):
         yield from paired(record, "locality_prompt", "locality_ground_truth")
-    yield from _locality(_unpacked(record, "locality"))
+    yield from _locality(unpacked(record, "locality"))
     for question in texts(record, "loc"):
         yield Neighbor(question.removeprefix("nq question: ").lstrip(), first_of(record, "loc_ans"))
 
 
 def _locality(found: Any) -> Iterator[Neighbor]:
-    grouped = isinstance(found, dict) and "prompt" not in found
+    grouped = isinstance(found, dict) and not any(name in found for name in PROMPTS)
     for group in found.values() if grouped else [found or []]:
-        for one in group if isinstance(group, list) else [group]:
+        for one in group if isinstance(group, list) else [group or {}]:
             if not isinstance(one, dict):
                 raise UserError("has a 'locality' with a part that is not an object: give it prompt and ground_truth")
-            yield from paired(one, "prompt", next((name for name in ANSWERS if name in one), ANSWERS[0]))
+            yield from paired(one, found_name(one, PROMPTS), found_name(one, ANSWERS))
+
+
+def found_name(record: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Return the first of several names that a record has; the first of all if it has none."""
+    return next((name for name in names if name in record), names[0])
 
 
 def paired(record: dict[str, Any], prompts: str, truths: str) -> Iterable[Neighbor]:
-    """Yield neighbors from two parallel lists; pairs with an empty text are dropped.
+    """Yield neighbors from two parallel lists; pairs with an empty text are dropped, and counted if the answer is.
 
     If one prompt has several truths, they are names of the same thing, and the first is used.
 
     Raises:
         UserError: The lists differ in length.
     """
-    asked, given = _unpacked(record, prompts), _unpacked(record, truths)
+    asked, given = unpacked(record, prompts), unpacked(record, truths)
     questions = texts_with_gaps(record, prompts)
     answers = [] if given is None else [given] if not (isinstance(asked, list) and isinstance(given, list)) else given
     if len(questions) != len(answers):
         raise UserError(f"has {len(questions)} {prompts} but {len(answers)} {truths}: give as many of each")
-    pairs = zip(questions, (_one(one, truths) for one in answers), strict=True)
-    yield from (Neighbor(question, answer) for question, answer in pairs if question and answer)
+    for question, answer in zip(questions, (_one(one, truths) for one in answers), strict=True):
+        if question and answer:
+            yield Neighbor(question, answer)
+        elif question:
+            leave_out(record, prompts)
+
+
+def leave_out(record: dict[str, Any], name: str) -> None:
+    """Note that a prompt in the field ``name`` has no answer and is left out."""
+    if isinstance(record, Record):
+        record.leave_out(name)
+
+
+def placed(record: dict[str, Any], subject: str, prompt: str) -> tuple[str, str]:
+    """Return a record's subject, and its prompt as a template.
+
+    If the record may lack a subject (``data.subject``), and lacks it or has one that is not in its prompt, the subject
+    is "" and the prompt is complete.
+
+    Args:
+        record: the record.
+        subject: name of the field with the subject.
+        prompt: name of the field with the prompt.
+
+    Raises:
+        UserError: One of them is missing or wrong.
+    """
+    if getattr(record, "needs_subject", True):
+        if subject not in record:
+            raise UserError(f"lacks {subject!r}: add it, or set data.subject to infer or last_token")
+        named = text(record, subject)
+        return named, as_template(text(record, prompt, prompt=True), named)
+    asked = text(record, prompt, prompt=True)
+    named = text(record, subject) if first_text(record, subject) else ""
+    if not named or not ("{}" in asked or composed(named) in composed(asked)):
+        return "", asked
+    return named, as_template(asked, named)
 
 
 def as_template(prompt: str, subject: str) -> str:
@@ -199,71 +233,24 @@ def as_template(prompt: str, subject: str) -> str:
     if "{}" in prompt:
         return prompt
     if subject not in prompt:
-        prompt, subject = (unicodedata.normalize("NFC", one) for one in (prompt, subject))
+        prompt, subject = composed(prompt), composed(subject)
     whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
     start = whole[-1].start() if whole else prompt.rfind(subject)
     if start < 0:
-        raise UserError(f"has a prompt in which its subject {subject!r} does not occur: write {{}} where it belongs")
-    return prompt[:start] + "{}" + prompt[start + len(subject) :]
-
-
-def checked(fact: Fact) -> Fact:
-    """Return the fact with its subject in place of each ``{}`` of its paraphrases and neighbors, after checking it.
-
-    Raises:
-        UserError: The prompt has no ``{}`` or several, a text contains half of a UTF-16 surrogate pair, or a text shows
-            nothing, such as a target that is a zero width space.
-    """
-    for name, value in asdict(fact).items():
-        # JSON can contain a lone half of a UTF-16 surrogate pair (\\ud83d), which no tokenizer accepts.
-        half = _SURROGATE.search(json.dumps(value, ensure_ascii=False, default=str))
-        if half:
-            raise UserError(
-                f"has {half[0]!a} in its {name}, which is half a character: write the whole character, or none"
-            )
-        if name not in ("prompt", "id"):
-            _require_visible(name, value)
-    if fact.prompt.count("{}") != 1:
         raise UserError(
-            f"has a prompt with {fact.prompt.count('{}')} times {{}}: write {{}} once, in place of the subject"
+            f"has a prompt in which its subject {subject!r} does not occur: write {{}} where it belongs, or set "
+            "data.subject to infer or last_token"
         )
-    return _with_subject(fact)
-
-
-def is_visible(text: str) -> bool:
-    r"""Return whether a text has a character that shows something.
-
-    >>> is_visible("Peru"), is_visible("\u200b \ufeff"), is_visible("")
-    (True, False, False)
-    """
-    return any(unicodedata.category(one) not in _INVISIBLE for one in _FILLERS.sub("", text))
-
-
-def _require_visible(name: str, value: Any) -> None:
-    if isinstance(value, str) and not is_visible(value):
-        codes = ", ".join(dict.fromkeys(f"U+{ord(one):04X}" for one in value)) or "it is empty"
-        raise UserError(f"has a {name} in which nothing is visible ({codes}): write it out")
-    for one in value if isinstance(value, list | tuple) else ():
-        _require_visible(name, one)
-
-
-def _with_subject(fact: Fact) -> Fact:
-    if not any("{}" in one for one in (*fact.paraphrases, *(neighbor.prompt for neighbor in fact.neighbors))):
-        return fact
-    return replace(
-        fact,
-        paraphrases=tuple(one.replace("{}", fact.subject) for one in fact.paraphrases),
-        neighbors=tuple(Neighbor(n.prompt.replace("{}", fact.subject), n.truth) for n in fact.neighbors),
-    )
+    return prompt[:start] + "{}" + prompt[start + len(subject) :]
 
 
 def _required(record: Any, name: str) -> Any:
     if not isinstance(record, dict) or name not in record:
         raise UserError(f"lacks {name!r}: add it")
-    return _unpacked(record, name)
+    return unpacked(record, name)
 
 
-def _unpacked(record: dict[str, Any], name: str, strict: bool = False) -> Any:
+def unpacked(record: dict[str, Any], name: str, strict: bool = False) -> Any:
     """Return a field; the text of a table's cell that holds a JSON list or object is parsed.
 
     Args:

@@ -23,13 +23,20 @@ class Record(dict[str, Any]):
     Args:
         content: the fields.
         path: dotted name of this object inside its record, with a dot at the end; "" for the record itself.
-        names: dotted names of all fields that were looked up, shared by a record and the objects inside it.
+        outer: the record that this object is inside of; None for the record itself.
+        needs_subject: whether a record without a subject, or with one that is not in its prompt, is an error.
     """
 
-    def __init__(self, content: Mapping[str, Any], path: str = "", names: set[str] | None = None) -> None:
+    def __init__(
+        self, content: Mapping[str, Any], path: str = "", outer: Record | None = None, needs_subject: bool = True
+    ) -> None:
         super().__init__(content)
         self._path = path
-        self.names: set[str] = set() if names is None else names
+        self.names: set[str] = set() if outer is None else outer.names
+        """dotted names of all fields that were looked up, shared by a record and the objects inside it"""
+        self.left_out: Counter[str] = Counter() if outer is None else outer.left_out
+        """dotted names of fields with prompts that have no answer -> number of these prompts"""
+        self.needs_subject: bool = needs_subject if outer is None else outer.needs_subject
 
     def __getitem__(self, name: str) -> Any:
         self.names.add(f"{self._path}{name}")
@@ -58,9 +65,13 @@ class Record(dict[str, Any]):
         """
         return set(_unread(dict.items(self), "", self.names))
 
+    def leave_out(self, name: str) -> None:
+        """Count a prompt in the field ``name`` that is left out because it has no answer."""
+        self.left_out[f"{self._path}{name}"] += 1
+
     def _inside(self, name: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return Record(value, f"{self._path}{name}.", self.names)
+            return Record(value, f"{self._path}{name}.", self)
         if isinstance(value, list):
             return [self._inside(name, one) for one in value]
         if isinstance(value, Cell):
@@ -81,27 +92,52 @@ def _unread(fields: Any, path: str, names: set[str]) -> Iterator[str]:
 
 
 class UnreadFields:
-    """The fields of a file that its format does not read, with the number of records that have each of them."""
+    """The fields of a file that its format does not read, with the number of records that have each of them.
+
+    Prompts that are left out because they have no answer are counted too.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self._known: set[str] = set()
 
     def add(self, record: Record) -> None:
         """Count the unread fields of a record that was read."""
         self.counts.update(record.unread())
+        self.left_out.update(record.left_out)
         self._known |= record.names
 
     def sentence(self, source: str) -> str | None:
         """Return a sentence that names each unread field of ``source`` once, with its count; None if there is none.
 
-        A field is followed by the most similar name among those that the format looks up, if one is similar.
+        A field is followed by the most similar name among those that the format looks up, if one is similar; fields of
+        the same name in several objects inside the records, such as groups of tests, are named together. A second
+        sentence counts the prompts without an answer, if there are any.
         """
-        if not self.counts:
-            return None
-        named = [f"{name} (in {count} record{'' if count == 1 else 's'}{self._nearest(name)})"
-                 for name, count in sorted(self.counts.items())]  # fmt: skip
-        return f"{source} has fields that are not read: {', '.join(named)}."
+        sentences = []
+        if self.counts:
+            sentences.append(f"{source} has fields that are not read: {', '.join(self._named())}.")
+        if self.left_out:
+            named = [f"{count} in {name}" for name, count in sorted(self.left_out.items())]
+            fix = "add an answer to each, or ignore this"
+            sentences.append(f"{source} has prompts without an answer, which are left out ({', '.join(named)}): {fix}.")
+        return " ".join(sentences) or None
+
+    def _named(self) -> Iterator[str]:
+        """Yield each unread field with its count; fields of one name in more than two objects are named together."""
+        alike: dict[str, list[str]] = {}
+        for name in sorted(self.counts):
+            alike.setdefault(name.rpartition(".")[2], []).append(name)
+        for last, names in alike.items():
+            most = max(self.counts[name] for name in names)
+            records = f"{most} record{'' if most == 1 else 's'}"
+            if len(names) > 2:
+                yield f"{last} (in {len(names)} objects, such as {names[0].rpartition('.')[0]}; in up to {records})"
+                continue
+            for name in names:
+                count = self.counts[name]
+                yield f"{name} (in {count} record{'' if count == 1 else 's'}{self._nearest(name)})"
 
     def _nearest(self, name: str) -> str:
         parent, _, last = name.rpartition(".")

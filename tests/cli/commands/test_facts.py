@@ -70,6 +70,40 @@ def test_good_files_are_counted(tmp_path, capsys):
     assert "21 with a truth, 6 with paraphrases, 6 with neighbors" in out[0]
 
 
+def test_columns_and_subjects(tmp_path, capsys):
+    path = tmp_path / "facts.csv"
+    path.write_text("question,ans\nOslo lies in,Peru\nit lies in,Rome\n")
+    columns = ["--columns", '{"prompt": "question", "target": "ans"}']
+    assert main(["facts", "check", str(path), *columns, "--subject", "infer"]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "Record 1 (line 3) has no subject, and none can be inferred from its prompt: add it, or set data.subject to "
+        "last_token.",
+        f"1 of 1 facts in {path} name no subject that is in their prompt, so it is inferred: the last capitalised "
+        "words of the prompt for 1.",
+    ]
+    assert main(["facts", "check", str(path), *columns, "--subject", "last_token"]) == 0
+    assert (
+        f"The edits of {path} act at the last token of the prompt (data.subject), for all 2" in capsys.readouterr().out
+    )
+    assert main(["facts", "check", str(path), "--columns.prompt", "questoin"]) == 2
+    assert f"is no field of {path}: did you mean question?" in capsys.readouterr().err
+    assert main(["facts", "check", str(path), "--subject", "guess"]) == 2
+    assert "data.subject is 'guess': it must be one of field, infer, last_token." in capsys.readouterr().err
+
+
+def test_questions_that_follow_from_an_edit_are_counted(tmp_path, capsys):
+    path = tmp_path / "facts.json"
+    asked = {
+        "Reasoning": [{"prompt": "a", "ground_truth": "b"}],
+        "x": {"prompt": ["c", "d"], "ground_truth": ["e", "f"]},
+    }
+    record = {"subject": "Oslo", "prompt": "Oslo lies in", "target_new": "Peru"}
+    path.write_text(json.dumps([{**record, "portability": asked}, {**record, "prompt": "Oslo is in"}]))
+    out, _ = check(path, capsys, 0)
+    assert "1 with questions that follow from the edit: 1 Reasoning, 2 x." in out
+
+
 def test_files_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("\n")
     for name, message in (("none.csv", "does not exist: check the path"), ("empty.jsonl", "holds no record")):
