@@ -9,6 +9,7 @@ from lightning import Trainer
 from editlab.data import EditDataModule
 from editlab.errors import UserError
 from editlab.runs.checkpoint import AtomicCheckpointIO, EditCheckpoint, newest_checkpoint, read_checkpoint, run_version
+from editlab.runs.summary import resume_in_own_folder
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
@@ -52,6 +53,8 @@ def edit(model, folder, checkpoint, ckpt_path=None):
         max_epochs=1, accelerator="cpu", callbacks=[checkpoint], enable_progress_bar=False, logger=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
+    if ckpt_path is not None:
+        resume_in_own_folder(trainer, ckpt_path)
     trainer.fit(editor(model), EditDataModule(facts, batch_size=1, only_known=False), ckpt_path=ckpt_path)
 
 

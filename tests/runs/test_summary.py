@@ -21,7 +21,7 @@ def test_the_table():
                     "before/perplexity": 27.6, "retained/perplexity": 28.25},
         "delta_norm": {"5": 0.25}, "seconds": 61.0, "peak_memory_mb": 900.0,
     }  # fmt: skip
-    trainer = SimpleNamespace(loggers=[RunLogger()])
+    trainer = SimpleNamespace(loggers=[RunLogger()], fast_dev_run=False)
     title = "tiny, layers 5, EMMET"
     text = render(summary, title, trainer, Path("lightning_logs/r/version_0"), "x.ckpt")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
