@@ -118,7 +118,6 @@ def test_errors_of_checkpoints_that_do_not_fit(place, capsys):
     total = whole["state_dict"]["edited.1.total"]
     for bad, sentence in (
         (total[:-1], "The checkpoint's edited.1.total has the shape [31, 48] and the weight [32, 48]"),
-        (total * float("nan"), "holds NaN or infinity"),
         (total.double(), "no float32 matrix as edited.1.total"),
     ):
         whole["state_dict"]["edited.1.total"] = bad

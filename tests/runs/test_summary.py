@@ -67,8 +67,10 @@ def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monk
     for command in (["fit", "--config", "tiny.yaml", "--ckpt_path", "last"], ["report", str(run), "--no_answers"]):
         assert main(command) == 0
     assert main(["compare", "lightning_logs"]) == 0
-    assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
     assert "This should not happen" not in capsys.readouterr().err
+    for command in (["export", "--ckpt_path", str(run), "--out", "out"], ["report", str(run)]):
+        assert main(command) == 2
+        assert "holds NaN or infinity, so the edited model cannot answer" in capsys.readouterr().err
 
 
 def test_facts_about_the_process():
