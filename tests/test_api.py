@@ -214,7 +214,7 @@ def test_a_repeated_slot_is_edited_anew():
         ([{**PLAIN[0], "prompt": "The capital is"}], r"Fact 0 has a prompt in which its subject 'France' does not"),
         ([Fact("France", "no place", "Tokyo")], r"Fact 0 has a prompt with 0 times"),
         ([PLAIN[0], "Oslo"], r"Fact 1 is 'Oslo': give a Fact, or a dict with subject, prompt and target"),
-        (PLAIN[0], r"Fact 0 is 'subject': give a Fact"),
+        (PLAIN[0], r"facts is of type dict: give a list"),
     ],
 )
 def test_what_is_wrong_with_facts_is_named(facts, sentence):
