@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from editlab.cli.main import main
 from editlab.lm.fingerprint import fingerprint
+from editlab.runs.delta import FORMAT, WITHOUT_DIGESTS
 from tests.cli.commands.runs import EDITS, FATES, files, same_bits, save_tiny, weights
 
 PROMPT = "The capital of France is"
@@ -233,9 +234,9 @@ def test_the_base_model_may_have_moved(runs, tmp_path, capsys):
 
 
 def spoilt(delta, path, metadata=None, tensors=None):
-    """A copy of a delta with some of its metadata and tensors changed."""
+    """A copy of a delta with some of its metadata and tensors changed, in the format that has no digests."""
     with safe_open(delta, "pt") as file:
-        said = file.metadata()
+        said = {**file.metadata(), "format": WITHOUT_DIGESTS}
     save_file({**load_file(delta), **(tensors or {})}, path, {**said, **(metadata or {})})
     return path
 
@@ -257,6 +258,7 @@ def test_bad_deltas(runs, tmp_path, capsys):
         tmp_path / "foreign": "is no delta",
         run.base / "model.safetensors": "is no delta",
         spoilt(good, tmp_path / "1", {"modules": "[]"}): "tensors that its metadata does not name",
+        spoilt(good, tmp_path / "9", {"format": FORMAT, "layers": "[2]"}): "its entry layers has changed since it was",
         spoilt(good, tmp_path / "2", {"modules": renamed}): "lacks some of its metadata or tensors",
         spoilt(good, tmp_path / "3", {"dtype": "int8"}): "lacks some of its metadata or tensors",
         spoilt(good, tmp_path / "4", {"fingerprint": "0"}): "weights of",
