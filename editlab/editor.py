@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
@@ -68,9 +69,10 @@ class SequentialEditor(EditedModel):
             the Trainer then does not move the model.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
-        solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which
-            is the model's device, or the CPU if that device has no float64, computes it slowly, or lacks memory for the
-            metrics.
+        chat_template: prompts go through the tokenizer's chat template, as the user's turn: ``none`` of them; ``edit``
+            (values and keys are found there), ``evaluate`` (scores and answers are those after it), or ``both``.
+        solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``: the
+            model's, or the CPU if that one has no float64, computes it slowly, or lacks memory for the metrics.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -95,9 +97,10 @@ class SequentialEditor(EditedModel):
         device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
+        chat_template: str = "none",
         solver_device: str = "auto",
     ) -> None:
-        super().__init__(language_model, layers, edit_module, device_map)
+        super().__init__(language_model, layers, edit_module, device_map, chat_template)
         self.solve_settings = SolveSettings(
             method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
         )
@@ -122,7 +125,8 @@ class SequentialEditor(EditedModel):
     def too_long(self, fact: Fact) -> str | None:
         """Why a fact does not fit into the model (:func:`~editlab.keys.subject_keys.too_long`); None if it does."""
         measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
-        return too_long(self.lm, measured, self.contexts)
+        (scored,) = as_evaluated([measured], self.lm.chat)
+        return too_long(self.lm, measured, self.contexts) or too_long(self.lm, scored, [""])
 
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step runs the solve; with ``layers: auto`` the layers are chosen first."""
@@ -169,7 +173,7 @@ class SequentialEditor(EditedModel):
             )
         with self.unedited():
             self.prepare_solver()
-            data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
+            data.select(lambda facts: self.evaluation.holds(data.keep, self.lm, facts, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         if self.resumed is not None:
             resume.RunIdentity.of(self.resumed).require_settings(self.identity)

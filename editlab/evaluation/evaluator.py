@@ -13,9 +13,12 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from editlab.data.chat import as_evaluated
+from editlab.data.datamodule import KNOWN
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
+from editlab.evaluation.known import knows_truth
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
 from editlab.lm.language_model import LanguageModel
@@ -178,10 +181,21 @@ class Evaluation:
         """``group/metric`` -> value of all that a run has measured of its edits; what was not measured is absent."""
         return self.compute(BEFORE) | self.language_before | self.compute(IMMEDIATE) | self.retained
 
-    def known(self, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
-        """:func:`editlab.evaluation.scoring.prefers_truth`, with the matrix products of the settings."""
+    def holds(
+        self, keep: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
+    ) -> list[bool]:
+        """Whether the model prefers or knows each fact's truth, with the matrix products of the settings.
+
+        Args:
+            keep: ``preferred`` (:func:`~editlab.evaluation.scoring.prefers_truth`) or ``known``
+                (:func:`~editlab.evaluation.known.knows_truth`).
+            lm: the model.
+            facts: the facts.
+            cache: cache of the scores of the current weights.
+        """
+        facts = as_evaluated(facts, lm.chat)
         with self.products(lm):
-            return prefers_truth(lm, facts, cache)
+            return knows_truth(lm, facts) if keep == KNOWN else prefers_truth(lm, facts, cache)
 
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""
@@ -211,6 +225,7 @@ class Evaluation:
         every_prompt: bool = True,
         cache: ScoreCache | None = None,
     ) -> list[FactScores]:
+        facts = as_evaluated(facts, lm.chat)
         neighbors = self.settings.neighbors if every_prompt else 0
         starts = range(0, len(facts), CHUNK)
         bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)

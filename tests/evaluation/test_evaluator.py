@@ -80,7 +80,7 @@ def test_products_may_be_rounded_for_all_that_is_measured(lm):
     assert 0 < apart[1] < 0.05
     perplexities = [e.language(lm)["perplexity"] for e in (exact, rounded)]
     assert perplexities[0] != perplexities[1] == pytest.approx(perplexities[0], rel=0.01)
-    assert exact.known(lm, FACTS) == (plain.logp_true > plain.logp_new).tolist()
+    assert exact.holds("preferred", lm, FACTS) == (plain.logp_true > plain.logp_new).tolist()
 
 
 def test_scores_with_other_products_are_cached_apart(lm):

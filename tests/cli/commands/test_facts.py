@@ -61,7 +61,7 @@ def test_good_files_are_counted(tmp_path, capsys):
         "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or all with "
         "data.keep_repeats.",
         f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
-        "Set data.only_known to false: without a truth it is unknown whether the model prefers it.",
+        "Set data.keep to all: without a truth it is unknown whether the model prefers or knows it.",
     ]
     assert err == []
     out, _ = check(write_counterfact(tmp_path / "facts.json"), capsys, 0)
