@@ -34,12 +34,12 @@ def main() -> None:
     where = {**provenance(ROOT), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
     lm = LanguageModel.from_name(given.model, torch.float32)
     for path in given.files:
-        facts = read_facts(path)
+        facts = read_facts(path, skip_bad=True)
         some = facts[: given.limit]
         start = time.perf_counter()
         held = count_held(lm, some, Path(path).name)
         row = {
-            "file": Path(path).name, "records": len(facts), "measured": held.facts, "preferred": held.preferred,
+            "file": Path(path).name, "facts": len(facts), "measured": held.facts, "preferred": held.preferred,
             "known": held.known, "preferred_percent": f"{100 * held.preferred / held.facts:.1f}",
             "known_percent": f"{100 * held.known / held.facts:.1f}", "model": given.model,
             "seconds": f"{time.perf_counter() - start:.0f}", "threads": torch.get_num_threads(), **where,
