@@ -24,6 +24,7 @@ from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.known import holds_truth
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
@@ -52,25 +53,21 @@ class SequentialEditor(EditedModel):
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
-        layers: blocks whose MLP output projection is edited. Values are found at the highest; MEMIT's spreading
-            divides the update among all of them, from the lowest up. ``auto`` chooses them by trying
-            (:mod:`editlab.edits.layer_search`).
+        layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
+            divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
         method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
         evaluation: what is measured in addition to the edits.
         keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
-        preserve_prompt_tokens: weight with which the keys of the edited prompts' context tokens enter the metric of
-            their batch. The model reads those tokens too, so an edit should not move them. 0 turns it off.
+        preserve_prompt_tokens: weight of the keys of the edited prompts' context tokens in the batch's metric; 0: off.
         passes: number of times that a batch goes through the layers, each time for the remaining residual.
         edit_module: path of the edited module inside a block; default: found by structure.
-        device_map: transformers' own (``auto``, or module path -> device), for a model that one device cannot hold;
-            the Trainer then does not move the model.
+        device_map: transformers' own, for a model that one device cannot hold; the Trainer then does not move it.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
-        chat_template: prompts go through the tokenizer's chat template, as the user's turn: ``none`` of them; ``edit``
-            (values and keys are found there), ``evaluate`` (scores and answers are those after it), or ``both``.
+        chat_template: what reads prompts as a user's turn: ``none``, ``edit`` (keys, values), ``evaluate`` or ``both``.
         solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``: the
             model's, or the CPU if that one has no float64, computes it slowly, or lacks memory for the metrics.
 
@@ -136,10 +133,8 @@ class SequentialEditor(EditedModel):
 
     def find_layers(self, facts: Sequence[Fact]) -> list[int]:
         """The layers at which editing these facts works best (:func:`~editlab.edits.layer_search.choose_layers`)."""
-        setup = SearchSetup(
-            self.lm, self.language_model, self.model_key, self.solve_settings, self.values, self.moments,
-            self.context_settings,
-        )  # fmt: skip
+        setup = SearchSetup(self.lm, self.language_model, self.model_key, self.solve_settings, self.values,
+                            self.moments, self.context_settings)  # fmt: skip
         return choose_layers(setup, facts)
 
     @property
@@ -173,7 +168,8 @@ class SequentialEditor(EditedModel):
             )
         with self.unedited():
             self.prepare_solver()
-            data.select(lambda facts: self.evaluation.holds(data.keep, self.lm, facts, self.unedited_scores))
+            with self.evaluation.products(self.lm):
+                data.select(lambda facts: holds_truth(self.lm, facts, data.keep, self.unedited_scores))
             self.evaluation.measure_unedited(self.lm)
         if self.resumed is not None:
             resume.RunIdentity.of(self.resumed).require_settings(self.identity)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-
 SIDES = ("dev", "test")
 """The two halves of a file of facts: the first for choosing settings, the second for reported numbers."""
 

@@ -14,13 +14,11 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from editlab.data.chat import as_evaluated
-from editlab.data.datamodule import KNOWN
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
-from editlab.evaluation.known import knows_truth
 from editlab.evaluation.score_cache import ScoreCache
-from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
+from editlab.evaluation.scoring import FactScores, score_facts, token_log_probs
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import MATMULS, products, type_of_products
 from editlab.lm.text import cut, read_file, read_ids, text_of
@@ -180,22 +178,6 @@ class Evaluation:
     def results(self) -> dict[str, float]:
         """``group/metric`` -> value of all that a run has measured of its edits; what was not measured is absent."""
         return self.compute(BEFORE) | self.language_before | self.compute(IMMEDIATE) | self.retained
-
-    def holds(
-        self, keep: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
-    ) -> list[bool]:
-        """Whether the model prefers or knows each fact's truth, with the matrix products of the settings.
-
-        Args:
-            keep: ``preferred`` (:func:`~editlab.evaluation.scoring.prefers_truth`) or ``known``
-                (:func:`~editlab.evaluation.known.knows_truth`).
-            lm: the model.
-            facts: the facts.
-            cache: cache of the scores of the current weights.
-        """
-        facts = as_evaluated(facts, lm.chat)
-        with self.products(lm):
-            return knows_truth(lm, facts) if keep == KNOWN else prefers_truth(lm, facts, cache)
 
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""

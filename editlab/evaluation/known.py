@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from editlab.data.chat import as_evaluated
+from editlab.data.datamodule import KNOWN
 from editlab.data.fact import Fact
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import prefers_truth
@@ -31,9 +33,20 @@ _ARTICLES = ("a", "an", "the")
 _WORD = re.compile(r"\w+")
 
 
-def knows_truth(
-    lm: LanguageModel, facts: Sequence[Fact], tick: Callable[[int], Any] | None = None
-) -> list[bool]:
+def holds_truth(lm: LanguageModel, facts: Sequence[Fact], keep: str, cache: ScoreCache | None = None) -> list[bool]:
+    """Whether the model prefers or knows each fact's truth, at the prompts at which facts are scored.
+
+    Args:
+        lm: the model, with its original weights.
+        facts: the facts of a run.
+        keep: ``preferred`` or ``known``.
+        cache: cache of the scores of these weights.
+    """
+    facts = as_evaluated(facts, lm.chat)
+    return knows_truth(lm, facts) if keep == KNOWN else prefers_truth(lm, facts, cache)
+
+
+def knows_truth(lm: LanguageModel, facts: Sequence[Fact], tick: Callable[[int], Any] | None = None) -> list[bool]:
     """Whether the model knows each fact: its greedy continuation of the edit prompt begins with the truth.
 
     The model is given neither the length nor the beginning of an answer. A continuation ends early where further tokens

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from editlab.lm.anatomy import context_length
 from editlab.lm.joints import boundary
 from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
-from editlab.lm.tokens import encode, require_embedded
-
-if TYPE_CHECKING:
-    from editlab.lm.language_model import LanguageModel
+from editlab.lm.tokens import Encoding, encode, require_embedded
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
@@ -185,11 +182,21 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
 
 
+class Speaker(Protocol):
+    """The parts of a :class:`~editlab.lm.language_model.LanguageModel` that continuing a text needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, text: str) -> Encoding:
+        """Tokenize a text, with the special tokens that the model expects before it."""
+
+
 # ---- texts --------------------------------------------------------------------------------------------------------
 
 
 def greedy_texts(
-    lm: LanguageModel,
+    lm: Speaker,
     prompts: Sequence[str],
     max_new_tokens: int,
     done: Callable[[int, str], bool],
@@ -227,7 +234,7 @@ def greedy_texts(
 
 
 def greedy_continuations(
-    lm: LanguageModel,
+    lm: Speaker,
     prompts: Sequence[str],
     max_new_tokens: int = 32,
     tick: Callable[[int], Any] | None = None,

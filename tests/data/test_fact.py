@@ -37,5 +37,6 @@ def test_a_facts_half_is_the_first_bit_of_a_digest(subject, side):
 
 
 def test_a_facts_half_does_not_depend_on_the_form_of_accents():
-    assert {Fact(name, "{} is", "x").side for name in ("C\u00f4te", "Co\u0302te")} == {"dev"}  # its digest begins with 06
+    # The digest of "C\u00f4te" and "{} is" begins with 06.
+    assert {Fact(name, "{} is", "x").side for name in ("C\u00f4te", "Co\u0302te")} == {"dev"}
     assert Fact("\ud800", "{} is", "x").side in ("dev", "test")  # JSON may hold half a character

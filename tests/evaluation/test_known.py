@@ -85,6 +85,7 @@ def said(lm, fact, tokens):
 
 def says_the_truth(text, fact):
     """Tell whether a text begins with a fact's truth, by rules written again: SQuAD's, at the beginning."""
+
     def plain(some):
         words = "".join(" " if c in string.punctuation and c != "_" else c for c in some.casefold()).split()
         return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words

@@ -135,7 +135,9 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
     check = (
-        IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size", "joint", "split"} else IDENTITY.require_model
+        IDENTITY.require_settings
+        if changes.keys() <= {"precision", "batch_size", "joint", "split"}
+        else IDENTITY.require_model
     )
     with pytest.raises(UserError, match=message):
         check(run)
