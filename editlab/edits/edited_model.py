@@ -77,10 +77,9 @@ class EditedModel(lightning.LightningModule):
             self._load()
         data = getattr(compat.trainer_of(self), "datamodule", None)
         self.lm.joint = getattr(data, "joint", AUTO_JOINT)
-        if self.lm.chat is None and self.chat_template != NONE:
-            self.lm.chat = Chat.of(self.lm.tokenizer, self.chat_template)
-            if data is not None:
-                data.candidates = as_edited(data.candidates, self.lm.chat)
+        self.lm.chat = Chat.of(self.lm.tokenizer, self.chat_template)
+        if data is not None:
+            data.candidates = as_edited(data.candidates, self.lm.chat)
 
     def _load(self) -> None:
         if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:

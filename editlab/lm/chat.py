@@ -72,8 +72,9 @@ class Chat:
         return self.mode in ("evaluate", "both")
 
     def wrap(self, prompt: str) -> str:
-        """Return a prompt as the user's turn of a chat, up to the beginning of the answer."""
-        return self.head + prompt + self.tail
+        """Return a prompt as the user's turn of a chat, up to the beginning of the answer; one that is so already stays."""
+        inside = bool(self.head) and prompt.startswith(self.head) and prompt.endswith(self.tail)
+        return prompt if inside else self.head + prompt + self.tail
 
     def unwrap(self, prompt: str) -> str:
         """Return the prompt that :meth:`wrap` was called with."""

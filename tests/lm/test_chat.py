@@ -30,6 +30,7 @@ def test_a_wrapped_prompt_is_the_tokenizers_own_rendering(mode):
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert chat.wrap(prompt) == text == "<s>[user] The capital of France is\n[assistant]\n"
     assert chat.unwrap(text) == prompt
+    assert chat.wrap(text) == text  # a prompt that the file has rendered
     assert (chat.edits, chat.evaluates) == (mode != "evaluate", mode != "edit")
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
-from editlab.cli.commands.writing import add_device_argument
 from editlab.data.fact import Fact
 from editlab.data.files import find_facts
 from editlab.data.formats import UnreadFields
@@ -22,7 +21,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="A model: count the facts whose truth it prefers, P(true) > P(new), and those that it knows."
     )
-    add_device_argument(parser)
+    parser.add_argument("--device", default="cpu", help="Device of the model: cpu, cuda, cuda:1 or mps.")
 
 
 def _check(given: Namespace) -> None:
@@ -66,7 +65,7 @@ def held(facts: Sequence[Fact], model: str, device: str) -> str:
     Raises:
         UserError: No fact has a truth, a fact does not fit the model, or the model cannot be loaded.
     """
-    # Imported here, as checking a file needs no model.
+    # Imported here, because checking a file needs neither torch nor a model.
     import torch
 
     from editlab.evaluation.known import count_held
