@@ -13,11 +13,12 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
 from editlab.evaluation.score_cache import ScoreCache
-from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts, token_log_probs
+from editlab.evaluation.scoring import FactScores, score_facts, token_log_probs
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import MATMULS, products, type_of_products
 from editlab.lm.text import cut, read_file, read_ids, text_of
@@ -178,11 +179,6 @@ class Evaluation:
         """``group/metric`` -> value of all that a run has measured of its edits; what was not measured is absent."""
         return self.compute(BEFORE) | self.language_before | self.compute(IMMEDIATE) | self.retained
 
-    def known(self, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
-        """:func:`editlab.evaluation.scoring.prefers_truth`, with the matrix products of the settings."""
-        with self.products(lm):
-            return prefers_truth(lm, facts, cache)
-
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""
         return ScoreCache(key, type_of_products(self.settings.matmul, lm.device), lm.device)
@@ -211,6 +207,7 @@ class Evaluation:
         every_prompt: bool = True,
         cache: ScoreCache | None = None,
     ) -> list[FactScores]:
+        facts = as_evaluated(facts, lm.chat)
         neighbors = self.settings.neighbors if every_prompt else 0
         starts = range(0, len(facts), CHUNK)
         bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)

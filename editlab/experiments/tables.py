@@ -25,6 +25,10 @@ SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "i
 _SHOWN = {"immediate": ("ES", "PS", "NS", "accuracy"), "before": ("PS", "NS", "perplexity")}
 """Metrics of a run's row by group; of ``retained`` all but those by age."""
 
+_SELECTION = {"keep": "keep", "split": "split", "checked": "facts_checked", "preferred": "facts_preferred",
+              "known": "facts_known", "neighbors_left_out": "neighbors_left_out"}  # fmt: skip
+"""How a run's facts were selected: entry of ``facts`` in ``summary.json`` -> column."""
+
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "retained/accuracy": lambda row: float(row["retained/accuracy"]),
     "retained/ES": lambda row: float(row["retained/ES"]),
@@ -67,6 +71,8 @@ def rows_of_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[Row]:
         row |= {name: round(value, 3) for name, value in perplexity.items()}
         if len(perplexity) == 2:
             row["perplexity_ratio"] = round(perplexity["retained/perplexity"] / perplexity["before/perplexity"], 4)
+        selection = summary.get("facts", {})
+        row |= {column: selection[name] for name, column in _SELECTION.items() if name in selection}
         rows.append({**row, **{name: COLUMNS[name](run) for name in columns}, **provenance_of(run)})
     return rows
 

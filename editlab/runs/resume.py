@@ -53,6 +53,8 @@ class RunIdentity:
     """``trainer.precision``; None in checkpoints of older versions"""
     joint: str = AUTO
     """``data.joint``"""
+    split: str = "all"
+    """``data.split``"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -66,6 +68,7 @@ class RunIdentity:
             architecture=architecture(model.lm.model),
             precision=trainer.precision,
             joint=model.lm.joint,
+            split=getattr(trainer.datamodule, "split", "all"),  # type: ignore[attr-defined]
         )
 
     @classmethod
@@ -105,7 +108,7 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision, batch size and joint of the checkpoint with this identity.
+        """Makes sure that ``run`` has the precision, batch size, split and joint of the checkpoint with this identity.
 
         Raises:
             UserError: One of them differs.
@@ -120,6 +123,11 @@ class RunIdentity:
                 f"The checkpoint's batches are of {self.batch_size} facts and this run's of {run.batch_size}: set "
                 "data.batch_size to the checkpoint's."
             )
+        if self.split != run.split:
+            raise UserError(
+                f"The checkpoint's run had data.split {self.split} and this one has {run.split}: set it to the "
+                "checkpoint's, or start a new run without --ckpt_path."
+            )
         if self.joint != run.joint:
             raise UserError(
                 f"The checkpoint's run had data.joint {self.joint} and this one has {run.joint}: set it to the "
@@ -128,8 +136,12 @@ class RunIdentity:
 
 
 def _as_edited(fact: Fact) -> Fact:
-    """Return a fact without what is measured alone and what a later version may read more of from the same file."""
-    return replace(fact, aliases=(), truth_aliases=(), portability=())
+    """Return a fact without what an edit does not depend on.
+
+    With a higher limit more subjects are edited, and fewer neighbors are measured; a later version may read more
+    aliases and questions from the same file.
+    """
+    return replace(fact, neighbors=(), aliases=(), truth_aliases=(), portability=())
 
 
 def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: str | None) -> None:

@@ -163,6 +163,7 @@ def summarize(
         "metrics": metrics,
         "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
         "seconds": seconds,
+        "facts": dict(getattr(trainer.datamodule, "selection", {})),  # type: ignore[attr-defined]
         **provenance(trainer),
     }
 
@@ -202,6 +203,25 @@ def counted(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
+def selected(facts: Mapping[str, Any]) -> list[str]:
+    """What was measured of a file of facts to select those to edit, as sentences.
+
+    Args:
+        facts: :attr:`editlab.data.EditDataModule.selection`.
+    """
+    lines = []
+    half = "" if facts.get("split", "all") == "all" else f" ({facts['split']} half)"
+    for name, verb in (("preferred", "prefers the truth of"), ("known", "knows")):
+        if name in facts:
+            of = f"{facts[name]} of the {facts['checked']} facts of {facts['path']}{half} that were checked"
+            lines.append(f"the unedited model {verb} {of} ({facts[name] / facts['checked']:.1%})")
+    if facts.get("neighbors_left_out"):
+        lines.append(
+            f"NS leaves out {facts['neighbors_left_out']} of {facts['neighbors']} neighbors, whose subjects are edited"
+        )
+    return lines
+
+
 def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
     """The summary as text of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
@@ -219,6 +239,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         "",
         f"||delta|| / ||W||: {norms}",
         f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
+        *selected(summary.get("facts", {})),
         "",
     ]
     if is_trial(trainer):

@@ -148,7 +148,7 @@ def test_weights_only_cannot_be_switched_off_from_python(place):
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         default_root_dir=place / "other", **TRAINER_DEFAULTS,
     )  # fmt: skip
-    data = EditDataModule("facts.json", limit=4, batch_size=2, only_known=False)
+    data = EditDataModule("facts.json", limit=4, batch_size=2, keep="all")
     with pytest.raises(Exception, match="weights_only is False, and loading a checkpoint would then run any code"):
         trainer.fit(editor, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     shutil.rmtree(place / "other", ignore_errors=True)

@@ -31,7 +31,7 @@ def mine(tmp_path, tiny_folder, monkeypatch):
             "language_model": str(tiny_folder), "layers": [1], "method": "EMMET", "values": {"steps": 2},
             "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64},
         },
-        "data": {"only_known": False},
+        "data": {"keep": "all"},
         "trainer": {"accelerator": "cpu"},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

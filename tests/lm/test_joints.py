@@ -85,7 +85,7 @@ def test_the_model_follows_the_data(joint):
 
     class WithModel(EditedModel):
         def _load(self):
-            self.lm = SimpleNamespace()
+            self.lm = SimpleNamespace(tokenizer=None)
 
     module = WithModel("any", [1], None, None)
     module._trainer = SimpleNamespace(datamodule=EditDataModule(joint=joint))

@@ -55,7 +55,7 @@ def edit(model, folder, checkpoint, ckpt_path=None):
     )  # fmt: skip
     if ckpt_path is not None:
         resume_in_own_folder(trainer, ckpt_path)
-    trainer.fit(editor(model), EditDataModule(facts, batch_size=1, only_known=False), ckpt_path=ckpt_path)
+    trainer.fit(editor(model), EditDataModule(facts, batch_size=1, keep="all"), ckpt_path=ckpt_path)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

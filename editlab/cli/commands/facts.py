@@ -1,4 +1,4 @@
-"""``editlab facts check``: lists the wrong records of a file of facts."""
+"""``editlab facts check``: lists the wrong records of a file of facts, and counts those that a model holds."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="As data.columns: names of a fact's fields and their names in the file, as a JSON object.",
     )  # fmt: skip
     parser.add_argument("--subject", type=str, default=FIELD, help=f"As data.subject: {', '.join(SUBJECTS)}.")
+    parser.add_argument(
+        "--model", help="A model: count the facts whose truth it prefers, P(true) > P(new), and those that it knows."
+    )
+    parser.add_argument("--device", default="cpu", help="Device of the model: cpu, cuda, cuda:1 or mps.")
 
 
 def _check(given: Namespace) -> None:
@@ -54,6 +58,36 @@ def _check(given: Namespace) -> None:
     log.info("%s", measured(facts, given.file))
     if line := followed(facts):
         log.info("%s", line)
+    if given.model is not None:
+        log.info("%s", held(facts, given.model, given.device))
+
+
+def held(facts: Sequence[Fact], model: str, device: str) -> str:
+    """Count the facts whose truth a model prefers, and those that it knows, as a sentence.
+
+    Args:
+        facts: the facts.
+        model: name or path of the model.
+        device: device on which it runs.
+
+    Raises:
+        UserError: No fact has a truth, a fact does not fit the model, or the model cannot be loaded.
+    """
+    # Imported here, because checking a file needs neither torch nor a model.
+    import torch
+
+    from editlab.evaluation.known import count_held
+    from editlab.keys.subject_keys import check_lengths
+    from editlab.lm.language_model import LanguageModel
+    from editlab.lm.placement import device_named
+
+    if all(fact.target_true is None for fact in facts):
+        raise UserError("No fact has a truth, so none can be preferred or known: leave --model out, or add truths.")
+    place = device_named(device)
+    lm = LanguageModel.from_name(model, torch.float32)
+    lm.model.to(place)  # type: ignore[arg-type]
+    check_lengths(lm, facts, [])
+    return f"The model {model} {count_held(lm, facts)}."
 
 
 def _difference(one: Fact, other: Fact) -> str:
@@ -74,7 +108,7 @@ def measured(facts: Sequence[Fact], name: str) -> str:
         f"with paraphrases, {neighbors} with neighbors."
     ]
     if truths < total:
-        lines.append("Set data.only_known to false: without a truth it is unknown whether the model prefers it.")
+        lines.append("Set data.keep to all: without a truth it is unknown whether the model prefers or knows it.")
     return "\n".join(lines)
 
 
