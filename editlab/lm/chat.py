@@ -72,7 +72,7 @@ class Chat:
         return self.mode in ("evaluate", "both")
 
     def wrap(self, prompt: str) -> str:
-        """Return a prompt as the user's turn of a chat, up to the beginning of the answer; one that is so already stays."""
+        """Return a prompt as the user's turn of a chat, up to the beginning of the answer; one that is so stays."""
         inside = bool(self.head) and prompt.startswith(self.head) and prompt.endswith(self.tail)
         return prompt if inside else self.head + prompt + self.tail
 
