@@ -31,7 +31,7 @@ from editlab.lm.precision import default_dtype
 from editlab.runs import resume
 from editlab.runs.logger import RunLogger
 from editlab.runs.step_metrics import step_metrics
-from editlab.runs.summary import finish_run, summarize
+from editlab.runs.summary import finish_run, save_outcomes, summarize
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
@@ -270,13 +270,12 @@ class SequentialEditor(EditedModel):
         self.measure_retained()
 
     def on_fit_end(self) -> None:
-        """Logs the summary and writes it into the run's folder."""
+        """Logs the summary and writes it and the outcome of each edit into the run's folder."""
         if self.resumed is not None:
-            given = len(self.trainer.datamodule.facts)  # type: ignore[attr-defined]
-            resume.require_unfinished(self.trainer, self.resumed, self.edits, given)
+            resume.require_unfinished(self.trainer, self.resumed, self.edits)
         self.measure_retained()  # for a finished run that was resumed: its training did not start
         title = f"{self.language_model}, layers {', '.join(map(str, self.layer_numbers))}, {type(self.method).__name__}"
-        finish_run(self.trainer, self.summarize(), title)
+        finish_run(self.trainer, self.summarize(), title, self.ledger, self.evaluation)
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
@@ -304,8 +303,9 @@ class SequentialEditor(EditedModel):
         self.evaluation.update("retained", self.lm, batch.facts)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``retained/*`` over all batches."""
+        """Logs ``retained/*`` over all batches, and writes the outcome of each edit."""
         self.log_dict(self.evaluation.compute("retained"))
+        save_outcomes(self.trainer, self.ledger, self.evaluation)
 
     @_float32
     def test_step(self, batch: FactBatch, batch_idx: int) -> None:
