@@ -1,8 +1,8 @@
 """Comparisons of an experiment's cases by the outcomes of their edits, for tables of means.
 
 The difference of a case from the baseline is paired over seeds and facts. Its interval and p-value come from a
-hierarchical bootstrap (:func:`~editlab.experiments.statistics.paired_bootstrap`), and the p-values of a table's cases are
-corrected as one family (:func:`~editlab.experiments.statistics.holm`).
+hierarchical bootstrap (:func:`~editlab.experiments.statistics.paired_bootstrap`), and the p-values of a table's cases
+are corrected as one family (:func:`~editlab.experiments.statistics.holm`).
 """
 
 from __future__ import annotations

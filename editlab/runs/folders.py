@@ -36,8 +36,8 @@ _IGNORED = (
             "limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly",
         )
     ),
-    "EditCheckpoint", "ForgettingCurve", "EditProgressBar", "TQDMProgressBar", "RichProgressBar", "ckpt_path",
-    "weights_only", "model.moments.cache", "model.evaluation.age_bins",
+    "EditCheckpoint", "ForgettingCurve", "DownstreamEval", "EditProgressBar", "TQDMProgressBar", "RichProgressBar",
+    "ckpt_path", "weights_only", "model.moments.cache", "model.evaluation.age_bins",
 )  # fmt: skip
 """Settings, and callbacks with their settings, that have no effect on what is compared: they choose what is written,
 shown or measured, and no edit depends on them."""
