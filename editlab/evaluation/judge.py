@@ -123,8 +123,8 @@ def judged(settings: JudgeSettings, items: Sequence[Item]) -> list[bool | None] 
 def verdict(text: str | None) -> bool | None:
     """True for yes, False for no, None for anything else; only case and punctuation around the word are ignored.
 
-    >>> [verdict(text) for text in ("Yes.", "**no**", "Yes and no", "", None)]
-    [True, False, None, None, None]
+    >>> verdict("Yes."), verdict("**no**"), verdict("Yes and no"), verdict(None)
+    (True, False, None, None)
     """
     found = _VERDICT.fullmatch(text or "")
     return found[1].lower() == "yes" if found else None
