@@ -94,7 +94,8 @@ def outcome_rows(ledger: Ledger, scores: Mapping[str, FactScores | None], answer
         ledger: the run's edits.
         scores: group -> its scores. In ``before`` and ``immediate`` fact number i is the ledger's entry i; in
             ``retained`` it is the i-th standing fact.
-        answers: what the model generated, with the facts numbered in the same way; {} if nothing was generated.
+        answers: what the model generated, with the facts numbered in the same way; None if nothing was generated.
+            Answers about facts that were not edited, as in a run that was stopped early, are left out.
 
     Raises:
         ValueError: if a group of answers has a column that is not one of :data:`ANSWERED`.
@@ -113,6 +114,8 @@ def outcome_rows(ledger: Ledger, scores: Mapping[str, FactScores | None], answer
         numbers = ledger.standing_numbers if group == RETAINED else range(len(rows))
         for found in (_scored(scores.get(group)), answers.get(group, {})):
             for i, columns in found.items():
+                if i >= len(numbers):  # of a fact that a stopped run has not edited
+                    continue
                 if unknown := columns.keys() - {*SCORED, *ANSWERED}:
                     raise ValueError(f"{sorted(unknown)} are no columns of {FILE}: there are {', '.join(ANSWERED)}.")
                 rows[numbers[i]] |= {full_name(group, name): columns[name] for name in columns}
@@ -152,15 +155,16 @@ def _scored(scores: FactScores | None) -> dict[int, Row]:
 def _counted(name: str, prompts: PromptScores, prefer_truth: bool) -> dict[int, Row]:
     """Number of the fact -> how many of its prompts were measured, hit, and preferred (if they can be judged)."""
     kinds = {f"{name}_hits": "accuracy", f"{name}_preferred": "score"}
-    values = {column: prompt_values(prompts, kind, prefer_truth=prefer_truth) for column, kind in kinds.items()}
+    values = {
+        column: prompt_values(prompts, kind, prefer_truth=prefer_truth).tolist() for column, kind in kinds.items()
+    }
     found: dict[int, Row] = {}
     for index, i in enumerate(prompts.record.tolist()):
         own = found.setdefault(i, {f"{name}s": 0})
         own[f"{name}s"] += 1
         for column, each in values.items():
-            value = float(each[index])
-            if not math.isnan(value):
-                own[column] = own.get(column, 0) + int(value)
+            if not math.isnan(each[index]):
+                own[column] = own.get(column, 0) + int(each[index])
     return found
 
 
@@ -234,7 +238,10 @@ MEASURES: Mapping[str, Callable[[Row, str], float]] = {
     "paraphrase_accuracy": _ratio("paraphrase_hits", "paraphrases"),
     "NS": _ratio("neighbor_preferred", "neighbors"),
     "neighbor_accuracy": _ratio("neighbor_hits", "neighbors"),
-    **{name: _column(name) for name in ("contains", "exact", "f1", "judged")},
+    "generation": _column("contains"),
+    "generation_exact": _column("exact"),
+    "generation_f1": _column("f1"),
+    "judged": _column("judged"),
 }
 """metric -> its value for one fact, from a row and a group; the metric is the mean of these over the facts"""
 

@@ -80,10 +80,12 @@ def test_the_mean_over_facts_is_the_metric(ledger):
 
 
 def test_generated_answers_are_columns_of_their_facts(ledger):
-    answers = {"retained": {1: {"generated": "Lima, of course", "contains": True, "exact": False, "f1": 0.5}}}
+    answers = {"retained": {1: {"generated": "Lima, of course", "contains": True, "exact": False, "f1": 0.5}},
+               "before": {0: {"generated": "Oslo"}, 4: {"generated": "of a fact that was not edited"}}}  # fmt: skip
     rows = outcome_rows(ledger, {"retained": RETAINED}, answers)
+    assert [row.get("before/generated") for row in rows] == ["Oslo", None, None, None]
     assert rows[2]["retained/generated"] == "Lima, of course"
-    assert [outcome_values(rows, name) for name in ("contains", "f1", "judged")] == [
+    assert [outcome_values(rows, name) for name in ("generation", "generation_f1", "judged")] == [
         {("again", A.subject, A.prompt, "Lima"): 1.0}, {("again", A.subject, A.prompt, "Lima"): 0.5}, {},
     ]  # fmt: skip
     with pytest.raises(ValueError, match="'text'"):
