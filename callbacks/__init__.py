@@ -1,8 +1,9 @@
-"""Callbacks that a user chooses in YAML: forgetting curves, memory replay, edit trust and LoRA adjustment."""
+"""Callbacks that a user chooses in YAML: curves, memory replay, edit trust and LoRA adjustment."""
 
+from callbacks.downstream import DownstreamEval
 from callbacks.forgetting import ForgettingCurve
 from callbacks.lora.callback import LoRAAdjust
 from callbacks.replay.callback import MemoryReplay
 from callbacks.trust.callback import TrustRollback
 
-__all__ = ["ForgettingCurve", "LoRAAdjust", "MemoryReplay", "TrustRollback"]
+__all__ = ["DownstreamEval", "ForgettingCurve", "LoRAAdjust", "MemoryReplay", "TrustRollback"]

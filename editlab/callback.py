@@ -30,8 +30,8 @@ class EditCallback(Callback):
 
     priority: int = 0
     """Order of the callbacks within an event: lower ones are called first, equal ones by their ``state_key``. editlab's
-    own have: ForgettingCurve 10, LoRAAdjust 30, MemoryReplay 40, TrustRollback 50. So a callback with the default 0
-    sees a plan before any of them, and one above 50 sees the outcome after trust has judged it."""
+    own have: ForgettingCurve 10, DownstreamEval 20, LoRAAdjust 30, MemoryReplay 40, TrustRollback 50. So a callback
+    with the default 0 sees a plan before any of them, and one above 50 sees the outcome after trust has judged it."""
 
     measured_groups: Sequence[str] = ()
     """Groups of metrics that the callback measures during a run, such as ``retained``: EarlyStopping may watch them."""

@@ -262,13 +262,12 @@ class SequentialEditor(MeasuredModel):
         self.measure_retained()
 
     def on_fit_end(self) -> None:
-        """Logs the summary and writes it into the run's folder."""
+        """Logs the summary and writes it and the outcome of each edit into the run's folder."""
         if self.resumed is not None:
-            given = len(self.trainer.datamodule.facts)  # type: ignore[attr-defined]
-            resume.require_unfinished(self.trainer, self.resumed, self.edits, given)
+            resume.require_unfinished(self.trainer, self.resumed, self.edits)
         self.measure_retained()  # for a finished run that was resumed: its training did not start
         title = f"{self.language_model}, layers {', '.join(map(str, self.layer_numbers))}, {type(self.method).__name__}"
-        finish_run(self.trainer, self.summarize(), title)
+        finish_run(self.trainer, self.summarize(), title, self.ledger, self.evaluation)
         self.unmoved.conclude()
 
     def summarize(self) -> dict[str, Any]:

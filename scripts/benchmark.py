@@ -13,7 +13,6 @@ ours, ...), so that a machine that slows down slows both. Appends to ``results/p
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -26,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from editlab.experiments.benchmark_cases import CASES, Round, Setting
-from editlab.experiments.provenance import provenance
+from editlab.experiments.csv_files import kept_rows, read_rows, write_rows
+from editlab.experiments.provenance import made_here
 from editlab.lm.matmul import MATMULS
-from editlab.utils.files import atomic_file
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "performance.csv"
@@ -107,15 +106,7 @@ def profile(work: Callable[[], object]) -> list[tuple[str, float]]:
 
 def write(row: dict[str, Any], path: Path) -> None:
     """Adds a row to a CSV file; columns that other rows lack are empty in them."""
-    earlier: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            earlier = list(csv.DictReader(file))
-    rows = [*earlier, row]
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for one in rows for name in one)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows([*(kept_rows(read_rows(path)) if path.exists() else []), row], path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,7 +135,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     setting = Setting.of(options)
     rate = matmul_rate(dtype, device)
-    where = provenance(ROOT)
+    where = made_here(ROOT, {name: value for name, value in vars(options).items() if name != "results"})
     print(f"{where['machine']}, {torch.get_num_threads()} threads, torch {torch.__version__}: {rate / 1e9:.0f} GFLOP/s")
     rows = []
     for name in options.only or [case for case in CASES if case not in ("products", "whole")]:
@@ -154,7 +145,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         row |= {"plain_gflop": "", "our_gflop": ""} | measure(rounds, device, name != "whole", name)
         share = round(row["our_gflop"] * 1e9 / row["our_s"] / rate, 3) if row["our_gflop"] else ""
         row |= {"our_share_of_matmul_rate": share, "threads": torch.get_num_threads(),
-                **where, "torch": torch.__version__, "date": date.today().isoformat()}  # fmt: skip
+                **where, "date": date.today().isoformat()}  # fmt: skip
         rows.append(row)
         write(row, options.results)
         print(

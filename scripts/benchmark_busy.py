@@ -19,7 +19,6 @@ defaults take on the idle machine, and whether the values have the same bits as 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -33,10 +32,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from editlab.utils.files import atomic_file
+from editlab.experiments.csv_files import kept_rows, read_rows, write_rows
+from editlab.experiments.provenance import made_here
 from editlab.utils.machine import THREAD_VARIABLES, WAIT_VARIABLES, LoadMeter, choose_threads, wait_passively_if_busy
 
-RESULTS = Path(__file__).parents[1] / "results" / "busy_machine.csv"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "busy_machine.csv"
 SETTINGS: dict[str, dict[str, str]] = {
     "torch": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
@@ -185,14 +186,7 @@ def rows_of(measured: dict[int, dict[str, Worker]], options: argparse.Namespace)
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Appends rows to the table."""
-    earlier: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            earlier = list(csv.DictReader(file))
-    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows([*earlier, *rows])
+    write_rows([*(kept_rows(read_rows(path)) if path.exists() else []), *rows], path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -224,7 +218,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             f"[{row['lowest']:g}, {row['highest']:g}], {row['times_torch_idle']} times torch's defaults when idle, "
             f"{'same' if row['same_bits'] else 'other'} bits"
         )
-    write(rows, options.results)
+    made = made_here(ROOT, {name: value for name, value in vars(options).items() if name != "results"})
+    write([row | made for row in rows], options.results)
     return rows
 
 

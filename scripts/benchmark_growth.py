@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from callbacks import MemoryReplay
 from editlab import edit_model
 from editlab.evaluation.evaluator import EvaluationSettings
-from editlab.experiments.csv_files import Row, read_rows, write_rows
-from editlab.experiments.provenance import provenance
+from editlab.experiments.csv_files import Row, kept_rows, read_rows, write_rows
+from editlab.experiments.provenance import made_here
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
@@ -229,8 +229,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT, help="folder whose results/ and figs/ are written to")
     options = parser.parse_args(arguments)
     path = options.out / "results" / "cost_growth.csv"
-    found = {"threads": torch.get_num_threads(), **provenance(ROOT), "torch": torch.__version__}
-    rows = [row for row in (read_rows(path) if path.exists() else []) if row["axis"] not in options.only]
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    found = {"threads": torch.get_num_threads(), **made_here(ROOT, settings)}
+    earlier = kept_rows(read_rows(path)) if path.exists() else []
+    rows = [row for row in earlier if row["axis"] not in options.only]
     for axis in options.only:
         for point in AXES[axis](options):
             rows.append({"axis": axis, "series": point.series, "x": point.x, "seconds": f"{point.seconds:.4g}",

@@ -10,19 +10,20 @@ with the special tokens' own keys counted in C0 (``counted``), and without speci
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 
 from editlab.evaluation.evaluator import BUILTIN_TEXT
 from editlab.evaluation.scoring import token_log_probs
+from editlab.experiments.csv_files import write_rows
+from editlab.experiments.provenance import made_here
 from editlab.keys.moments import accumulate
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import cut, read_file, read_ids
-from editlab.utils.files import atomic_file
 
-RESULTS = Path(__file__).parents[1] / "results" / "beginning.csv"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "beginning.csv"
 
 
 def main() -> None:
@@ -46,12 +47,10 @@ def main() -> None:
             trace, largest = float(moments.trace()), float(torch.linalg.eigvalsh(moments)[-1])
             rows.append({"way": way, "layer": layer, "perplexity": round(perplexity, 2), "trace": round(trace, 2),
                          "largest_share": round(largest / trace, 4), "tokens": options.tokens,
-                         "model": Path(options.model).name, "torch": torch.__version__})  # fmt: skip
+                         "model": Path(options.model).name})  # fmt: skip
             print(rows[-1])
-    with atomic_file(options.results) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    made = made_here(ROOT, {name: value for name, value in vars(options).items() if name != "results"})
+    write_rows([row | made for row in rows], options.results)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ GROUPS = {
     "contexts": ContextSettings,
     "evaluation": EvaluationSettings,
 }
-HOWTOS = {"replay": "MemoryReplay", "trust": "TrustRollback", "lora": "LoRAAdjust"}
+HOWTOS = {"replay": "MemoryReplay", "trust": "TrustRollback", "lora": "LoRAAdjust", "downstream": "DownstreamEval"}
 
 
 def modules():

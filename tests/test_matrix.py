@@ -13,11 +13,12 @@ import math
 import pytest
 import torch
 
-from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
+from callbacks import DownstreamEval, ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
+from tests.harness import stand_in
 from tests.lm.test_anatomy import EXPECTED
 from tests.test_api import SMALL, changed, weights
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -46,13 +47,15 @@ CALLBACKS = {
     "lora adapter": lambda text: [LoRAAdjust(mode="adapter", **_LORA)],
     "everything": lambda text: [
         LoRAAdjust(**_LORA), TrustRollback(heldout=text), MemoryReplay(memory="both", **_REPLAY), ForgettingCurve(),
+        DownstreamEval(["known"], every_n_edits=2),
     ],
 }  # fmt: skip
 
 
 @pytest.fixture
-def text(tmp_path):
-    """A held-out text for the callbacks that want one, as all facts are edited."""
+def text(tmp_path, monkeypatch):
+    """A held-out text for the callbacks that want one, as all facts are edited; a stand-in for the tasks' harness."""
+    stand_in(monkeypatch)
     path = tmp_path / "heldout.txt"
     path.write_text("The capital of France is Paris. Oslo lies in Norway. " * 9)
     return str(path)

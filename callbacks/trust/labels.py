@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from editlab.experiments.statistics import quantiles
+from editlab.experiments.statistics import quantiles, roc_area
 from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
@@ -113,13 +113,15 @@ def rates(suspicion: Sequence[float], bad: Sequence[bool], limit: float) -> dict
     }
 
 
-def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, float]:
-    """ROC-AUC and PR-AUC with 95% bootstrap intervals over batches, and the base rate.
+def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """ROC-AUC and PR-AUC with 95% intervals, and the base rate.
 
-    With fewer than :data:`ENOUGH` bad batches there is no interval: resampling hardly varies them.
+    Intervals are of a bootstrap over batches. With fewer than :data:`ENOUGH` bad batches there is none of that kind, as
+    resampling hardly varies them. If few batches are bad (or good), or the two separate perfectly, the interval of
+    ROC-AUC is exact (:func:`editlab.experiments.statistics.roc_area`); ``ROC_AUC_interval`` names the kind.
     """
     scores, labels = ranks(suspicion), torch.tensor(list(bad)).long()
-    found = {"base_rate": float(labels.float().mean())}
+    found: dict[str, Any] = {"base_rate": float(labels.float().mean())}
     draw = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(labels), (resamples, len(labels)), generator=draw)
     for name, area in (("ROC_AUC", binary_auroc), ("PR_AUC", binary_average_precision)):
@@ -128,7 +130,10 @@ def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000
             continue
         drawn = [float(area(scores[p], labels[p])) for p in picks if 0 < labels[p].sum() < len(p)]
         found[f"{name}_low"], found[f"{name}_high"] = quantiles(drawn)
-    return found
+    exact = roc_area(scores[labels == 1].tolist(), scores[labels == 0].tolist())
+    if exact.method == "exact":
+        found |= {"ROC_AUC_low": exact.low, "ROC_AUC_high": exact.high}
+    return found | {"ROC_AUC_interval": "exact" if exact.method == "exact" else "bootstrap"}
 
 
 def ranks(values: Sequence[float]) -> Tensor:

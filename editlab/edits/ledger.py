@@ -60,7 +60,12 @@ class Ledger:
     @property
     def standing(self) -> list[Fact]:
         """Facts that the weights should hold: kept, not superseded, not removed; in the order of their edits."""
-        return [self._entries[i].fact for i in sorted(self._latest.values())]
+        return [self._entries[i].fact for i in self.standing_numbers]
+
+    @property
+    def standing_numbers(self) -> list[int]:
+        """Numbers, from 0, of the entries whose facts are :attr:`standing`."""
+        return sorted(self._latest.values())
 
     @property
     def kept(self) -> int:

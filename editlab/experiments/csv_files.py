@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from editlab.errors import UserError
 from editlab.utils.csv_cells import defused, restored
 from editlab.utils.files import atomic_file
 
@@ -21,6 +22,12 @@ VERSIONS = ("editlab", "torch", "transformers", "peft")
 MADE_WITH = ("recipe", "settings", "revision", "machine", *VERSIONS)
 """Last columns of every table of runs: what a row was made with."""
 
+REQUIRED = ("settings", "revision", "machine", *VERSIONS)
+"""Columns that no row may lack: without them nobody can tell what made a number."""
+
+UNKNOWN = "unknown"
+"""Stands for a value that was not recorded when the row was made."""
+
 
 def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV file, all values as text; a column that is empty in a row is absent from it."""
@@ -29,7 +36,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes rows as a CSV file, :data:`MADE_WITH` last; a column that a row lacks is empty there."""
+    """Writes rows as a CSV file, :data:`MADE_WITH` last; a column that a row lacks is empty there.
+
+    Raises:
+        UserError: if a row lacks its provenance, :data:`REQUIRED`; the file is then not written. Rows of runs that do
+            not exist yet need none.
+    """
+    _require_provenance(rows, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     named = dict.fromkeys(name for row in rows for name in row)
     columns = [*(n for n in named if n not in MADE_WITH), *(n for n in MADE_WITH if n in named)]
@@ -37,6 +50,27 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({name: defused(value) for name, value in row.items()} for row in rows)
+
+
+def _require_provenance(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    for row in rows:
+        lacking = [name for name in REQUIRED if not row.get(name)]
+        if lacking and not _is_absent(row):
+            shown = ", ".join(f"{name} {row[name]}" for name in ("case", "seed") if name in row) or "a row"
+            raise UserError(
+                f"{path} is not written, because {shown} does not say with which {', '.join(lacking)} it was made: run "
+                "it by editlab sweep, which records them."
+            )
+
+
+def _is_absent(row: Mapping[str, Any]) -> bool:
+    """Whether a row stands for runs that have not been made or have failed, and so has no numbers."""
+    return str(row.get("seeds")) == "0" or row.get("status") in ("not run", "failed")
+
+
+def kept_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows of an earlier table, which may be older than a column of :data:`REQUIRED`: its value is then unknown."""
+    return [row if _is_absent(row) else {**row, **{n: row.get(n) or UNKNOWN for n in REQUIRED}} for row in rows]
 
 
 def update_rows(path: Path, rows: Sequence[Row], cases: Collection[str]) -> list[Row]:
@@ -51,7 +85,7 @@ def update_rows(path: Path, rows: Sequence[Row], cases: Collection[str]) -> list
         All rows of the table, by case, seed and number of edits.
     """
     made = {(row["case"], int(row["seed"])) for row in rows}
-    earlier = read_rows(path) if path.exists() else []
+    earlier = kept_rows(read_rows(path)) if path.exists() else []
     kept = [row for row in earlier if row["case"] in cases and (row["case"], int(row["seed"])) not in made]
     order = {case: index for index, case in enumerate(cases)}
     found = sorted([*kept, *rows], key=lambda row: (order[row["case"]], int(row["seed"]), int(row.get("edits", 0))))

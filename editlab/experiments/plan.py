@@ -13,8 +13,9 @@ from typing import Any
 
 from editlab.errors import UserError
 from editlab.experiments.cells import CELLS, Cell, own_run
+from editlab.experiments.csv_files import UNKNOWN
 from editlab.experiments.launch import FAILED, LOCATION, Job
-from editlab.experiments.provenance import JOINT, UNKNOWN, read_provenance
+from editlab.experiments.provenance import JOINT, read_provenance
 from editlab.experiments.spec import CallbackSpec, CaseSpec, Experiment, GridSpec, check_cases, first_existing
 from editlab.runs.figures import Series
 from editlab.runs.folders import RunFolder

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from editlab.experiments.csv_files import UNKNOWN, VERSIONS
 from editlab.utils.files import atomic_file
+from editlab.utils.version import __version__
 
 FILE = "provenance.json"
 
-JOINT, UNKNOWN = " | ", "unknown"
-"""Separates the values of what was made in several ways; stands for a value that was not recorded."""
+JOINT = " | "
+"""Separates the values of what was made in several ways."""
+
+NONE = "none"
+"""The revision of a folder that is in no git repository."""
 
 
 def provenance(project: Path) -> dict[str, str]:
@@ -24,13 +31,14 @@ def provenance(project: Path) -> dict[str, str]:
     Tables and figures do not count as changed: experiments write them.
 
     Args:
-        project: folder of the checkout; the revision is empty in a folder that is in no git repository.
+        project: folder of the checkout; the revision of a folder that is in no git repository is "none".
     """
     written = (":!results", ":!figs")
     changed = _output(project, "git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     gpus = _output(project, "nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    revision = _output(project, "git", "rev-parse", "--short", "HEAD")
     return {
-        "revision": _output(project, "git", "rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+        "revision": revision + ("+" if changed else "") if revision else NONE,
         "machine": ", ".join([f"{cores()} x {cpu_name()}", *gpus]),
     }
 
@@ -89,3 +97,15 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a small JSON file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def made_here(project: Path, settings: Mapping[str, object]) -> dict[str, str]:
+    """Provenance of rows that this process measures itself, as a benchmark does: all columns that tables require.
+
+    Args:
+        project: folder of the checkout.
+        settings: of the measurement; the row gets a digest of them.
+    """
+    text = json.dumps({name: str(value) for name, value in sorted(settings.items())})
+    versions = {name: __version__ if name == "editlab" else version(name) for name in VERSIONS}
+    return {"settings": hashlib.sha256(text.encode()).hexdigest()[:8], **provenance(project), **versions}

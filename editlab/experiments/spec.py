@@ -21,13 +21,14 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from editlab.errors import UserError
 from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec, FrontierSpec
 from editlab.experiments.schema import build
+from editlab.runs.outcomes import MEASURES
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ class GridSpec:
 
 
 @dataclass(frozen=True)
+class CompareSpec:
+    """A comparison of all cases of a table of means with one of them, by the outcomes of their edits."""
+
+    baseline: str
+    """the case that is subtracted"""
+    metric: str = "accuracy"
+    """a name in :data:`editlab.runs.outcomes.MEASURES`"""
+    group: Literal["before", "immediate", "retained"] = "retained"
+    """when the outcomes were measured"""
+
+
+@dataclass(frozen=True)
 class TableSpec:
     """A CSV file in ``results/``."""
 
@@ -82,6 +95,8 @@ class TableSpec:
     """of ``means``: the case that others are compared with"""
     baselines: Mapping[str, str] = field(default_factory=dict)
     """of ``means``: case -> another case that it is compared with"""
+    compare: CompareSpec | None = None
+    """of ``means``: adds the differences from a baseline, paired over seeds and facts, and marks those that survive"""
 
 
 @dataclass(frozen=True)
@@ -220,6 +235,9 @@ def check_cases(experiment: Experiment, names: Collection[str]) -> None:
     for table in experiment.tables:
         pairs = [*table.baselines, *table.baselines.values(), *([table.against] if table.against else [])]
         referred += [(case, f"the table {table.file}") for case in pairs]
+        if table.compare is not None:
+            referred.append((table.compare.baseline, f"the comparison of the table {table.file}"))
+            _check_comparison(table, table.compare, f"{experiment.path}: the table {table.file}")
         if table.rows == "means" and table.against is None:
             raise UserError(f"{experiment.path}: the table {table.file} of means needs 'against': name a case there.")
     referred += [(copy.case, f"the copied file {copy.file}") for copy in experiment.copies]
@@ -236,6 +254,13 @@ def check_cases(experiment: Experiment, names: Collection[str]) -> None:
             raise UserError(
                 f"{experiment.path}: {where} names the case {case!r}: there are {', '.join(dict.fromkeys(names))}."
             )
+
+
+def _check_comparison(table: TableSpec, compare: CompareSpec, where: str) -> None:
+    if table.rows != "means":
+        raise UserError(f"{where} has rows {table.rows!r} and 'compare', which is of means alone: move it there.")
+    if compare.metric not in MEASURES:
+        raise UserError(f"{where} compares {compare.metric!r}: it must be one of {', '.join(MEASURES)}.")
 
 
 def first_existing(choices: tuple[str, ...], project: Path) -> str | None:

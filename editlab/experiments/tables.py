@@ -15,7 +15,7 @@ import yaml
 
 from editlab.experiments.csv_files import MADE_WITH, VERSIONS, Row
 from editlab.experiments.plan import Run
-from editlab.experiments.provenance import joined, read_provenance
+from editlab.experiments.provenance import NONE, joined, read_provenance
 from editlab.experiments.statistics import Interval, paired_differences, t_interval, wilson
 
 SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "immediate/accuracy",
@@ -42,8 +42,13 @@ MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
 
 
 def provenance_of(run: Run) -> dict[str, str]:
-    """Recipe, settings, revision and machine that a run was started with, as far as recorded, and its versions."""
-    noted = read_provenance(run.folder) or {"revision": "", "machine": ""}
+    """Recipe, settings, revision and machine that a run was started with, and its versions.
+
+    What was not recorded, as of a run that no sweep has started, is absent; no table takes such a run.
+    """
+    noted = read_provenance(run.folder)
+    if noted.get("revision") == "":  # as earlier versions of editlab wrote it for a folder in no git repository
+        noted["revision"] = NONE
     versions = (run.summary or {}).get("versions", {})
     return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
 

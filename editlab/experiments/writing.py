@@ -9,10 +9,18 @@ from functools import cached_property
 from pathlib import Path
 
 from editlab.errors import UserError
-from editlab.experiments.csv_files import Row, read_rows, update_rows, write_rows
+from editlab.experiments.comparisons import with_comparison
+from editlab.experiments.csv_files import Row, kept_rows, read_rows, update_rows, write_rows
 from editlab.experiments.plan import Options, Run, all_cells, cases, load_function, planned
 from editlab.experiments.spec import Experiment, TableSpec
-from editlab.experiments.tables import COLUMNS, rows_of_means, rows_of_runs, rows_of_snapshots
+from editlab.experiments.tables import (
+    COLUMNS,
+    provenance_of,
+    provenance_of_all,
+    rows_of_means,
+    rows_of_runs,
+    rows_of_snapshots,
+)
 from editlab.experiments.turning import turns
 from editlab.utils.files import atomic_file
 
@@ -69,10 +77,16 @@ class Results:
                 f"{self.experiment.path}: the table {table.file} is of unknown rows {table.rows!r}: there are "
                 f"{', '.join(ROWS)}, or give the import path of a function."
             )
-        rows: list[Row] = load_function(table.rows)(self.all_runs)
+        rows = [self._with_provenance(row) for row in load_function(table.rows)(self.all_runs)]
         if rows and all({"case", "seed"} <= row.keys() for row in rows):
             return update_rows(self.path(table.file), rows, self.case_names)
         return _written(rows, self.path(table.file))
+
+    def _with_provenance(self, row: Row) -> Row:
+        """A row of a function with what its run was made with, or all runs if it is of none; its own values stay."""
+        key = (str(row.get("case")), str(row.get("seed")))
+        own = [run for run in self.all_runs if (run.case.name, str(run.seed)) == key] or self.all_runs
+        return {**provenance_of_all([provenance_of(run) for run in own]), **row}
 
 
 def _written(rows: list[Row], path: Path) -> list[Row]:
@@ -101,7 +115,10 @@ def _means(results: Results, table: TableSpec) -> list[Row]:
     if not rows:
         return []
     assert table.against is not None  # `check_cases` holds
-    return _written(rows_of_means(rows, table.baselines, table.against, results.case_names), results.path(table.file))
+    found = rows_of_means(rows, table.baselines, table.against, results.case_names)
+    if table.compare is not None:
+        found = with_comparison(found, results.all_runs, table.compare)
+    return _written(found, results.path(table.file))
 
 
 def _snapshots(results: Results, table: TableSpec) -> list[Row]:
@@ -118,7 +135,7 @@ def _cells(results: Results, table: TableSpec) -> list[Row]:
     """One row for each cell of the grids and each seed, finished or not; an earlier table's finished rows stay."""
     experiment, path = results.experiment, results.path(table.file)
     axes = [*dict.fromkeys(name for grid in experiment.grids for name in grid.axes), "seed"]
-    table_rows = read_rows(path) if path.exists() else []
+    table_rows = kept_rows(read_rows(path)) if path.exists() else []
     earlier = {tuple(row[name] for name in axes): row for row in table_rows if row["status"] == "done"}
     seeds = {*experiment.seeds, *(results.options.seeds or ()), *(int(row["seed"]) for row in earlier.values())}
     options = replace(results.options, only=None, where={}, seeds=sorted(seeds))

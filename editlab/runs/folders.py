@@ -16,6 +16,8 @@ from editlab.errors import UserError
 from editlab.metrics.names import BEFORE, IMMEDIATE, METRICS, PERPLEXITY, RETAINED, full_name
 from editlab.runs.figures import Series
 from editlab.runs.logger import read_table
+from editlab.runs.outcomes import FILE as OUTCOMES
+from editlab.runs.outcomes import Row, read_outcomes
 
 SUMMARY, TABLE, CONFIG = "summary.json", "metrics.csv", "config.yaml"
 
@@ -34,8 +36,8 @@ _IGNORED = (
             "limit_val_batches", "limit_test_batches", "limit_predict_batches", "inference_mode", "detect_anomaly",
         )
     ),
-    "EditCheckpoint", "ForgettingCurve", "EditProgressBar", "TQDMProgressBar", "RichProgressBar", "ckpt_path",
-    "weights_only", "model.moments.cache", "model.evaluation.age_bins",
+    "EditCheckpoint", "ForgettingCurve", "DownstreamEval", "EditProgressBar", "TQDMProgressBar", "RichProgressBar",
+    "ckpt_path", "weights_only", "model.moments.cache", "model.evaluation.age_bins",
 )  # fmt: skip
 """Settings, and callbacks with their settings, that have no effect on what is compared: they choose what is written,
 shown or measured, and no edit depends on them."""
@@ -74,6 +76,20 @@ class RunFolder:
     def curve(self) -> Series:
         """Content of ``metrics.csv``: number of edits -> name -> value; {} if there is none."""
         return read_table(self.path / TABLE)
+
+    @cached_property
+    def outcomes(self) -> list[Row]:
+        """Content of ``outcomes.csv``: a dict for each edit (:mod:`editlab.runs.outcomes`).
+
+        Raises:
+            UserError: if there is none, or it is damaged.
+        """
+        return read_outcomes(self.path / OUTCOMES)
+
+    @property
+    def has_outcomes(self) -> bool:
+        """Whether there is an ``outcomes.csv``; runs by older versions and unfinished ones have none."""
+        return (self.path / OUTCOMES).is_file()
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from editlab.evaluation.evaluator import Evaluation
 from editlab.lm.precision import default_dtype
 from editlab.metrics.names import BYSTANDERS, RETAINED
 from editlab.runs.logger import RunLogger
+from editlab.runs.summary import save_outcomes
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ class MeasuredModel(EditedModel):
         self.evaluation.update(RETAINED, self.lm, batch.facts)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``retained/*`` over all batches."""
+        """Logs ``retained/*`` over all batches, and writes the outcome of each edit."""
         self.log_dict(self.evaluation.compute(RETAINED))
+        save_outcomes(self.trainer, self.ledger, self.evaluation)
 
     @in_float32
     def test_step(self, batch: FactBatch, batch_idx: int) -> None:

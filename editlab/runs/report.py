@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from editlab.metrics.names import BEFORE, PERPLEXITY, full_name
+from editlab.metrics.names import BEFORE, IMMEDIATE, PERPLEXITY, RETAINED, TABLE_GROUPS, full_name
 from editlab.runs.figures import Series, forgetting_figure
 from editlab.runs.summary import counted
 from editlab.runs.tables import Table, metric_table
@@ -58,6 +59,17 @@ PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+
+
+OUTCOMES = 200
+"""Largest number of edits in the table of outcomes, so that the page of a long run opens quickly."""
+OUTCOME_COLUMNS = (
+    "edit", "prompt", "target", "status", "P before", "P after its step", "P now", "paraphrases", "neighbors",
+    "generated",
+)  # fmt: skip
+"""Columns of that table; those without any value are left out."""
+TEXT_COLUMNS = ("prompt", "target", "status", "generated")
+NOW = OUTCOME_COLUMNS.index("P now")
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ class Page:
         missed: edits that the model does not hold; None if the model was not evaluated.
         events: name of an event log -> its events.
         adapted: number of modules with a separate adapter, without which the model was evaluated.
+        outcomes: the rows of the run's ``outcomes.csv`` (:mod:`editlab.runs.outcomes`); none of older runs.
     """
 
     title: str
@@ -129,6 +142,7 @@ class Page:
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     adapted: int = 0
     examples: Sequence[Example] = ()
+    outcomes: Sequence[Mapping[str, Any]] = ()
 
     def to_html(self) -> str:
         """The page as HTML."""
@@ -139,6 +153,7 @@ class Page:
             *self._curves(),
             *self._examples(),
             *self._missed(),
+            *self._outcomes(),
             *self._fates(),
             *(part for name, events in self.events.items() for part in _events(name, events)),
             "<h2>Recipe</h2>",
@@ -211,12 +226,59 @@ class Page:
             header = ["edit", "batch", "prompt", "target", "the model's answer", ""]
             yield Table(header, rows, numbers=(0, 1)).to_html()
 
+    def _outcomes(self) -> Iterable[str]:
+        if not self.outcomes:
+            return
+        shown = sorted(self.outcomes, key=_badness)[:OUTCOMES]
+        yield f"<h2>{'Every edit' if len(shown) == len(self.outcomes) else f'{len(shown)} edits'}, the worst first</h2>"
+        yield (
+            "<p>P is the mean probability of a token of the target: on the unedited model, right after the edit's own "
+            "step, and at the end. Paraphrases and neighbors are those whose answer is right at every token. Edits "
+            "that are not in the weights come last.</p>"
+        )
+        rows = [_outcome(row) for row in shown]
+        names = [*OUTCOME_COLUMNS]
+        kept = [i for i, name in enumerate(names) if any(row[i] for row in rows)]
+        held = {
+            (number, kept.index(NOW)): "better" if row[full_name(RETAINED, "hit")] else "worse"
+            for number, row in enumerate(shown)
+            if full_name(RETAINED, "hit") in row
+        }
+        numbers = [place for place, i in enumerate(kept) if names[i] not in TEXT_COLUMNS]
+        table = Table([names[i] for i in kept], [[row[i] for i in kept] for row in rows], numbers, held)
+        yield f"<details><summary>Table of edits</summary>{table.to_html()}</details>"
+
     def _fates(self) -> Iterable[str]:
         counts = Counter(" ".join(fate.split()[:2]) if fate != "kept" else fate for fate in self.fates)
         if set(counts) - {"kept"}:
             yield "<h2>What became of the edits</h2>"
             rows = [[fate.removesuffix(" by").removesuffix(" to"), str(count)] for fate, count in counts.most_common()]
             yield Table(["", "edits"], rows, numbers=(1,)).to_html()
+
+
+def _badness(row: Mapping[str, Any]) -> tuple[float, ...]:
+    """Sort key: edits that are not held, then those that are, each from the least likely; the others last."""
+    for group in (RETAINED, IMMEDIATE):
+        if (hit := row.get(full_name(group, "hit"))) is not None:
+            return float(group != RETAINED), hit, row[full_name(group, "logp_new")]
+    return 2.0, 0.0, 0.0
+
+
+def _outcome(row: Mapping[str, Any]) -> list[str]:
+    """The cells of an edit, for :data:`OUTCOME_COLUMNS`."""
+
+    def probability(group: str) -> str:
+        logp = row.get(full_name(group, "logp_new"))
+        return "" if logp is None else f"{math.exp(logp):.3f}"
+
+    def of(hits: str, count: str) -> str:
+        number = row.get(full_name(RETAINED, count))
+        return "" if number is None else f"{row.get(full_name(RETAINED, hits), 0)} of {number}"
+
+    prompt = str(row["prompt"]).replace("{}", str(row.get("subject", "")))
+    texts = [str(row["edit"]), prompt, str(row["target_new"]), str(row["status"])]
+    hits = [of("paraphrase_hits", "paraphrases"), of("neighbor_hits", "neighbors")]
+    return [*texts, *map(probability, TABLE_GROUPS), *hits, str(row.get(full_name(RETAINED, "generated"), ""))]
 
 
 def _svg(figure: Figure, kind: str) -> str:

@@ -170,20 +170,20 @@ def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: 
         )
 
 
-def require_unfinished(trainer: Trainer, saved: Mapping[str, Any], edits: int, given: int) -> None:
+def require_unfinished(trainer: Trainer, saved: Mapping[str, Any], edits: int) -> None:
     """Makes sure that a resumed run had not been finished with fewer facts: the Trainer would skip the further ones.
 
     Args:
         trainer: of the resumed run.
         saved: the editor's entry of the checkpoint.
         edits: facts that are edited now.
-        given: facts that this run should edit.
 
     Raises:
         UserError: Further facts were given to a finished run.
     """
     if len(saved["ledger"]) < edits:
         return
+    given = len(trainer.datamodule.facts)  # type: ignore[attr-defined]
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and edits < given:
         raise UserError(
             f"The checkpoint is of a run that was finished with its {edits} facts, and {given} are given: start a new "

@@ -26,7 +26,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.ledger import Ledger
+from editlab.evaluation.evaluator import Evaluation
+from editlab.evaluation.scoring import FactScores
+from editlab.metrics.names import RETAINED, TABLE_GROUPS
 from editlab.runs.logger import RunLogger
+from editlab.runs.outcomes import FILE as OUTCOMES
+from editlab.runs.outcomes import Answers, outcome_rows, write_outcomes
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
 from editlab.utils.version import __version__
@@ -168,20 +173,63 @@ def summarize(
     }
 
 
-def finish_run(trainer: Trainer, summary: dict[str, Any], title: str) -> None:
-    """Writes ``summary.json`` into the run's folder, with null for numbers that are not finite, and logs the summary.
+def finish_run(
+    trainer: Trainer,
+    summary: dict[str, Any],
+    title: str,
+    ledger: Ledger,
+    evaluation: Evaluation,
+    answers: Answers | None = None,
+) -> None:
+    """Writes ``outcomes.csv`` and ``summary.json`` into the run's folder, and logs the summary.
+
+    The summary has null for numbers that are not finite. It is written last: a run that has one is finished.
 
     Args:
         trainer: of the run.
         summary: the dict of :func:`summarize`.
         title: model, layers and method, in a few words.
+        ledger: the run's edits.
+        evaluation: the run's measurements.
+        answers: what the model generated for the edits (:func:`editlab.runs.outcomes.outcome_rows`).
     """
     folder = run_folder(trainer)
+    save_outcomes(trainer, ledger, evaluation, answers)
     if trainer.is_global_zero:
         with atomic_file(folder / "summary.json") as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
             Path(temporary).write_text(content + "\n", encoding="utf-8")
     log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer)))
+
+
+def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answers: Answers | None = None) -> None:
+    """Writes ``outcomes.csv`` into the folder of a run or of a validation that has measured all standing edits.
+
+    A validation of an earlier checkpoint does not replace the outcomes of the finished run.
+
+    Args:
+        trainer: of the run.
+        ledger: its edits.
+        evaluation: its measurements.
+        answers: what the model generated for the edits.
+    """
+    folder = run_folder(trainer)  # collective: every rank has to call it
+    scores = {group: evaluation.scores(group) for group in TABLE_GROUPS}
+    if not trainer.is_global_zero or (trainer.state.fn == "validate" and not _is_end(folder, trainer, ledger, scores)):
+        return
+    write_outcomes(outcome_rows(ledger, scores, answers), folder / OUTCOMES)
+
+
+def _is_end(folder: Path, trainer: Trainer, ledger: Ledger, scores: Mapping[str, FactScores | None]) -> bool:
+    """Whether a validation has measured all standing edits, at the end of the run in this folder if it has finished."""
+    measured = scores[RETAINED]
+    if not trainer.loggers or measured is None or len(measured.edit) != len(ledger.standing_numbers):
+        return False
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return bool(summary["edits"] + summary["rolled_back"] == len(ledger))
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # no finished run
 
 
 def _finite(value: Any) -> Any:
@@ -234,7 +282,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
     logged = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
-    tables = ["metrics.csv", "summary.json"] if logged else ["summary.json"]
+    tables = [*(["metrics.csv"] if logged else []), OUTCOMES, "summary.json"]
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
@@ -246,7 +294,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         return "\n".join([*lines, "nothing was kept, because trainer.fast_dev_run is set", ""])
     lines += [
         *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if logged else []),
-        f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
+        f"tables       {', '.join(tables)} in {where}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
         *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),
         "",

@@ -47,6 +47,16 @@ def private_draws(seed: int) -> Iterator[None]:
         _set_torch_states(before)
 
 
+@contextmanager
+def restored_draws() -> Iterator[None]:
+    """Restore the states of all generators after the ``with``, in which another program may seed or draw from them."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
 def _torch_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else []}
     if torch.backends.mps.is_available():

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from editlab.cli.main import main
+from editlab.runs.outcomes import outcome_values, read_outcomes
 from tests.facts import FACTS
 from tests.recipes import write_recipe
 
@@ -29,7 +30,9 @@ def recipe(tiny_folder, tmp_path, monkeypatch):
 def test_fit_validate_and_test(recipe, tmp_path, capsys):
     assert main(["fit", "--config", "tiny.yaml"]) == 0
     run = tmp_path / "lightning_logs" / "tiny" / "version_0"
-    assert {"config.yaml", "metrics.csv", "summary.json", "checkpoints"} <= {p.name for p in run.iterdir()}
+    assert {"config.yaml", "metrics.csv", "outcomes.csv", "summary.json", "checkpoints"} <= {
+        p.name for p in run.iterdir()
+    }
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["edits"], summary["batches"], summary["recipe"], summary["seed"]) == (4, 2, "tiny", 0)
     shown = capsys.readouterr().out
@@ -37,9 +40,21 @@ def test_fit_validate_and_test(recipe, tmp_path, capsys):
     assert "retained" in shown
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
     before = read_table(run / "metrics.csv")
+    outcomes = (run / "outcomes.csv").read_text()
     for verb in ("validate", "test"):
         assert main([verb, "--config", "tiny.yaml", "--ckpt_path", str(checkpoint)]) == 0
         assert f"{'retained' if verb == 'validate' else 'bystanders'}/ES" in capsys.readouterr().out
+    # The same facts on the same weights have the same outcomes, whose means are the metrics.
+    assert (run / "outcomes.csv").read_text() == outcomes
+    rows = read_outcomes(run / "outcomes.csv")
+    assert [(row["edit"], row["step"], row["status"]) for row in rows] == [
+        (1, 0, "kept"), (2, 0, "kept"), (3, 1, "kept"), (4, 1, "kept"),
+    ]  # fmt: skip
+    for group in ("before", "immediate", "retained"):
+        for name in ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy"):
+            values = outcome_values(rows, name, group).values()
+            mean = sum(values) / len(values) if values else None  # not all facts have paraphrases or neighbors
+            assert mean == pytest.approx(summary["metrics"].get(f"{group}/{name}"), abs=1e-12), (group, name)
     # The run's own numbers stay; what it had not measured after its four edits, the bystanders, is added there.
     after = read_table(run / "metrics.csv")
     assert [row["edits"] for row in after] == [row["edits"] for row in before]
@@ -76,7 +91,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,compare,report,facts,sweep,completion}" in last
+    assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,sweep,completion}" in last
 
 
 def test_another_optimizer_has_its_own_step_size(recipe, capsys):

@@ -5,7 +5,7 @@ import pytest
 from editlab.experiments.csv_files import read_rows, update_rows
 from editlab.experiments.statistics import wilson
 from editlab.experiments.tables import provenance_of_all, rows_of_means, rows_of_runs, rows_of_snapshots
-from tests.experiments.made_up import SCORES, run
+from tests.experiments.made_up import MADE, SCORES, VERSIONS, run
 
 
 def test_a_case_has_the_measures_of_its_own_runs():
@@ -125,7 +125,7 @@ def test_metrics_that_are_not_finite_are_absent(tmp_path):
 
 def test_rows_of_absent_runs_stay_and_repeated_runs_replace_theirs(tmp_path):
     path = tmp_path / "results" / "table.csv"
-    made = {"recipe": "a.yaml", "torch": "2"}
+    made = {"recipe": "a.yaml", **MADE, **VERSIONS}
     first = [{"case": case, "seed": seed, "retained/ES": 0.5, **made} for case in ("b", "gone") for seed in (1, 2)]
     update_rows(path, first, ["gone", "b"])
     again = {"case": "b", "seed": 2, "retained/ES": 0.75, "rank": 8, **made}
@@ -136,4 +136,6 @@ def test_rows_of_absent_runs_stay_and_repeated_runs_replace_theirs(tmp_path):
     ]  # fmt: skip
     assert [row["case"] for row in read_rows(path)] == ["a", "b", "b"]
     assert read_rows(path)[2] == {k: str(v) for k, v in again.items()}
-    assert path.read_text().splitlines()[0] == "case,seed,retained/ES,rank,recipe,torch"
+    assert path.read_text().splitlines()[0] == (
+        "case,seed,retained/ES,rank,recipe,settings,revision,machine,editlab,torch,transformers,peft"
+    )

@@ -10,7 +10,7 @@ from editlab.experiments.csv_files import read_rows
 from editlab.experiments.plan import finished, planned
 from editlab.experiments.spec import load_experiment
 from editlab.experiments.writing import Results
-from tests.experiments.made_up import SCORES, finish, options
+from tests.experiments.made_up import MADE, SCORES, VERSIONS, finish, options
 
 EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiments"
 
@@ -80,6 +80,40 @@ def test_unknown_rows_and_columns_are_refused(tmp_path, table, message):
         write(experiment, options(tmp_path, seeds=[1]))
 
 
+def test_a_row_without_provenance_is_refused(tmp_path):
+    experiment = load(tmp_path, "tables: [{file: each.csv, rows: runs}]")
+    given = options(tmp_path, seeds=[1])
+    for case in ("a", "b"):
+        finish(given.work / case / "version_1", SCORES)
+    (given.work / "b" / "version_1" / "provenance.json").unlink()  # as of a run by hand
+    message = r"each\.csv is not written, because case b, seed 1 does not say with which settings, revision, machine "
+    with pytest.raises(UserError, match=message):
+        write(experiment, given)
+    assert not (given.out / "results" / "each.csv").exists()
+
+
+def test_rows_of_older_tables_stay_with_what_they_lack_as_unknown(tmp_path):
+    experiment = load(tmp_path, "tables: [{file: each.csv, rows: runs}, {file: means.csv, rows: means, against: a}]")
+    given = options(tmp_path, seeds=[1])
+    (given.out / "results").mkdir(parents=True)
+    (given.out / "results" / "each.csv").write_text("case,seed,edits,retained/accuracy,recipe,torch\nb,1,8,0.5,r,1.9\n")
+    finish(given.work / "a" / "version_1", SCORES)
+    write(experiment, given)
+    new, old = read_rows(given.out / "results" / "each.csv")
+    assert [new[name] for name in MADE] == [*MADE.values()]
+    assert (old["torch"], old["revision"], old["machine"], old["editlab"]) == ("1.9", "unknown", "unknown", "unknown")
+    assert [row.get("revision") for row in read_rows(given.out / "results" / "means.csv")] == [
+        "abc1234",
+        "unknown",
+        None,
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "results").glob("*.csv")), ids=lambda p: p.stem)
+def test_committed_tables_can_be_read(path):
+    assert read_rows(path)
+
+
 def rows_of_my_own(runs):
     return [{"case": run.case.name, "seed": run.seed, "twice": 2 * run.summary["edits"]} for run in runs]
 
@@ -88,7 +122,21 @@ def test_rows_of_a_function_of_one_s_own(tmp_path):
     experiment = load(tmp_path, f"tables: [{{file: t.csv, rows: {__name__}.rows_of_my_own}}]")
     finish(tmp_path / "runs" / "b" / "version_1")
     write(experiment, options(tmp_path, seeds=[1]))
-    assert read_rows(tmp_path / "out" / "results" / "t.csv") == [{"case": "b", "seed": "1", "twice": "16"}]
+    (row,) = read_rows(tmp_path / "out" / "results" / "t.csv")
+    assert row == {"case": "b", "seed": "1", "twice": "16", "recipe": "recipe.yaml", **MADE, **VERSIONS}
+
+
+def summed(runs):
+    return [{"edits": sum(run.summary["edits"] for run in runs)}]
+
+
+def test_a_row_of_several_runs_names_what_all_were_made_with(tmp_path):
+    experiment = load(tmp_path, f"tables: [{{file: t.csv, rows: {__name__}.summed}}]")
+    for case, torch in (("a", "2"), ("b", "3")):
+        finish(tmp_path / "runs" / case / "version_1", versions={**VERSIONS, "torch": torch})
+    write(experiment, options(tmp_path, seeds=[1]))
+    (row,) = read_rows(tmp_path / "out" / "results" / "t.csv")
+    assert (row["edits"], row["torch"], row["revision"]) == ("16", "2 | 3", "abc1234")
 
 
 @pytest.mark.parametrize("name", ["baselines", "replay_ablation", "lora_ablation", "forgetting"])
@@ -96,7 +144,7 @@ def test_committed_tables_say_what_they_were_made_with(tmp_path, name):
     experiment = load_experiment(EXPERIMENTS / f"{name}.yaml")
     case = next(iter(experiment.cases))
     finish(tmp_path / "runs" / case / "version_1", SCORES, delta_norm={"6": 0.25}, seconds=8.0, peak_memory_mb=100.0,
-           versions={"torch": "2"})  # fmt: skip
+           versions=VERSIONS)  # fmt: skip
     write(experiment, options(tmp_path))
     written = list((tmp_path / "out" / "results").iterdir())
     assert written

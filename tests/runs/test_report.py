@@ -143,3 +143,37 @@ def test_fates_are_counted_by_kind():
     texts = [text for text in Seen(Page("a run", "", SUMMARY, fates=fates).to_html()).texts if text]
     start = texts.index("What became of the edits")
     assert texts[start + 2 : start + 8] == ["kept", "2", "superseded", "2", "scaled", "1"]
+
+
+def outcome(edit, status="kept", hit=None, logp=None, **more):
+    row = {"edit": edit, "subject": "France", "prompt": "The capital of {} is", "target_new": f"T{edit}", "step": 0}
+    measured = {} if hit is None else {"retained/hit": hit, "retained/logp_new": logp}
+    return {**row, "status": status, "immediate/hit": 1, "immediate/logp_new": 0.0, **measured, **more}
+
+
+def test_outcomes_of_edits_the_worst_first():
+    counts = {"retained/paraphrases": 2, "retained/paraphrase_hits": 1}
+    rows = [outcome(1, hit=1, logp=-0.5), outcome(2, "rolled back"), outcome(3, hit=0, logp=-1.0, **counts),
+            outcome(4, hit=0, logp=-2.0)]  # fmt: skip
+    page = Page("a run", "", SUMMARY, outcomes=rows).to_html()
+    texts = [text for text in Seen(page).texts if text]
+    start = texts.index("Every edit, the worst first")
+    cells = texts[texts.index("paraphrases", start) + 1 :]
+    # exp(-2), exp(-1) and exp(-0.5); nothing was measured before, and there are no neighbors: no such columns.
+    assert cells[:25] == [
+        "4", "The capital of France is", "T4", "kept", "1.000", "0.135",
+        "3", "The capital of France is", "T3", "kept", "1.000", "0.368", "1 of 2",
+        "1", "The capital of France is", "T1", "kept", "1.000", "0.607",
+        "2", "The capital of France is", "T2", "rolled back", "1.000", "Recipe",
+    ]  # fmt: skip
+    assert texts[start : texts.index("4", start)].count("neighbors") == 0
+    assert '<td class="n worse" data-label="P now"><bdi>0.135</bdi></td>' in page
+    assert '<td class="n better" data-label="P now"><bdi>0.607</bdi></td>' in page
+
+
+def test_of_many_outcomes_the_worst_are_shown():
+    rows = [outcome(i, hit=1, logp=-0.001 * i) for i in range(1, 251)]
+    page = Page("a run", "", SUMMARY, outcomes=rows).to_html()
+    assert "200 edits, the worst first" in page
+    assert "<bdi>T250</bdi>" in page
+    assert "<bdi>T50</bdi>" not in page

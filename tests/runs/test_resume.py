@@ -77,15 +77,17 @@ def last(folder):
 
 
 def outcome(folder):
-    """Everything that must be equal: weights, ledger, scores, random states, callbacks' states, table, events."""
+    """Everything that must be equal: weights, ledger, scores, random states, callbacks' states, tables, events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
     saved["editor"]["evaluation"].pop("seconds")
     states = {name: state for name, state in saved["callbacks"].items() if "Checkpoint" not in name}
     table = (path.parents[1] / "metrics.csv").read_text()
+    outcomes = (path.parents[1] / "outcomes.csv").read_text()
     lines = [json.loads(line) for file in path.parents[1].glob("*.jsonl") for line in file.read_text().splitlines()]
     events = [{k: v for k, v in event.items() if k != "seconds"} for event in lines]
     found = {"weights": saved["state_dict"], "editor": saved["editor"], "callbacks": states, "table": table}
+    found["outcomes"] = outcomes
     return {**found, "events": events}
 
 

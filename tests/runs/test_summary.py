@@ -6,11 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from editlab.cli.main import main
 from editlab.edits.edited_layer import EditedLayer
+from editlab.edits.ledger import Ledger
+from editlab.evaluation.scoring import FactScores
+from editlab.metrics import PromptScores
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import peak_memory_mb, render, selected, versions
+from editlab.runs.outcomes import read_outcomes
+from editlab.runs.summary import peak_memory_mb, render, save_outcomes, selected, versions
+from tests.facts import FACTS
 from tests.recipes import write_recipe
 
 
@@ -37,10 +43,10 @@ def test_the_table():
     )
     assert len(text.splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 100
-    assert "tables       lightning_logs/r/version_0/metrics.csv, lightning_logs/r/version_0/summary.json" in text
+    assert "tables       metrics.csv, outcomes.csv, summary.json in lightning_logs/r/version_0\n" in text
     trainer.loggers = []
     text = render({**summary, "batches": 1}, title, trainer, Path("r"), None)
-    assert "tables       r/summary.json\n" in text
+    assert "tables       outcomes.csv, summary.json in r\n" in text
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text
     assert "to use it" not in text
@@ -88,3 +94,28 @@ def test_the_selection_in_words():
 def test_facts_about_the_process():
     assert 10 < peak_memory_mb() < 10**6
     assert {"editlab", "python", "torch", "lightning", "transformers"} <= set(versions())
+
+
+def saved(folder, fn, measured, edits=2, loggers=(RunLogger,)):
+    """The outcomes in a folder after two edits, of which ``measured`` were measured at the end, were saved."""
+    ledger = Ledger()
+    ledger.add(FACTS[:edits], 0, [1.0] * edits)
+    column = torch.zeros(measured)
+    edit = PromptScores(column, column, column > 0, column > 0, torch.arange(measured))
+    evaluation = SimpleNamespace(scores={"retained": FactScores(edit)}.get)
+    state = SimpleNamespace(fn=fn)
+    trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, state=state, loggers=list(loggers))
+    save_outcomes(trainer, ledger, evaluation)
+    path = folder / "outcomes.csv"
+    return len(read_outcomes(path)) if path.exists() else None
+
+
+def test_a_validation_writes_outcomes_only_if_it_measured_all_edits_of_the_finished_run(tmp_path):
+    assert saved(tmp_path, "validate", measured=1) is None  # a fact does not fit the model
+    assert saved(tmp_path, "validate", measured=2, loggers=()) is None  # the folder is the user's
+    assert saved(tmp_path, "validate", measured=2) == 2  # the run has not finished
+    assert saved(tmp_path, "fit", measured=3, edits=3) == 3
+    (tmp_path / "summary.json").write_text(json.dumps({"edits": 2, "rolled_back": 1}))
+    assert saved(tmp_path, "validate", measured=2) == 3  # an earlier checkpoint of it
+    (tmp_path / "summary.json").write_text(json.dumps({"edits": 1, "rolled_back": 1}))
+    assert saved(tmp_path, "validate", measured=2) == 2

@@ -22,7 +22,9 @@ def test_settings_are_measured_in_turn(tiny_folder, tmp_path, monkeypatch, capsy
     assert all(row["lowest"] <= row["seconds_a_fact"] <= row["highest"] for row in rows)
     assert all(row["rounds"] == 2 and 1 <= row["threads"] <= os.cpu_count() for row in rows)
     with results.open(newline="") as file:
-        assert [row["setting"] for row in csv.DictReader(file)] == ["torch", "editlab"]
+        written = list(csv.DictReader(file))
+    assert [row["setting"] for row in written] == ["torch", "editlab"]
+    assert all(row["settings"] and row["revision"] and row["machine"] and row["torch"] for row in written)
     assert capsys.readouterr().out.count("beside 1: ") == 2
 
 

@@ -23,13 +23,18 @@ def test_powers_by_hand():
 def test_axes_that_are_not_run_stay_and_all_are_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "D_K", 24)
     path = tmp_path / "results" / "cost_growth.csv"
-    csv_files.write_rows(points("edits", "plain", {32: 2.0, 64: 2.0}) + points("batch", "solve", {7: 1.0}), path)
+    path.parent.mkdir()
+    earlier = points("edits", "plain", {32: 2.0, 64: 2.0}) + points("batch", "solve", {7: 1.0})
+    path.write_text("\n".join([",".join(earlier[0]), *(",".join(row.values()) for row in earlier)]) + "\n")
     growth.main(["--only", "batch", "buffer", "keys", "--largest", "800", "--out", str(tmp_path)])
     rows = csv_files.read_rows(path)
     assert [row["x"] for row in rows if row["axis"] == "edits"] == ["32", "64"]
     assert [int(row["x"]) for row in rows if row["axis"] == "batch"] == [2**i for i in range(11)]
     assert [(row["series"], row["x"]) for row in rows if row["axis"] == "keys"] == [("metric", "768"), ("solve", "768")]
     assert all(float(row["seconds"]) > 0 for row in rows)
+    machines = {(row["axis"], row["machine"] == "unknown") for row in rows}  # the earlier table did not name it
+    assert machines == {("edits", True), ("batch", False), ("buffer", False), ("keys", False)}
+    assert all(row["settings"] and row["torch"] for row in rows)
     assert {p.name for p in (tmp_path / "figs").iterdir()} == {"cost_growth.png", "cost_growth.pdf"}
     assert "edits    plain         grows by the power 0.00 at its end" in capsys.readouterr().out
 

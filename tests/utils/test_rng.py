@@ -3,9 +3,10 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
-from editlab.utils.rng import private_draws, rng_state, set_rng_state
+from editlab.utils.rng import private_draws, restored_draws, rng_state, set_rng_state
 
 
 def draws():
@@ -57,3 +58,20 @@ def test_private_draws_leave_the_generators_of_gpus_in_use_as_they_were(monkeypa
     with private_draws(3):
         pass
     assert calls == [3, ["first", "second"]]
+
+
+def test_draws_of_other_programs_are_undone():
+    before = rng_state()
+
+    def other():
+        random.seed(3)
+        np.random.rand(2)
+        torch.manual_seed(1)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), restored_draws():
+        other()
+    after = rng_state()
+    assert after["python"] == before["python"]
+    assert after["numpy"] == before["numpy"]
+    assert torch.equal(after["torch"], before["torch"])

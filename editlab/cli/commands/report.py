@@ -74,6 +74,7 @@ def _report(given: Namespace) -> None:
         examples=found[0] if found else (),
         missed=found[1] if found else None,
         adapted=delta.history.adapted,
+        outcomes=run.outcomes if run.has_outcomes else (),
         events={file.stem: EventLog(file).read() for file in sorted(folder.glob("*_events.jsonl"))},
     )
     with atomic_file(out) as temporary:

@@ -22,7 +22,7 @@ from editlab.experiments.plan import planned
 from editlab.experiments.spec import load_experiment
 from editlab.experiments.writing import Results
 from editlab.runs.event_log import EventLog
-from tests.experiments.made_up import options
+from tests.experiments.made_up import finish, options
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
@@ -141,14 +141,20 @@ def test_rates_and_areas_by_hand():
     assert areas["PR_AUC"] == pytest.approx((1 + 2 / 3) / 2)
     assert areas["base_rate"] == pytest.approx(0.4)
     assert areas["ROC_AUC_low"] <= areas["ROC_AUC"] <= areas["ROC_AUC_high"]
+    many = trust_labels.areas(20 * suspicion, 20 * bad, resamples=20)
+    assert (areas["ROC_AUC_interval"], many["ROC_AUC_interval"]) == ("exact", "bootstrap")
+    assert many["ROC_AUC_high"] - many["ROC_AUC_low"] < areas["ROC_AUC_high"] - areas["ROC_AUC_low"]
     never = trust_labels.rates([0.0] * 5, bad, 1.0)
     assert (never["rollback_rate"], never["balanced_accuracy"]) == (0, 0.5)
 
 
-def test_few_bad_batches_have_no_interval_and_no_fork_later_no_label():
+def test_few_bad_batches_have_an_exact_interval_and_no_fork_later_no_label():
     found = trust_labels.areas([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], [True, False, False, False, False, False])
     assert found["ROC_AUC"] == 1.0
-    assert "ROC_AUC_low" not in found
+    # One bad batch above five good ones: as one hit of one, whose exact interval is from 2.5%.
+    assert (found["ROC_AUC_low"], found["ROC_AUC_high"]) == (pytest.approx(0.025), 1.0)
+    assert found["ROC_AUC_interval"] == "exact"
+    assert "PR_AUC_low" not in found
     ordinary = [trust_labels.Batch("a", 0, {}, None, {0: dict.fromkeys(trust_labels.LOSSES, 0.5)})]
     assert set(trust_labels.taus(ordinary, 1).values()) == {math.inf}
 
@@ -182,10 +188,7 @@ def test_the_table_gives_baselines_as_many_rejections():
 
 def finished(folder, faults):
     """A made-up run of four batches with the gate: those with faults score low and lose much."""
-    folder.mkdir(parents=True)
-    summary = {"edits": 4, "metrics": {"before/perplexity": 20.0}, "seconds": 60.0,
-               "versions": {"torch": "2"}}  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary))
+    finish(folder, {"before/perplexity": 20.0}, edits=4, seconds=60.0)
     found = {"faults": faults, "kept": [0, 2, 3], "batches": 4, "good": {"accuracy": 0.5, "ES": 0.75},
              "curve": {"4": {"accuracy": 0.5, "perplexity": 22.0}}}  # fmt: skip
     (folder / "faults.json").write_text(json.dumps(found))
