@@ -213,6 +213,8 @@ def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answ
         evaluation: its measurements.
         answers: what the model generated for the edits.
     """
+    if trainer.state.fn == "validate" and not has_folder(trainer.loggers):
+        return
     folder = run_folder(trainer)  # collective: every rank has to call it
     scores = {group: evaluation.scores(group) for group in TABLE_GROUPS}
     if not trainer.is_global_zero or (trainer.state.fn == "validate" and not _is_end(folder, trainer, ledger, scores)):
@@ -223,7 +225,7 @@ def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answ
 def _is_end(folder: Path, trainer: Trainer, ledger: Ledger, scores: Mapping[str, FactScores | None]) -> bool:
     """Whether a validation has measured all standing edits, at the end of the run in this folder if it has finished."""
     measured = scores[RETAINED]
-    if not trainer.loggers or measured is None or len(measured.edit) != len(ledger.standing_numbers):
+    if measured is None or len(measured.edit) != len(ledger.standing_numbers):
         return False
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
