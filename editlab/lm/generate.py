@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
+from editlab.lm.joints import boundary
+from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
 from editlab.lm.tokens import encode, require_embedded
+
+if TYPE_CHECKING:
+    from editlab.lm.language_model import LanguageModel
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
 
+Done = Callable[[int, list[int]], bool]
+"""Function that tells whether a row ends: index of the row, its new token ids -> True if they are enough."""
+
 ROWS = 64
 """Number of prompts that :func:`continue_greedily` continues at once."""
+
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]|\n")
+"""The end of a sentence: a full stop, exclamation or question mark before white space, or a line break. The wide
+Chinese and Japanese marks need no white space after them."""
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -52,6 +66,7 @@ def continue_rows(
     pick: Pick = most_likely,
     *,
     stop: bool = False,
+    done: Done | None = None,
     never: Sequence[int] = (),
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
@@ -66,6 +81,7 @@ def continue_rows(
         pick: chooses each next token.
         stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
             never generated.
+        done: called for each row after each of its tokens; where it returns True, the row ends with this token.
         never: further tokens that are not generated if ``stop`` is off.
         tick: called after each step with the number of tokens that the step generated.
 
@@ -78,6 +94,7 @@ def continue_rows(
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     fed = torch.tensor([list(prompt) for prompt in prompts], device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    length = [new_tokens] * len(prompts)
     cache: Any = None
     steps: list[Tensor] = []
     for _ in range(new_tokens):
@@ -90,12 +107,19 @@ def continue_rows(
         steps.append(token)
         if tick is not None:
             tick(len(prompts))
-        if stop and bool((ended := ended | torch.isin(token, ends)).all()):
+        if stop:
+            ended |= torch.isin(token, ends)
+        if done is not None:
+            texts = torch.stack(steps, 1).tolist()
+            for row in (~ended).nonzero().flatten().tolist():
+                if done(row, texts[row]):
+                    ended[row], length[row] = True, len(steps)
+        if bool(ended.all()):
             break
         fed = token[:, None]
     if not steps:
         return [[] for _ in prompts]
-    rows: list[list[int]] = torch.stack(steps, 1).tolist()
+    rows = [row[:end] for row, end in zip(torch.stack(steps, 1).tolist(), length, strict=True)]
     return [_until(row, ends.tolist()) for row in rows] if stop else rows
 
 
@@ -110,9 +134,10 @@ def continue_greedily(
     new_tokens: int,
     *,
     stop: bool = False,
+    done: Done | None = None,
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of any lengths by the most likely token at each step.
+    """Continue prompts of any lengths by the most likely token at each step. Ranks share the prompts.
 
     Prompts of equal length run together, so no padding is needed and each prompt's continuation is the same as if it
     were continued alone.
@@ -120,27 +145,37 @@ def continue_greedily(
     Args:
         model: the model, in eval mode.
         prompts: token ids.
-        new_tokens: as in :func:`continue_rows`.
+        new_tokens: as in :func:`continue_rows`; fewer for a prompt after which the model has room for fewer.
         stop: as in :func:`continue_rows`.
+        done: as in :func:`continue_rows`, with the index of the prompt.
         tick: called after each group of prompts with their number.
 
     Returns:
         The new token ids of each prompt, in the order of the prompts.
     """
+    longest = context_length(model)
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(index)
-    found: list[list[int]] = [[] for _ in prompts]
-    for _, members in sorted(by_length.items()):
-        for start in range(0, len(members), ROWS):
-            group = members[start : start + ROWS]
-            for index, new in zip(
-                group, continue_rows(model, [prompts[i] for i in group], new_tokens, stop=stop), strict=True
-            ):
-                found[index] = new
-            if tick is not None:
-                tick(len(group))
-    return found
+    groups = [
+        members[start : start + ROWS]
+        for _, members in sorted(by_length.items())
+        for start in range(0, len(members), ROWS)
+    ]
+
+    def go_on(group: Sequence[int]) -> list[list[int]]:
+        rows = [prompts[index] for index in group]
+        room = new_tokens if longest is None else max(0, min(new_tokens, longest - len(rows[0])))
+        ends = None if done is None else lambda row, new: done(group[row], new)
+        return continue_rows(model, rows, room, stop=stop, done=ends)
+
+    def counted(group: Sequence[int]) -> list[list[int]]:
+        found = by_halves(go_on, group)
+        if tick is not None:
+            tick(len(group))
+        return found
+
+    return ranks.each(groups, counted)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -148,6 +183,94 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     settings = getattr(model, "generation_config", None) or model.config
     ends: Any = getattr(settings, "eos_token_id", None)
     return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
+
+
+# ---- texts --------------------------------------------------------------------------------------------------------
+
+
+def greedy_texts(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    done: Callable[[int, str], bool],
+    tick: Callable[[int], Any] | None = None,
+) -> list[str]:
+    """Continue prompts greedily, each until the model ends its text or until its text is enough.
+
+    Args:
+        lm: the model.
+        prompts: the texts to continue. One space at the end of a prompt is left to the continuation, because most
+            tokenizers have one token for a space and the word after it.
+        max_new_tokens: the largest number of new tokens.
+        done: called with the index of a prompt and its continuation so far; returns whether that is enough.
+        tick: called with the number of prompts that were continued together.
+
+    Returns:
+        For each prompt its continuation as text, without special tokens.
+
+    Raises:
+        UserError: A prompt is empty, or the model has no embedding for one of its tokens.
+    """
+    for prompt in prompts:
+        require_words(prompt)
+    ids = [lm.encode(prompt[: boundary(prompt)]).ids for prompt in prompts]
+    special = set(lm.tokenizer.all_special_ids)
+
+    def text(index: int, new: Sequence[int]) -> str:
+        return continued(lm.tokenizer, ids[index], _until(list(new), list(special))).rstrip("\ufffd")
+
+    def ended(index: int, new: list[int]) -> bool:
+        return new[-1] in special or done(index, text(index, new))
+
+    new = continue_greedily(lm.model, ids, max_new_tokens, stop=True, done=ended, tick=tick)
+    return [text(index, row) for index, row in enumerate(new)]
+
+
+def greedy_continuations(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    tick: Callable[[int], Any] | None = None,
+) -> list[str]:
+    """Return what the model says after each prompt: its most likely tokens, until it ends its first sentence.
+
+    The model is told neither the length nor the beginning of an answer. A text ends at the model's own end token, at
+    the end of a sentence (:func:`first_sentence`), or after ``max_new_tokens`` tokens. Equal prompts are run once.
+
+    Args:
+        lm: the model, with its current weights.
+        prompts: the texts to continue.
+        max_new_tokens: the largest number of new tokens.
+        tick: called with the number of distinct prompts that were continued together.
+
+    Returns:
+        For each prompt the first sentence of its continuation, without white space around it; "" if the model ends its
+        text at once.
+
+    Raises:
+        UserError: As :func:`greedy_texts`.
+    """
+    distinct = list(dict.fromkeys(prompts))
+
+    def ended(index: int, text: str) -> bool:
+        return SENTENCE_END.search(text.lstrip()) is not None
+
+    texts = greedy_texts(lm, distinct, max_new_tokens, ended, tick)
+    found = {prompt: first_sentence(text) for prompt, text in zip(distinct, texts, strict=True)}
+    return [found[prompt] for prompt in prompts]
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of a text with its final mark, without white space around it.
+
+    >>> first_sentence(" Paris. It lies on the Seine.")
+    'Paris.'
+    >>> first_sentence("3.5 million people" + chr(10) + "The")
+    '3.5 million people'
+    """
+    text = text.lstrip()
+    end = SENTENCE_END.search(text)
+    return (text[: end.end()] if end else text).strip()
 
 
 # ---- answers ------------------------------------------------------------------------------------------------------

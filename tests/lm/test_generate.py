@@ -6,10 +6,21 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from editlab.errors import NonFiniteError
+from editlab.errors import NonFiniteError, UserError
 from editlab.lm import generate
-from editlab.lm.generate import continue_greedily, continue_rows, drawn, end_tokens, most_likely
-from tests.tiny import FAMILIES, tiny_model
+from editlab.lm.generate import (
+    continue_greedily,
+    continue_rows,
+    drawn,
+    end_tokens,
+    first_sentence,
+    greedy_continuations,
+    greedy_texts,
+    most_likely,
+)
+from editlab.lm.language_model import LanguageModel
+from tests.lm.conftest import lm_of
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10]]
 END = 2
@@ -122,3 +133,103 @@ def test_no_token_is_drawn_from_non_finite_logits(bad):
     logits[1, 3] = -torch.inf  # a token that is excluded
     torch.manual_seed(0)
     assert all(int(drawn(logits)[1]) != 3 for _ in range(50))
+
+
+TEXTS = ["The capital of France is", "Oslo lies in", "Tove Jansson", "The currency of India is the", "Lima lies in"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_greedy_texts_are_those_of_transformers_on_a_padded_batch(family, bos):
+    """Transformers pads all prompts on the left to one length, and editlab runs prompts of equal length together."""
+    model = tiny_model(family)
+    tokenizer = tiny_tokenizer(bos=bos, padding_side="left")
+    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=0)
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    out = model.generate(**{k: batch[k] for k in ("input_ids", "attention_mask")}, max_new_tokens=14, do_sample=False)
+    rows = [row[batch["input_ids"].shape[1] :].tolist() for row in out]
+    expected = [row[: row.index(END)] if END in row else row for row in rows]
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert continue_greedily(model, ids, 14, stop=True) == expected
+    assert len({len(prompt) for prompt in ids}) > 1
+    texts = greedy_texts(LanguageModel(model, tokenizer), TEXTS, 14, lambda index, text: False)
+    for prompt, row, text in zip(ids, expected, texts, strict=True):
+        # The model is random, so that a text may have special tokens, and letters that are cut in two.
+        plain = row[: next((i for i, token in enumerate(row) if token in tokenizer.all_special_ids), len(row))]
+        assert text == tokenizer.decode([*prompt, *plain]).removeprefix(tokenizer.decode(prompt)).rstrip("\ufffd")
+
+
+def test_a_row_ends_where_it_is_done():
+    """One row is done after two tokens, and the other goes on to the largest number of tokens."""
+    model = tiny_model("llama")
+    seen = []
+
+    def done(row, new):
+        seen.append((row, len(new)))
+        return row == 0 and len(new) == 2
+
+    whole = continue_rows(model, PROMPTS, 5)
+    assert continue_rows(model, PROMPTS, 5, done=done) == [whole[0][:2], whole[1]]
+    assert seen == [(0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (1, 5)]
+    steps = []
+    continue_rows(model, PROMPTS, 5, done=lambda row, new: len(new) == 3, tick=steps.append)
+    assert len(steps) == 3
+
+
+def saying(monkeypatch, lm, texts):
+    """Make the model say texts: each prompt's continuation is the given one, token for token."""
+    said = {lm.encode(prompt).ids: lm.tokenizer(text, add_special_tokens=False)["input_ids"] for prompt, text in texts}
+    calls = []
+
+    def rows(model, prompts, new_tokens, pick=most_likely, *, stop=False, done=None, never=(), tick=None):
+        calls.append(len(prompts))
+        found = []
+        for row, prompt in enumerate(prompts):
+            whole = said[tuple(prompt)][:new_tokens]
+            last = next((n for n in range(1, len(whole) + 1) if done(row, whole[:n])), len(whole))
+            found.append(whole[:last])
+        return found
+
+    monkeypatch.setattr(generate, "continue_rows", rows)
+    return calls
+
+
+def test_a_continuation_is_the_first_sentence(monkeypatch):
+    lm = lm_of("llama")
+    texts = {
+        TEXTS[0]: " Paris. The capital of Japan is Tokyo.",
+        TEXTS[1]: " Norway\nand Lima",
+        TEXTS[2]: "\n\nspeaks 3.5 Swedish! Is",  # line breaks before the text do not end it
+        TEXTS[3]: " rupee</s> Oslo",
+        TEXTS[4]: " Peru",
+    }
+    calls = saying(monkeypatch, lm, texts.items())
+    expected = ["Paris.", "Norway", "speaks 3.5 Swedish!", "rupee", "Peru"]
+    assert greedy_continuations(lm, [*TEXTS, TEXTS[0]]) == [*expected, "Paris."]
+    assert sum(calls) == len(TEXTS)  # an equal prompt is run once
+    assert greedy_continuations(lm, [TEXTS[4] + " "]) == ["Peru"]  # the space belongs to the continuation
+    assert greedy_continuations(lm, []) == []
+    with pytest.raises(UserError, match="A prompt is empty"):
+        greedy_continuations(lm, ["Oslo", " "])
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("", ""),
+        ("Paris", "Paris"),
+        ("Paris.", "Paris."),
+        (" Paris.\nIt", "Paris."),
+        ("Paris? No!", "Paris?"),
+        ("v1.2 of it. And", "v1.2 of it."),
+        ("\u6771\u4eac\u3002\u305d\u308c", "\u6771\u4eac\u3002"),
+    ],
+)
+def test_first_sentence(text, first):
+    assert first_sentence(text) == first
+
+
+def test_a_text_ends_where_the_model_has_no_room():
+    model = tiny_model("llama", max_position_embeddings=8)
+    found = continue_greedily(model, [[5] * 6, [7] * 8, [5, 6]], 4)
+    assert [len(row) for row in found] == [2, 0, 4]
