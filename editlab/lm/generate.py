@@ -18,6 +18,7 @@ from editlab.lm.anatomy import context_length
 from editlab.lm.joints import boundary
 from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
+from editlab.lm.together import continue_together
 from editlab.lm.tokens import encode, require_embedded
 
 if TYPE_CHECKING:
@@ -222,7 +223,9 @@ def greedy_texts(
     def ended(index: int, new: list[int]) -> bool:
         return new[-1] in special or done(index, text(index, new))
 
-    new = continue_greedily(lm.model, ids, max_new_tokens, stop=True, done=ended, tick=tick)
+    longest = context_length(lm.model)
+    rooms = [max_new_tokens if longest is None else max(0, min(max_new_tokens, longest - len(row))) for row in ids]
+    new = continue_together(lm.model, ids, rooms, end_tokens(lm.model), ended, tick)
     return [text(index, row) for index, row in enumerate(new)]
 
 

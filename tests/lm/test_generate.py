@@ -141,7 +141,7 @@ TEXTS = ["The capital of France is", "Oslo lies in", "Tove Jansson", "The curren
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_greedy_texts_are_those_of_transformers_on_a_padded_batch(family, bos):
-    """Transformers pads all prompts on the left to one length, and editlab runs prompts of equal length together."""
+    """Transformers pads all prompts on the left to one length; editlab pads none."""
     model = tiny_model(family)
     tokenizer = tiny_tokenizer(bos=bos, padding_side="left")
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=0)
@@ -181,16 +181,16 @@ def saying(monkeypatch, lm, texts):
     said = {lm.encode(prompt).ids: lm.tokenizer(text, add_special_tokens=False)["input_ids"] for prompt, text in texts}
     calls = []
 
-    def rows(model, prompts, new_tokens, pick=most_likely, *, stop=False, done=None, never=(), tick=None):
+    def rows(model, prompts, rooms, ends, done, tick=None):
         calls.append(len(prompts))
         found = []
         for row, prompt in enumerate(prompts):
-            whole = said[tuple(prompt)][:new_tokens]
+            whole = said[tuple(prompt)][: rooms[row]]
             last = next((n for n in range(1, len(whole) + 1) if done(row, whole[:n])), len(whole))
             found.append(whole[:last])
         return found
 
-    monkeypatch.setattr(generate, "continue_rows", rows)
+    monkeypatch.setattr(generate, "continue_together", rows)
     return calls
 
 
