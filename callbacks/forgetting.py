@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome
+from editlab.evaluation.generation import fixed_sample
 from editlab.metrics.names import (
     BEFORE,
     GENERATION_ENTROPY,
@@ -81,18 +81,18 @@ class ForgettingCurve(EditCallback):
         if editor.edits - self._last < self.every_n_edits:
             return
         self._last = editor.edits
+        given = len(trainer.datamodule.facts)  # type: ignore[attr-defined]
+        if editor.edits >= given and not editor.restore_between_batches:
+            return  # the end measures all edits
         facts = self._sampled(editor.edited_facts)
-        found = editor.evaluation.measure(editor.lm, facts) if facts else {}
-        point = add_group(RETAINED, found | editor.evaluation.language(editor.lm))
+        point = add_group(RETAINED, editor.evaluation.snapshot(editor.lm, facts))
         self.curve[editor.edits] = point
         for logger in trainer.loggers:
             logger.log_metrics(point, step=editor.edits)
 
     def _sampled(self, facts: list[Fact]) -> list[Fact]:
-        """The facts with the lowest hashes, in the order of their edits."""
-        ranks = {id(f): hashlib.sha256(f"{self.seed}\0{f.subject}\0{f.prompt}".encode()).digest() for f in facts}
-        chosen = set(sorted(ranks, key=lambda i: ranks[i])[: self.sample])
-        return [fact for fact in facts if id(fact) in chosen]
+        """A fixed sample of the facts, in the order of their edits."""
+        return [facts[index] for index in fixed_sample(facts, self.sample, self.seed)]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits and draws the curves."""

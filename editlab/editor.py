@@ -22,8 +22,9 @@ from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.score_cache import ScoreCache
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
 from editlab.keys.subject_keys import too_long
@@ -170,7 +171,11 @@ class SequentialEditor(EditedModel):
         with self.unedited():
             self.prepare_solver()
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
-            self.evaluation.measure_unedited(self.lm)
+            facts = (
+                [] if self.restore_between_batches else data.facts
+            )  # independent batches are not measured at the end
+            others = data.other_facts(self.evaluation.settings.bystanders if facts else 0)
+            self.evaluation.measure_unedited(self.lm, facts, others, self.unedited_scores)
         if self.resumed is not None:
             resume.RunIdentity.of(self.resumed).require_settings(self.identity)
             resume.require_facts(self.ledger, data.facts, data.path)
@@ -280,8 +285,7 @@ class SequentialEditor(EditedModel):
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
-        metrics, seconds = self.evaluation.results(), self.evaluation.stop_clock()
-        return summarize(self.trainer, self.ledger, self.layers_by_number, metrics, seconds)
+        return summarize(self.trainer, self.ledger, self.layers_by_number, self.evaluation)
 
     def on_validation_start(self) -> None:
         """Clears earlier measurements of past edits."""

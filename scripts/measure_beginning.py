@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from editlab.evaluation.evaluator import BUILTIN_TEXT
+from editlab.evaluation.language import BUILTIN_TEXT
 from editlab.evaluation.scoring import token_log_probs
 from editlab.keys.moments import accumulate
 from editlab.lm.language_model import LanguageModel

@@ -193,6 +193,21 @@ class EditDataModule(LightningDataModule):
         """
         return list(islice(self.fitting(self._unedited()), self.bystanders, self.bystanders + count))
 
+    def other_facts(self, count: int) -> list[Fact]:
+        """Return up to ``count`` bystanders of a run: facts with a truth, about subjects that are not edited.
+
+        Where the built-in facts are edited, these are the first of the bystanders of ``test``; otherwise they are
+        built-in facts in a fixed random order. Facts that do not fit the model are left out.
+        """
+        others = self._unedited()[: self.bystanders] if self.path == "worldfacts" else []
+        if not others and count:  # facts of another file, or facts given from Python
+            builtin = read_facts("worldfacts")
+            random.Random(0).shuffle(builtin)
+            subjects = self._edited_subjects()
+            others = [fact for fact in builtin if composed(fact.subject) not in subjects]
+        fitting = (fact for fact in others if fact.target_true is not None and self.fault(fact) is None)
+        return list(islice(fitting, count))
+
     def facts_to_try(self, count: int) -> list[Fact]:
         """Return up to ``count`` facts for trials before the facts to edit are fixed.
 
@@ -206,9 +221,12 @@ class EditDataModule(LightningDataModule):
         return list(self.fitting(islice(chain(spare, remaining), count)))
 
     def _unedited(self) -> list[Fact]:
-        edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
-        subjects = {composed(fact.subject) for fact in edited}
+        subjects = self._edited_subjects()
         return [fact for fact in reversed(self.candidates) if composed(fact.subject) not in subjects]
+
+    def _edited_subjects(self) -> set[str]:
+        edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
+        return {composed(fact.subject) for fact in edited}
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Return the batch unchanged, because facts hold no tensors."""

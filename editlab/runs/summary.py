@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.ledger import Ledger
+from editlab.evaluation.evaluator import Evaluation
 from editlab.runs.logger import RunLogger
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
@@ -71,8 +72,7 @@ def summarize(
     trainer: Trainer,
     ledger: Ledger,
     layers: Mapping[int, EditedLayer],
-    metrics: Mapping[str, float],
-    seconds: float,
+    evaluation: Evaluation,
 ) -> dict[str, Any]:
     """A run as a dict, for ``summary.json``.
 
@@ -80,17 +80,17 @@ def summarize(
         trainer: of the run.
         ledger: its edits.
         layers: layer number -> the edited layer.
-        metrics: ``group/metric`` -> value, for what was measured.
-        seconds: duration of the run.
+        evaluation: what was measured, and how long the run and the parts of the measuring took.
     """
     return {
         "edits": ledger.kept,
         "rolled_back": len(ledger) - ledger.kept,
         "superseded": ledger.superseded,
         "batches": trainer.global_step,
-        "metrics": metrics,
+        "metrics": evaluation.results(),
         "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
-        "seconds": seconds,
+        "seconds": evaluation.stop_clock(),
+        "evaluation_seconds": dict(evaluation.costs),
         **provenance(trainer),
     }
 

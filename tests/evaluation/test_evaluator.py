@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import BUILTIN_TEXT, OPENING, Evaluation, EvaluationSettings
+from editlab.evaluation.evaluator import Evaluation
+from editlab.evaluation.language import BUILTIN_TEXT, OPENING
 from editlab.evaluation.scoring import score_facts, token_log_probs
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics.functional import ngram_entropy
 from editlab.metrics.names import add_group

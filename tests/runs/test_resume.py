@@ -34,7 +34,7 @@ def shrunk(recipe, folder, tiny, **changes):
     config["model"] |= {
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
         "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 256},
-        "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 1},
+        "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 1, "generation": 2, "bystanders": 2},
     }  # fmt: skip
     if config["model"]["method"]["class_path"] == "AlphaEdit":
         config["model"]["method"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
