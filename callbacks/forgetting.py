@@ -20,19 +20,23 @@ from editlab.metrics.names import (
     IMMEDIATE,
     METRICS,
     PERPLEXITY,
+    PERPLEXITY_START,
     RETAINED,
     TABLE_GROUPS,
     add_group,
-    full_name,
 )
-from editlab.runs.figures import Series, forgetting_figure
+from editlab.runs.figures import Series, forgetting_figure, perplexity_of_curve
 from editlab.runs.logger import SCORES
 from editlab.runs.summary import run_folder
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 
-CURVES = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
+CURVES = ("ES", "accuracy", "generation", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
 """Metrics that get a chart of their own in TensorBoard, as far as the run measures them."""
+
+
+START = PERPLEXITY_START.removeprefix(PERPLEXITY)
+"""End of the name of the perplexity of a text's beginning, which is drawn into the chart of the perplexity."""
 
 
 class ForgettingCurve(EditCallback):
@@ -100,7 +104,7 @@ class ForgettingCurve(EditCallback):
         self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained())
         evaluation = pl_module.evaluation
         drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
-        figure = forgetting_figure(drawn, evaluation.language_before.get(full_name(BEFORE, PERPLEXITY)))
+        figure = forgetting_figure(drawn, perplexity_of_curve(evaluation.language_before, BEFORE))
         folder = run_folder(trainer)  # on all ranks, since it has to be agreed on
         if trainer.is_global_zero:
             with atomic_file(folder / "forgetting.png") as temporary:
@@ -126,7 +130,8 @@ def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
     paraphrases = any(fact.paraphrases for fact in facts)
     neighbors = settings.neighbors != 0 and any(fact.neighbors for fact in facts)
     measured = {
-        "ES": truths, "accuracy": True, "PS": truths and paraphrases, "paraphrase_accuracy": paraphrases,
+        "ES": truths, "accuracy": True, "generation": bool(settings.generation),
+        "PS": truths and paraphrases, "paraphrase_accuracy": paraphrases,
         "NS": neighbors, "neighbor_accuracy": neighbors,
         PERPLEXITY: settings.heldout_tokens > 0,
         GENERATION_ENTROPY: min(settings.heldout_tokens, settings.generated_texts) > 0,
@@ -135,7 +140,7 @@ def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
     # RunLogger names a metric alike in the runs of all groups; another TensorBoard logger has the groups in the names.
     groups = "|".join((SCORES, *TABLE_GROUPS))
     charts = {
-        titles[name]: [f"^({groups})/{re.escape(name)}$"]
+        titles[name]: [f"^({groups})/{re.escape(name)}{f'({START})?' if name == PERPLEXITY else ''}$"]
         for name in (*CURVES, PERPLEXITY, GENERATION_ENTROPY)
         if measured[name]
     }

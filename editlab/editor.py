@@ -22,9 +22,8 @@ from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import Evaluation
+from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.score_cache import ScoreCache
-from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
 from editlab.keys.subject_keys import too_long
@@ -163,19 +162,16 @@ class SequentialEditor(EditedModel):
         """Prepares the solver, selects the facts to edit, and measures the unedited model."""
         self.evaluation.start_clock()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        largest = self.method.largest_batch
-        if largest is not None and data.batch_size > largest:
+        if (largest := self.method.largest_batch) is not None and data.batch_size > largest:
             raise UserError(
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
         with self.unedited():
             self.prepare_solver()
             data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
-            facts = (
-                [] if self.restore_between_batches else data.facts
-            )  # independent batches are not measured at the end
-            others = data.other_facts(self.evaluation.settings.bystanders if facts else 0)
-            self.evaluation.measure_unedited(self.lm, facts, others, self.unedited_scores)
+            asked = [] if self.restore_between_batches else data.facts  # independent edits are never asked together
+            others = data.other_facts(self.evaluation.settings.bystanders if asked else 0)
+            self.evaluation.measure_unedited(self.lm, asked, others, self.unedited_scores)
         if self.resumed is not None:
             resume.RunIdentity.of(self.resumed).require_settings(self.identity)
             resume.require_facts(self.ledger, data.facts, data.path)

@@ -125,7 +125,8 @@ def _edit_many(tokenizer: Any, count: int, callbacks: list[Any]) -> None:
         method=MEMIT(covariance_weight=1000), values=ValueSettings(steps=2),
         contexts=ContextSettings(count=1, length=3),
         moments=MomentSettings(tokens=4096, cache=False),
-        evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, generation=0, bystanders=0, immediate="edits"),
+        evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, generation=0, bystanders=0,
+                                      immediate="edits"),
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ def write_recipe(folder, tiny, facts=FACTS, name="tiny", **sections):
     config = {
         "model": {
             "language_model": str(tiny), "layers": [1, 2], "values": {"steps": 2}, "moments": {"tokens": 256},
-            "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
+            "contexts": {"count": 1, "length": 3},
+            "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
         },
         "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},

@@ -130,13 +130,18 @@ def counted(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
+def _asking(summary: Mapping[str, Any]) -> str:
+    """The seconds of free generation, in words; empty if nothing was generated."""
+    seconds = summary.get("evaluation_seconds", {}).get("generation", 0.0)
+    return f" ({seconds:.0f} s of them free generation)" if f"{summary['metrics']}".count("generation'") else ""
+
+
 def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
     """The summary as text of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
         f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: {title}",
-        "",
         metric_table(summary["metrics"]).to_text(),
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
@@ -146,8 +151,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
-        "",
+        f"{summary['seconds']:.0f} s{_asking(summary)}, peak memory {summary['peak_memory_mb']:.0f} MiB",
         f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
         f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",

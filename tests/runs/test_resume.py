@@ -34,7 +34,9 @@ def shrunk(recipe, folder, tiny, **changes):
     config["model"] |= {
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
         "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 256},
-        "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64, "generated_texts": 1, "generation": 2, "bystanders": 2},
+        "contexts": {"count": 1, "length": 3}, "evaluation": {
+            "heldout_tokens": 64, "generated_texts": 1, "generation": 2, "snapshot_generation": 1, "bystanders": 2,
+        },
     }  # fmt: skip
     if config["model"]["method"]["class_path"] == "AlphaEdit":
         config["model"]["method"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
@@ -78,7 +80,8 @@ def outcome(folder):
     """Everything that must be equal: weights, ledger, scores, random states, callbacks' states, table, events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
-    saved["editor"]["evaluation"].pop("seconds")
+    for times in ("seconds", "costs"):
+        saved["editor"]["evaluation"].pop(times)
     states = {name: state for name, state in saved["callbacks"].items() if "Checkpoint" not in name}
     table = (path.parents[1] / "metrics.csv").read_text()
     lines = [json.loads(line) for file in path.parents[1].glob("*.jsonl") for line in file.read_text().splitlines()]

@@ -164,7 +164,7 @@ def _answer_score_update(
     found = [float(getattr(answer_scores(*pair), kind)) for pair in zip(texts, names, strict=True)]
     if len(found) != len(record):
         raise ValueError(f"There are {len(found)} texts, but {len(record)} record numbers: give one per text.")
-    return torch.tensor(found, dtype=torch.float64), record
+    return torch.tensor(found), record
 
 
 def answer_score(
