@@ -55,7 +55,7 @@ def answers(lm: LanguageModel, count: int) -> list[dict[str, Any]]:
     facts = [fact for fact, kept in zip(facts, prefers_truth(lm, facts[: 2 * count]), strict=False) if kept][:count]
     model, tokenizer = lm.model, lm.tokenizer
     _, result = edit_model(
-        model,  # type: ignore[arg-type]
+        model,
         tokenizer,
         facts,
         layers=[4, 5, 6],

@@ -263,7 +263,8 @@ class Evaluation:
         self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
     ) -> dict[str, float]:
         """Free answers, portability and bystanders; the answers are kept in :attr:`generated`."""
-        settings, found = self.settings, {}
+        settings = self.settings
+        found: dict[str, float] = {}
         with self._timed("portability"), self.products(lm):
             found |= portability_accuracy(lm, facts, cache, **GATHERED)
         with self._timed("bystanders"), self.products(lm):

@@ -108,14 +108,11 @@ def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) ->
         *rows: rows of panels, each with its own legend: label -> (the runs' curves, color, line style).
     """
     figure = Figure(figsize=(3.2 * len(COMPARED), 2.9 * len(rows)), layout="constrained")
-    rows = tuple(
-        {label: (list(map(one_perplexity, curves)), *style) for label, (curves, *style) in row.items()} for row in rows
-    )
     for part, shown in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True):
         axes = panels(part, 1, len(COMPARED))
         for ax, (name, title) in zip(axes, COMPARED, strict=True):
             for label, (curves, color, line) in shown.items():
-                draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+                draw_band(ax, list(map(one_perplexity, curves)), name, label=label, color=color, linestyle=line)
             ax.set(title=title, xlabel="edits")
         _wide_as_log(axes[-1])
         legend_below(part)
