@@ -159,7 +159,7 @@ def edit_model(
     chosen = layers if isinstance(layers, str) else list(layers)
     name = {"language_model": model.config.name_or_path or type(model).__name__}
     editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
-    data = EditDataModule(batch_size=batch_size, only_known=False, shuffle=False, joint=joint)
+    data = EditDataModule(batch_size=batch_size, keep="all", shuffle=False, joint=joint)
     data.candidates = _facts(facts)
     generators = rng_state()
     try:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
@@ -23,6 +24,7 @@ from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.known import holds_truth
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
@@ -51,26 +53,23 @@ class SequentialEditor(EditedModel):
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
-        layers: blocks whose MLP output projection is edited. Values are found at the highest; MEMIT's spreading
-            divides the update among all of them, from the lowest up. ``auto`` chooses them by trying
-            (:mod:`editlab.edits.layer_search`).
+        layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
+            divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
         method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
         evaluation: what is measured in addition to the edits.
         keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
-        preserve_prompt_tokens: weight with which the keys of the edited prompts' context tokens enter the metric of
-            their batch. The model reads those tokens too, so an edit should not move them. 0 turns it off.
+        preserve_prompt_tokens: weight of the keys of the edited prompts' context tokens in the batch's metric; 0: off.
         passes: number of times that a batch goes through the layers, each time for the remaining residual.
         edit_module: path of the edited module inside a block; default: found by structure.
-        device_map: transformers' own (``auto``, or module path -> device), for a model that one device cannot hold;
-            the Trainer then does not move the model.
+        device_map: transformers' own, for a model that one device cannot hold; the Trainer then does not move it.
         restore_between_batches: edit each batch on the original weights: independent batches, no sequence.
         condition_limit: condition number of the Gram matrix above which the slack is raised (see the solver).
-        solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``, which
-            is the model's device, or the CPU if that device has no float64, computes it slowly, or lacks memory for the
-            metrics.
+        chat_template: what reads prompts as a user's turn: ``none``, ``edit`` (keys, values), ``evaluate`` or ``both``.
+        solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``: the
+            model's, or the CPU if that one has no float64, computes it slowly, or lacks memory for the metrics.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -95,9 +94,10 @@ class SequentialEditor(EditedModel):
         device_map: str | dict[str, int | str] | None = None,
         restore_between_batches: bool = False,
         condition_limit: float = 1e10,
+        chat_template: str = "none",
         solver_device: str = "auto",
     ) -> None:
-        super().__init__(language_model, layers, edit_module, device_map)
+        super().__init__(language_model, layers, edit_module, device_map, chat_template)
         self.solve_settings = SolveSettings(
             method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
         )
@@ -122,7 +122,8 @@ class SequentialEditor(EditedModel):
     def too_long(self, fact: Fact) -> str | None:
         """Why a fact does not fit into the model (:func:`~editlab.keys.subject_keys.too_long`); None if it does."""
         measured = replace(fact, neighbors=fact.neighbors[: self.evaluation.settings.neighbors])
-        return too_long(self.lm, measured, self.contexts)
+        (scored,) = as_evaluated([measured], self.lm.chat)
+        return too_long(self.lm, measured, self.contexts) or too_long(self.lm, scored, [""])
 
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step runs the solve; with ``layers: auto`` the layers are chosen first."""
@@ -132,10 +133,8 @@ class SequentialEditor(EditedModel):
 
     def find_layers(self, facts: Sequence[Fact]) -> list[int]:
         """The layers at which editing these facts works best (:func:`~editlab.edits.layer_search.choose_layers`)."""
-        setup = SearchSetup(
-            self.lm, self.language_model, self.model_key, self.solve_settings, self.values, self.moments,
-            self.context_settings,
-        )  # fmt: skip
+        setup = SearchSetup(self.lm, self.language_model, self.model_key, self.solve_settings, self.values,
+                            self.moments, self.context_settings)  # fmt: skip
         return choose_layers(setup, facts)
 
     @property
@@ -168,7 +167,8 @@ class SequentialEditor(EditedModel):
             )
         with self.unedited():
             self.prepare_solver()
-            data.select(lambda facts: self.evaluation.known(self.lm, facts, self.unedited_scores))
+            with self.evaluation.products(self.lm):
+                data.select(lambda facts: holds_truth(self.lm, facts, data.keep, self.unedited_scores))
             asked = [] if self.restore_between_batches else data.facts  # independent edits are never asked together
             others = data.other_facts(self.evaluation.settings.bystanders if asked else 0)
             self.evaluation.measure_unedited(self.lm, asked, others, self.unedited_scores)

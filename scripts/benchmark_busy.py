@@ -64,7 +64,7 @@ def work(options: argparse.Namespace) -> None:
     lm = LanguageModel.from_name(options.language_model, torch.float32)
     if options.worker == "editlab":
         choose_threads(meter)
-    data = EditDataModule(limit=options.facts, only_known=False)
+    data = EditDataModule(limit=options.facts, keep="all")
     data.setup()
     data.select(lambda facts: [True] * len(facts))
     site, settings = Site.of(lm, options.layer), ValueSettings(steps=options.steps)

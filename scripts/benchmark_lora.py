@@ -43,7 +43,7 @@ def trained(kind: str, lm: LanguageModel, paths: list[str], rank: int) -> Iterat
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Trains an adapter or the full maps in this process."""
     lm = LanguageModel.from_name(options.model, torch.float32)
-    data = EditDataModule(only_known=False, limit=64)
+    data = EditDataModule(keep="all", limit=64)
     data.setup()
     rows = edit_rows(lm, data.candidates[:64], [""])
     others = prompt_rows(lm, data.candidates[64:112])

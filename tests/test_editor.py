@@ -60,7 +60,7 @@ def fit(
         limit=limit,
         batch_size=batch_size,
         keep_repeats=keep_repeats,
-        only_known=False,
+        keep="all",
         shuffle=False,
     )
     saving = [EditCheckpoint()] if save else []
@@ -153,7 +153,7 @@ def test_a_precision_that_scales_gradients_is_refused(tiny_folder, tmp_path):
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     trainer = L.Trainer(plugins=[scaled], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
-    data = EditDataModule(str(write_counterfact(tmp_path / "facts.json")), limit=2, only_known=False)
+    data = EditDataModule(str(write_counterfact(tmp_path / "facts.json")), limit=2, keep="all")
     with pytest.raises(UserError, match="set bf16-mixed or 16-true"):
         trainer.fit(editor(tiny_folder), data)
 
@@ -353,7 +353,7 @@ def test_values_on_the_original_weights_are_computed_once(tiny_folder, tmp_path,
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_validate_and_test_measure_a_checkpoint(tiny_folder, tmp_path):
     trainer = fit(tmp_path, editor(tiny_folder), save=True)
-    data = EditDataModule(str(tmp_path / "facts.json"), only_known=False, shuffle=False)
+    data = EditDataModule(str(tmp_path / "facts.json"), keep="all", shuffle=False)
     path = trainer.checkpoint_callback.best_model_path
     other = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False)
     (measured,) = other.validate(editor(tiny_folder), data, ckpt_path=path, verbose=False)

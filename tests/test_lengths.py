@@ -52,12 +52,12 @@ LONG_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("only_known", [True, False])
+@pytest.mark.parametrize("keep", ["all", "preferred", "known"])
 @pytest.mark.parametrize("case", LONG_TEXTS)
-def test_a_long_text_is_named(place, capsys, case, only_known):
+def test_a_long_text_is_named(place, capsys, case, keep):
     changes, message = LONG_TEXTS[case]
     write(place, capital("France", **changes), capital("Japan"))
-    assert main(["fit", "--config", "tiny.yaml", f"--data.only_known={str(only_known).lower()}"]) == 2
+    assert main(["fit", "--config", "tiny.yaml", f"--data.keep={keep}"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("editlab:")]
     assert message in line
     assert "and the model takes 128: shorten" in line

@@ -95,6 +95,9 @@ def _either(text: str) -> str:
 
 
 _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
+    (r"\bonly_known\b",
+     lambda m: "data.only_known is now data.keep: preferred in place of true (the model finds the truth likelier than "
+               "the new target), all in place of false, or known (the model itself says the truth)."),
     (r'"config": File does not exist: \'([^\']+)\'',
      lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config."),
     (r"Unexpected config: ", lambda m: "The configuration is not a mapping: write sections, such as model: and data:."),

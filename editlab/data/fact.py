@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+SIDES = ("dev", "test")
+"""The two halves of a file of facts: the first for choosing settings, the second for reported numbers."""
 
 
 class Neighbor(NamedTuple):
@@ -66,6 +70,17 @@ class Fact:
         Both are in Unicode's composed form, so that an accented letter written as one character or as two is the same.
         """
         return composed(self.subject), composed(self.prompt)
+
+    @property
+    def side(self) -> str:
+        """Half of its file that the fact is in, ``dev`` or ``test``.
+
+        It is the first bit of the SHA-256 digest of :attr:`slot`, so it depends neither on the other facts nor on their
+        order, and two facts of one subject and prompt are in the same half.
+        """
+        subject, prompt = self.slot
+        digest = hashlib.sha256(f"{subject}\n{prompt}".encode(errors="surrogatepass")).digest()
+        return SIDES[digest[0] >> 7]
 
     @property
     def keeps_the_truth(self) -> bool:

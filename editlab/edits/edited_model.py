@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, Literal
 
 import lightning
@@ -12,14 +12,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from editlab.data.chat import as_edited
 from editlab.distributed import ranks
 from editlab.edits.edited_layer import EditedLayer, unedited
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
+from editlab.lm.chat import MODES, NONE, Chat
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.joints import AUTO as AUTO_JOINT
 from editlab.lm.language_model import LanguageModel
 from editlab.utils import compat
+from editlab.utils.validation import one_of
 
 AUTO: Final = "auto"
 """Setting of ``layers`` that leaves the choice to :mod:`editlab.edits.layer_search`."""
@@ -33,9 +36,11 @@ class EditedModel(lightning.LightningModule):
         layers: blocks whose MLP output projection is edited, or ``auto``: :meth:`edit_at` sets them later.
         edit_module: path of the edited module inside a block; default: found by structure.
         device_map: transformers' ``device_map``; the Trainer then does not move the model.
+        chat_template: where prompts go through the tokenizer's chat template: ``none``, ``edit``, ``evaluate``,
+            ``both``.
 
     Raises:
-        UserError: ``layers`` is empty or has a layer twice.
+        UserError: ``layers`` is empty or has a layer twice, or there is no such use of the template.
     """
 
     def __init__(
@@ -44,8 +49,10 @@ class EditedModel(lightning.LightningModule):
         layers: list[int] | Literal["auto"],
         edit_module: str | None,
         device_map: str | dict[str, int | str] | None,
+        chat_template: str = NONE,
     ) -> None:
         super().__init__()
+        one_of("model", MODES, chat_template=chat_template)
         named = [] if isinstance(layers, str) else layers
         if layers != AUTO and (not named or len(set(named)) != len(named)):
             raise UserError(f"model.layers is {layers}: give at least one layer, and each once, or {AUTO}.")
@@ -53,16 +60,28 @@ class EditedModel(lightning.LightningModule):
         self.layer_numbers = sorted(named)
         self.edit_module = edit_module
         self.device_map = device_map
+        self.chat_template = chat_template
         self.strict_loading = False
         self.edited: nn.ModuleDict = nn.ModuleDict()
         self.adjusted: nn.ModuleDict = nn.ModuleDict()
 
     def configure_model(self) -> None:
-        """Loads the language model once, in the Trainer's dtype, and sets how it joins prompts and targets."""
+        """Loads the language model once, in the Trainer's dtype, and sets how it joins prompts and targets.
+
+        With a chat template for edits, the facts of the data module get templated prompts.
+
+        Raises:
+            UserError: The model cannot be loaded, or its tokenizer has no chat template that can be used.
+        """
         if not hasattr(self, "lm"):
             self._load()
         data = getattr(compat.trainer_of(self), "datamodule", None)
         self.lm.joint = getattr(data, "joint", AUTO_JOINT)
+        if self.lm.chat is None and self.chat_template != NONE:
+            self.lm.chat = Chat.of(self.lm.tokenizer, self.chat_template)
+            if data is not None:
+                data.templated = partial(as_edited, chat=self.lm.chat)
+                data.candidates = data.templated(data.candidates)
 
     def _load(self) -> None:
         if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation.bystanders import bystander_accuracy, prompts_of_bystanders
@@ -24,7 +25,7 @@ from editlab.evaluation.generation import (
 from editlab.evaluation.language import GATHERED, LanguageMeter
 from editlab.evaluation.portability import portability_accuracy, questions
 from editlab.evaluation.score_cache import ScoreCache
-from editlab.evaluation.scoring import FactScores, prefers_truth, score_facts
+from editlab.evaluation.scoring import FactScores, score_facts
 from editlab.evaluation.settings import EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import products, type_of_products
@@ -135,11 +136,6 @@ class Evaluation:
         before = self.compute(BEFORE) | self.language_before | self.asked_before
         return before | self.compute(IMMEDIATE) | self.retained
 
-    def known(self, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None) -> list[bool]:
-        """:func:`editlab.evaluation.scoring.prefers_truth`, with the matrix products of the settings."""
-        with self.products(lm):
-            return prefers_truth(lm, facts, cache)
-
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""
         return ScoreCache(key, type_of_products(self.settings.matmul, lm.device), lm.device)
@@ -168,6 +164,7 @@ class Evaluation:
         every_prompt: bool = True,
         cache: ScoreCache | None = None,
     ) -> list[FactScores]:
+        facts = as_evaluated(facts, lm.chat)
         neighbors = self.settings.neighbors if every_prompt else 0
         starts = range(0, len(facts), CHUNK)
         bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)
@@ -201,6 +198,7 @@ class Evaluation:
     def snapshot(self, lm: LanguageModel, facts: Sequence[Fact]) -> dict[str, float]:
         """A point of a forgetting curve: scores of facts, answers for some of them, and the language; not kept."""
         found = self.measure(lm, facts) if facts else {}
+        facts = as_evaluated(facts, lm.chat)
         answered = self.settings.answered
         count = self.settings.snapshot_generation
         with self._timed("generation"):
@@ -263,17 +261,18 @@ class Evaluation:
         self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
     ) -> dict[str, float]:
         """Free answers, portability and bystanders; the answers are kept in :attr:`generated`."""
-        settings = self.settings
+        settings, others = self.settings, as_evaluated(self.bystanders, lm.chat)
+        facts = as_evaluated(facts, lm.chat)
         found: dict[str, float] = {}
         with self._timed("portability"), self.products(lm):
             found |= portability_accuracy(lm, facts, cache, **GATHERED)
         with self._timed("bystanders"), self.products(lm):
-            found |= bystander_accuracy(lm, self.bystanders, cache)
+            found |= bystander_accuracy(lm, others, cache)
         with self._timed("generation"):
             sample = fixed_sample(facts, settings.answered)
             asked = [*prompts_of_edits(facts, sample, settings.neighbors), *questions(facts, sample)]
             if settings.generation:
-                asked += prompts_of_bystanders(self.bystanders)
+                asked += prompts_of_bystanders(others)
             self.generated[group] = self._answers(lm, asked)
         return found | generation_metrics(self.generated[group], **GATHERED)
 

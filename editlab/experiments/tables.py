@@ -38,6 +38,10 @@ def _change(row: Mapping[str, Any], name: str) -> float:
     return float(row[f"retained/{name}"]) - float(row[f"before/{name}"])
 
 
+_SELECTION = {"keep": "keep", "split": "split", "checked": "facts_checked", "preferred": "facts_preferred",
+              "known": "facts_known", "neighbors_left_out": "neighbors_left_out"}  # fmt: skip
+"""How a run's facts were selected: entry of ``facts`` in ``summary.json`` -> column."""
+
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "retained/accuracy": lambda row: float(row["retained/accuracy"]),
     "retained/ES": lambda row: float(row["retained/ES"]),
@@ -86,6 +90,8 @@ def rows_of_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[Row]:
         row |= {name: round(value, 3) for name, value in perplexity.items()}
         if {"before/perplexity", "retained/perplexity"} <= perplexity.keys():
             row["perplexity_ratio"] = round(perplexity["retained/perplexity"] / perplexity["before/perplexity"], 4)
+        selection = summary.get("facts", {})
+        row |= {column: selection[name] for name, column in _SELECTION.items() if name in selection}
         rows.append({**row, **{name: COLUMNS[name](run) for name in columns}, **provenance_of(run)})
     return rows
 

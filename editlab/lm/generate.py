@@ -6,32 +6,21 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.joints import boundary
-from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
 from editlab.lm.together import continue_together
-from editlab.lm.tokens import encode, require_embedded
-
-if TYPE_CHECKING:
-    from editlab.lm.language_model import LanguageModel
+from editlab.lm.tokens import Encoding, encode, require_embedded
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
-
-Done = Callable[[int, list[int]], bool]
-"""Function that tells whether a row ends: index of the row, its new token ids -> True if they are enough."""
-
-ROWS = 64
-"""Number of prompts that :func:`continue_greedily` continues at once."""
 
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]|\n")
 """The end of a sentence: a full stop, exclamation or question mark before white space, or a line break. The wide
@@ -67,7 +56,6 @@ def continue_rows(
     pick: Pick = most_likely,
     *,
     stop: bool = False,
-    done: Done | None = None,
     never: Sequence[int] = (),
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
@@ -82,7 +70,6 @@ def continue_rows(
         pick: chooses each next token.
         stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
             never generated.
-        done: called for each row after each of its tokens; where it returns True, the row ends with this token.
         never: further tokens that are not generated if ``stop`` is off.
         tick: called after each step with the number of tokens that the step generated.
 
@@ -95,7 +82,6 @@ def continue_rows(
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     fed = torch.tensor([list(prompt) for prompt in prompts], device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    length = [new_tokens] * len(prompts)
     cache: Any = None
     steps: list[Tensor] = []
     for _ in range(new_tokens):
@@ -108,75 +94,18 @@ def continue_rows(
         steps.append(token)
         if tick is not None:
             tick(len(prompts))
-        if stop:
-            ended |= torch.isin(token, ends)
-        if done is not None:
-            texts = torch.stack(steps, 1).tolist()
-            for row in (~ended).nonzero().flatten().tolist():
-                if done(row, texts[row]):
-                    ended[row], length[row] = True, len(steps)
-        if bool(ended.all()):
+        if stop and bool((ended := ended | torch.isin(token, ends)).all()):
             break
         fed = token[:, None]
     if not steps:
         return [[] for _ in prompts]
-    rows = [row[:end] for row, end in zip(torch.stack(steps, 1).tolist(), length, strict=True)]
+    rows: list[list[int]] = torch.stack(steps, 1).tolist()
     return [_until(row, ends.tolist()) for row in rows] if stop else rows
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:
     """Return the tokens before the first end-of-text token."""
     return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
-
-
-def continue_greedily(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    *,
-    stop: bool = False,
-    done: Done | None = None,
-    tick: Callable[[int], Any] | None = None,
-) -> list[list[int]]:
-    """Continue prompts of any lengths by the most likely token at each step. Ranks share the prompts.
-
-    Prompts of equal length run together, so no padding is needed and each prompt's continuation is the same as if it
-    were continued alone.
-
-    Args:
-        model: the model, in eval mode.
-        prompts: token ids.
-        new_tokens: as in :func:`continue_rows`; fewer for a prompt after which the model has room for fewer.
-        stop: as in :func:`continue_rows`.
-        done: as in :func:`continue_rows`, with the index of the prompt.
-        tick: called after each group of prompts with their number.
-
-    Returns:
-        The new token ids of each prompt, in the order of the prompts.
-    """
-    longest = context_length(model)
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
-    groups = [
-        members[start : start + ROWS]
-        for _, members in sorted(by_length.items())
-        for start in range(0, len(members), ROWS)
-    ]
-
-    def go_on(group: Sequence[int]) -> list[list[int]]:
-        rows = [prompts[index] for index in group]
-        room = new_tokens if longest is None else max(0, min(new_tokens, longest - len(rows[0])))
-        ends = None if done is None else lambda row, new: done(group[row], new)
-        return continue_rows(model, rows, room, stop=stop, done=ends)
-
-    def counted(group: Sequence[int]) -> list[list[int]]:
-        found = by_halves(go_on, group)
-        if tick is not None:
-            tick(len(group))
-        return found
-
-    return ranks.each(groups, counted)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -186,11 +115,21 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     return set(ends) if isinstance(ends, (list, tuple)) else {ends} - {None}
 
 
+class Speaker(Protocol):
+    """The parts of a :class:`~editlab.lm.language_model.LanguageModel` that continuing a text needs."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def encode(self, text: str) -> Encoding:
+        """Tokenize a text, with the special tokens that the model expects before it."""
+
+
 # ---- texts --------------------------------------------------------------------------------------------------------
 
 
 def greedy_texts(
-    lm: LanguageModel,
+    lm: Speaker,
     prompts: Sequence[str],
     max_new_tokens: int,
     done: Callable[[int, str], bool],
@@ -230,7 +169,7 @@ def greedy_texts(
 
 
 def greedy_continuations(
-    lm: LanguageModel,
+    lm: Speaker,
     prompts: Sequence[str],
     max_new_tokens: int = 32,
     tick: Callable[[int], Any] | None = None,

@@ -75,11 +75,11 @@ def space_between(prompt: str, continuation: str, joint: str = AUTO) -> bool:
         return True
     if _within(prompt[-1], _IDEOGRAPHIC):
         return False
-    last_letter = next((c for c in reversed(prompt) if c.isalpha() or _unspaced(c)), "")
-    return not (_unspaced(last_letter) and _unspaced(continuation[:1]))
+    last_letter = next((c for c in reversed(prompt) if c.isalpha() or unspaced(c)), "")
+    return not (unspaced(last_letter) and unspaced(continuation[:1]))
 
 
-def _unspaced(character: str) -> bool:
+def unspaced(character: str) -> bool:
     """Return whether a character is of a script that writes no space between words."""
     return _within(character, _IDEOGRAPHIC) or _within(character, _SOUTHEAST_ASIAN)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.lm.anatomy import context_length
+from editlab.lm.chat import Chat
 from editlab.lm.forward import by_row, logits_only_at, reading
 from editlab.lm.generate import continue_rows, drawn, most_likely
 from editlab.lm.joints import AUTO, join
@@ -86,6 +87,8 @@ class LanguageModel(ModelRunner):
         self.beginning_text = "".join(tokenizer.convert_ids_to_tokens(list(self.beginning)))
         self.joint = AUTO
         """what stands between a prompt and its continuation (:mod:`editlab.lm.joints`)"""
+        self.chat: Chat | None = None
+        """the chat template through which prompts go; None if they are plain"""
         self.longest = context_length(model)
         self.blocks_give_tuples = self._probe_tuples()
         if not keeps_only_kv_cache(model):
@@ -151,13 +154,14 @@ class LanguageModel(ModelRunner):
         return encoding, start
 
     def in_context(self, context: str, prompt: str) -> str:
-        """Return a prompt behind a context; special tokens with which the prompt begins stay at the very beginning.
+        """Return a prompt behind a context.
 
-        A character of the prompt after these tokens has the same index as in ``context + prompt``.
+        Special tokens with which the prompt begins stay at the very beginning, and in a chat the context is a part of
+        the user's turn. A character of the prompt after these has the same index as in ``context + prompt``.
         """
-        own = self.beginning_text
-        if own and prompt.startswith(own):
-            return own + context + prompt.removeprefix(own)
+        for own in (self.chat.head if self.chat else "", self.beginning_text):
+            if own and prompt.startswith(own):
+                return own + context + prompt.removeprefix(own)
         return context + prompt
 
     def unusual_texts(self, pairs: Iterable[tuple[str, str]]) -> list[str]:

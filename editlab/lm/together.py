@@ -82,7 +82,7 @@ def _continued(
                 if token in ends:
                     continue
                 new[index].append(token)
-                if len(new[index]) >= rooms[index] or done(index, new[index]):
+                if done(index, new[index]) or len(new[index]) >= rooms[index]:
                     continue
             going.append(number)
         rows = [rows[number] for number in going]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class RunIdentity:
     """``trainer.precision``; None in checkpoints of older versions"""
     joint: str = AUTO
     """``data.joint``"""
+    split: str = "all"
+    """``data.split``"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -64,6 +66,7 @@ class RunIdentity:
             architecture=architecture(model.lm.model),
             precision=trainer.precision,
             joint=model.lm.joint,
+            split=getattr(trainer.datamodule, "split", "all"),  # type: ignore[attr-defined]
         )
 
     @classmethod
@@ -103,7 +106,7 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision, batch size and joint of the checkpoint with this identity.
+        """Makes sure that ``run`` has the precision, batch size, split and joint of the checkpoint with this identity.
 
         Raises:
             UserError: One of them differs.
@@ -117,6 +120,11 @@ class RunIdentity:
             raise UserError(
                 f"The checkpoint's batches are of {self.batch_size} facts and this run's of {run.batch_size}: set "
                 "data.batch_size to the checkpoint's."
+            )
+        if self.split != run.split:
+            raise UserError(
+                f"The checkpoint's run had data.split {self.split} and this one has {run.split}: set it to the "
+                "checkpoint's, or start a new run without --ckpt_path."
             )
         if self.joint != run.joint:
             raise UserError(
@@ -138,7 +146,8 @@ def require_facts(ledger: Iterable[LedgerEntry], facts: Sequence[Fact], source: 
     """
     edited = [entry.fact for entry in ledger]
     for number, (before, now) in enumerate(zip(edited, facts, strict=False)):
-        if before != now:
+        # With a higher limit more subjects are edited, and fewer neighbors are measured.
+        if replace(before, neighbors=()) != replace(now, neighbors=()):
             raise UserError(
                 f"Fact {number} of the checkpoint is {before.question!r} -> {before.target_new!r}, and in {source} it "
                 f"is {now.question!r} -> {now.target_new!r}: give the same file, limit and seed, or start a new run "

@@ -91,6 +91,7 @@ def summarize(
         "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
         "seconds": evaluation.stop_clock(),
         "evaluation_seconds": dict(evaluation.costs),
+        "facts": dict(getattr(trainer.datamodule, "selection", {})),  # type: ignore[attr-defined]
         **provenance(trainer),
     }
 
@@ -136,6 +137,25 @@ def _asking(summary: Mapping[str, Any]) -> str:
     return f" ({seconds:.0f} s of them free generation)" if f"{summary['metrics']}".count("generation'") else ""
 
 
+def selected(facts: Mapping[str, Any]) -> list[str]:
+    """What was measured of a file of facts to select those to edit, as sentences.
+
+    Args:
+        facts: :attr:`editlab.data.EditDataModule.selection`.
+    """
+    lines = []
+    half = "" if facts.get("split", "all") == "all" else f" ({facts['split']} half)"
+    for name, verb in (("preferred", "prefers the truth of"), ("known", "knows")):
+        if name in facts:
+            of = f"{facts[name]} of the {facts['checked']} facts of {facts['path']}{half} that were checked"
+            lines.append(f"the unedited model {verb} {of} ({facts[name] / facts['checked']:.1%})")
+    if facts.get("neighbors_left_out"):
+        lines.append(
+            f"NS leaves out {facts['neighbors_left_out']} of {facts['neighbors']} neighbors, whose subjects are edited"
+        )
+    return lines
+
+
 def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
     """The summary as text of at most one screen."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
@@ -152,6 +172,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         "",
         f"||delta|| / ||W||: {norms}",
         f"{summary['seconds']:.0f} s{_asking(summary)}, peak memory {summary['peak_memory_mb']:.0f} MiB",
+        *selected(summary.get("facts", {})),
         f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}",
         f"tables       {', '.join(f'{where}/{name}' for name in tables)}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",

@@ -62,7 +62,9 @@ class ValueCache:
         edited = "" if site.in_stream else lm.anatomy.edit_path  # a value in the stream belongs to no linear map
         resolved = replace(settings, matmul=type_of_products(settings.matmul, lm.device))
         model = [key, tokenizer_fingerprint(lm.tokenizer), edited]
-        return cls([*model, *filter(None, [cast_to(lm.device)])], site, contexts, resolved, lm.unusual_texts)
+        # Contexts stand inside the user's turn of a chat.
+        chat = f"chat: {lm.chat.head}" if lm.chat is not None and lm.chat.edits else ""
+        return cls([*model, *filter(None, [cast_to(lm.device), chat])], site, contexts, resolved, lm.unusual_texts)
 
     def fetch(self, facts: Sequence[Fact], find: Callable[[Sequence[Fact]], Tensor]) -> Tensor:
         """Return the targets of facts, float32 [n, d_v]; those that the cache lacks are computed and added to it.

@@ -51,14 +51,51 @@ def test_selections_that_raise_an_error(path, tmp_path):
         module(path).select(lambda facts: [False] * len(facts))
     bare = tmp_path / "bare.json"
     bare.write_text('[{"requested_rewrite": {"prompt": "{} is", "subject": "Oslo", "target_new": {"str": "Peru"}}}]')
-    with pytest.raises(UserError, match=r"set data\.only_known to false"):
+    with pytest.raises(UserError, match=r"set data\.keep to all"):
         module(str(bare)).select(lambda facts: [True] * len(facts))
-    data = module(str(bare), only_known=False)
+    data = module(str(bare), keep="all")
     data.select(lambda facts: 1 / 0)  # is not called
     assert len(data.facts) == 1
     for name in ("limit", "batch_size", "bystanders"):
         with pytest.raises(UserError, match=f"data.{name} is 0"):
             EditDataModule(path, **{name: 0})
+
+
+def test_the_selection_counts_what_was_measured(path):
+    """Facts 0 to 7 in two chunks; only half of them are held, and three are wanted."""
+    for keep in ("preferred", "known"):
+        data = module(path, limit=3, shuffle=False, keep=keep)
+        data.select(lambda facts: [fact.id % 2 == 1 for fact in facts])
+        # Each of facts 1, 3 and 5 has two neighbors; the one about India, fact 5, is left out of the other two facts.
+        assert data.selection == {
+            "path": path, "keep": keep, "split": "all", "facts": len(FACTS), "checked": 6, keep: 3, "neighbors": 6,
+            "neighbors_left_out": 2,
+        }  # fmt: skip
+        assert [len(fact.neighbors) for fact in data.facts] == [1, 1, 2]
+    data = module(path, keep="all")
+    data.select(lambda facts: 1 / 0)
+    assert not {"checked", "preferred", "known"} & set(data.selection)
+
+
+def test_the_halves_divide_a_file_whatever_the_order(path):
+    halves = {split: module(path, split=split, shuffle=False).candidates for split in ("dev", "test")}
+    assert sorted(f.id for half in halves.values() for f in half) == sorted(f.id for f in FACTS)
+    assert all(fact.side == split for split, half in halves.items() for fact in half)
+    shuffled = module(path, split="dev", seed=3, limit=2).candidates
+    assert {f.id for f in shuffled} == {f.id for f in halves["dev"]}
+    data = module(path, split="test", keep="all", limit=2, bystanders=3)
+    data.select(lambda facts: [])
+    assert all(fact.side == "test" for batch in data.test_dataloader() for fact in batch)
+    for setting in ({"split": "train"}, {"keep": "some"}):
+        with pytest.raises(UserError, match="it must be one of all, "):
+            EditDataModule(path, **setting)
+
+
+def test_a_half_without_facts_raises_an_error(tmp_path):
+    path = write_counterfact(tmp_path / "one.json", FACTS[:1])
+    other = {"dev": "test", "test": "dev"}[FACTS[0].side]
+    with pytest.raises(UserError, match=f"is in the {other} half: set data.split to all"):
+        module(str(path), split=other)
 
 
 def unfit(*numbers):
@@ -67,14 +104,14 @@ def unfit(*numbers):
 
 
 def test_facts_that_do_not_fit_raise_an_error_only_if_they_are_needed(path):
-    for only_known in (True, False):
-        data = module(path, limit=3, shuffle=False, only_known=only_known)
+    for keep in ("all", "preferred", "known"):
+        data = module(path, limit=3, shuffle=False, keep=keep)
         data.fault = unfit(FACTS[2].id)
         with pytest.raises(
             UserError, match=r"^The fact 'The capital of Norway is'\.\.\. is too long: shorten it, or skip"
         ):
             data.select(lambda facts: [True] * len(facts))
-    data = module(path, limit=2, shuffle=False, only_known=False)
+    data = module(path, limit=2, shuffle=False, keep="all")
     data.fault = unfit(FACTS[2].id)
     data.select(lambda facts: 1 / 0)
     assert data.facts == FACTS[:2]
@@ -85,8 +122,8 @@ def test_facts_that_do_not_fit_raise_an_error_only_if_they_are_needed(path):
 def test_facts_that_do_not_fit_are_skipped_with_skip_bad(path, caplog):
     bad = [FACTS[i].id for i in (1, 4, len(FACTS) - 2)]
     good = [fact for fact in FACTS if fact.id not in bad]
-    for only_known in (True, False):
-        data = module(path, limit=3, shuffle=False, only_known=only_known, skip_bad=True, bystanders=3)
+    for keep in ("all", "preferred", "known"):
+        data = module(path, limit=3, shuffle=False, keep=keep, skip_bad=True, bystanders=3)
         data.fault = unfit(*bad)
         assert data.facts_to_try(4) == [*good[3:-3][-4:]]
         data.select(lambda facts: [True] * len(facts))
@@ -94,8 +131,8 @@ def test_facts_that_do_not_fit_are_skipped_with_skip_bad(path, caplog):
         bystanders = [fact for batch in data.test_dataloader() for fact in batch]
         assert bystanders == good[:-4:-1]
         assert data.spare_facts(2) == good[-4:-6:-1]
-    assert caplog.text.count("Skipped: the fact 'The capital of Japan is'... is too long: shorten it.") == 2
-    data = module(path, skip_bad=True, only_known=False)
+    assert caplog.text.count("Skipped: the fact 'The capital of Japan is'... is too long: shorten it.") == 3
+    data = module(path, skip_bad=True, keep="all")
     data.fault = lambda fact: "is too long"
     with pytest.raises(UserError, match="None of the facts in"):
         data.select(lambda facts: [])
@@ -110,20 +147,20 @@ def test_repeated_slots_are_dropped(tmp_path, caplog):
 
 
 def test_bystanders_share_no_subject_with_edits(path):
-    data = module(path, limit=5, only_known=False, bystanders=4)
+    data = module(path, limit=5, keep="all", bystanders=4)
     data.select(lambda facts: [])
     others = [fact for batch in data.test_dataloader() for fact in batch]
     assert len(others) == 4
     assert not {f.subject for f in others} & {f.subject for f in data.facts}
-    everything = module(path, only_known=False)
+    everything = module(path, keep="all")
     everything.select(lambda facts: [])
     with pytest.raises(UserError, match=r"lower data\.limit"):
         everything.test_dataloader()
 
 
 def test_other_facts_are_built_in_and_share_no_subject_with_edits(path):
-    """Of another file's run they are any built-in facts, of a run of the built-in facts those that ``test`` measures."""
-    data = module(path, limit=5, only_known=False)
+    """Of a run of another file they are any built-in facts, of the built-in facts those that ``test`` measures."""
+    data = module(path, limit=5, keep="all")
     data.select(lambda facts: [])
     others = data.other_facts(8)
     assert len(others) == 8
@@ -132,12 +169,12 @@ def test_other_facts_are_built_in_and_share_no_subject_with_edits(path):
     assert data.other_facts(8) == others
     data.fault = unfit(others[0].id)
     assert data.other_facts(7) == others[1:]
-    builtin = module("worldfacts", limit=5, only_known=False, bystanders=6)
+    builtin = module("worldfacts", limit=5, keep="all", bystanders=6)
     builtin.select(lambda facts: [])
     measured = [fact for batch in builtin.test_dataloader() for fact in batch]
     assert builtin.other_facts(4) == measured[:4]
     assert builtin.other_facts(99) == measured  # the further ones may be held out by TrustRollback
-    given = EditDataModule(only_known=False)  # as edit_model does
+    given = EditDataModule(keep="all")  # as edit_model does
     given.candidates = [*builtin.candidates[:3]]
     given.select(lambda facts: [])
     assert not {f.subject for f in given.other_facts(5)} & {f.subject for f in builtin.candidates[:3]}
@@ -167,7 +204,7 @@ class Toy(L.LightningModule):
 
 
 def fit(path, folder, *, max_steps=-1, ckpt_path=None, resumed=0):
-    data = EditDataModule(path, batch_size=4, only_known=False, limit=14)
+    data = EditDataModule(path, batch_size=4, keep="all", limit=14)
     data.setup()
     data.select(lambda facts: [])
     trainer = L.Trainer(

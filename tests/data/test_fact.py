@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from editlab.data import Fact, Neighbor, Question
 
 FULL = Fact(
@@ -22,3 +24,19 @@ def test_a_fact_of_an_older_checkpoint_has_no_aliases_and_no_questions():
     fact = Fact.from_dict(kept)
     assert (fact.aliases, fact.truth_aliases, fact.portability) == ((), (), ())
     assert fact.slot == FULL.slot
+
+
+@pytest.mark.parametrize(
+    ("subject", "side"),
+    # The first digits of `printf 'France\nThe capital of {} is' | sha256sum` and so on: 3, 7, 6, b.
+    [("France", "dev"), ("Japan", "dev"), ("Norway", "dev"), ("Peru", "test")],
+)
+def test_a_facts_half_is_the_first_bit_of_a_digest(subject, side):
+    assert Fact(subject, "The capital of {} is", "Rome").side == side
+    assert Fact(subject, "The capital of {} is", "Lima", id=9).side == side
+
+
+def test_a_facts_half_does_not_depend_on_the_form_of_accents():
+    # The digest of "C\u00f4te" and "{} is" begins with 06.
+    assert {Fact(name, "{} is", "x").side for name in ("C\u00f4te", "Co\u0302te")} == {"dev"}
+    assert Fact("\ud800", "{} is", "x").side in ("dev", "test")  # JSON may hold half a character

@@ -262,7 +262,7 @@ def test_texts_with_a_visible_character(text):
 
 
 def test_a_target_that_is_its_truth_is_named_at_the_start_of_a_run(caplog):
-    data = EditDataModule(only_known=False)
+    data = EditDataModule(keep="all")
     same = unicodedata.normalize("NFD", "Bogotá")
     data.candidates = [Fact("A", "{} is", "x", "y"), Fact("B", "{} is", "Bogotá", same), Fact("C", "{} is", "x")]
     data.select(lambda facts: [True] * len(facts))

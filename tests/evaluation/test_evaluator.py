@@ -10,7 +10,7 @@ import torch
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.language import BUILTIN_TEXT, OPENING
-from editlab.evaluation.scoring import score_facts, token_log_probs
+from editlab.evaluation.scoring import prefers_truth, score_facts, token_log_probs
 from editlab.evaluation.settings import EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics.functional import ngram_entropy
@@ -82,7 +82,9 @@ def test_products_may_be_rounded_for_all_that_is_measured(lm):
     assert 0 < apart[1] < 0.05
     perplexities = [e.language(lm)["perplexity"] for e in (exact, rounded)]
     assert perplexities[0] != perplexities[1] == pytest.approx(perplexities[0], rel=0.01)
-    assert exact.known(lm, FACTS) == (plain.logp_true > plain.logp_new).tolist()
+    with exact.products(lm):
+        preferred = prefers_truth(lm, FACTS)
+    assert preferred == (plain.logp_true > plain.logp_new).tolist()
 
 
 def test_scores_with_other_products_are_cached_apart(lm):

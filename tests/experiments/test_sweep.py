@@ -32,7 +32,7 @@ def mine(tmp_path, tiny_folder, monkeypatch):
             "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3},
             "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
         },
-        "data": {"only_known": False},
+        "data": {"keep": "all"},
         "trainer": {"accelerator": "cpu"},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

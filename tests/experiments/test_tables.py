@@ -104,6 +104,17 @@ def test_further_columns_of_a_run_by_hand(tmp_path):
     assert (row["recipe"], row["torch"]) == ("a.yaml", "2")
 
 
+def test_a_row_tells_how_its_facts_were_selected(tmp_path):
+    facts = {"path": "f.json", "keep": "known", "split": "test", "facts": 90, "checked": 80, "known": 64,
+             "neighbors": 640, "neighbors_left_out": 3}  # fmt: skip
+    (row,) = rows_of_runs([run(tmp_path, "memit", 1, SCORES, facts=facts)])
+    assert (row["keep"], row["split"], row["facts_checked"], row["facts_known"]) == ("known", "test", 80, 64)
+    assert row["neighbors_left_out"] == 3
+    assert "facts_preferred" not in row  # it was not measured
+    (old,) = rows_of_runs([run(tmp_path, "memit", 2, SCORES)])
+    assert "keep" not in old
+
+
 def test_metrics_that_are_not_finite_are_absent(tmp_path):
     metrics = {"immediate/ES": None, "before/perplexity": 20.0, "retained/perplexity": None}
     made = run(tmp_path, "memit", 1, metrics, delta_norm={"6": None})

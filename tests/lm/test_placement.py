@@ -100,7 +100,7 @@ def test_a_run_on_a_spread_model(tiny_folder, tmp_path):
     totals = {}
     for name, device_map in (("plain", None), ("spread", spread("llama"))):
         module = editor(tiny_folder, device_map=device_map)
-        data = EditDataModule(str(write_counterfact(tmp_path / "facts.json")), limit=4, batch_size=2, only_known=False)
+        data = EditDataModule(str(write_counterfact(tmp_path / "facts.json")), limit=4, batch_size=2, keep="all")
         trainer = L.Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,

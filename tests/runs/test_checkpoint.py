@@ -52,7 +52,7 @@ def edit(model, folder, checkpoint, ckpt_path=None):
         max_epochs=1, accelerator="cpu", callbacks=[checkpoint], enable_progress_bar=False, logger=False,
         enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(editor(model), EditDataModule(facts, batch_size=1, only_known=False), ckpt_path=ckpt_path)
+    trainer.fit(editor(model), EditDataModule(facts, batch_size=1, keep="all"), ckpt_path=ckpt_path)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

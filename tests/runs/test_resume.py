@@ -41,7 +41,7 @@ def shrunk(recipe, folder, tiny, **changes):
     if config["model"]["method"]["class_path"] == "AlphaEdit":
         config["model"]["method"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
     facts = write_counterfact(folder / "facts.json", FACTS[:4] if one else FACTS[:8])
-    config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "only_known": False}
+    config["data"] |= {"path": str(facts), "limit": None, "batch_size": 1 if one else 2, "keep": "all"}
     config["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
     named = [c if isinstance(c, dict) else {"class_path": c} for c in config["trainer"]["callbacks"]]
     config["trainer"]["callbacks"] = named
@@ -131,13 +131,16 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"architecture": {"eps": 2}}, "has 1 as eps in its config.json and this run's 2"),
         ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
+        ({"split": "dev"}, "data.split all and this one has dev: set it to the checkpoint's"),
         ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
     ],
 )
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
     check = (
-        IDENTITY.require_settings if changes.keys() <= {"precision", "batch_size", "joint"} else IDENTITY.require_model
+        IDENTITY.require_settings
+        if changes.keys() <= {"precision", "batch_size", "joint", "split"}
+        else IDENTITY.require_model
     )
     with pytest.raises(UserError, match=message):
         check(run)

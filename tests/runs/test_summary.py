@@ -10,7 +10,7 @@ import pytest
 from editlab.cli.main import main
 from editlab.edits.edited_layer import EditedLayer
 from editlab.runs.logger import RunLogger
-from editlab.runs.summary import peak_memory_mb, render, versions
+from editlab.runs.summary import peak_memory_mb, render, selected, versions
 from tests.recipes import write_recipe
 
 
@@ -69,6 +69,18 @@ def test_a_run_that_broke_its_model_comes_to_its_end(tiny_folder, tmp_path, monk
     assert main(["compare", "lightning_logs"]) == 0
     assert main(["export", "--ckpt_path", str(run), "--out", "out"]) == 0
     assert "This should not happen" not in capsys.readouterr().err
+
+
+def test_the_selection_in_words():
+    facts = {"path": "f.json", "keep": "known", "split": "all", "checked": 80, "known": 20, "neighbors": 40,
+             "neighbors_left_out": 0}  # fmt: skip
+    assert selected(facts) == ["the unedited model knows 20 of the 80 facts of f.json that were checked (25.0%)"]
+    facts = {"path": "f.json", "split": "dev", "checked": 8, "preferred": 6, "neighbors": 40, "neighbors_left_out": 3}
+    assert selected(facts) == [
+        "the unedited model prefers the truth of 6 of the 8 facts of f.json (dev half) that were checked (75.0%)",
+        "NS leaves out 3 of 40 neighbors, whose subjects are edited",
+    ]
+    assert selected({}) == selected({"path": "f.json", "keep": "all", "split": "all", "neighbors_left_out": 0}) == []
 
 
 def test_facts_about_the_process():

@@ -1,4 +1,4 @@
-"""``editlab facts check``: lists the wrong records of a file of facts."""
+"""``editlab facts check``: lists the wrong records of a file of facts, and counts those that a model holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
+from editlab.cli.commands.writing import add_device_argument
 from editlab.data.fact import Fact
 from editlab.data.files import find_facts
 from editlab.data.formats import UnreadFields
@@ -18,6 +19,10 @@ log = logging.getLogger(__name__)
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("file", type=str, help="A JSON, JSONL, CSV or TSV file, or worldfacts for the built-in facts.")
+    parser.add_argument(
+        "--model", help="A model: count the facts whose truth it prefers, P(true) > P(new), and those that it knows."
+    )
+    add_device_argument(parser)
 
 
 def _check(given: Namespace) -> None:
@@ -46,6 +51,36 @@ def _check(given: Namespace) -> None:
         count = f"{wrong} of {wrong + len(facts)} records of {given.file} {'is' if wrong == 1 else 'are'} wrong"
         raise UserError(f"{count}: correct or remove those named above.")
     log.info("%s", measured(facts, given.file))
+    if given.model is not None:
+        log.info("%s", held(facts, given.model, given.device))
+
+
+def held(facts: Sequence[Fact], model: str, device: str) -> str:
+    """Count the facts whose truth a model prefers, and those that it knows, as a sentence.
+
+    Args:
+        facts: the facts.
+        model: name or path of the model.
+        device: device on which it runs.
+
+    Raises:
+        UserError: No fact has a truth, a fact does not fit the model, or the model cannot be loaded.
+    """
+    # Imported here, as checking a file needs no model.
+    import torch
+
+    from editlab.evaluation.known import count_held
+    from editlab.keys.subject_keys import check_lengths
+    from editlab.lm.language_model import LanguageModel
+    from editlab.lm.placement import device_named
+
+    if all(fact.target_true is None for fact in facts):
+        raise UserError("No fact has a truth, so none can be preferred or known: leave --model out, or add truths.")
+    place = device_named(device)
+    lm = LanguageModel.from_name(model, torch.float32)
+    lm.model.to(place)  # type: ignore[arg-type]
+    check_lengths(lm, facts, [])
+    return f"The model {model} {count_held(lm, facts)}."
 
 
 def _difference(one: Fact, other: Fact) -> str:
@@ -66,7 +101,7 @@ def measured(facts: Sequence[Fact], name: str) -> str:
         f"with paraphrases, {neighbors} with neighbors."
     ]
     if truths < total:
-        lines.append("Set data.only_known to false: without a truth it is unknown whether the model prefers it.")
+        lines.append("Set data.keep to all: without a truth it is unknown whether the model prefers or knows it.")
     return "\n".join(lines)
 
 

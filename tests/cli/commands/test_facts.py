@@ -1,10 +1,16 @@
 """``facts check``: every bad record named and exit code 2, or a count and 0; and a plain CSV through a whole run."""
 
 import json
+import re
+
+import torch
 
 from editlab.cli.main import main
+from editlab.evaluation.known import knows_truth
+from editlab.evaluation.scoring import prefers_truth
+from editlab.lm.language_model import LanguageModel
 from editlab.metrics.names import of_group
-from tests.facts import write_counterfact
+from tests.facts import FACTS, write_counterfact
 from tests.recipes import write_recipe
 
 COLUMNS = "subject,prompt,target\n"
@@ -61,13 +67,30 @@ def test_good_files_are_counted(tmp_path, capsys):
         "Record 1 (line 3) repeats subject and prompt of record 0 (line 2): one of them is edited, or all with "
         "data.keep_repeats.",
         f"2 facts in {path}, none of them wrong; 0 with a truth, 0 with paraphrases, 0 with neighbors.",
-        "Set data.only_known to false: without a truth it is unknown whether the model prefers it.",
+        "Set data.keep to all: without a truth it is unknown whether the model prefers or knows it.",
     ]
     assert err == []
     out, _ = check(write_counterfact(tmp_path / "facts.json"), capsys, 0)
     assert len(out) == 1
     assert "21 facts in" in out[0]
     assert "21 with a truth, 6 with paraphrases, 6 with neighbors" in out[0]
+
+
+def test_facts_that_a_model_holds_are_counted(tmp_path, tiny_folder, capsys):
+    path = write_counterfact(tmp_path / "facts.json")
+    assert main(["facts", "check", str(path), "--model", str(tiny_folder)]) == 0
+    counted = capsys.readouterr().out.splitlines()[-1]
+    preferred, known = map(int, re.fullmatch(
+        rf"The model {re.escape(str(tiny_folder))} prefers the truth of (\d+) of 21 facts \(.*%\) and knows (\d+) "
+        r"\(.*%\)\.", counted,
+    ).groups())  # fmt: skip
+    assert 0 <= known <= 21
+    lm = LanguageModel.from_name(str(tiny_folder), torch.float32)
+    assert (preferred, known) == (sum(prefers_truth(lm, FACTS)), sum(knows_truth(lm, FACTS)))
+    bare = tmp_path / "bare.csv"
+    bare.write_text(COLUMNS + "Oslo,Oslo lies in,Peru\n")
+    assert main(["facts", "check", str(bare), "--model", str(tiny_folder)]) == 2
+    assert "No fact has a truth, so none can be preferred or known" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys):

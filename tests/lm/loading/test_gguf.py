@@ -129,7 +129,7 @@ def test_a_run_on_the_file_equals_a_run_on_its_folder(tmp_path, monkeypatch):
             "--model.moments.tokens=256",
             "--model.contexts.count=1",
         ]
-        data = ["--data.path=facts.json", "--data.limit=4", "--data.batch_size=2", "--data.only_known=false"]
+        data = ["--data.path=facts.json", "--data.limit=4", "--data.batch_size=2", "--data.keep=all"]
         run = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
         assert main(["fit", f"--model.language_model={name}", *fit, *data, *run]) == 0
         last = tmp_path / "lightning_logs" / "editlab" / f"version_{len(checkpoints)}" / "checkpoints" / "last.ckpt"

@@ -1,0 +1,44 @@
+"""Measure which candidates for the built-in facts the built-in model knows, and write ``worldfacts_known.tsv``.
+
+    python scripts/choose_worldfacts.py      # a few minutes; then: python scripts/make_worldfacts.py
+
+A prompt is known if the model's own greedy continuation begins with the truth (editlab.evaluation.known). All prompts
+of the subjects that may be edited, and of those that may be neighbors, are measured.
+"""
+
+from __future__ import annotations
+
+import torch
+from make_worldfacts import KNOWN, SEED, make_relations, reveals
+
+from editlab.data.fact import Fact
+from editlab.evaluation.known import knows_truth
+from editlab.lm.language_model import LanguageModel
+from editlab.utils.files import atomic_file
+from editlab.utils.progress import progress
+
+
+def candidates(seed: int = SEED) -> list[Fact]:
+    """Every edit prompt and neighbor prompt of every relation, once; their new target has no meaning."""
+    found = []
+    for relation in make_relations(seed).values():
+        for templates, subjects in (([relation.prompt], relation.edited), (relation.neighbors, relation.kept)):
+            answers = [(subject, truth) for subject, truth in subjects.items() if not reveals(subject, truth)]
+            found += [Fact(s, template, "-", truth) for template in templates for s, truth in answers]
+    return list(dict.fromkeys(found))
+
+
+def main() -> None:
+    """Measures the candidates and writes the file."""
+    facts = candidates()
+    lm = LanguageModel.from_name("smollm2-135m", torch.float32)
+    with progress(total=len(facts), desc="Candidates", unit="prompt") as bar:
+        known = knows_truth(lm, facts, bar.update)
+    lines = {f"{fact.question}\t{fact.target_true}\n" for fact, held in zip(facts, known, strict=True) if held}
+    with atomic_file(KNOWN) as temporary:
+        temporary.write_text("".join(sorted(lines)), encoding="utf-8")
+    print(f"{sum(known)} of {len(facts)} prompts are known")
+
+
+if __name__ == "__main__":
+    main()
