@@ -59,9 +59,9 @@ METRICS = (
     MetricName("NS", "NS"),
     MetricName("neighbor_accuracy", "neighbor accuracy"),
     MetricName("neighbor_generation", "neighbor generation", main=False),
-    MetricName("S", "S"),
+    MetricName("S", "S", main=False),
     MetricName("perplexity", "held-out perplexity", "lower", 2),
-    MetricName("generation_entropy", "generation entropy", "higher", 2),
+    MetricName("generation_entropy", "generation entropy", "higher", 2, main=False),
     MetricName("bystander_accuracy", "bystander accuracy"),
     MetricName("bystander_generation", "bystander generation"),
 )
