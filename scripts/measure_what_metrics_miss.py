@@ -76,7 +76,8 @@ def answers(lm: LanguageModel, count: int, weight: float) -> list[dict[str, Any]
         truth = next(n.truth for n in fact.neighbors) if one.kind == "neighbor" else str(fact.target_true)
         logps, hits = score_pairs(result.editor.lm, [(one.prompt, fact.target_new), (one.prompt, truth)])
         rows.append({
-            "weight": weight, "fact": fact.subject, "kind": one.kind, "prompt": one.prompt, "target": fact.target_new, "truth": truth,
+            "weight": weight, "fact": fact.subject, "kind": one.kind, "prompt": one.prompt,
+            "target": fact.target_new, "truth": truth,
             "prefers_target": int(logps[0] > logps[1]), "argmax_is_target": int(hits[0]),
             "argmax_is_truth": int(hits[1]), "answer": one.text, "contains": int(one.contains),
             "exact": int(one.exact), "f1": round(one.f1, 3),
