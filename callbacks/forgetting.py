@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,26 +14,31 @@ from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome
+from editlab.evaluation.generation import fixed_sample
 from editlab.metrics.names import (
     BEFORE,
     GENERATION_ENTROPY,
     IMMEDIATE,
     METRICS,
     PERPLEXITY,
+    PERPLEXITY_START,
     RETAINED,
     TABLE_GROUPS,
     add_group,
-    full_name,
 )
-from editlab.runs.figures import Series, forgetting_figure
+from editlab.runs.figures import Series, forgetting_figure, perplexity_of_curve
 from editlab.runs.logger import SCORES
 from editlab.runs.summary import run_folder
 from editlab.runs.watching import log_numbers
 from editlab.utils.files import atomic_file
 from editlab.utils.validation import at_least_one
 
-CURVES = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
+CURVES = ("ES", "accuracy", "generation", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
 """Metrics that get a chart of their own in TensorBoard, as far as the run measures them."""
+
+
+START = PERPLEXITY_START.removeprefix(PERPLEXITY)
+"""End of the name of the perplexity of a text's beginning, which is drawn into the chart of the perplexity."""
 
 
 class ForgettingCurve(EditCallback):
@@ -84,17 +88,17 @@ class ForgettingCurve(EditCallback):
         if editor.edits - self._last < self.every_n_edits:
             return
         self._last = editor.edits
+        given = len(trainer.datamodule.facts)  # type: ignore[attr-defined]
+        if editor.edits >= given and not editor.restore_between_batches:
+            return  # the end measures all edits
         facts = self._sampled(editor.edited_facts)
-        found = editor.evaluation.measure(editor.lm, facts) if facts else {}
-        point = add_group(RETAINED, found | editor.evaluation.language(editor.lm))
+        point = add_group(RETAINED, editor.evaluation.snapshot(editor.lm, facts))
         self.curve[editor.edits] = point
         log_numbers(trainer, point, editor.edits)
 
     def _sampled(self, facts: list[Fact]) -> list[Fact]:
-        """The facts with the lowest hashes, in the order of their edits."""
-        ranks = {id(f): hashlib.sha256(f"{self.seed}\0{f.subject}\0{f.prompt}".encode()).digest() for f in facts}
-        chosen = set(sorted(ranks, key=lambda i: ranks[i])[: self.sample])
-        return [fact for fact in facts if id(fact) in chosen]
+        """A fixed sample of the facts, in the order of their edits."""
+        return [facts[index] for index in fixed_sample(facts, self.sample, self.seed)]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits and draws the curves."""
@@ -102,7 +106,7 @@ class ForgettingCurve(EditCallback):
         self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained())
         evaluation = pl_module.evaluation
         drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
-        figure = forgetting_figure(drawn, evaluation.language_before.get(full_name(BEFORE, PERPLEXITY)))
+        figure = forgetting_figure(drawn, perplexity_of_curve(evaluation.language_before, BEFORE))
         path = run_folder(trainer) / "forgetting.png"  # on all ranks, since the folder has to be agreed on
         if trainer.is_global_zero:
             with atomic_file(path) as temporary:
@@ -129,7 +133,8 @@ def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
     paraphrases = any(fact.paraphrases for fact in facts)
     neighbors = settings.neighbors != 0 and any(fact.neighbors for fact in facts)
     measured = {
-        "ES": truths, "accuracy": True, "PS": truths and paraphrases, "paraphrase_accuracy": paraphrases,
+        "ES": truths, "accuracy": True, "generation": bool(settings.generation),
+        "PS": truths and paraphrases, "paraphrase_accuracy": paraphrases,
         "NS": neighbors, "neighbor_accuracy": neighbors,
         PERPLEXITY: settings.heldout_tokens > 0,
         GENERATION_ENTROPY: min(settings.heldout_tokens, settings.generated_texts) > 0,
@@ -138,7 +143,7 @@ def _charts(trainer: Trainer, editor: SequentialEditor) -> dict[str, list[str]]:
     # RunLogger names a metric alike in the runs of all groups; another TensorBoard logger has the groups in the names.
     groups = "|".join((SCORES, *TABLE_GROUPS))
     charts = {
-        titles[name]: [f"^({groups})/{re.escape(name)}$"]
+        titles[name]: [f"^({groups})/{re.escape(name)}{f'({START})?' if name == PERPLEXITY else ''}$"]
         for name in (*CURVES, PERPLEXITY, GENERATION_ENTROPY)
         if measured[name]
     }

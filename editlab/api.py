@@ -22,7 +22,7 @@ from editlab.editor import SequentialEditor
 from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.joints import AUTO

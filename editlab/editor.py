@@ -152,8 +152,7 @@ class SequentialEditor(MeasuredModel):
         self.evaluation.start_clock()
         require_watchable(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        largest = self.method.largest_batch
-        if largest is not None and data.batch_size > largest:
+        if (largest := self.method.largest_batch) is not None and data.batch_size > largest:
             raise UserError(
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
@@ -161,7 +160,9 @@ class SequentialEditor(MeasuredModel):
             self.prepare_solver()
             with self.evaluation.products(self.lm):
                 data.select(lambda facts: holds_truth(self.lm, facts, data.keep, self.unedited_scores))
-            self.evaluation.measure_unedited(self.lm)
+            asked = [] if self.restore_between_batches else data.facts  # independent edits are never asked together
+            others = data.other_facts(self.evaluation.settings.bystanders if asked else 0)
+            self.evaluation.measure_unedited(self.lm, asked, others, self.unedited_scores)
         if self.resumed is not None:
             resume.RunIdentity.of(self.resumed).require_settings(self.identity)
             resume.require_facts(self.ledger, data.facts, data.path)
@@ -272,8 +273,7 @@ class SequentialEditor(MeasuredModel):
 
     def summarize(self) -> dict[str, Any]:
         """The run as a dict, for ``summary.json``; numbers that were not measured are absent."""
-        metrics, seconds = self.evaluation.results(), self.evaluation.stop_clock()
-        return summarize(self.trainer, self.ledger, self.layers_by_number, metrics, seconds)
+        return summarize(self.trainer, self.ledger, self.layers_by_number, self.evaluation)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from callbacks import MemoryReplay
 from editlab import edit_model
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.experiments.csv_files import Row, kept_rows, read_rows, write_rows
 from editlab.experiments.provenance import made_here
 from editlab.keys.contexts import ContextSettings
@@ -125,7 +125,8 @@ def _edit_many(tokenizer: Any, count: int, callbacks: list[Any]) -> None:
         method=MEMIT(covariance_weight=1000), values=ValueSettings(steps=2),
         contexts=ContextSettings(count=1, length=3),
         moments=MomentSettings(tokens=4096, cache=False),
-        evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, immediate="edits"),
+        evaluation=EvaluationSettings(heldout_tokens=0, generated_texts=0, generation=0, bystanders=0,
+                                      immediate="edits"),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from editlab.evaluation.evaluator import BUILTIN_TEXT
+from editlab.evaluation.language import BUILTIN_TEXT
 from editlab.evaluation.scoring import token_log_probs
 from editlab.experiments.csv_files import write_rows
 from editlab.experiments.provenance import made_here

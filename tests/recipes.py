@@ -20,7 +20,8 @@ def write_recipe(folder, tiny, facts=FACTS, name="tiny", **sections):
     config = {
         "model": {
             "language_model": str(tiny), "layers": [1, 2], "values": {"steps": 2}, "moments": {"tokens": 256},
-            "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64},
+            "contexts": {"count": 1, "length": 3},
+            "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
         },
         "data": {"path": "facts.json", "limit": 4, "batch_size": 2, "keep": "all"},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},

@@ -13,7 +13,7 @@ from editlab import edit_model
 from editlab.callback import EditCallback
 from editlab.data import Fact
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.metrics.names import add_group
@@ -26,7 +26,7 @@ SMALL = {
     "layers": [1, 2], "batch_size": 2, "progress": False,
     "values": ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original"),
     "moments": MomentSettings(tokens=512, cache=False), "contexts": ContextSettings(count=1, length=3),
-    "evaluation": EvaluationSettings(heldout_tokens=64, generated_texts=0),
+    "evaluation": EvaluationSettings(heldout_tokens=64, generation=0, bystanders=0, generated_texts=0),
 }  # fmt: skip
 PLAIN = [
     {"subject": "France", "prompt": "The capital of {} is", "target": "Tokyo"},

@@ -19,8 +19,9 @@ from editlab.data.fact import Fact, Neighbor
 from editlab.editor import SequentialEditor
 from editlab.edits.layer_search import SearchSetup, TrialEvaluator
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.scoring import score_facts, score_pairs, token_log_probs
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys import moments
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, second_moments

@@ -13,7 +13,7 @@ import yaml
 import callbacks
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.values.optimize import ValueSettings

@@ -15,7 +15,7 @@ from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import Addition
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.keys.subject_keys import locate
@@ -34,7 +34,7 @@ def editor(folder, **changes):
         "values": ValueSettings(steps=6, lr=0.5, clamp=3.0),
         "moments": MomentSettings(tokens=512),
         "contexts": ContextSettings(count=2, length=4),
-        "evaluation": EvaluationSettings(heldout_tokens=64),
+        "evaluation": EvaluationSettings(heldout_tokens=64, generation=0, bystanders=0),
         **changes,
     }
     return SequentialEditor(str(folder), **settings)

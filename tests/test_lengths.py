@@ -31,7 +31,10 @@ def place(model, tmp_path, monkeypatch):
     """A working directory with a recipe that edits two facts of facts.jsonl, a file that is still to be written."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, tmp_path / "model")
-    settings = {"layers": [1], "evaluation": {"heldout_tokens": 300, "generated_texts": 0}}
+    settings = {
+        "layers": [1],
+        "evaluation": {"heldout_tokens": 300, "generated_texts": 0, "generation": 0, "bystanders": 0},
+    }
     data = {"path": "facts.jsonl", "limit": 2, "shuffle": False}
     write_recipe(tmp_path, "model", facts=None, model=settings, data=data)
     return tmp_path

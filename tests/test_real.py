@@ -19,7 +19,7 @@ def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch, precis
     recipe.write_text(
         "model:\n  layers: [4, 5, 6]\n  method: {class_path: EMMET, init_args: {covariance_weight: 300}}\n"
         "  preserve_prompt_tokens: 1.0\n  moments: {tokens: 2048}\n  contexts: {count: 2}\n"
-        "  evaluation: {heldout_tokens: 512, generated_texts: 0}\n"
+        "  evaluation: {heldout_tokens: 512, generated_texts: 0, generation: 4, bystanders: 4}\n"
         "data: {limit: 4, batch_size: 2}\n"
         "trainer:\n  accelerator: cpu\n  enable_progress_bar: false\n  callbacks: [{class_path: MemoryReplay}]\n"
     )

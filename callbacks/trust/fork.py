@@ -18,7 +18,7 @@ from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome, EditPlan
-from editlab.evaluation.evaluator import BUILTIN_TEXT
+from editlab.evaluation.language import BUILTIN_TEXT
 from editlab.evaluation.scoring import score_pairs, token_log_probs
 from editlab.experiments.faults import InjectFaults
 from editlab.lm.matmul import products_above

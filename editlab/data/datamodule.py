@@ -23,6 +23,9 @@ from editlab.utils.validation import at_least_one, one_of
 
 log = logging.getLogger(__name__)
 
+WORLDFACTS = "worldfacts"
+"""Path of the built-in facts."""
+
 CHUNK = 64
 """Number of facts that are scored at once."""
 
@@ -110,6 +113,8 @@ class EditDataModule(LightningDataModule):
         self.selection: dict[str, Any] = {}
         """How the facts to edit were selected, for the summary: file, ``keep``, ``split``, and counts of what was
         measured."""
+        self.templated: Callable[[Sequence[Fact]], list[Fact]] = list
+        """Puts the prompts of further facts into the candidates' chat template. The owner of the model sets it."""
         self.fault: Callable[[Fact], str | None] = lambda fact: None
         """Returns why a fact does not fit the model, as a predicate such as ``has no token ...``, or None if it fits.
         The owner of the model sets this function."""
@@ -246,6 +251,23 @@ class EditDataModule(LightningDataModule):
         """
         return list(islice(self._unedited(), self.bystanders, self.bystanders + count))
 
+    def other_facts(self, count: int) -> list[Fact]:
+        """Return up to ``count`` bystanders of a run: facts with a truth, about subjects that are not edited.
+
+        Where the built-in facts are edited, these are the first of the bystanders of ``test``; otherwise they are
+        built-in facts in a fixed random order. Facts that do not fit the model are left out.
+        """
+        edited = {composed(fact.subject) for fact in self._edited()}
+        own = [fact for fact in reversed(self.candidates) if composed(fact.subject) not in edited]
+        others = (
+            [fact for fact in own if self.fault(fact) is None][: self.bystanders] if self.path == WORLDFACTS else []
+        )
+        if not others and count:  # facts of another file, or facts given from Python
+            builtin = self.templated(read_facts(WORLDFACTS))
+            random.Random(0).shuffle(builtin)
+            others = [f for f in builtin if composed(f.subject) not in edited and self.fault(f) is None]
+        return [fact for fact in others if fact.target_true is not None][:count]
+
     def facts_to_try(self, count: int) -> list[Fact]:
         """Return up to ``count`` facts for trials before the facts to edit are fixed.
 
@@ -260,10 +282,13 @@ class EditDataModule(LightningDataModule):
 
     def _unedited(self) -> Iterator[Fact]:
         """Yield the facts about subjects that are not edited, the last first, without neighbors about edited ones."""
-        edited = self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
+        edited = self._edited()
         subjects = {composed(fact.subject) for fact in edited}
         others = [fact for fact in reversed(self.candidates) if composed(fact.subject) not in subjects]
         return self.fitting(without_edited_neighbors(others, edited)[0])
+
+    def _edited(self) -> list[Fact]:
+        return self.facts or list(getattr(self.trainer and self.trainer.lightning_module, "edited_facts", []))
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Return the batch unchanged, because facts hold no tensors."""

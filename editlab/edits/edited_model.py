@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, Literal
 
 import lightning
@@ -79,7 +79,8 @@ class EditedModel(lightning.LightningModule):
         self.lm.joint = getattr(data, "joint", AUTO_JOINT)
         self.lm.chat = Chat.of(self.lm.tokenizer, self.chat_template)
         if data is not None:
-            data.candidates = as_edited(data.candidates, self.lm.chat)
+            data.templated = partial(as_edited, chat=self.lm.chat)
+            data.candidates = data.templated(data.candidates)
 
     def _load(self) -> None:
         if self.device_map is not None and ranks.count() > 1 and self.trainer.num_devices > 1:

@@ -1,1 +1,1 @@
-"""Scores of facts, and the metrics that a run measures."""
+"""Scores of facts, free answers, and the metrics that a run measures."""

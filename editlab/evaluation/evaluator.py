@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -15,79 +12,32 @@ from torch import Tensor, nn
 
 from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact
-from editlab.distributed import ranks
-from editlab.errors import NonFiniteError, UserError
-from editlab.evaluation.score_cache import ScoreCache
-from editlab.evaluation.scoring import FactScores, score_facts, token_log_probs
-from editlab.lm.language_model import LanguageModel
-from editlab.lm.matmul import MATMULS, products, type_of_products
-from editlab.lm.text import cut, read_file, read_ids, text_of
-from editlab.metrics import EditMetrics, GenerationEntropy, PromptScores, RetentionByAge, TokenPerplexity
-from editlab.metrics.names import (
-    BEFORE,
-    GENERATION_ENTROPY,
-    GROUPS,
-    IMMEDIATE,
-    PERPLEXITY,
-    RETAINED,
-    add_group,
-    age_name,
+from editlab.errors import UserError
+from editlab.evaluation.bystanders import bystander_accuracy, prompts_of_bystanders
+from editlab.evaluation.generation import (
+    Asked,
+    Generated,
+    fixed_sample,
+    generate_answers,
+    generation_metrics,
+    prompts_of_edits,
 )
+from editlab.evaluation.language import GATHERED, LanguageMeter
+from editlab.evaluation.portability import portability_accuracy, questions
+from editlab.evaluation.score_cache import ScoreCache
+from editlab.evaluation.scoring import FactScores, score_facts
+from editlab.evaluation.settings import EvaluationSettings
+from editlab.lm.language_model import LanguageModel
+from editlab.lm.matmul import products, type_of_products
+from editlab.metrics import EditMetrics, PromptScores, RetentionByAge
+from editlab.metrics.names import BEFORE, GROUPS, IMMEDIATE, RETAINED, add_group, age_name
 from editlab.utils.progress import progress
-from editlab.utils.validation import not_negative, one_of
-
-log = logging.getLogger(__name__)
-
-BUILTIN_TEXT = Path(__file__).parents[1] / "data" / "heldout.txt"
-"""Prose of our own: no model was trained on it, and no second moments are computed from it."""
-
-OPENING = 12
-"""Tokens of the held-out text with which a generated text begins."""
-
-GATHERED: dict[str, Any] = {"sync_on_compute": False}
-"""Arguments of our torchmetrics objects: every rank already holds all scores (see :class:`Evaluation`)."""
 
 CHUNK = 128
 """Facts scored at a time: enough that repeated prompts are run once, and few enough that the progress bar moves."""
 
 SAVED_GROUPS = (BEFORE, IMMEDIATE)
 """Groups whose scores are in a checkpoint: a resumed run cannot measure them again."""
-
-
-@dataclass
-class EvaluationSettings:
-    """Settings of what a run measures."""
-
-    heldout: str = "builtin"
-    """Text of the held-out perplexity: ``builtin`` (prose that ships with editlab) or the path of a text file."""
-    heldout_tokens: int = 4096
-    """Number of tokens of that text, from its start; 0 turns perplexity and generation entropy off."""
-    generated_texts: int = 8
-    """Number of texts that the model generates for the generation entropy; 0 turns it off."""
-    generated_tokens: int = 48
-    """Number of tokens sampled for each of them."""
-    immediate: str = "all"
-    """Prompts that are scored right after each batch: ``all`` prompts of its facts, or ``edits`` for the edit prompts
-    alone (PS and NS are then measured by the forgetting curve and at the end)."""
-    neighbors: int | None = None
-    """Number of neighbor prompts scored for each fact; default: all. In CounterFact most prompts are neighbors."""
-    matmul: str = "float32"
-    """Type of the matrix products of all blocks and of the head while measuring, before and after edits alike:
-    ``float32``, ``bfloat16``, or ``auto`` (bfloat16 on CPUs with instructions for it). bfloat16 is faster, but prompts
-    whose two answers are almost equally likely may be judged differently. For models with float32 weights."""
-    age_bins: int = 4
-    """Number of bins by age for which the retained accuracy is given at the end of a run; 0 for none."""
-
-    def __post_init__(self) -> None:
-        counts = ("heldout_tokens", "generated_texts", "generated_tokens", "age_bins", "neighbors")
-        not_negative("model.evaluation", **{name: getattr(self, name) for name in counts})
-        if self.heldout_tokens == 1:
-            raise UserError(
-                "model.evaluation.heldout_tokens is 1, and the first token has no context to be predicted from: set "
-                "at least 2, or 0 for none."
-            )
-        one_of("model.evaluation", ("all", "edits"), immediate=self.immediate)
-        one_of("model.evaluation", MATMULS, matmul=self.matmul)
 
 
 class Evaluation:
@@ -110,11 +60,17 @@ class Evaluation:
         self.settings = settings
         self.collections = nn.ModuleDict({group: EditMetrics(f"{group}/", **GATHERED) for group in GROUPS})
         self.language_before: dict[str, float] = {}
+        self.asked_before: dict[str, float] = {}
         self.retained: dict[str, float] = {}
+        self.bystanders: list[Fact] = []
+        self.generated: dict[str, list[Generated]] = {}
+        """what the model said freely, by group: ``before`` and ``retained``"""
+        self.costs: dict[str, float] = {}
+        """seconds that were spent on each part of the measuring"""
         self._part = EditMetrics(**GATHERED)
         self._series: dict[str, dict[int, dict[str, float]]] = {}
         self._measured_at = -1
-        self._heldout: list[int] = []
+        self._meter = LanguageMeter(settings)
         self.seconds = 0.0
         self._started = time.monotonic()
 
@@ -177,7 +133,8 @@ class Evaluation:
 
     def results(self) -> dict[str, float]:
         """``group/metric`` -> value of all that a run has measured of its edits; what was not measured is absent."""
-        return self.compute(BEFORE) | self.language_before | self.compute(IMMEDIATE) | self.retained
+        before = self.compute(BEFORE) | self.language_before | self.asked_before
+        return before | self.compute(IMMEDIATE) | self.retained
 
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""
@@ -229,47 +186,51 @@ class Evaluation:
         anatomy = lm.anatomy
         return products(self.settings.matmul, list(anatomy.blocks), anatomy.edit_path, lm.device, anatomy.head)
 
-    # ---- the model as a whole ---------------------------------------------------------------------------------
+    # ---- the model as a whole, and what it says freely ----------------------------------------------------------
 
-    def language(self, lm: LanguageModel) -> dict[str, float]:
-        """Metrics of the model's language with the weights as they are, without a group.
+    def language(self, lm: LanguageModel, snapshot: bool = False) -> dict[str, float]:
+        """Perplexity and generation entropy on the weights as they are, without a group.
 
-        Returns:
-            ``perplexity`` and ``generation_entropy``, unless they are turned off. A model whose outputs are not finite
-            has no generation entropy, and a perplexity that is NaN or infinite.
-
-        Raises:
-            UserError: if the text cannot be read or is too short.
+        See :meth:`editlab.evaluation.language.LanguageMeter.measure`.
         """
-        settings = self.settings
-        if not settings.heldout_tokens:
-            return {}
-        if not self._heldout:
-            path = str(BUILTIN_TEXT) if settings.heldout == "builtin" else settings.heldout
-            self._heldout = read_ids(lm, read_file(path), settings.heldout_tokens)
-        perplexity = TokenPerplexity(**GATHERED)
-        with self.products(lm):
-            perplexity.update(token_log_probs(lm, self._heldout))
-        found = {PERPLEXITY: float(perplexity.compute())}
-        width = min(OPENING, len(self._heldout) // max(1, settings.generated_texts))
-        openings = cut(lm, self._heldout[: width * settings.generated_texts], width) if width else []
-        if openings and settings.generated_tokens >= 3 and width:
-            texts = ranks.on_first(lambda: _sampled(lm, openings, settings.generated_tokens))
-            if texts is not None:
-                entropy = GenerationEntropy(**GATHERED)
-                entropy.update(text_of(lm, text)[width:] for text in texts)
-                found[GENERATION_ENTROPY] = float(entropy.compute())
-        return found
+        return self._language(lm, snapshot)
 
-    def measure_unedited(self, lm: LanguageModel) -> None:
-        """Measures the unedited model's language, once; the original weights must be in place."""
+    def snapshot(self, lm: LanguageModel, facts: Sequence[Fact]) -> dict[str, float]:
+        """A point of a forgetting curve: scores of facts, answers for some of them, and the language; not kept."""
+        found = self.measure(lm, facts) if facts else {}
+        facts = as_evaluated(facts, lm.chat)
+        answered = self.settings.answered
+        count = self.settings.snapshot_generation
+        with self._timed("generation"):
+            sample = fixed_sample(facts, count if answered is None else min(count, answered))
+            answers = self._answers(lm, prompts_of_edits(facts, sample, self.settings.neighbors))
+        return found | generation_metrics(answers, **GATHERED) | self.language(lm, snapshot=True)
+
+    def measure_unedited(
+        self,
+        lm: LanguageModel,
+        facts: Sequence[Fact] = (),
+        others: Sequence[Fact] = (),
+        cache: ScoreCache | None = None,
+    ) -> None:
+        """Measures, once, what the unedited model says and how it writes; the original weights must be in place.
+
+        Args:
+            lm: the model.
+            facts: the facts that will be edited, in the order of their edits.
+            others: the bystanders, which :meth:`measure_retained` measures again.
+            cache: cache of the unedited model's scores.
+        """
+        self.bystanders = list(others)
         if not self.language_before:
-            self.language_before = add_group(BEFORE, self.language(lm))
+            self.language_before = add_group(BEFORE, self._language(lm, cache=cache))
+        if not self.asked_before:
+            self.asked_before = add_group(BEFORE, self._asked(BEFORE, lm, facts, cache))
 
     def measure_retained(
         self, lm: LanguageModel, facts: Sequence[Fact], edits: int, loggers: Iterable[Logger]
     ) -> dict[str, float]:
-        """Measures all kept edits and the language on the weights as they are; logged, and once per number of edits.
+        """Measures all kept edits and the model as a whole on the weights as they are; once per number of edits.
 
         Args:
             lm: the model.
@@ -285,11 +246,47 @@ class Evaluation:
             scores = self._score(lm, facts, 0, "All edits")
             self.begin(RETAINED)
             self._add(RETAINED, scores)
-            self.retained = self.compute(RETAINED) | add_group(RETAINED, self.language(lm) | self._by_age(scores))
+            others = self._asked(RETAINED, lm, facts) | self.language(lm) | self._by_age(scores)
+            self.retained = self.compute(RETAINED) | add_group(RETAINED, others)
             self._measured_at = edits
             for logger in loggers:
                 logger.log_metrics(self.retained, step=edits)
         return self.retained
+
+    def _language(self, lm: LanguageModel, snapshot: bool = False, cache: ScoreCache | None = None) -> dict[str, float]:
+        with self._timed("language"), self.products(lm):
+            return self._meter.measure(lm, snapshot, cache)
+
+    def _asked(
+        self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
+    ) -> dict[str, float]:
+        """Free answers, portability and bystanders; the answers are kept in :attr:`generated`."""
+        settings, others = self.settings, as_evaluated(self.bystanders, lm.chat)
+        facts = as_evaluated(facts, lm.chat)
+        found: dict[str, float] = {}
+        with self._timed("portability"), self.products(lm):
+            found |= portability_accuracy(lm, facts, cache, **GATHERED)
+        with self._timed("bystanders"), self.products(lm):
+            found |= bystander_accuracy(lm, others, cache)
+        with self._timed("generation"):
+            sample = fixed_sample(facts, settings.answered)
+            asked = [*prompts_of_edits(facts, sample, settings.neighbors), *questions(facts, sample)]
+            if settings.generation:
+                asked += prompts_of_bystanders(others)
+            self.generated[group] = self._answers(lm, asked)
+        return found | generation_metrics(self.generated[group], **GATHERED)
+
+    def _answers(self, lm: LanguageModel, asked: Sequence[Asked]) -> list[Generated]:
+        with self.products(lm):
+            return generate_answers(lm, asked)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.costs[what] = self.costs.get(what, 0.0) + time.monotonic() - started
 
     def _by_age(self, scores: Sequence[FactScores]) -> dict[str, float]:
         if not self.settings.age_bins or not scores:
@@ -313,6 +310,9 @@ class Evaluation:
             "scores": scores,
             "series": {group: self.series(group) for group in SAVED_GROUPS},
             "language_before": self.language_before,
+            "asked_before": self.asked_before,
+            "generated_before": [one.to_dict() for one in self.generated.get(BEFORE, [])],
+            "costs": dict(self.costs),
             "seconds": self.stop_clock(),
         }
 
@@ -334,13 +334,7 @@ class Evaluation:
                 self._add(group, [FactScores(**{name: PromptScores(**columns) for name, columns in saved.items()})])
                 self._series[group] = {int(facts): dict(row) for facts, row in state["series"][group].items()}
         self.language_before = dict(state["language_before"])
+        self.asked_before = dict(state.get("asked_before", {}))  # checkpoints of older versions have none
+        self.generated = {BEFORE: [Generated(**one) for one in state.get("generated_before", [])]}
+        self.costs = dict(state.get("costs", {}))
         self.seconds = state["seconds"]
-
-
-def _sampled(lm: LanguageModel, openings: Sequence[Sequence[int]], tokens: int) -> list[list[int]] | None:
-    """Texts that begin with the openings; None if the outputs are not finite, so that the run can still finish."""
-    try:
-        return lm.sample(openings, tokens, seed=0)
-    except NonFiniteError as error:
-        log.warning("The generation entropy is left out. %s", error)
-        return None

@@ -1,18 +1,19 @@
 """Scores of the unedited model, kept across runs: a sweep of configurations measures "before" once.
 
-They depend on the model and the tokens alone. Scores that are measured together are kept as one file, whole or not at
-all, so a run that is killed and resumed finds the same ones.
+They depend on the model and the tokens alone, as do the log-probabilities of held-out texts. Scores that are measured
+together are kept as one file, whole or not at all, so a run that is killed and resumed finds the same ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from editlab.distributed import ranks
 from editlab.lm.precision import cast_to
-from editlab.utils.disk_cache import RowCache, key_of
+from editlab.utils.disk_cache import TENSORS, DiskCache, RowCache, key_of
 from editlab.utils.files import cache_dir
 
 Request = tuple[tuple[int, ...], int]
@@ -52,8 +53,7 @@ class ScoreCache:
         unique = list(dict.fromkeys(requests))
         if not unique:
             return {}
-        cast = cast_to(self.device)
-        folder = self.folder.with_name(f"{self.folder.name}-autocast-{cast}") if cast else self.folder
+        folder = self._folder()
         rows = self._rows.setdefault(str(folder), RowCache(folder))
 
         def compute(missing: list[int]) -> torch.Tensor:
@@ -61,3 +61,22 @@ class ScoreCache:
 
         found = rows.fetch([key_of(ids=ids, start=start) for ids, start in unique], compute, ranks.on_first).tolist()
         return {request: (logp, bool(hit)) for request, (logp, hit) in zip(unique, found, strict=True)}
+
+    def token_scores(
+        self, ids: Sequence[int], find: Callable[[], torch.Tensor], beginning: Sequence[int], window: int
+    ) -> torch.Tensor:
+        """Return the log-probabilities of a text's tokens, float32 [scored tokens]: read, or else computed and kept.
+
+        Args:
+            ids: token ids of the text.
+            find: computes them on all ranks.
+            beginning: special tokens that each window begins with.
+            window: tokens of text in a window.
+        """
+        key = key_of(ids=list(ids), beginning=list(beginning), window=window)
+        cache = DiskCache(self._folder() / "texts", TENSORS)
+        return cache.fetch(key, lambda: {"logps": find()}, ranks.on_first)["logps"]
+
+    def _folder(self) -> Path:
+        cast = cast_to(self.device)
+        return self.folder.with_name(f"{self.folder.name}-autocast-{cast}") if cast else self.folder

@@ -155,8 +155,17 @@ def prefers_truth(lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | 
 def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> Tensor:
     """Log-probability of each token after the tokens before it in its window, float32 [scored tokens], in nats.
 
+    These are the log-probabilities of :func:`window_log_probs` as one vector.
+    """
+    return torch.cat([torch.empty(0), *window_log_probs(lm, ids, window)])
+
+
+def window_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) -> list[Tensor]:
+    """For each window of a text the log-probability of each of its tokens, float32 [scored tokens], in nats.
+
     Windows do not overlap and begin as the tokenizer begins a text (:mod:`editlab.lm.text`). Without special tokens
-    there, the first token of each window has no context and is not counted.
+    there, the first token of each window has no context and is not counted; a window without further tokens is left
+    out.
 
     Args:
         lm: the model.
@@ -166,5 +175,4 @@ def token_log_probs(lm: LanguageModel, ids: Sequence[int], window: int = 256) ->
     windows = [w for w in cut(lm, ids, window) if len(w) > 1]
     wanted = [[(p - 1, w[p]) for p in scored(lm, w)] for w in windows]
     # Logits of 4 x 256 positions in float32 fit into a laptop's memory.
-    logps = lm.next_token_scores(windows, wanted, tokens_a_pass=4 * max(map(len, windows), default=1)).logps
-    return torch.cat([torch.empty(0), *logps])
+    return lm.next_token_scores(windows, wanted, tokens_a_pass=4 * max(map(len, windows), default=1)).logps

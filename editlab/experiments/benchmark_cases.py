@@ -18,8 +18,9 @@ from torch import Tensor
 from editlab.data import EditDataModule
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
+from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.scoring import prefers_truth, score_facts
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.experiments.reference import (
     plain_keys,
     plain_moments,
@@ -246,7 +247,7 @@ def whole(s: Setting) -> list[Round]:
         return 100 * sum(new > true for new, true in after) / len(after)
 
     def ours() -> float:
-        evaluation = EvaluationSettings(heldout_tokens=0, immediate="all")
+        evaluation = EvaluationSettings(heldout_tokens=0, generation=0, bystanders=0, immediate="all")
         editor = SequentialEditor(**names, method=MEMIT(LAMBDA), values=s.values, evaluation=evaluation)
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
         with TemporaryDirectory() as folder:

@@ -17,13 +17,26 @@ from editlab.experiments.csv_files import MADE_WITH, VERSIONS, Row
 from editlab.experiments.plan import Run
 from editlab.experiments.provenance import NONE, joined, read_provenance
 from editlab.experiments.statistics import Interval, paired_differences, t_interval, wilson
+from editlab.runs.figures import one_perplexity
 
-SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/PS", "retained/NS", "immediate/accuracy",
-            "retained/perplexity")  # fmt: skip
-"""Metrics of a snapshot."""
+SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/generation", "retained/PS", "retained/paraphrase_accuracy",
+            "retained/NS", "retained/neighbor_accuracy", "immediate/accuracy", "retained/perplexity")  # fmt: skip
+"""Metrics of a snapshot; the perplexity is of the same tokens in each of them (:func:`one_perplexity`)."""
 
-_SHOWN = {"immediate": ("ES", "PS", "NS", "accuracy"), "before": ("PS", "NS", "perplexity")}
-"""Metrics of a run's row by group; of ``retained`` all but those by age."""
+_SHOWN = {
+    "immediate": ("ES", "PS", "NS", "accuracy"),
+    "before": ("PS", "NS", "neighbor_accuracy", "neighbor_generation", "bystander_accuracy", "bystander_generation"),
+}
+"""Metrics of a run's row by group, apart from perplexities; of ``retained`` all but those by age."""
+
+
+def _retained(row: Mapping[str, Any], name: str) -> float:
+    return float(row[f"retained/{name}"])
+
+
+def _change(row: Mapping[str, Any], name: str) -> float:
+    return float(row[f"retained/{name}"]) - float(row[f"before/{name}"])
+
 
 _SELECTION = {"keep": "keep", "split": "split", "checked": "facts_checked", "preferred": "facts_preferred",
               "known": "facts_known", "neighbors_left_out": "neighbors_left_out"}  # fmt: skip
@@ -32,10 +45,14 @@ _SELECTION = {"keep": "keep", "split": "split", "checked": "facts_checked", "pre
 MEASURES: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "retained/accuracy": lambda row: float(row["retained/accuracy"]),
     "retained/ES": lambda row: float(row["retained/ES"]),
-    "NS_change": lambda row: float(row["retained/NS"]) - float(row["before/NS"]),
+    **{
+        f"retained/{name}": partial(_retained, name=name)
+        for name in ("generation", "PS", "paraphrase_accuracy", "neighbor_accuracy")
+    },
+    **{f"{name}_change": partial(_change, name=name) for name in ("NS", "bystander_accuracy", "bystander_generation")},
     "perplexity_ratio": lambda row: float(row["perplexity_ratio"]),
 }
-"""column of a table of means -> number of a run's row; NS as the change from the unedited model"""
+"""column of a table of means -> number of a run's row; NS and bystanders as the change from the unedited model"""
 
 
 # ---- rows of runs ---------------------------------------------------------------------------------------------------
@@ -69,17 +86,24 @@ def rows_of_runs(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[Row]:
     for run in runs:
         summary, metrics = run.summary or {}, run.metrics
         row: Row = {"case": run.case.name, **run.case.labels, "seed": run.seed, "edits": summary["edits"]}
-        retained = [n for n in metrics if n.startswith("retained/") and n != "retained/perplexity" and "_age_" not in n]
+        retained = [
+            n for n in metrics if n.startswith("retained/") and n not in _perplexities(metrics) and "_age_" not in n
+        ]
         others = [f"{group}/{name}" for group, names in _SHOWN.items() for name in names]
         row |= {name: round(metrics[name], 4) for name in (*retained, *others) if name in metrics}
-        perplexity = {name: metrics[name] for name in ("before/perplexity", "retained/perplexity") if name in metrics}
+        perplexity = {name: metrics[name] for name in _perplexities(metrics)}
         row |= {name: round(value, 3) for name, value in perplexity.items()}
-        if len(perplexity) == 2:
+        if {"before/perplexity", "retained/perplexity"} <= perplexity.keys():
             row["perplexity_ratio"] = round(perplexity["retained/perplexity"] / perplexity["before/perplexity"], 4)
         selection = summary.get("facts", {})
         row |= {column: selection[name] for name, column in _SELECTION.items() if name in selection}
         rows.append({**row, **{name: COLUMNS[name](run) for name in columns}, **provenance_of(run)})
     return rows
+
+
+def _perplexities(metrics: Mapping[str, float]) -> list[str]:
+    """Names of the perplexities of all texts, with their intervals, before and at the end."""
+    return [name for name in metrics if name.startswith(("before/perplexity", "retained/perplexity"))]
 
 
 def _effective_weight(run: Run) -> float | str:
@@ -116,7 +140,7 @@ def rows_of_snapshots(runs: Sequence[Run]) -> list[Row]:
     """
     rows = []
     for run in runs:
-        steps = run.curve
+        steps = one_perplexity(run.curve)
         curve = {edits: point for edits, point in steps.items() if "retained/accuracy" in point}
         earlier = 0
         for edits, point in curve.items():

@@ -32,9 +32,9 @@ def _ratio(row: Row, before: float) -> float:
     return _number(row, "retained/perplexity") / before
 
 
-def _number(row: Row, name: str) -> float:
-    """A column of a row; NaN, which is past no mark, if it was not measured."""
-    return float(row.get(name, math.nan))
+def _number(row: Row, *names: str) -> float:
+    """The first of several columns that a row has; NaN, which is past no mark, if none of them was measured."""
+    return float(next((row[name] for name in names if name in row), math.nan))
 
 
 def turns(snapshots: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
@@ -44,7 +44,10 @@ def turns(snapshots: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
         snapshots: of :func:`editlab.experiments.tables.rows_of_snapshots`, in the order of edits.
         runs: of :func:`editlab.experiments.tables.rows_of_runs`, with the unedited model's perplexity if measured.
     """
-    before = {(run["case"], int(run["seed"])): _number(run, "before/perplexity") for run in runs}
+    # Snapshots are measured on the beginning of the text, which is all of it if that has no column of its own.
+    before = {
+        (run["case"], int(run["seed"])): _number(run, "before/perplexity_start", "before/perplexity") for run in runs
+    }
     found = []
     for case, seed in dict.fromkeys((row["case"], int(row["seed"])) for row in snapshots):
         own = [row for row in snapshots if (row["case"], int(row["seed"])) == (case, seed)]

@@ -138,6 +138,7 @@ def _scored(fact: Fact) -> Iterator[tuple[str, str, str]]:
     yield from (("truth", fact.question, truth) for truth in truths)
     yield from (("paraphrase", p, answer) for p in fact.paraphrases for answer in (fact.target_new, *truths))
     yield from (("neighbor", n.prompt, answer) for n in fact.neighbors for answer in (fact.target_new, n.truth))
+    yield from (("portability question", q.prompt, q.answers[0]) for q in fact.portability)
 
 
 def _short(tokens: int, *texts: str) -> bool:

@@ -12,22 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab.distributed import ranks
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
 from editlab.lm.joints import boundary
-from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
+from editlab.lm.together import continue_together
 from editlab.lm.tokens import Encoding, encode, require_embedded
 
 Pick = Callable[[Tensor], Tensor]
 """Function that chooses the next tokens: float32 logits [rows, vocabulary] -> token ids [rows]."""
-
-Done = Callable[[int, list[int]], bool]
-"""Function that tells whether a row ends: index of the row, its new token ids -> True if they are enough."""
-
-ROWS = 64
-"""Number of prompts that :func:`continue_greedily` continues at once."""
 
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[\u3002\uff01\uff1f]|\n")
 """The end of a sentence: a full stop, exclamation or question mark before white space, or a line break. The wide
@@ -63,7 +56,6 @@ def continue_rows(
     pick: Pick = most_likely,
     *,
     stop: bool = False,
-    done: Done | None = None,
     never: Sequence[int] = (),
     tick: Callable[[int], Any] | None = None,
 ) -> list[list[int]]:
@@ -78,7 +70,6 @@ def continue_rows(
         pick: chooses each next token.
         stop: end a text at the model's end-of-text token, which is not part of the result. Otherwise such tokens are
             never generated.
-        done: called for each row after each of its tokens; where it returns True, the row ends with this token.
         never: further tokens that are not generated if ``stop`` is off.
         tick: called after each step with the number of tokens that the step generated.
 
@@ -91,7 +82,6 @@ def continue_rows(
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     fed = torch.tensor([list(prompt) for prompt in prompts], device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    length = [new_tokens] * len(prompts)
     cache: Any = None
     steps: list[Tensor] = []
     for _ in range(new_tokens):
@@ -104,75 +94,18 @@ def continue_rows(
         steps.append(token)
         if tick is not None:
             tick(len(prompts))
-        if stop:
-            ended |= torch.isin(token, ends)
-        if done is not None:
-            texts = torch.stack(steps, 1).tolist()
-            for row in (~ended).nonzero().flatten().tolist():
-                if done(row, texts[row]):
-                    ended[row], length[row] = True, len(steps)
-        if bool(ended.all()):
+        if stop and bool((ended := ended | torch.isin(token, ends)).all()):
             break
         fed = token[:, None]
     if not steps:
         return [[] for _ in prompts]
-    rows = [row[:end] for row, end in zip(torch.stack(steps, 1).tolist(), length, strict=True)]
+    rows: list[list[int]] = torch.stack(steps, 1).tolist()
     return [_until(row, ends.tolist()) for row in rows] if stop else rows
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:
     """Return the tokens before the first end-of-text token."""
     return row[: next((index for index, token in enumerate(row) if token in ends), len(row))]
-
-
-def continue_greedily(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
-    *,
-    stop: bool = False,
-    done: Done | None = None,
-    tick: Callable[[int], Any] | None = None,
-) -> list[list[int]]:
-    """Continue prompts of any lengths by the most likely token at each step. Ranks share the prompts.
-
-    Prompts of equal length run together, so no padding is needed and each prompt's continuation is the same as if it
-    were continued alone.
-
-    Args:
-        model: the model, in eval mode.
-        prompts: token ids.
-        new_tokens: as in :func:`continue_rows`; fewer for a prompt after which the model has room for fewer.
-        stop: as in :func:`continue_rows`.
-        done: as in :func:`continue_rows`, with the index of the prompt.
-        tick: called after each group of prompts with their number.
-
-    Returns:
-        The new token ids of each prompt, in the order of the prompts.
-    """
-    longest = context_length(model)
-    by_length: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(index)
-    groups = [
-        members[start : start + ROWS]
-        for _, members in sorted(by_length.items())
-        for start in range(0, len(members), ROWS)
-    ]
-
-    def go_on(group: Sequence[int]) -> list[list[int]]:
-        rows = [prompts[index] for index in group]
-        room = new_tokens if longest is None else max(0, min(new_tokens, longest - len(rows[0])))
-        ends = None if done is None else lambda row, new: done(group[row], new)
-        return continue_rows(model, rows, room, stop=stop, done=ends)
-
-    def counted(group: Sequence[int]) -> list[list[int]]:
-        found = by_halves(go_on, group)
-        if tick is not None:
-            tick(len(group))
-        return found
-
-    return ranks.each(groups, counted)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -229,7 +162,9 @@ def greedy_texts(
     def ended(index: int, new: list[int]) -> bool:
         return new[-1] in special or done(index, text(index, new))
 
-    new = continue_greedily(lm.model, ids, max_new_tokens, stop=True, done=ended, tick=tick)
+    longest = context_length(lm.model)
+    rooms = [max_new_tokens if longest is None else max(0, min(max_new_tokens, longest - len(row))) for row in ids]
+    new = continue_together(lm.model, ids, rooms, end_tokens(lm.model), ended, tick)
     return [text(index, row) for index, row in enumerate(new)]
 
 

@@ -1,5 +1,6 @@
 """Metrics of edited models, as torchmetrics classes; :mod:`editlab.metrics.functional` has them as functions."""
 
+from editlab.metrics.answers import AnswerScore, CaseScore
 from editlab.metrics.editing import EditMetrics, EfficacyScore, NeighborhoodScore, ParaphraseScore
 from editlab.metrics.generation import GenerationEntropy
 from editlab.metrics.perplexity import TokenPerplexity
@@ -7,6 +8,8 @@ from editlab.metrics.retention import RetentionByAge
 from editlab.metrics.scores import PromptScores
 
 __all__ = [
+    "AnswerScore",
+    "CaseScore",
     "EditMetrics",
     "EfficacyScore",
     "GenerationEntropy",

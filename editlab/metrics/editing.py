@@ -17,11 +17,10 @@ from editlab.metrics.functional.editing import (
     check_kind,
     harmonic_mean,
 )
-from editlab.metrics.names import LANGUAGE, MAGNITUDES, METRICS
+from editlab.metrics.names import SCORED
 from editlab.metrics.scores import PromptScores
 
 _COLUMNS = [field.name for field in fields(PromptScores)]
-_ORDER = (*(metric.name for metric in METRICS if metric.name not in LANGUAGE), *MAGNITUDES)
 
 
 class PromptMetric(Metric):
@@ -178,7 +177,7 @@ class EditMetrics(MetricCollection):
         if not self._member("ES").update_called:
             return {}
         found = self.compute()
-        names = [f"{self.prefix or ''}{name}{self.postfix or ''}" for name in _ORDER]
+        names = [f"{self.prefix or ''}{name}{self.postfix or ''}" for name in SCORED]
         values = {name: float(found[name]) for name in names}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 

@@ -34,12 +34,14 @@ class MetricName:
         title: what tables and figures call it.
         better: ``higher`` or ``lower``.
         digits: decimals in a table.
+        main: whether the summary on the screen shows it; reports show all.
     """
 
     name: str
     title: str
     better: Literal["higher", "lower"] = "higher"
     digits: int = 3
+    main: bool = True
 
     @property
     def best(self) -> Callable[..., float]:
@@ -49,22 +51,75 @@ class MetricName:
 
 METRICS = (
     MetricName("ES", "ES"),
-    MetricName("PS", "PS"),
-    MetricName("NS", "NS"),
-    MetricName("S", "S"),
     MetricName("accuracy", "accuracy"),
+    MetricName("generation", "generation"),
+    MetricName("PS", "PS"),
     MetricName("paraphrase_accuracy", "paraphrase accuracy"),
+    MetricName("paraphrase_generation", "paraphrase generation", main=False),
+    MetricName("NS", "NS"),
     MetricName("neighbor_accuracy", "neighbor accuracy"),
+    MetricName("neighbor_generation", "neighbor generation", main=False),
+    MetricName("S", "S", main=False),
     MetricName("perplexity", "held-out perplexity", "lower", 2),
-    MetricName("generation_entropy", "generation entropy", "higher", 2),
+    MetricName("generation_entropy", "generation entropy", "higher", 2, main=False),
+    MetricName("bystander_accuracy", "bystander accuracy"),
+    MetricName("bystander_generation", "bystander generation"),
 )
 """Rows of the metric table of one run, in their order."""
 
 PERPLEXITY, GENERATION_ENTROPY = LANGUAGE = ("perplexity", "generation_entropy")
 """Metrics of the model's language; the others are metrics of facts."""
 
+PERPLEXITY_START, PERPLEXITY_LOW, PERPLEXITY_HIGH = ("perplexity_start", "perplexity_low", "perplexity_high")
+"""Perplexity of the first tokens of the text, as measured on the way, and the 95% interval of that of the whole."""
+
 MAGNITUDES = ("ES_magnitude", "PS_magnitude", "NS_magnitude")
 """Mean differences of probabilities: logged and in ``summary.json``, but not in the table."""
+
+SCORED = ("ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy", *MAGNITUDES)
+"""Metrics of the probabilities of given targets, in the order in which a step logs them."""
+
+EDIT, PARAPHRASE, NEIGHBOR, BYSTANDER = PROMPTS = ("edit", "paraphrase", "neighbor", "bystander")
+"""Kinds of prompts that the model answers freely; the questions of a portability group are a kind of
+their own (:func:`portability_name`)."""
+
+BYSTANDER_ACCURACY = "bystander_accuracy"
+"""Fraction of the bystanders where the argmax is right at every token of the truth."""
+
+PORTABILITY = "portability"
+"""First part of the names of the metrics of a portability group."""
+
+
+def generation_name(prompts: str, kind: str = "contains") -> str:
+    """The name of a score of the answers to a kind of prompt; ``contains`` is the one that tables show.
+
+    Args:
+        prompts: one of :data:`PROMPTS`, or a portability group as ``portability/GROUP``.
+        kind: ``contains``, ``exact`` or ``f1``.
+
+    >>> generation_name("edit"), generation_name("neighbor", "f1"), generation_name("portability/reasoning")
+    ('generation', 'neighbor_generation_f1', 'portability/reasoning/generation')
+    """
+    start = "" if prompts == EDIT else f"{prompts}_" if prompts in PROMPTS else f"{prompts}/"
+    return f"{start}generation" + ("" if kind == "contains" else f"_{kind}")
+
+
+def portability_name(group: str) -> str:
+    """The name of a portability group as a kind of prompts, and the first part of the names of its metrics.
+
+    >>> full_name("retained", portability_name("reasoning") + "/accuracy")
+    'retained/portability/reasoning/accuracy'
+    """
+    return f"{PORTABILITY}/{group.replace('/', '_')}"
+
+
+def perplexity_name(text: str) -> str:
+    """The name of the perplexity of a text that has a name.
+
+    >>> perplexity_name("wikitext")
+    'perplexity_wikitext'
+    """
+    return f"{PERPLEXITY}_{text}"
 
 
 def full_name(group: str, name: str) -> str:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import StrMethodFormatter
 
-from editlab.metrics.names import BEFORE, IMMEDIATE, PERPLEXITY, RETAINED, full_name
+from editlab.metrics.names import BEFORE, IMMEDIATE, PERPLEXITY, PERPLEXITY_START, RETAINED, full_name
 from editlab.utils.files import atomic_file
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
@@ -112,7 +112,7 @@ def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) ->
         axes = panels(part, 1, len(COMPARED))
         for ax, (name, title) in zip(axes, COMPARED, strict=True):
             for label, (curves, color, line) in shown.items():
-                draw_band(ax, curves, name, label=label, color=color, linestyle=line)
+                draw_band(ax, list(map(one_perplexity, curves)), name, label=label, color=color, linestyle=line)
             ax.set(title=title, xlabel="edits")
         _wide_as_log(axes[-1])
         legend_below(part)
@@ -135,9 +135,11 @@ def forgetting_figure(curve: Series, perplexity_before: float | None, columns: i
     Args:
         curve: ``before/<metric>``, ``immediate/<metric>`` and ``retained/<metric>`` over the number of edits; retained
             values at some of the edits only.
-        perplexity_before: perplexity of the unedited model; None if it was not measured.
+        perplexity_before: perplexity of the unedited model on the text of the curve (:func:`one_perplexity`); None if
+            it was not measured.
         columns: number of panels in a row; 1 for a narrow screen.
     """
+    curve = one_perplexity(curve)
     styles: dict[str, dict[str, Any]] = {
         BEFORE: {"color": BLACK, "linestyle": ":"},
         IMMEDIATE: {"color": ORANGE, "linestyle": "--"},
@@ -164,6 +166,21 @@ def forgetting_figure(curve: Series, perplexity_before: float | None, columns: i
     for ax in axes[count:]:
         ax.remove()
     return figure
+
+
+def one_perplexity(curve: Series) -> Series:
+    """The same curve with the perplexity of the same tokens at every point.
+
+    On the way the perplexity is measured on the beginning of a long text, and at the end on more of it too; the
+    perplexity of the beginning then stands at every point.
+    """
+    start, whole = (full_name(RETAINED, name) for name in (PERPLEXITY_START, PERPLEXITY))
+    return {edits: {**row, whole: row[start]} if start in row else row for edits, row in curve.items()}
+
+
+def perplexity_of_curve(metrics: Mapping[str, Any], group: str) -> Any:
+    """The perplexity in a group of a run's metrics on the tokens of its curve; None if it was not measured."""
+    return metrics.get(full_name(group, PERPLEXITY_START), metrics.get(full_name(group, PERPLEXITY)))
 
 
 def _points(curve: Series, name: str) -> list[tuple[int, float]]:

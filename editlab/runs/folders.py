@@ -37,14 +37,18 @@ _IGNORED = (
         )
     ),
     "EditCheckpoint", "ForgettingCurve", "DownstreamEval", "EditProgressBar", "TQDMProgressBar", "RichProgressBar",
-    "ckpt_path", "weights_only", "model.moments.cache", "model.evaluation.age_bins",
+    "ckpt_path", "weights_only", "model.moments.cache", "model.evaluation.age_bins", "model.evaluation.snapshot_tokens",
+    "model.evaluation.snapshot_generation",
 )  # fmt: skip
 """Settings, and callbacks with their settings, that have no effect on what is compared: they choose what is written,
 shown or measured, and no edit depends on them."""
 
 _BEFORE, _RETAINED = (full_name(group, PERPLEXITY) for group in (BEFORE, RETAINED))
 
-_SHOWN = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
+_SHOWN = (
+    "ES", "accuracy", "generation", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy", "bystander_accuracy",
+    "bystander_generation",
+)  # fmt: skip
 
 MEASURES = (
     *(full_name(RETAINED, name) for name in _SHOWN), full_name(IMMEDIATE, "accuracy"), _RETAINED, "perplexity_ratio",

@@ -12,8 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from editlab.metrics.names import BEFORE, IMMEDIATE, PERPLEXITY, RETAINED, TABLE_GROUPS, full_name
-from editlab.runs.figures import Series, forgetting_figure
+from editlab.metrics.names import BEFORE, IMMEDIATE, RETAINED, TABLE_GROUPS, full_name
+from editlab.runs.figures import Series, forgetting_figure, perplexity_of_curve
 from editlab.runs.summary import counted
 from editlab.runs.tables import Table, metric_table
 
@@ -182,12 +182,12 @@ class Page:
             '<p>Values <span class="better">better \u2713</span> or <span class="worse">'
             "worse \u2717</span> than before.</p>"
         )
-        yield metric_table(self.summary.get("metrics", {})).to_html()
+        yield metric_table(self.summary.get("metrics", {}), full=True).to_html()
 
     def _curves(self) -> Iterable[str]:
         if not self.curve:
             return
-        before = (self.summary or {}).get("metrics", {}).get(full_name(BEFORE, PERPLEXITY))
+        before = perplexity_of_curve((self.summary or {}).get("metrics", {}), BEFORE)
         yield "<h2>Metrics over the number of edits</h2>"
         for kind, columns in (("wide", 3), ("narrow", 1)):
             svg = _svg(forgetting_figure(self.curve, before, columns), kind)

@@ -148,8 +148,7 @@ def summarize(
     trainer: Trainer,
     ledger: Ledger,
     layers: Mapping[int, EditedLayer],
-    metrics: Mapping[str, float],
-    seconds: float,
+    evaluation: Evaluation,
 ) -> dict[str, Any]:
     """A run as a dict, for ``summary.json``.
 
@@ -157,17 +156,17 @@ def summarize(
         trainer: of the run.
         ledger: its edits.
         layers: layer number -> the edited layer.
-        metrics: ``group/metric`` -> value, for what was measured.
-        seconds: duration of the run.
+        evaluation: what was measured, and how long the run and the parts of the measuring took.
     """
     return {
         "edits": ledger.kept,
         "rolled_back": len(ledger) - ledger.kept,
         "superseded": ledger.superseded,
         "batches": trainer.global_step,
-        "metrics": metrics,
+        "metrics": evaluation.results(),
         "delta_norm": {str(number): layer.relative_norm() for number, layer in layers.items()},
-        "seconds": seconds,
+        "seconds": evaluation.stop_clock(),
+        "evaluation_seconds": dict(evaluation.costs),
         "facts": dict(getattr(trainer.datamodule, "selection", {})),  # type: ignore[attr-defined]
         **provenance(trainer),
     }
@@ -253,6 +252,13 @@ def counted(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
 
 
+def _asking(summary: Mapping[str, Any]) -> str:
+    """The seconds of free generation, in words; empty if nothing was generated."""
+    seconds = summary.get("evaluation_seconds", {}).get("generation", 0.0)
+    asked = any(name.endswith("generation") for name in summary["metrics"])
+    return f" ({seconds:.0f} s of them free generation)" if asked else ""
+
+
 def selected(facts: Mapping[str, Any]) -> list[str]:
     """What was measured of a file of facts to select those to edit, as sentences.
 
@@ -278,7 +284,6 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
     lines = [
         "",
         f"{summary['edits']} facts edited{undone} in {counted(summary['batches'], 'batch', 'batches')}: {title}",
-        "",
         metric_table(summary["metrics"]).to_text(),
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
@@ -288,7 +293,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
-        f"{summary['seconds']:.0f} s, peak memory {summary['peak_memory_mb']:.0f} MiB",
+        f"{summary['seconds']:.0f} s{_asking(summary)}, peak memory {summary['peak_memory_mb']:.0f} MiB",
         *selected(summary.get("facts", {})),
         "",
     ]

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
-from editlab.metrics.names import METRICS, TABLE_GROUPS, full_name
+from editlab.metrics.names import (
+    METRICS,
+    PERPLEXITY,
+    PERPLEXITY_HIGH,
+    PERPLEXITY_LOW,
+    PERPLEXITY_START,
+    PORTABILITY,
+    TABLE_GROUPS,
+    MetricName,
+    full_name,
+    generation_name,
+    of_group,
+    perplexity_name,
+    portability_name,
+)
 
 WIDEST = 4
 """Number of columns that fit on the screen of a phone."""
@@ -77,13 +92,16 @@ class Table:
         )
 
 
-def metric_table(metrics: Mapping[str, float | None]) -> Table:
+def metric_table(metrics: Mapping[str, float | None], full: bool = False) -> Table:
     """The metrics of one run: a row for each metric that was measured, a column for each group.
+
+    Of a portability group the answers have a row, or the accuracy if there are no answers.
 
     In HTML, values after an edit have the class ``better`` or ``worse`` where they differ from those before it.
 
     Args:
         metrics: ``group/metric`` -> value, as ``summary.json`` has it; None for a number that is not finite.
+        full: with the rows that the summary on the screen leaves out.
 
     >>> print(metric_table({"before/ES": 0.0, "retained/ES": 0.875}).to_markdown())
     |  | before | immediate | retained |
@@ -92,7 +110,7 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
     """
     rows: list[list[str]] = []
     classes: dict[tuple[int, int], str] = {}
-    for metric in METRICS:
+    for metric in _rows(metrics, full):
         values = [metrics.get(full_name(group, metric.name)) for group in TABLE_GROUPS]
         if any(value is not None for value in values):
             for column, value in enumerate(values[1:], start=2):
@@ -100,7 +118,34 @@ def metric_table(metrics: Mapping[str, float | None]) -> Table:
                     better = metric.best(value, values[0]) == value
                     classes[len(rows), column] = "better" if better else "worse"
             rows.append([metric.title, *("" if value is None else f"{value:.{metric.digits}f}" for value in values)])
+        if metric.name == PERPLEXITY and any(intervals := [_interval(metrics, group) for group in TABLE_GROUPS]):
+            rows.append(["  its 95% interval", *intervals])
     return Table(["", *TABLE_GROUPS], rows, range(1, 1 + len(TABLE_GROUPS)), classes)
+
+
+def _rows(metrics: Mapping[str, Any], full: bool) -> Iterator[MetricName]:
+    """The metrics that the table of a run has: those of every run, those of its texts, and those of its questions."""
+    names = dict.fromkeys(name for group in TABLE_GROUPS for name in of_group(metrics, group))
+    for metric in METRICS:
+        if metric.main or full:
+            yield metric
+        if metric.name == PERPLEXITY:
+            known = (PERPLEXITY_START, PERPLEXITY_LOW, PERPLEXITY_HIGH)
+            texts = [name for name in names if name.startswith(perplexity_name("")) and name not in known]
+            for name in texts if full or len(texts) > 1 else ():  # the first text's stands above
+                yield MetricName(name, f"perplexity of {name.removeprefix(perplexity_name(''))}", "lower", 2)
+    for name in names:
+        if not name.startswith(f"{PORTABILITY}/"):
+            continue
+        group, _, score = name.removeprefix(f"{PORTABILITY}/").rpartition("/")
+        answered = generation_name(portability_name(group)) in names
+        if score == "generation" or (score == "accuracy" and (full or not answered)):
+            yield MetricName(name, f"{group}, {score}")
+
+
+def _interval(metrics: Mapping[str, float | None], group: str) -> str:
+    ends = [metrics.get(full_name(group, name)) for name in (PERPLEXITY_LOW, PERPLEXITY_HIGH)]
+    return "" if None in ends else " to ".join(f"{end:.1f}" for end in ends)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from callbacks import ForgettingCurve, LoRAAdjust
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
@@ -52,7 +52,7 @@ def test_no_chart_is_empty(tiny_folder, tmp_path, lora):
     path = write_counterfact(tmp_path / "bare.json", bare)
     callbacks = [ForgettingCurve(every_n_edits=2)]
     callbacks += [LoRAAdjust(rank=2, steps=1, every_n_batches=1, text_tokens=64)] if lora else []
-    evaluation = EvaluationSettings(heldout_tokens=64, generated_texts=0)
+    evaluation = EvaluationSettings(heldout_tokens=64, generation=0, bystanders=0, generated_texts=0)
     fit(tmp_path, editor(tiny_folder, evaluation=evaluation), callbacks=callbacks, limit=4, path=path)
     run = tmp_path / "logs" / "run" / "version_0"
     events = EventAccumulator(str(run)).Reload()

@@ -56,7 +56,10 @@ def place(models, tmp_path, monkeypatch):
     only_verbs(monkeypatch, "fit")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(models)
-    settings = {"method": {"class_path": "EMMET"}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    settings = {
+        "method": {"class_path": "EMMET"},
+        "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0, "generated_texts": 0},
+    }
     write_recipe(tmp_path, "models/good", model=settings)
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

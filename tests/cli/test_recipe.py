@@ -16,7 +16,11 @@ from tests.recipes import write_recipe
 def fit(tiny_folder, tmp_path, monkeypatch):
     """Runs the tiny recipe with flags, in a working directory of its own; returns the exit code."""
     monkeypatch.chdir(tmp_path)
-    settings = {"layers": [1], "contexts": {"count": 0}, "evaluation": {"heldout_tokens": 0}}
+    settings = {
+        "layers": [1],
+        "contexts": {"count": 0},
+        "evaluation": {"heldout_tokens": 0, "generation": 0, "bystanders": 0},
+    }
     write_recipe(tmp_path, tiny_folder, model=settings)
     return lambda *flags: main(["fit", "--config", "tiny.yaml", *flags])
 

@@ -158,6 +158,29 @@ def test_bystanders_share_no_subject_with_edits(path):
         everything.test_dataloader()
 
 
+def test_other_facts_are_built_in_and_share_no_subject_with_edits(path):
+    """Of a run of another file they are any built-in facts, of the built-in facts those that ``test`` measures."""
+    data = module(path, limit=5, keep="all")
+    data.select(lambda facts: [])
+    others = data.other_facts(8)
+    assert len(others) == 8
+    assert all(fact.target_true for fact in others)
+    assert not {f.subject for f in others} & {f.subject for f in data.facts}
+    assert data.other_facts(8) == others
+    data.fault = unfit(others[0].id)
+    assert data.other_facts(7) == others[1:]
+    builtin = module("worldfacts", limit=5, keep="all", bystanders=6)
+    builtin.select(lambda facts: [])
+    measured = [fact for batch in builtin.test_dataloader() for fact in batch]
+    assert builtin.other_facts(4) == measured[:4]
+    assert builtin.other_facts(99) == measured  # the further ones may be held out by TrustRollback
+    given = EditDataModule(keep="all")  # as edit_model does
+    given.candidates = [*builtin.candidates[:3]]
+    given.select(lambda facts: [])
+    assert not {f.subject for f in given.other_facts(5)} & {f.subject for f in builtin.candidates[:3]}
+    assert given.other_facts(0) == []
+
+
 class Toy(L.LightningModule):
     """Records the batches that it is given."""
 

@@ -234,7 +234,11 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
 def recipe(tiny_folder, tmp_path, monkeypatch):
     """A recipe with ``layers: auto``."""
     monkeypatch.chdir(tmp_path)
-    settings = {"layers": "auto", "values": {"steps": 4}, "evaluation": {"heldout_tokens": 64, "generated_texts": 0}}
+    settings = {
+        "layers": "auto",
+        "values": {"steps": 4},
+        "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0, "generated_texts": 0},
+    }
     write_recipe(tmp_path, tiny_folder, model=settings, data={"bystanders": 2})
     return ["fit", "--config", "tiny.yaml"]
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from editlab.errors import UserError
-from editlab.evaluation.evaluator import BUILTIN_TEXT, OPENING, Evaluation, EvaluationSettings
+from editlab.evaluation.evaluator import Evaluation
+from editlab.evaluation.language import BUILTIN_TEXT, OPENING
 from editlab.evaluation.scoring import prefers_truth, score_facts, token_log_probs
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics.functional import ngram_entropy
 from editlab.metrics.names import add_group
@@ -137,7 +139,7 @@ def test_a_checkpoint_of_another_layout_is_refused():
 
 
 def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
-    evaluation = Evaluation(EvaluationSettings(heldout_tokens=64, age_bins=2))
+    evaluation = Evaluation(EvaluationSettings(heldout_tokens=64, age_bins=2, generation=1))
     rows = Rows()
     first = evaluation.measure_retained(lm, FACTS[:4], 4, [rows])
     monkeypatch.setattr("editlab.evaluation.evaluator.score_facts", None)  # would fail if it were measured again
@@ -147,9 +149,9 @@ def test_retention_is_measured_once_for_a_state_and_by_age(lm, monkeypatch):
     halves = [logged["retained/accuracy_age_1"], logged["retained/accuracy_age_2"]]
     assert sum(halves) / 2 == pytest.approx(first["retained/accuracy"])
     assert logged == first
-    assert {"retained/perplexity", "retained/generation_entropy", "retained/ES"} <= set(first)
+    assert {"retained/perplexity", "retained/generation_entropy", "retained/ES", "retained/generation"} <= set(first)
     assert evaluation.results() == first  # nothing else was measured
-    without = Evaluation(EvaluationSettings(heldout_tokens=0, age_bins=0))
+    without = Evaluation(EvaluationSettings(heldout_tokens=0, age_bins=0, generation=0))
     monkeypatch.undo()
     assert set(without.measure_retained(lm, FACTS[:1], 1, [])) == set(without.compute("retained"))
     one = Evaluation(EvaluationSettings(heldout_tokens=0)).measure_retained(lm, FACTS[:1], 1, [])

@@ -29,7 +29,8 @@ def mine(tmp_path, tiny_folder, monkeypatch):
     recipe = {
         "model": {
             "language_model": str(tiny_folder), "layers": [1], "method": "EMMET", "values": {"steps": 2},
-            "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3}, "evaluation": {"heldout_tokens": 64},
+            "moments": {"tokens": 256}, "contexts": {"count": 1, "length": 3},
+            "evaluation": {"heldout_tokens": 64, "generation": 0, "bystanders": 0},
         },
         "data": {"keep": "all"},
         "trainer": {"accelerator": "cpu"},

@@ -139,3 +139,19 @@ def test_rows_of_absent_runs_stay_and_repeated_runs_replace_theirs(tmp_path):
     assert path.read_text().splitlines()[0] == (
         "case,seed,retained/ES,rank,recipe,settings,revision,machine,editlab,torch,transformers,peft"
     )
+
+
+def test_rows_have_answers_bystanders_and_all_perplexities(tmp_path):
+    metrics = {"retained/generation": 0.5, "retained/bystander_accuracy": 0.25, "before/bystander_accuracy": 0.5,
+               "retained/paraphrase_accuracy": 0.125, "before/perplexity": 20.0, "retained/perplexity": 25.0,
+               "before/perplexity_start": 18.0, "retained/perplexity_low": 23.45678}  # fmt: skip
+    (row,) = rows_of_runs([run(tmp_path, "memit", 1, metrics)])
+    assert {name: row[name] for name in metrics} == {**metrics, "retained/perplexity_low": 23.457}
+    assert row["perplexity_ratio"] == 1.25
+    (mean,) = rows_of_means([row], {}, "memit")
+    assert (mean["retained/generation"], mean["bystander_accuracy_change"]) == (0.5, -0.25)
+    made = run(tmp_path, "emmet", 1, callbacks=[curve(sample=2)], edits=4)
+    (made.folder / "metrics.csv").write_text(
+        "edits,retained/accuracy,retained/perplexity,retained/perplexity_start\n2,1,,30\n4,1,40,31\n"
+    )
+    assert [snapshot["retained/perplexity"] for snapshot in rows_of_snapshots([made])] == [30.0, 31.0]

@@ -9,7 +9,6 @@ from transformers import GenerationConfig, LogitsProcessorList
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm import generate
 from editlab.lm.generate import (
-    continue_greedily,
     continue_rows,
     drawn,
     end_tokens,
@@ -19,6 +18,7 @@ from editlab.lm.generate import (
     most_likely,
 )
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.together import continue_together
 from tests.lm.conftest import lm_of
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -104,17 +104,6 @@ def test_rows_stop_separately_and_the_loop_with_the_last():
     assert set(steps) == {3}
 
 
-def test_prompts_of_any_lengths_give_the_texts_of_separate_prompts(monkeypatch):
-    monkeypatch.setattr(generate, "ROWS", 2)
-    model = tiny_model("gpt2")
-    prompts = [[5, 6, 7], [8], [9, 10, 11], [12], [13, 14], [15, 16, 17]]
-    groups = []
-    found = continue_greedily(model, prompts, 6, stop=True, tick=groups.append)
-    assert found == [greedy(model, prompt, 6) for prompt in prompts]
-    assert groups == [2, 1, 2, 1]
-    assert continue_greedily(model, [], 6) == []
-
-
 def test_no_tokens_and_no_end():
     model = tiny_model("llama")
     assert continue_rows(model, PROMPTS, 0) == [[], []]
@@ -141,7 +130,7 @@ TEXTS = ["The capital of France is", "Oslo lies in", "Tove Jansson", "The curren
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("bos", [False, True])
 def test_greedy_texts_are_those_of_transformers_on_a_padded_batch(family, bos):
-    """Transformers pads all prompts on the left to one length, and editlab runs prompts of equal length together."""
+    """Transformers pads all prompts on the left to one length; editlab pads none."""
     model = tiny_model(family)
     tokenizer = tiny_tokenizer(bos=bos, padding_side="left")
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=0)
@@ -150,7 +139,7 @@ def test_greedy_texts_are_those_of_transformers_on_a_padded_batch(family, bos):
     rows = [row[batch["input_ids"].shape[1] :].tolist() for row in out]
     expected = [row[: row.index(END)] if END in row else row for row in rows]
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    assert continue_greedily(model, ids, 14, stop=True) == expected
+    assert continue_together(model, ids, [14] * len(ids), {END}, lambda index, new: False) == expected
     assert len({len(prompt) for prompt in ids}) > 1
     texts = greedy_texts(LanguageModel(model, tokenizer), TEXTS, 14, lambda index, text: False)
     for prompt, row, text in zip(ids, expected, texts, strict=True):
@@ -159,38 +148,21 @@ def test_greedy_texts_are_those_of_transformers_on_a_padded_batch(family, bos):
         assert text == tokenizer.decode([*prompt, *plain]).removeprefix(tokenizer.decode(prompt)).rstrip("\ufffd")
 
 
-def test_a_row_ends_where_it_is_done():
-    """One row is done after two tokens, and the other goes on to the largest number of tokens."""
-    model = tiny_model("llama")
-    seen = []
-
-    def done(row, new):
-        seen.append((row, len(new)))
-        return row == 0 and len(new) == 2
-
-    whole = continue_rows(model, PROMPTS, 5)
-    assert continue_rows(model, PROMPTS, 5, done=done) == [whole[0][:2], whole[1]]
-    assert seen == [(0, 1), (1, 1), (0, 2), (1, 2), (1, 3), (1, 4), (1, 5)]
-    steps = []
-    continue_rows(model, PROMPTS, 5, done=lambda row, new: len(new) == 3, tick=steps.append)
-    assert len(steps) == 3
-
-
 def saying(monkeypatch, lm, texts):
     """Make the model say texts: each prompt's continuation is the given one, token for token."""
     said = {lm.encode(prompt).ids: lm.tokenizer(text, add_special_tokens=False)["input_ids"] for prompt, text in texts}
     calls = []
 
-    def rows(model, prompts, new_tokens, pick=most_likely, *, stop=False, done=None, never=(), tick=None):
+    def rows(model, prompts, rooms, ends, done, tick=None):
         calls.append(len(prompts))
         found = []
         for row, prompt in enumerate(prompts):
-            whole = said[tuple(prompt)][:new_tokens]
+            whole = said[tuple(prompt)][: rooms[row]]
             last = next((n for n in range(1, len(whole) + 1) if done(row, whole[:n])), len(whole))
             found.append(whole[:last])
         return found
 
-    monkeypatch.setattr(generate, "continue_rows", rows)
+    monkeypatch.setattr(generate, "continue_together", rows)
     return calls
 
 
@@ -230,6 +202,14 @@ def test_first_sentence(text, first):
 
 
 def test_a_text_ends_where_the_model_has_no_room():
-    model = tiny_model("llama", max_position_embeddings=8)
-    found = continue_greedily(model, [[5] * 6, [7] * 8, [5, 6]], 4)
-    assert [len(row) for row in found] == [2, 0, 4]
+    lm = LanguageModel(tiny_model("llama", max_position_embeddings=8), tiny_tokenizer())
+    room = [8 - len(lm.encode(text).ids) for text in TEXTS[:3]]
+    assert min(room) < 4
+    counts = [0] * 3
+
+    def count(index, text):
+        counts[index] += 1
+        return False
+
+    greedy_texts(lm, TEXTS[:3], 4, count)
+    assert counts == [min(4, max(0, one)) for one in room]

@@ -20,6 +20,8 @@ from torchmetrics import Metric
 
 from editlab.distributed import ranks
 from editlab.metrics import (
+    AnswerScore,
+    CaseScore,
     EfficacyScore,
     GenerationEntropy,
     NeighborhoodScore,
@@ -29,6 +31,8 @@ from editlab.metrics import (
     TokenPerplexity,
 )
 from editlab.metrics.functional import (
+    answer_score,
+    case_score,
     efficacy_score,
     generation_entropy,
     neighborhood_score,
@@ -106,6 +110,11 @@ TEXTS = [[[1, 2, 1, 2, 3], [5, 5, 5, 5], [1]], [[4, 2, 4, 2, 4, 4, 2]]]
 PROBABILITIES = [[0.5, 0.25], [0.125, 0.75, 0.1]]
 AGED = [(scores(FIRST[:1] + FIRST[2:]), torch.tensor([9, 5, 4])), (scores(SECOND[:2]), torch.tensor([1, 2]))]
 
+ANSWERS = [
+    (["Rome.", "Paris"], [["Rome"], ["Oslo", "Paris"]], torch.tensor([0, 0])),
+    (["the river Po", "Lima is in Peru"], [["Po"], ["Peru"]], torch.tensor([4, 2])),
+]
+
 CASES = {
     "ES": Case(EfficacyScore, efficacy_score, PAIR, mean(by_record(FIRST + SECOND, preference))),
     "PS": Case(ParaphraseScore, paraphrase_score, PAIR, mean(by_record(FIRST + SECOND, preference))),
@@ -130,6 +139,13 @@ CASES = {
     "perplexity": Case(
         TokenPerplexity, token_perplexity, [(torch.tensor(p).log(),) for p in PROBABILITIES],
         math.exp(-mean(math.log(p) for some in PROBABILITIES for p in some)),
+    ),
+    # Record 0: two exact names; 4: of two words one, 2 * (1/2) / (3/2); 2: of four words one, 2 * (1/4) / (5/4).
+    "answers": Case(AnswerScore, partial(answer_score, kind="f1"), ANSWERS, mean([1.0, 2 / 3, 2 / 5]), {"kind": "f1"}),
+    "cases": Case(
+        CaseScore, partial(case_score, any_prompt=True),
+        [(torch.tensor([0.0, 1.0]), torch.tensor([0, 0])), (torch.tensor([0.0, 0.0]), torch.tensor([4, 2]))],
+        mean([1.0, 0.0, 0.0]), {"any_prompt": True},
     ),
     # Ages 1, 2, 4 and 5, 9: the newest three of five edits, then the oldest two.
     "retention by age": Case(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editlab import edit_model
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.values.optimize import ValueSettings
@@ -24,7 +24,7 @@ SMALL = {
     "layers": [1, 2], "batch_size": 2, "progress": False,
     "values": ValueSettings(steps=3, lr=0.5, clamp=3.0, reference="original", matmul="float32"),
     "moments": MomentSettings(tokens=128, cache=False), "contexts": ContextSettings(count=1, length=3),
-    "evaluation": EvaluationSettings(heldout_tokens=0),
+    "evaluation": EvaluationSettings(heldout_tokens=0, generation=0, bystanders=0),
 }  # fmt: skip
 
 

@@ -30,7 +30,13 @@ def small(recipe, folder, tiny, kind="mps"):
     config["model"]["values"]["steps"] = 2
     (folder / "moments.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
     config["model"]["moments"] = {"text": "moments.txt", "tokens": 128}  # sampling it takes a pass a token
-    config["model"]["evaluation"] = {"heldout_tokens": 32, "generated_texts": 0, "neighbors": 1}
+    config["model"]["evaluation"] = {
+        "heldout_tokens": 32,
+        "generated_texts": 0,
+        "generation": 1,
+        "bystanders": 1,
+        "neighbors": 1,
+    }
     for callback in config["trainer"]["callbacks"]:
         callback.setdefault("init_args", {})
         if callback["class_path"] == "LoRAAdjust":

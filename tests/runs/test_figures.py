@@ -2,7 +2,15 @@
 
 import pytest
 
-from editlab.runs.figures import BLUE, PANELS, comparison_figure, draw_band, forgetting_figure, new_figure
+from editlab.runs.figures import (
+    BLUE,
+    PANELS,
+    comparison_figure,
+    draw_band,
+    forgetting_figure,
+    new_figure,
+    perplexity_of_curve,
+)
 
 
 def test_every_series_is_drawn_at_its_edits():
@@ -64,3 +72,16 @@ def test_each_row_of_a_comparison_has_its_own_lines_and_legend():
     assert [[text.get_label() for text in ax.get_lines()] for ax in figure.axes[::4]] == [["a", "b"], ["c"]]
     legends = [[text.get_text() for text in part.legends[0].get_texts()] for part in figure.subfigs]
     assert legends == [["a", "b"], ["c"]]
+
+
+def test_a_curve_has_the_perplexity_of_the_same_tokens_at_every_point():
+    """The end has that of the whole text too, which is another number."""
+    ends = {"retained/perplexity": 40.0, "retained/perplexity_start": 31.0}
+    curve = {8: {"retained/perplexity_start": 30.0}, 16: ends}
+    drawn = [figure.axes[-1].get_lines()[-1] for figure in (
+        forgetting_figure(curve, 29.0), comparison_figure({"a": ([curve], BLUE, "-")})
+    )]  # fmt: skip
+    assert [list(line.get_ydata()) for line in drawn] == [[30.0, 31.0]] * 2
+    assert perplexity_of_curve({"before/perplexity": 39.0, "before/perplexity_start": 29.0}, "before") == 29.0
+    assert perplexity_of_curve({"before/perplexity": 39.0}, "before") == 39.0
+    assert perplexity_of_curve({}, "before") is None

@@ -36,7 +36,10 @@ def shrunk(recipe, folder, tiny, **changes):
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
         "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 128},
         "contexts": {"count": 1, "length": 3},
-        "evaluation": {"heldout_tokens": 64, "generated_texts": 1, "generated_tokens": 4},
+        "evaluation": {
+            "heldout_tokens": 64, "generated_texts": 1, "generated_tokens": 4, "generation": 2,
+            "snapshot_generation": 1, "bystanders": 2,
+        },
     }  # fmt: skip
     if config["model"]["method"]["class_path"] == "AlphaEdit":
         config["model"]["method"]["init_args"] = {"threshold": 1e9}  # the tiny model's keys have scales of their own
@@ -80,7 +83,8 @@ def outcome(folder):
     """Everything that must be equal: weights, ledger, scores, random states, callbacks' states, tables, events."""
     path = last(folder)
     saved = torch.load(path, weights_only=True)
-    saved["editor"]["evaluation"].pop("seconds")
+    for times in ("seconds", "costs"):
+        saved["editor"]["evaluation"].pop(times)
     states = {name: state for name, state in saved["callbacks"].items() if "Checkpoint" not in name}
     table = (path.parents[1] / "metrics.csv").read_text()
     outcomes = (path.parents[1] / "outcomes.csv").read_text()

@@ -13,6 +13,7 @@ from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.ledger import Ledger
 from editlab.evaluation.scoring import FactScores
 from editlab.metrics import PromptScores
+from editlab.metrics.names import METRICS, TABLE_GROUPS
 from editlab.runs.logger import RunLogger
 from editlab.runs.outcomes import read_outcomes
 from editlab.runs.summary import peak_memory_mb, render, save_outcomes, selected, versions
@@ -50,6 +51,23 @@ def test_the_table():
     assert "in 1 batch: tiny" in text
     assert "none was written (see trainer.enable_checkpointing)\n" in text
     assert "to use it" not in text
+
+
+def test_the_summary_of_a_whole_recipe_is_one_screen():
+    names = [metric.name for metric in METRICS]
+    numbers = {
+        f"{group}/{name}": 0.5 for group in TABLE_GROUPS for name in (*names, "perplexity_low", "perplexity_high")
+    }
+    summary = {
+        "edits": 128, "rolled_back": 0, "superseded": 0, "batches": 8, "metrics": numbers, "delta_norm": {"5": 0.25},
+        "seconds": 502.0, "evaluation_seconds": {"generation": 41.2}, "peak_memory_mb": 2288.0,
+    }  # fmt: skip
+    trainer = SimpleNamespace(loggers=[RunLogger()])
+    folder = Path("lightning_logs/r/version_0")
+    lines = render(summary, "smollm2-135m, layers 4, 5, 6, MEMIT", trainer, folder, "x.ckpt").splitlines()
+    assert len(lines) <= 24
+    assert max(len(line) for line in lines if not line.startswith(("tables", "to use it"))) <= 80  # these have paths
+    assert "502 s (41 s of them free generation), peak memory 2288 MiB" in lines
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

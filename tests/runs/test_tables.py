@@ -52,3 +52,26 @@ def test_values_after_the_edits_are_better_or_worse_than_before():
         ("ES", "immediate"): "better", ("NS", "retained"): "worse",
         ("held-out perplexity", "immediate"): "better", ("held-out perplexity", "retained"): "worse",
     }  # fmt: skip
+
+
+WHOLE = {
+    "before/perplexity": 20.0, "before/perplexity_low": 18.04, "before/perplexity_high": 22.2,
+    "before/perplexity_start": 19.0, "before/perplexity_wiki": 20.0, "before/perplexity_prose": 30.0,
+    "before/S": 0.5, "before/generation": 0.25, "before/neighbor_generation": 0.75, "before/bystander_accuracy": 0.5,
+    "before/portability/two-hop/accuracy": 0.5, "before/portability/two-hop/generation": 0.25,
+    "before/portability/two-hop/generation_f1": 0.3, "before/portability/aliases/accuracy": 1.0,
+}  # fmt: skip
+
+
+def test_the_screen_has_the_main_metrics_and_a_report_all():
+    short = [(row[0], row[1]) for row in metric_table(WHOLE).rows]
+    assert short == [
+        ("generation", "0.250"), ("held-out perplexity", "20.00"), ("  its 95% interval", "18.0 to 22.2"),
+        ("perplexity of wiki", "20.00"), ("perplexity of prose", "30.00"), ("bystander accuracy", "0.500"),
+        ("two-hop, generation", "0.250"), ("aliases, accuracy", "1.000"),
+    ]  # fmt: skip
+    more = [row[0] for row in metric_table(WHOLE, full=True).rows]
+    assert set(more) - {name for name, _ in short} == {"neighbor generation", "S", "two-hop, accuracy"}
+    one = metric_table({"before/perplexity": 20.0, "before/perplexity_wiki": 20.0})
+    assert [row[0] for row in one.rows] == ["held-out perplexity"]
+    assert [row[0] for row in metric_table({"retained/perplexity_low": 1.0}).rows] == []  # without the upper end

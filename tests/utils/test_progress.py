@@ -4,7 +4,7 @@ import pytest
 from transformers.utils import logging as transformers_logging
 
 from editlab import edit_model
-from editlab.evaluation.evaluator import EvaluationSettings
+from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.utils.progress import bars, progress
@@ -44,7 +44,7 @@ def test_a_run_without_bars_shows_none(wanted, capfd):
     edit_model(
         tiny_model("llama"), tiny_tokenizer(), FACTS[:2], layers=[1], progress=wanted, values=ValueSettings(steps=2),
         moments=MomentSettings(tokens=256), contexts=ContextSettings(count=1, length=3),
-        evaluation=EvaluationSettings(heldout_tokens=64, generated_texts=1),
+        evaluation=EvaluationSettings(heldout_tokens=64, generation=0, bystanders=0, generated_texts=1),
     )  # fmt: skip
     said = capfd.readouterr().err
     assert ("edits 2/2" in said) == wanted

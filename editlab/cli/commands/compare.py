@@ -31,6 +31,9 @@ EXPLANATIONS = {
     "accuracy": "fraction of edits whose target is the argmax at every token",
     "paraphrase_accuracy": "the same on paraphrases",
     "neighbor_accuracy": "fraction of neighbor prompts whose true answer is the argmax at every token",
+    "generation": "fraction of edit prompts whose free continuation contains the target",
+    "bystander_accuracy": "fraction of facts about other subjects whose truth is the argmax at every token",
+    "bystander_generation": "fraction of these whose free continuation contains the truth",
     "perplexity": "perplexity of the held-out text; lower is better",
     "perplexity_ratio": "that perplexity divided by the unedited model's; lower is better",
     "edits": "number of facts that were edited and kept",
@@ -40,6 +43,9 @@ EXPLANATIONS = {
 
 ALIKE = {
     "perplexity_ratio": ("model.language_model", "model.evaluation.heldout", "model.evaluation.heldout_tokens"),
+    full_name(RETAINED, "generation"): ("data.path", "model.evaluation.generation"),
+    full_name(RETAINED, "bystander_accuracy"): ("data.path", "model.evaluation.bystanders"),
+    full_name(RETAINED, "bystander_generation"): ("data.path", "model.evaluation.bystanders"),
     full_name(RETAINED, "NS"): ("data.path", "model.evaluation.neighbors"),
     full_name(RETAINED, "neighbor_accuracy"): ("data.path", "model.evaluation.neighbors"),
 }
