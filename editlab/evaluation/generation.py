@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from editlab.data.fact import Fact
+from editlab.data.portability import ANY_COUNTS
 from editlab.lm.generate import greedy_continuations
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import CaseScore
@@ -23,14 +24,10 @@ from editlab.metrics.names import EDIT, NEIGHBOR, PARAPHRASE, generation_name, p
 NEW_TOKENS = 32
 """The largest number of tokens of an answer."""
 
-ANY_QUESTION = ("multi-hop",)
-"""Portability groups in which a fact counts as answered where any of its questions is: in MQuAKE (arXiv:2305.14795) the
-multi-hop questions of a case are one question in several words."""
 
-
-def any_question(kind: str) -> bool:
-    """Whether a fact counts as answered where any of its prompts of a kind is."""
-    return kind in map(portability_name, ANY_QUESTION)
+def any_counts(kind: str) -> bool:
+    """Whether a case of a kind of prompt counts as answered where any of its prompts is, as in MQuAKE."""
+    return kind in map(portability_name, ANY_COUNTS)
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,14 @@ class Asked:
         kind: ``edit``, ``paraphrase``, ``neighbor``, ``bystander``, or ``portability/GROUP``.
         prompt: the text that the model continues.
         names: the right answer and its aliases.
+        case: number of the case that the prompt counts for; by default the fact's.
     """
 
     index: int
     kind: str
     prompt: str
     names: tuple[str, ...]
+    case: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Generated:
         contains: whether the text contains one of the names of the answer.
         exact: whether it is one of them.
         f1: token F1, the best over the names.
+        case: number of the case that the prompt counts for; by default the fact's.
     """
 
     index: int
@@ -72,6 +72,12 @@ class Generated:
     contains: bool
     exact: bool
     f1: float
+    case: int | None = None
+
+    @property
+    def record(self) -> int:
+        """Number of the case or fact that the answer counts for."""
+        return self.index if self.case is None else self.case
 
     def to_dict(self) -> dict[str, Any]:
         """Return the answer as plain values, for a checkpoint."""
@@ -118,7 +124,7 @@ def generate_answers(lm: LanguageModel, asked: Sequence[Asked]) -> list[Generate
     asked = [one for one in asked if one.prompt.strip()]  # after nothing there is nothing to continue
     texts = greedy_continuations(lm, [one.prompt for one in asked], NEW_TOKENS)
     return [
-        Generated(one.index, one.kind, one.prompt, text, *answer_scores(text, one.names))
+        Generated(one.index, one.kind, one.prompt, text, *answer_scores(text, one.names), one.case)
         for one, text in zip(asked, texts, strict=True)
     ]
 
@@ -133,9 +139,9 @@ def generation_metrics(answers: Sequence[Generated], **kwargs: Any) -> dict[str,
     found: dict[str, float] = {}
     for kind in dict.fromkeys(one.kind for one in answers):
         own = [one for one in answers if one.kind == kind]
-        record = torch.tensor([one.index for one in own])
+        record = torch.tensor([one.record for one in own])
         for score in ANSWER_KINDS:
-            metric = CaseScore(any_question(kind), **kwargs)
+            metric = CaseScore(any_counts(kind), **kwargs)
             metric.update(torch.tensor([float(getattr(one, score)) for one in own]), record)
             found[generation_name(kind, score)] = float(metric.compute())
     return found

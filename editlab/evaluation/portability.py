@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from editlab.data.fact import Fact
-from editlab.evaluation.generation import Asked, any_question
+from editlab.data.portability import ANY_COUNTS, cases
+from editlab.evaluation.generation import Asked, any_counts
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import score_pairs
 from editlab.lm.language_model import LanguageModel
@@ -17,17 +18,18 @@ from editlab.metrics.names import portability_name
 
 
 def questions(facts: Sequence[Fact], sample: Iterable[int]) -> list[Asked]:
-    """The portability questions of the facts of a sample.
+    """The portability questions of the facts of a sample; those of a case have its number, if any of them counts.
 
     Args:
         facts: all facts that are measured.
         sample: indices of those whose questions are asked.
     """
-    return [
-        Asked(i, portability_name(asked.group), asked.prompt, asked.answers)
-        for i in sample
-        for asked in facts[i].portability
-    ]
+    found: list[Asked] = []
+    for i in sample:
+        for case in cases(facts[i].portability):
+            number = len(found) if case[0].group in ANY_COUNTS else None
+            found += [Asked(i, portability_name(one.group), one.prompt, one.answers, number) for one in case]
+    return found
 
 
 def portability_accuracy(
@@ -36,8 +38,8 @@ def portability_accuracy(
     """``portability/GROUP/accuracy`` -> mean over facts; {} if no fact has questions.
 
     A question is right where the argmax is right at every token of its first answer. A fact counts by the mean of its
-    questions in the group, or, in a group of :data:`editlab.evaluation.generation.ANY_QUESTION`, as right where any
-    of them is.
+    questions in the group. In a group of :data:`editlab.data.portability.ANY_COUNTS` each case counts, as right where
+    any of its questions is (:func:`editlab.data.portability.cases`).
 
     Args:
         lm: the model.
@@ -51,6 +53,6 @@ def portability_accuracy(
     _, hits = score_pairs(lm, [(one.prompt, one.names[0]) for one in asked], cache)
     metrics: dict[str, CaseScore] = {}
     for one, hit in zip(asked, hits.tolist(), strict=True):
-        metric = metrics.setdefault(one.kind, CaseScore(any_question(one.kind), **kwargs))
-        metric.update(torch.tensor([float(hit)]), torch.tensor([one.index]))
+        metric = metrics.setdefault(one.kind, CaseScore(any_counts(one.kind), **kwargs))
+        metric.update(torch.tensor([float(hit)]), torch.tensor([one.index if one.case is None else one.case]))
     return {f"{group}/accuracy": float(metric.compute()) for group, metric in metrics.items()}

@@ -24,7 +24,7 @@ FRANCE = Fact(
     truth_aliases=("City of Light",),
     portability=(
         Question("multi-hop", "The Eiffel Tower stands in", ("Rome", "Roma")),
-        Question("multi-hop", "The seat of France's government is", ("Rome",)),
+        Question("multi-hop", "The seat of France's government is", ("Rome", "Roma")),
         Question("reversed", "Rome is the capital of", ("France",)),
     ),
 )  # fmt: skip
@@ -82,6 +82,18 @@ def test_a_fact_is_answered_where_any_of_its_multi_hop_questions_is(said):
     assert {name: value for name, value in found.items() if name.endswith("generation")} == {
         "portability/multi-hop/generation": 1.0, "portability/reversed/generation": 0.0,
     }  # fmt: skip
+
+
+def test_questions_of_two_cases_of_a_fact_count_apart(said):
+    # The first case is answered in its second wording, the other one in none: one of two.
+    other = (
+        Question("multi-hop", "Spoken there is", ("Latin",)),
+        Question("multi-hop", "People there speak", ("Latin",)),
+    )
+    said |= {"The seat of France's government is": "the city of Rome."}
+    fact = replace(FRANCE, portability=(*FRANCE.portability, *other))
+    found = generation_metrics(generate_answers(None, questions([SPAIN, fact, FRANCE], [0, 1, 2])))
+    assert found["portability/multi-hop/generation"] == pytest.approx(2 / 3)  # FRANCE has the first case again
 
 
 def test_portability_accuracy_is_that_of_the_first_answer(lm):
