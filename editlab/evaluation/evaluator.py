@@ -22,6 +22,7 @@ from editlab.evaluation.generation import (
     generation_metrics,
     prompts_of_edits,
 )
+from editlab.evaluation.judge import JudgeSettings
 from editlab.evaluation.language import GATHERED, LanguageMeter
 from editlab.evaluation.portability import portability_accuracy, questions
 from editlab.evaluation.score_cache import ScoreCache
@@ -273,12 +274,14 @@ class Evaluation:
             asked = [*prompts_of_edits(facts, sample, settings.neighbors), *questions(facts, sample)]
             if settings.generation:
                 asked += prompts_of_bystanders(others)
-            self.generated[group] = self._answers(lm, asked)
+            self.generated[group] = self._answers(lm, asked, settings.judge)
         return found | generation_metrics(self.generated[group], **GATHERED)
 
-    def _answers(self, lm: LanguageModel, asked: Sequence[Asked]) -> list[Generated]:
+    def _answers(
+        self, lm: LanguageModel, asked: Sequence[Asked], judge: JudgeSettings | None = None
+    ) -> list[Generated]:
         with self.products(lm):
-            return generate_answers(lm, asked)
+            return generate_answers(lm, asked, judge)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from editlab.data.fact import Fact
 from editlab.data.portability import ANY_COUNTS
+from editlab.distributed import ranks
+from editlab.evaluation.judge import Item, JudgeSettings, judged
 from editlab.lm.generate import greedy_continuations
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import CaseScore
 from editlab.metrics.functional.answers import ANSWER_KINDS, answer_scores
-from editlab.metrics.names import EDIT, NEIGHBOR, PARAPHRASE, generation_name, portability_name
+from editlab.metrics.names import EDIT, GENERATION_JUDGED, NEIGHBOR, PARAPHRASE, generation_name, portability_name
 
 NEW_TOKENS = 32
 """The largest number of tokens of an answer."""
@@ -63,6 +65,7 @@ class Generated:
         exact: whether it is one of them.
         f1: token F1, the best over the names.
         case: number of the case that the prompt counts for; by default the fact's.
+        judged: whether a judge says that the answer states the target; None without a verdict.
     """
 
     index: int
@@ -73,6 +76,7 @@ class Generated:
     exact: bool
     f1: float
     case: int | None = None
+    judged: bool | None = None
 
     @property
     def record(self) -> int:
@@ -119,18 +123,36 @@ def prompts_of_edits(facts: Sequence[Fact], sample: Iterable[int], neighbors: in
     return asked
 
 
-def generate_answers(lm: LanguageModel, asked: Sequence[Asked]) -> list[Generated]:
-    """The model's answers to prompts, with their scores, in the order of the prompts."""
+def generate_answers(lm: LanguageModel, asked: Sequence[Asked], judge: JudgeSettings | None = None) -> list[Generated]:
+    """The model's answers to prompts, with their scores, in the order of the prompts.
+
+    Args:
+        lm: the model.
+        asked: the prompts.
+        judge: settings of a judge of the answers to edit prompts; None for no judge.
+    """
     asked = [one for one in asked if one.prompt.strip()]  # after nothing there is nothing to continue
     texts = greedy_continuations(lm, [one.prompt for one in asked], NEW_TOKENS)
-    return [
+    answers = [
         Generated(one.index, one.kind, one.prompt, text, *answer_scores(text, one.names), one.case)
         for one, text in zip(asked, texts, strict=True)
     ]
+    return answers if judge is None else _with_verdicts(judge, asked, answers)
+
+
+def _with_verdicts(judge: JudgeSettings, asked: Sequence[Asked], answers: Sequence[Generated]) -> list[Generated]:
+    """The answers with the judge's verdicts on those to edit prompts; as they are if there is no judge, or it fails."""
+    edits = [i for i, one in enumerate(asked) if one.kind == EDIT]
+    items = [Item(asked[i].prompt, answers[i].text, asked[i].names[0], asked[i].names[1:]) for i in edits]
+    verdicts = ranks.on_first(lambda: judged(judge, items)) or [None] * len(items)
+    found = dict(zip(edits, verdicts, strict=True))
+    return [replace(one, judged=found[i]) if i in found else one for i, one in enumerate(answers)]
 
 
 def generation_metrics(answers: Sequence[Generated], **kwargs: Any) -> dict[str, float]:
     """``generation``, ``generation_exact``, ``generation_f1`` and so on -> value, for each kind of prompt.
+
+    ``generation_judged`` is the fraction of answers to edit prompts that a judge accepts, of those with a verdict.
 
     Args:
         answers: of one group.
@@ -144,4 +166,7 @@ def generation_metrics(answers: Sequence[Generated], **kwargs: Any) -> dict[str,
             metric = CaseScore(any_counts(kind), **kwargs)
             metric.update(torch.tensor([float(getattr(one, score)) for one in own]), record)
             found[generation_name(kind, score)] = float(metric.compute())
+    verdicts = [one.judged for one in answers if one.judged is not None]
+    if verdicts:
+        found[GENERATION_JUDGED] = sum(verdicts) / len(verdicts)
     return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from editlab.errors import UserError
+from editlab.evaluation.judge import JudgeSettings
 from editlab.lm.matmul import MATMULS
 from editlab.utils.validation import not_negative, one_of
 
@@ -35,6 +36,8 @@ class EvaluationSettings:
     edit prompt, a paraphrase and a neighbor greedily up to the end of its first sentence. 0 turns it off."""
     snapshot_generation: int = 16
     """Number of these facts that each point of a forgetting curve is measured on."""
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    """A server that judges the free answers to the edit prompts, before any edit and at the end; none by default."""
     bystanders: int = 64
     """Number of facts about other subjects that are never edited and are measured before any edit and at the end (see
     :meth:`editlab.data.EditDataModule.other_facts`); 0 turns it off."""

@@ -90,6 +90,10 @@ PORTABILITY = "portability"
 """First part of the names of the metrics of a portability group."""
 
 
+GENERATION_JUDGED = "generation_judged"
+"""Fraction of the free answers to edit prompts that a judge accepts, of those with a verdict."""
+
+
 def generation_name(prompts: str, kind: str = "contains") -> str:
     """The name of a score of the answers to a kind of prompt; ``contains`` is the one that tables show.
 

@@ -51,12 +51,13 @@ import numpy as np
 
 from editlab.errors import UserError
 from editlab.metrics.functional.editing import prompt_values
-from editlab.metrics.names import RETAINED, TABLE_GROUPS, full_name
+from editlab.metrics.names import EDIT, RETAINED, TABLE_GROUPS, full_name
 from editlab.utils.csv_cells import defused, restored
 from editlab.utils.files import atomic_file
 
 if TYPE_CHECKING:  # tables and reports read outcomes without a model, and start faster without these
     from editlab.edits.ledger import Ledger
+    from editlab.evaluation.generation import Generated
     from editlab.evaluation.scoring import FactScores
     from editlab.metrics.scores import PromptScores
 
@@ -120,6 +121,23 @@ def outcome_rows(ledger: Ledger, scores: Mapping[str, FactScores | None], answer
                     raise ValueError(f"{sorted(unknown)} are no columns of {FILE}: there are {', '.join(ANSWERED)}.")
                 rows[numbers[i]] |= {full_name(group, name): columns[name] for name in columns}
     return rows
+
+
+def answers_of(generated: Mapping[str, Sequence[Generated]]) -> Answers:
+    """The free answers to edit prompts as columns; ``judged`` only where a judge gave a verdict.
+
+    Args:
+        generated: group -> answers to all kinds of prompts (:attr:`editlab.evaluation.evaluator.Evaluation.generated`).
+    """
+    return {
+        group: {
+            one.index: {"generated": one.text, "contains": one.contains, "exact": one.exact, "f1": one.f1}
+            | ({} if one.judged is None else {"judged": one.judged})
+            for one in answers
+            if one.kind == EDIT
+        }
+        for group, answers in generated.items()
+    }
 
 
 def _status(fate: str) -> str:

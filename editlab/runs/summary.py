@@ -31,7 +31,7 @@ from editlab.evaluation.scoring import FactScores
 from editlab.metrics.names import RETAINED, TABLE_GROUPS
 from editlab.runs.logger import RunLogger
 from editlab.runs.outcomes import FILE as OUTCOMES
-from editlab.runs.outcomes import Answers, outcome_rows, write_outcomes
+from editlab.runs.outcomes import answers_of, outcome_rows, write_outcomes
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
 from editlab.utils.version import __version__
@@ -178,7 +178,6 @@ def finish_run(
     title: str,
     ledger: Ledger,
     evaluation: Evaluation,
-    answers: Answers | None = None,
 ) -> None:
     """Writes ``outcomes.csv`` and ``summary.json`` into the run's folder, and logs the summary.
 
@@ -190,10 +189,9 @@ def finish_run(
         title: model, layers and method, in a few words.
         ledger: the run's edits.
         evaluation: the run's measurements.
-        answers: what the model generated for the edits (:func:`editlab.runs.outcomes.outcome_rows`).
     """
     folder = run_folder(trainer)
-    save_outcomes(trainer, ledger, evaluation, answers)
+    save_outcomes(trainer, ledger, evaluation)
     if trainer.is_global_zero:
         with atomic_file(folder / "summary.json") as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
@@ -201,7 +199,7 @@ def finish_run(
     log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer)))
 
 
-def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answers: Answers | None = None) -> None:
+def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation) -> None:
     """Writes ``outcomes.csv`` into the folder of a run or of a validation that has measured all standing edits.
 
     A validation of an earlier checkpoint does not replace the outcomes of the finished run.
@@ -210,7 +208,6 @@ def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answ
         trainer: of the run.
         ledger: its edits.
         evaluation: its measurements.
-        answers: what the model generated for the edits.
     """
     if trainer.state.fn == "validate" and not has_folder(trainer.loggers):
         return
@@ -218,7 +215,7 @@ def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation, answ
     scores = {group: evaluation.scores(group) for group in TABLE_GROUPS}
     if not trainer.is_global_zero or (trainer.state.fn == "validate" and not _is_end(folder, trainer, ledger, scores)):
         return
-    write_outcomes(outcome_rows(ledger, scores, answers), folder / OUTCOMES)
+    write_outcomes(outcome_rows(ledger, scores, answers_of(evaluation.generated)), folder / OUTCOMES)
 
 
 def _is_end(folder: Path, trainer: Trainer, ledger: Ledger, scores: Mapping[str, FactScores | None]) -> bool:

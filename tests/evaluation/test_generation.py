@@ -10,11 +10,13 @@ from editlab.evaluation import generation
 from editlab.evaluation.bystanders import bystander_accuracy, prompts_of_bystanders
 from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.generation import Asked, fixed_sample, generate_answers, generation_metrics, prompts_of_edits
+from editlab.evaluation.judge import JudgeSettings
 from editlab.evaluation.portability import portability_accuracy, questions
 from editlab.evaluation.scoring import score_pairs
 from editlab.evaluation.settings import EvaluationSettings
 from editlab.lm.generate import greedy_continuations
 from editlab.lm.language_model import LanguageModel
+from editlab.runs.outcomes import answers_of
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -180,3 +182,30 @@ def test_nothing_is_asked_where_it_is_turned_off(lm):
             EvaluationSettings(generation=bad)
     with pytest.raises(UserError, match="bystanders is -1"):
         EvaluationSettings(bystanders=-1)
+
+
+def test_a_judge_is_asked_about_answers_to_edit_prompts(said, monkeypatch):
+    said |= {"The capital of France is": "Roma, Italy.", "The capital of Spain is": "it."}
+    judge, seen = JudgeSettings("http://localhost:1/v1", "stub"), []
+
+    def judged(settings, items):
+        assert settings is judge
+        seen.extend(items)
+        return [True, None]
+
+    monkeypatch.setattr(generation, "judged", judged)
+    answers = generate_answers(None, prompts_of_edits([FRANCE, SPAIN], [0, 1]), judge)
+    assert [tuple(item) for item in seen] == [
+        ("The capital of France is", "Roma, Italy.", "Rome", ("Roma",)), ("The capital of Spain is", "it.", "Rome", ()),
+    ]  # fmt: skip
+    assert [(one.kind, one.judged) for one in answers] == [
+        ("edit", True), ("paraphrase", None), ("neighbor", None), ("edit", None),
+    ]  # fmt: skip
+    assert generation_metrics(answers)["generation_judged"] == 1.0  # of the one with a verdict
+    assert answers_of({"retained": answers})["retained"] == {
+        0: {"generated": "Roma, Italy.", "contains": True, "exact": False, "f1": pytest.approx(2 / 3), "judged": True},
+        1: {"generated": "it.", "contains": False, "exact": False, "f1": 0.0},
+    }
+    monkeypatch.setattr(generation, "judged", lambda settings, items: None)  # it fails
+    answers = generate_answers(None, prompts_of_edits([FRANCE], [0]), judge)
+    assert "generation_judged" not in generation_metrics(answers)
