@@ -91,6 +91,6 @@ def test_the_verb(caplog):
     caplog.set_level("INFO")
     command = module(page, "count").COMMAND
     command.run(["worldfacts"])
-    assert "649 facts" in caplog.text
+    assert "356 facts" in caplog.text
     line = eval(blocks(page, "python")[1], {"Verb": Verb})
     assert (line.name, line.help) == (command.name, command.help)

@@ -143,7 +143,7 @@ def test_validate_and_test_on_two_ranks(tiny_folder, tmp_path):
 
 FAULTS = {
     "on every rank": ({"data": {"path": "none.json"}}, "The fact file none.json does not exist"),
-    "after an exchange": ({"model": {"evaluation": {"heldout": "none.txt"}}}, "none.txt does not exist"),
+    "after an exchange": ({"model": {"evaluation": {"heldout": "none.txt"}}}, "The text 'none.txt' does not exist"),
     "on the first rank": ({}, "is in its way"),
 }
 
