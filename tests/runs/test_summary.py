@@ -62,7 +62,7 @@ def test_the_summary_of_a_whole_recipe_is_one_screen():
         "edits": 128, "rolled_back": 0, "superseded": 0, "batches": 8, "metrics": numbers, "delta_norm": {"5": 0.25},
         "seconds": 502.0, "evaluation_seconds": {"generation": 41.2}, "peak_memory_mb": 2288.0,
     }  # fmt: skip
-    trainer = SimpleNamespace(loggers=[RunLogger()])
+    trainer = SimpleNamespace(loggers=[RunLogger()], fast_dev_run=False)
     folder = Path("lightning_logs/r/version_0")
     lines = render(summary, "smollm2-135m, layers 4, 5, 6, MEMIT", trainer, folder, "x.ckpt").splitlines()
     assert len(lines) <= 24
@@ -114,15 +114,16 @@ def test_facts_about_the_process():
     assert {"editlab", "python", "torch", "lightning", "transformers"} <= set(versions())
 
 
-def saved(folder, fn, measured, edits=2, loggers=(RunLogger,)):
+def saved(folder, fn, measured, edits=2, loggers=True):
     """The outcomes in a folder after two edits, of which ``measured`` were measured at the end, were saved."""
     ledger = Ledger()
     ledger.add(FACTS[:edits], 0, [1.0] * edits)
     column = torch.zeros(measured)
     edit = PromptScores(column, column, column > 0, column > 0, torch.arange(measured))
-    evaluation = SimpleNamespace(scores={"retained": FactScores(edit)}.get)
+    evaluation = SimpleNamespace(scores={"retained": FactScores(edit)}.get, generated={})
     state = SimpleNamespace(fn=fn)
-    trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, state=state, loggers=list(loggers))
+    trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, state=state, loggers=[RunLogger()] if loggers else [],
+                              fast_dev_run=False)  # fmt: skip
     save_outcomes(trainer, ledger, evaluation)
     path = folder / "outcomes.csv"
     return len(read_outcomes(path)) if path.exists() else None
@@ -130,7 +131,7 @@ def saved(folder, fn, measured, edits=2, loggers=(RunLogger,)):
 
 def test_a_validation_writes_outcomes_only_if_it_measured_all_edits_of_the_finished_run(tmp_path):
     assert saved(tmp_path, "validate", measured=1) is None  # a fact does not fit the model
-    assert saved(tmp_path, "validate", measured=2, loggers=()) is None  # the folder is the user's
+    assert saved(tmp_path, "validate", measured=2, loggers=False) is None  # the folder is the user's
     assert saved(tmp_path, "validate", measured=2) == 2  # the run has not finished
     assert saved(tmp_path, "fit", measured=3, edits=3) == 3
     (tmp_path / "summary.json").write_text(json.dumps({"edits": 2, "rolled_back": 1}))
