@@ -122,8 +122,8 @@ def saved(folder, fn, measured, edits=2, loggers=True):
     edit = PromptScores(column, column, column > 0, column > 0, torch.arange(measured))
     evaluation = SimpleNamespace(scores={"retained": FactScores(edit)}.get, generated={})
     state = SimpleNamespace(fn=fn)
-    trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, state=state, loggers=[RunLogger()] if loggers else [],
-                              fast_dev_run=False)  # fmt: skip
+    named = [RunLogger()] if loggers else []
+    trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, state=state, loggers=named, fast_dev_run=False)
     save_outcomes(trainer, ledger, evaluation)
     path = folder / "outcomes.csv"
     return len(read_outcomes(path)) if path.exists() else None
