@@ -25,7 +25,7 @@ from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.runs.workplace import abandon_folder
 from editlab.utils import compat
-from editlab.utils.files import require_regular
+from editlab.utils.files import require_end
 from editlab.utils.progress import bars, speaks
 
 
@@ -59,7 +59,7 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
             name, equals, value = word.partition("=")
             if name in ("--config", "-c"):
                 path = value if equals else "".join(words[index + 1 : index + 2])
-                require_regular(Path(path), f"The configuration {path}")
+                require_end(Path(path), f"The configuration {path}")
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:

@@ -26,7 +26,7 @@ from editlab.data.formats import (
 )
 from editlab.data.formats.record import Cell
 from editlab.errors import UserError
-from editlab.utils.files import require_regular
+from editlab.utils.files import require_end
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _parsed(text: str) -> Any:
 
 def _read(path: Path, name: str) -> str:
     try:
-        require_regular(path, f"The fact file {name}")
+        require_end(path, f"The fact file {name}")
         return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark before the text
     except FileNotFoundError as error:
         raise UserError(f"The fact file {name} does not exist: check the path.") from error

@@ -31,7 +31,7 @@ from editlab.lm.fingerprint import architecture, fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import require_embedded, tokenizer_fingerprint
 from editlab.utils.disk_cache import TENSORS, DiskCache, key_of
-from editlab.utils.files import cache_dir, require_regular
+from editlab.utils.files import cache_dir, require_end
 from editlab.utils.progress import progress
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_file(path: str) -> str:
     """
     file = Path(path).expanduser()
     try:
-        require_regular(file, f"The text {path!r}")
+        require_end(file, f"The text {path!r}")
         return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"The text {path!r} does not exist: give a file, hub:<data set>, or self.") from error

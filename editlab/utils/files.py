@@ -38,18 +38,20 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("editlab")
 
 
-def require_regular(path: Path, name: str) -> None:
-    """Refuse a device, a pipe or a socket as a file that is read whole: reading it may never end.
+def require_end(path: Path, name: str) -> None:
+    """Refuse a device or a socket as a file that is read whole: reading it may never end.
+
+    A pipe is allowed, because it ends with its writer, as in ``facts check <(zcat facts.json.gz)``.
 
     Args:
         path: the path; if nothing is there, or a folder, whoever reads it reports that.
         name: what the user called it.
 
     Raises:
-        UserError: It is not a regular file.
+        UserError: It is a device or a socket.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{name} is a device, a pipe or a socket, which may never end: save its content as a file.")
+    if path.is_char_device() or path.is_block_device() or path.is_socket():
+        raise UserError(f"{name} is a device or a socket, which may never end: save its content as a file.")
 
 
 def sha256(file: Path) -> str:
