@@ -176,8 +176,8 @@ FIT = {
     "a cell that is too long": (facts("field.csv"), "has a cell of more than 131072 characters: shorten it"),
     "a long cell of an open quote": (facts("open_quote.csv"), "close the quote that begins it"),
     "a file without an end": (facts("/dev/zero"), "The fact file /dev/zero is a device or a socket"),
-    "a text without an end": (setting("model.moments.text", "/dev/zero"), "'/dev/zero' is a device, a pipe or a"),
-    "a held-out text without an end": (setting("model.evaluation.heldout", "/dev/zero"), "is a device, a pipe or a"),
+    "a text without an end": (setting("model.moments.text", "/dev/zero"), "'/dev/zero' is a device or a socket"),
+    "a held-out text without an end": (setting("model.evaluation.heldout", "/dev/zero"), "is a device or a socket"),
     "a model without an end": (setting("model.language_model", "/dev/zero"), "/dev/zero"),
     "a checkpoint without an end": (["--ckpt_path", "/dev/zero"], "/dev/zero"),
     # numbers out of range, and names that are none
