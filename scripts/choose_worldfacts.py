@@ -1,6 +1,7 @@
 """Measure which candidates for the built-in facts the built-in model knows, and write ``worldfacts_known.tsv``.
 
-    python scripts/choose_worldfacts.py      # a few minutes; then: python scripts/make_worldfacts.py
+    python scripts/make_worldfacts.py --candidates | python scripts/choose_worldfacts.py     # a few minutes
+    python scripts/make_worldfacts.py
 
 A prompt is known if the model's own greedy continuation begins with the truth (editlab.evaluation.known). All prompts
 of the subjects that may be edited, and of those that may be neighbors, are measured.
@@ -8,8 +9,11 @@ of the subjects that may be edited, and of those that may be neighbors, are meas
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import torch
-from make_worldfacts import KNOWN, SEED, make_relations, reveals
 
 from editlab.data.fact import Fact
 from editlab.evaluation.known import knows_truth
@@ -17,20 +21,13 @@ from editlab.lm.language_model import LanguageModel
 from editlab.utils.files import atomic_file
 from editlab.utils.progress import progress
 
-
-def candidates(seed: int = SEED) -> list[Fact]:
-    """Every edit prompt and neighbor prompt of every relation, once; their new target has no meaning."""
-    found = []
-    for relation in make_relations(seed).values():
-        for templates, subjects in (([relation.prompt], relation.edited), (relation.neighbors, relation.kept)):
-            answers = [(subject, truth) for subject, truth in subjects.items() if not reveals(subject, truth)]
-            found += [Fact(s, template, "-", truth) for template in templates for s, truth in answers]
-    return list(dict.fromkeys(found))
+KNOWN = Path(__file__).with_name("worldfacts_known.tsv")
 
 
 def main() -> None:
-    """Measures the candidates and writes the file."""
-    facts = candidates()
+    """Measures the candidates on standard input and writes the file."""
+    # The new target has no meaning here.
+    facts = [Fact(subject, prompt, "-", truth) for subject, prompt, truth in json.load(sys.stdin)]
     lm = LanguageModel.from_name("smollm2-135m", torch.float32)
     with progress(total=len(facts), desc="Candidates", unit="prompt") as bar:
         known = knows_truth(lm, facts, bar.update)

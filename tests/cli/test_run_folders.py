@@ -50,7 +50,7 @@ def new_files(place):
     return sorted(name for name in found - own if not name.endswith(NAME) and "tfevents" not in name)
 
 
-RUN = ["checkpoints/last.ckpt", "config.yaml", "summary.json"]
+RUN = ["checkpoints/last.ckpt", "config.yaml", "outcomes.csv", "summary.json"]
 
 
 def fit(*arguments):

@@ -21,7 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from editlab.cli.main import main
-from tests.experiments.made_up import SCORES
+from tests.experiments.made_up import SCORES, finish
 from tests.recipes import only_verbs, write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -135,8 +135,7 @@ def finished(tmp_path_factory):
     (root / "mine.yaml").write_text(yaml.safe_dump(content))
     for case in ("one", "two"):
         folder = root / "work" / case / "version_1"
-        folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps({"edits": 4, "metrics": SCORES, "seconds": 1.0}))
+        finish(folder, SCORES, edits=4, seconds=1.0)
     return root
 
 
@@ -167,7 +166,7 @@ def complete(path):
             assert path.name == "hparams.yaml" or yaml.safe_load(text).keys() >= {"model", "data", "trainer"}
         case ".csv":
             assert text.endswith("\n")
-            assert len({len(row) for row in csv.reader(text.splitlines())}) == 1
+            assert len({len(row) for row in csv.reader(io.StringIO(text))}) == 1
         case ".html":
             assert text.rstrip().endswith("</html>")
         case ".ckpt":

@@ -8,6 +8,7 @@ import pytest
 from editlab.cli.main import main
 from editlab.experiments.csv_files import read_rows, write_rows
 from editlab.utils.csv_cells import FORMULA, defused, restored
+from tests.experiments.made_up import MADE, VERSIONS
 from tests.runs.test_folders import write_run
 
 EVIL = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x","y")']
@@ -29,7 +30,7 @@ def test_other_cells_stay_as_they_are(cell):
 
 def test_rows_of_experiments_round_trip(tmp_path):
     texts = {f"t{i}": text for i, text in enumerate([*EVIL[:4], *HARMLESS[1:]])}
-    row = {"case": "=evil", "seed": 1, "ES": -0.25, "tiny": -5e-324, **texts}
+    row = {"case": "=evil", "seed": 1, "ES": -0.25, "tiny": -5e-324, **texts, **MADE, **VERSIONS}
     write_rows([row], tmp_path / "a.csv")
     (back,) = read_rows(tmp_path / "a.csv")
     assert (float(back["ES"]), float(back["tiny"])) == (-0.25, -5e-324)

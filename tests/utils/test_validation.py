@@ -1,6 +1,7 @@
 """Tests of each check at both sides of the ends of its range, and of its exact message."""
 
 import math
+import sys
 
 import pytest
 
@@ -32,7 +33,9 @@ def test_infinity_is_rejected(check):
     with pytest.raises(UserError) as error:
         check("model", weight=math.inf)
     assert str(error.value) == "model.weight is inf: it must be finite."
-    check("model", weight=10**400)  # too large for a float, but finite
+    with pytest.raises(UserError) as error:
+        check("model", weight=10**400)  # too large for a float, and for torch
+    assert str(error.value) == f"model.weight has 1329 bits: it must be at most {sys.maxsize}."
 
 
 def test_names():

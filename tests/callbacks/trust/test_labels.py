@@ -13,6 +13,7 @@ from callbacks import TrustRollback
 from callbacks.trust import labels as trust_labels
 from callbacks.trust import tables as trust_tables
 from callbacks.trust.fork import ForkLabels
+from editlab.data.fact import Neighbor
 from editlab.edits.plan import EditPlan
 from editlab.experiments.csv_files import read_rows
 from editlab.experiments.drawing import draw_all
@@ -51,7 +52,8 @@ def test_faults_by_hand():
 
 def run(tmp_path, tiny_folder, name, *callbacks, text=None):
     module = editor(tiny_folder)
-    rich = [replace(f, neighbors=FACTS[0].neighbors) for f in FACTS]
+    near = (Neighbor("Danielle Darrieux speaks", "Paris"), Neighbor("Marie Curie speaks", "Paris"))
+    rich = [replace(f, neighbors=near) for f in FACTS]
     path = write_counterfact(tmp_path / "many.json", rich)
 
     class Few(InjectFaults):
