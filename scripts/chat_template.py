@@ -20,8 +20,8 @@ from editlab.data import Fact
 from editlab.data.files import read_facts
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.evaluation.known import normalized
-from editlab.experiments.csv_files import write_rows
-from editlab.experiments.provenance import provenance
+from editlab.experiments.csv_files import Row, kept_rows, read_rows, write_rows
+from editlab.experiments.provenance import made_here
 from editlab.lm.chat import MODES, NONE, Chat
 from editlab.lm.generate import greedy_continuations
 from editlab.lm.language_model import LanguageModel
@@ -45,9 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--facts", type=int, default=32)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "chat_template.csv")
     given = parser.parse_args()
-    where = {**provenance(ROOT), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    where = {**made_here(ROOT, {"facts": given.facts}), "date": datetime.date.today().isoformat()}
     model, tokenizer = load(given.model, torch.float32)
     facts: list[Fact] = read_facts("worldfacts")[: given.facts]
     plain = [fact.question for fact in facts]
@@ -57,8 +58,9 @@ def main() -> None:
     truths, new = [str(fact.target_true) for fact in facts], [fact.target_new for fact in facts]
     lm = LanguageModel(model, tokenizer)
     before = {f"says_truth_before_{name}": says(lm, prompts, truths) for name, prompts in places.items()}
-    rows = []
-    for mode in MODES:
+    earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []
+    rows: list[Row] = [row for row in earlier if row["chat_template"] not in given.modes]
+    for mode in given.modes:
         evaluation = EvaluationSettings(generated_texts=0)
         _, result = edit_model(model, tokenizer, facts, progress=False, chat_template=mode, evaluation=evaluation)
         row = {"chat_template": mode, "facts": len(facts)}

@@ -16,8 +16,8 @@ import torch
 
 from editlab.data.files import read_facts
 from editlab.evaluation.known import count_held
-from editlab.experiments.csv_files import read_rows, write_rows
-from editlab.experiments.provenance import provenance
+from editlab.experiments.csv_files import kept_rows, read_rows, write_rows
+from editlab.experiments.provenance import made_here
 from editlab.lm.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="measure this many facts of each file, the first ones")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "known_facts.csv")
     given = parser.parse_args()
-    where = {**provenance(ROOT), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    where = {**made_here(ROOT, {"limit": given.limit}), "date": datetime.date.today().isoformat()}
     lm = LanguageModel.from_name(given.model, torch.float32)
     for path in given.files:
         facts = read_facts(path, skip_bad=True)
@@ -44,7 +44,7 @@ def main() -> None:
             "known_percent": f"{100 * held.known / held.facts:.1f}", "model": given.model,
             "seconds": f"{time.perf_counter() - start:.0f}", "threads": torch.get_num_threads(), **where,
         }  # fmt: skip
-        earlier = read_rows(given.out) if given.out.exists() else []
+        earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []
         others = [one for one in earlier if (one["file"], one["model"]) != (row["file"], row["model"])]
         write_rows(sorted([*others, row], key=lambda one: (one["model"], one["file"])), given.out)
         print(f"{path}: the model {held}", flush=True)

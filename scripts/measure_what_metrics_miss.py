@@ -20,7 +20,7 @@ from editlab.evaluation.language import BUILTIN_TEXT, block_perplexities
 from editlab.evaluation.scoring import prefers_truth, score_pairs
 from editlab.evaluation.settings import EvaluationSettings
 from editlab.experiments.csv_files import write_rows
-from editlab.experiments.provenance import provenance
+from editlab.experiments.provenance import made_here
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import read_file
 from editlab.solver.methods import MEMIT
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PROJECT / "results")
     given = parser.parse_args()
     lm = LanguageModel.from_name("smollm2-135m", torch.float32)
-    made = provenance(PROJECT)
+    made = made_here(PROJECT, {name: value for name, value in vars(given).items() if name not in ("what", "out")})
     if given.what in ([], ["answers"]):
         rows = answers(lm, given.facts, given.weight)
         write_rows([{**row, **made} for row in rows], given.out / "what_the_metrics_miss.csv")
