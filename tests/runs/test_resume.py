@@ -183,7 +183,7 @@ def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     aimed = [draw.choice([i for i, p in enumerate(points, 1) if p == name])
              for name in (killed.HALF, "after solve", "after loss") if name in points]  # fmt: skip
     kills, chains = 0, 0
-    while kills < KILLS:
+    while kills < KILLS or chains < len(aimed):
         # A chain of runs, each killed on its way, up to twice; where one gets through, the next chain begins.
         here = folder(f"chain_{chains}")
         shrunk(recipe, here, tiny_folder)
