@@ -258,10 +258,10 @@ class EditDataModule(LightningDataModule):
         built-in facts in a fixed random order. Facts that do not fit the model are left out.
         """
         edited = {composed(fact.subject) for fact in self._edited()}
-        own = [fact for fact in reversed(self.candidates) if composed(fact.subject) not in edited]
-        others = (
-            [fact for fact in own if self.fault(fact) is None][: self.bystanders] if self.path == WORLDFACTS else []
-        )
+        others: list[Fact] = []
+        if self.path == WORLDFACTS:
+            own = (fact for fact in reversed(self.candidates) if composed(fact.subject) not in edited)
+            others = list(islice((fact for fact in own if self.fault(fact) is None), self.bystanders))
         if not others and count:  # facts of another file, or facts given from Python
             builtin = self.templated(read_facts(WORLDFACTS))
             random.Random(0).shuffle(builtin)
