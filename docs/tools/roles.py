@@ -1,4 +1,4 @@
-"""A griffe extension: Sphinx's roles in docstrings become links, and each object is shown once, where it is defined."""
+"""A griffe extension: Sphinx's roles become links, doctests become code, and each object is shown once, where it is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import griffe
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`(?P<short>~?)(?P<name>[\w.]+)`")
 _LITERAL = re.compile(r"::$", re.MULTILINE)
+_DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
+"""A doctest goes from its prompt to the next empty line, as Python's doctest reads it."""
 
 
 class Roles(griffe.Extension):
@@ -26,7 +28,8 @@ class Roles(griffe.Extension):
                 name = f"{obj.module.path}.{name}"
             return f'<autoref identifier="{name}" optional><code>{shown}</code></autoref>'
 
-        obj.docstring.value = _LITERAL.sub(":", _ROLE.sub(link, obj.docstring.value))
+        text = _LITERAL.sub(":", _ROLE.sub(link, obj.docstring.value))
+        obj.docstring.value = _DOCTEST.sub(r"```pycon\n\g<0>\n```", text)  # Markdown takes >>> for nested quotations
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Takes re-exports out of packages, which would be shown a second time under the package's own name."""
