@@ -42,7 +42,8 @@ def small(recipe, folder, tiny, kind="mps"):
         if callback["class_path"] == "LoRAAdjust":
             # Devices draw dropout differently, and Adam's first steps turn rounding of a gradient into a whole step,
             # unless the device has float64.
-            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 2, "steps": 2, "text_tokens": 32}
+            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 2, "steps": 2}
+            callback["init_args"] |= {"text": "moments.txt", "text_tokens": 32}
             if kind == "cuda":
                 config["trainer"]["precision"] = "64-true"
     path.write_text(yaml.safe_dump(config))
