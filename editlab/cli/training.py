@@ -168,6 +168,8 @@ def trainer_parsers() -> dict[str, LightningArgumentParser]:
     except _ParsersAlone.Stop as stop:
         found: dict[str, LightningArgumentParser] = stop.args[0]
         return found
+    finally:
+        compat.read_attribute_docstrings(False)  # shells complete the settings of every callback; reading takes long
     raise AssertionError("the parsers stop before they parse")
 
 
