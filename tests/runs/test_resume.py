@@ -32,8 +32,8 @@ def shrunk(recipe, folder, tiny, **changes):
     """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; returns its arguments."""
     config = yaml.safe_load(recipe.read_text())
     one = config["model"]["method"]["class_path"] == "ROME"
-    text = "self"  # with every callback the model samples all texts itself, which takes a third of a run
-    if recipe.stem != "emmet_replay_trust_lora":
+    text = "self"  # sampling texts takes a third of a run; the scales of trust below are for moments of sampled text
+    if "trust" not in recipe.stem:
         text = "text.txt"
         (folder / text).write_text("The capital of France is Paris. Oslo lies in Norway, and Lima lies in Peru. " * 20)
     config["model"] |= {
