@@ -6,7 +6,6 @@ inside a step, between the two layers of an update, or in the middle of a file.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import callbacks.forgetting
-import callbacks.lora.objective  # imported once, in the server that the runs are forked from
+import callbacks.lora.objective
 import editlab.cli.main
 import editlab.editor
 import editlab.edits.batch
@@ -25,6 +24,7 @@ import editlab.runs.checkpoint
 import editlab.runs.event_log
 import editlab.runs.logger
 from editlab.runs.figures import new_figure
+from tests import forked
 
 HALF = "half a checkpoint written"
 
@@ -100,12 +100,9 @@ def run(arguments: list[str], folder: Path, cache: Path, die_at: int | None = No
     Raises:
         AssertionError: it failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killed"])
     count_file = folder / "points"
     count_file.unlink(missing_ok=True)
-    process = context.Process(target=_child, args=(arguments, str(folder), str(cache), die_at, str(count_file)))
-    process.start()
+    process = forked.process(_child, arguments, str(folder), str(cache), die_at, str(count_file))
     process.join()
     if process.exitcode == -signal.SIGKILL:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,10 +15,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
-import callbacks  # noqa: F401 - imported once, in the server that the ranks are forked from
 import editlab.cli.main
 import editlab.editor
 from editlab.distributed import ranks
+from tests import forked
 
 PATIENCE = 90.0
 """Seconds after which ranks that have not ended are taken to hang."""
@@ -27,11 +26,7 @@ PATIENCE = 90.0
 
 def _start(target: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
     """Runs ``target(rank, count, *arguments)`` in a process for each rank; gives the processes, which have ended."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranked"])
-    processes = [context.Process(target=target, args=(rank, count, *arguments)) for rank in range(count)]
-    for process in processes:
-        process.start()
+    processes = [forked.process(target, rank, count, *arguments) for rank in range(count)]
     for process in processes:
         process.join(PATIENCE)
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]

@@ -2,8 +2,6 @@
 
 import yaml
 
-from editlab.cli import training
-from editlab.cli.commands import TRAINER_VERBS
 from tests.facts import FACTS, write_counterfact
 
 
@@ -31,13 +29,3 @@ def write_recipe(folder, tiny, facts=FACTS, name="tiny", **sections):
     for section, settings in sections.items():
         config[section] |= settings
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-
-
-def only_verbs(monkeypatch, *verbs):
-    """Leaves the Trainer's other verbs out of the command line: each parser takes a fifth of a failing command's time.
-
-    Args:
-        monkeypatch: pytest's.
-        *verbs: those that the test uses.
-    """
-    monkeypatch.setattr(training, "TRAINER_VERBS", {verb: TRAINER_VERBS[verb] for verb in verbs})

@@ -39,7 +39,9 @@ def test_the_whole_path(family, tmp_path):
     """The exported model is the base plus the sums in the checkpoint, added by hand where the source says."""
     blocks, module, additive = ALL[family]
     layers = [1, 2] if additive else [2]
-    run = edited(tmp_path, family, layers=layers)
+    text = tmp_path / "text.txt"  # each model would take as long to sample its own as to be edited
+    text.write_text("The capital of France is Paris. Oslo lies in Norway, and Lima lies in Peru. " * 20)
+    run = edited(tmp_path, family, layers=layers, moments={"text": str(text), "tokens": 256})
     summary = json.loads((run.folder / "summary.json").read_text())
     assert (summary["edits"], summary["rolled_back"]) == (6, 2)  # Verdicts rolls one batch of four back
     measured = {group: of_group(summary["metrics"], group).keys() for group in ("before", "immediate", "retained")}

@@ -15,6 +15,7 @@ import torch
 
 from callbacks import DownstreamEval, ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
+from editlab.keys.moments import MomentSettings
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
@@ -31,6 +32,8 @@ METHODS = {
     "alphaedit": AlphaEdit(threshold=1e9),  # keys of a random model have a scale of their own
 }
 FRACTIONS = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
+MOMENTS = MomentSettings(tokens=512)
+"""Kept in the cache of all tests: sampling the text again for each cell would take half of the time."""
 _REPLAY = {"rate": 1.0, "capacity": 4}
 _LORA = {"steps": 2, "every_n_batches": 1, "text_tokens": 64, "tolerance": 1e9}
 CALLBACKS = {
@@ -66,7 +69,8 @@ def edit(family, method, callbacks):
     model = tiny_model(family)
     before = weights(model)
     layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
-    settings = {**SMALL, "layers": layers, "batch_size": method.largest_batch or SMALL["batch_size"], "method": method}
+    batch_size = method.largest_batch or SMALL["batch_size"]
+    settings = {**SMALL, "moments": MOMENTS, "layers": layers, "batch_size": batch_size, "method": method}
     _, result = edit_model(model, tiny_tokenizer(), FACTS[:4], callbacks=callbacks, **settings)
     return model, before, result
 

@@ -19,7 +19,7 @@ from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.packing import lay_out
 from editlab.lm.prefix_cache import PrefixCache
-from editlab.lm.text import cut, read_file, read_ids, sample_text, scored, text_of
+from editlab.lm.text import cut, read_file, read_ids, scored, self_text, text_of
 from editlab.utils.validation import not_negative
 
 LOSSES = {"edits": 1.0, "before": 2.0, "unedited": 0.0}
@@ -58,6 +58,8 @@ def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
 def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[list[int]]:
     """Windows of a text file, or of text sampled from the model with its present weights (``self``).
 
+    Sampled text is kept in the cache folder, as a resumed run and every other run of the same model need it again.
+
     Args:
         lm: the model.
         text: a path, or ``self``.
@@ -68,7 +70,7 @@ def short_windows(lm: LanguageModel, text: str, count: int, seed: int) -> list[l
         UserError: The file cannot be read, or is too short.
     """
     if text == "self":
-        windows = sample_text(lm, count * WINDOW, seed, "Sampling text")
+        windows = self_text(lm, count * WINDOW, seed, "Sampling text")
         flat = [token for window in windows for token in text_of(lm, window)]
     else:
         flat = read_ids(lm, read_file(text), count * WINDOW)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,26 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
 
     full_help = False
     """whether ``--help`` shows every setting"""
+    verbs: Collection[str] = TRAINER_VERBS
+    """the verbs that have a parser"""
 
     def arrange_help(self, verb: str, parser: Any, arguments: list[Any]) -> None:
         """Puts editlab's texts in place of Lightning's, and leaves most of the Trainer's settings out."""
         arrange(verb, parser, arguments, self.full_help)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The Trainer's verbs that editlab offers, with the arguments that they do not take from the command line."""
-        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb in TRAINER_VERBS}
+    @classmethod
+    def for_verb(cls, verb: str) -> type[EditLabCLI]:
+        """Return this class with the parser of one verb; making those of the others takes a quarter of a second."""
+
+        class ForVerb(cls):  # type: ignore[valid-type, misc]
+            verbs = (verb,)
+
+        return ForVerb
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """The Trainer's verbs that have a parser, with the arguments that they do not take from the command line."""
+        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb in cls.verbs}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets the default logger, which YAML or a flag may replace."""
@@ -113,7 +124,8 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
     if wanted:
         compat.read_attribute_docstrings()  # parsing the sources for them takes a second
     # Without a request for the short help nothing is left out: config.yaml lacks the settings that the help lacks.
-    return _create(_WithFullHelp if wanted in (ALL, None) else EditLabCLI, arguments)
+    cls: type[EditLabCLI] = _WithFullHelp if wanted in (ALL, None) else EditLabCLI
+    return _create(cls.for_verb(arguments[0]) if arguments[:1] and arguments[0] in TRAINER_VERBS else cls, arguments)
 
 
 def _create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
@@ -156,6 +168,8 @@ def trainer_parsers() -> dict[str, LightningArgumentParser]:
     except _ParsersAlone.Stop as stop:
         found: dict[str, LightningArgumentParser] = stop.args[0]
         return found
+    finally:
+        compat.read_attribute_docstrings(False)  # shells complete the settings of every callback; reading takes long
     raise AssertionError("the parsers stop before they parse")
 
 

@@ -246,12 +246,16 @@ def sample_text(lm: LanguageModel, tokens: int, seed: int, title: str) -> list[l
     size = window_size(lm)
     count = -(-tokens // size)
     prompts = [list(lm.beginning)] * count if lm.beginning else [[first] for first in _ordinary(lm, count, seed)]
-    new = len(lm.beginning) + size - len(prompts[0])
     passes = [range(start, min(start + SAMPLED_ROWS, count)) for start in range(0, count, SAMPLED_ROWS)]
-    mine = sum(map(len, passes[ranks.number() :: ranks.count()]))
-    with progress(total=mine * new, desc=title, unit="token", disable=not title) as bar:
+
+    def new(some: Sequence[int]) -> int:
+        """Return the number of tokens to sample in each window of a pass; the last window alone may need fewer."""
+        return len(lm.beginning) + min(size, tokens - size * some[0]) - len(prompts[0])
+
+    mine = sum(len(some) * new(some) for some in passes[ranks.number() :: ranks.count()])
+    with progress(total=mine, desc=title, unit="token", disable=not title) as bar:
         windows = ranks.each(
-            passes, lambda some: lm.sample([prompts[i] for i in some], new, seed + some[0], tick=bar.update)
+            passes, lambda some: lm.sample([prompts[i] for i in some], new(some), seed + some[0], tick=bar.update)
         )
     windows[-1] = windows[-1][: len(lm.beginning) + tokens - size * (count - 1)]
     return windows

@@ -58,17 +58,17 @@ class CommandHooks:
         """
 
 
-def read_attribute_docstrings() -> None:
-    """Make jsonargparse take help texts from the docstrings below a dataclass's fields, too.
+def read_attribute_docstrings(wanted: bool = True) -> None:
+    """Make jsonargparse take help texts from the docstrings below a dataclass's fields, too, or no longer.
 
     Versions of jsonargparse differ in the name of the function, and the old name warns in new ones.
     """
     import jsonargparse
 
     try:
-        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=wanted)
     except (AttributeError, TypeError):
-        jsonargparse.set_docstring_parse_options(attribute_docstrings=True)
+        jsonargparse.set_docstring_parse_options(attribute_docstrings=wanted)
 
 
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------

@@ -14,7 +14,7 @@ from editlab.cli.commands.ask import _prompts_from_input
 from editlab.cli.main import main
 from editlab.errors import UserError
 from editlab.lm import memory
-from tests.recipes import only_verbs, write_recipe
+from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FRANCE = {"subject": "France", "prompt": "The capital of {} is", "target": "Tokyo"}
@@ -53,7 +53,6 @@ def models(tmp_path_factory):
 @pytest.fixture
 def place(models, tmp_path, monkeypatch):
     """A working directory with good facts, a good recipe, and bad files of many kinds."""
-    only_verbs(monkeypatch, "fit")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(models)
     settings = {

@@ -14,7 +14,7 @@ from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.runs.folder_lock import NAME
 from editlab.runs.trainer import TRAINER_DEFAULTS
-from tests.recipes import only_verbs, write_recipe
+from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 USERS = {"summary.json": b"mine", "config.yaml": b"mine", "checkpoints/last.ckpt": b"mine", "metrics.csv": b"mine"}
@@ -32,7 +32,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def place(tiny, tmp_path, monkeypatch):
     """A working directory with a recipe and files of the user."""
-    only_verbs(monkeypatch, "fit", "validate")
     monkeypatch.chdir(tmp_path)
     settings = {"method": {"class_path": "EMMET"}, "layers": [1], "evaluation": {"heldout_tokens": 0}}
     write_recipe(tmp_path, tiny, model=settings)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from editlab.cli.main import main
 from tests.experiments.made_up import SCORES, finish
-from tests.recipes import only_verbs, write_recipe
+from tests.recipes import write_recipe
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SAMPLE = 6
@@ -201,7 +201,6 @@ def test_errors_of_a_full_disk_at_each_write(finished, tmp_path, watch, capsys, 
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(out)
             watch(disk)
-            only_verbs(patch, "fit")
             patch.setattr("callbacks.forgetting.forgetting_figure", lambda *_: Figure((1, 1)))  # drawing takes longest
             code = main(COMMANDS[command].format(root=finished, out=out).split())
         return code, disk.count

@@ -11,19 +11,19 @@ import pytest
 
 from editlab.errors import UserError
 from editlab.experiments import launch, provenance
+from tests.facts import FACTS, write_counterfact
 
 PROJECT = Path(__file__).parents[2]
 
 
 def jobs(tmp_path):
     """Two that end well, and one that does not."""
-    shown = tuple(
-        launch.Job(
-            tmp_path / name / "version_1", ("fit", "--config", "configs/emmet.yaml", "--print_config"), 1, PROJECT
-        )
-        for name in ("one", "two")
-    )
-    return [*shown, launch.Job(tmp_path / "bad" / "version_1", ("fit", "--config", "nowhere.yaml"), 1, PROJECT)]
+    facts = write_counterfact(tmp_path / "facts.json", FACTS[:3])
+    checks = {"one": str(facts), "two": str(facts), "bad": "nowhere.json"}  # a command that starts without torch
+    return [
+        launch.Job(tmp_path / name / "version_1", ("facts", "check", path), 1, PROJECT)
+        for name, path in checks.items()
+    ]  # fmt: skip
 
 
 def check(found, tmp_path):
@@ -37,8 +37,8 @@ def check(found, tmp_path):
         assert noted.pop("settings") == next(job.settings for job, _ in found if job.folder == folder)
         assert noted == provenance.provenance(PROJECT)
         assert (folder / "failed.json").exists() == (name == "bad")
-    assert "covariance_weight" in (tmp_path / "one" / "version_1" / "run.log").read_text()
-    assert "nowhere.yaml" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
+    assert "3 facts in" in (tmp_path / "one" / "version_1" / "run.log").read_text()
+    assert "nowhere.json" in (tmp_path / "bad" / "version_1" / "run.log").read_text()
     assert json.loads((tmp_path / "bad" / "version_1" / "failed.json").read_text())["why"] == (
         f"it ended with exit code {codes['bad']}"
     )

@@ -1,13 +1,12 @@
 """From an experiment to its runs: cases, placeholders, grids, overrides, and what ``editlab`` is called with."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from editlab.cli.main import main
 from editlab.errors import UserError
 from editlab.experiments import launch, provenance
 from editlab.experiments.plan import Case, Options, Run, cases, finished, planned
@@ -193,15 +192,23 @@ def test_the_states_of_a_run(tmp_path):
 # ---- the committed experiments --------------------------------------------------------------------------------------
 
 
-def printed(case, recipe, tmp_path):
-    """The whole configuration of a case, as ``editlab`` reads it."""
-    command = [sys.executable, "-m", "editlab.cli.main", *case.arguments(recipe, 1, tmp_path), "--print_config"]
-    return yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout)
+@pytest.fixture
+def printed(tmp_path, monkeypatch, capsys):
+    """Returns the whole configuration of a case, as ``editlab`` reads it."""
+    monkeypatch.chdir(PROJECT)
+
+    def read(case, recipe):
+        with pytest.raises(SystemExit) as stop:
+            main([*case.arguments(recipe, 1, tmp_path), "--print_config"])
+        assert stop.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return read
 
 
-def test_settings_of_the_recipe_s_callback_do_not_stay(tmp_path):
+def test_settings_of_the_recipe_s_callback_do_not_stay(printed):
     case = cases_of("replay_ablation", facts="worldfacts")["random_0.5_50"]
-    found = printed(case, "configs/memit_consolidated.yaml", tmp_path)  # whose MemoryReplay has memory: both
+    found = printed(case, "configs/memit_consolidated.yaml")  # whose MemoryReplay has memory: both
     (replay,) = found["trainer"]["callbacks"]
     given = {name: replay["init_args"][name] for name in ("memory", "sampling", "rate", "capacity")}
     assert given == {"memory": "sampled", "sampling": "random", "rate": 0.5, "capacity": 50}
@@ -214,8 +221,8 @@ def test_the_replay_ablation_covers_its_grid():
 
 
 @pytest.mark.parametrize(("name", "method"), [("memit", "MEMIT"), ("alphaedit", "AlphaEdit")])
-def test_a_case_s_method_replaces_the_recipe_s(name, method, tmp_path):
-    found = printed(cases_of("forgetting")[name], load("forgetting").recipe, tmp_path)["model"]["method"]
+def test_a_case_s_method_replaces_the_recipe_s(name, method, printed):
+    found = printed(cases_of("forgetting")[name], load("forgetting").recipe)["model"]["method"]
     assert found["class_path"].rpartition(".")[2] == method
     assert found["init_args"].get("covariance_weight") == {"memit": 15000}.get(name)
 

@@ -17,14 +17,23 @@ from editlab.experiments.sweep import execute, raise_if_failed
 from editlab.experiments.tables import provenance_of, rows_of_runs
 from tests.experiments.made_up import finish, options
 from tests.facts import FACTS, write_counterfact
+from tests.forked import Command
 
 CURVE = {"class_path": "ForgettingCurve", "init_args": {"every_n_edits": 2, "sample": 4}}
+
+
+def _fork(processes, command, **options):
+    """Starts a run's process by a fork; tests/experiments/test_launch.py starts new interpreters."""
+    forked = Command(command, **options)
+    processes.running.add(forked)
+    return forked
 
 
 @pytest.fixture
 def mine(tmp_path, tiny_folder, monkeypatch):
     """A user's folder with facts and a recipe for the tiny model; writes experiments into it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(launch._Processes, "start", _fork)
     write_counterfact(tmp_path / "facts.json", FACTS[:6])
     recipe = {
         "model": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,10 +22,12 @@ on_device = [
 ]
 """Marks of a test module that needs the simulated accelerator."""
 
+TEXT = str(Path(__file__).with_name("text.txt"))
+"""A text for the second moments and for LoRA: a model that samples its own takes a pass a token, as one test does."""
 SMALL = {
     "layers": [1, 2], "batch_size": 2, "progress": False,
     "values": ValueSettings(steps=3, lr=0.5, clamp=3.0, reference="original", matmul="float32"),
-    "moments": MomentSettings(tokens=128, cache=False), "contexts": ContextSettings(count=1, length=3),
+    "moments": MomentSettings(text=TEXT, tokens=128, cache=False), "contexts": ContextSettings(count=1, length=3),
     "evaluation": EvaluationSettings(heldout_tokens=0, generation=0, bystanders=0),
 }  # fmt: skip
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
+from editlab.keys.moments import MomentSettings
 from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
 from editlab.solver.preservation import Preservation
 from tests.facts import FACTS
 from tests.pretend.device import pretend
-from tests.pretend.editing import difference, edited, on_device
+from tests.pretend.editing import TEXT, difference, edited, on_device
 from tests.tiny import FAMILIES
 
 pytestmark = on_device
@@ -24,6 +25,12 @@ FLOAT64 = 1e-9
 def test_families(family):
     layers = {"layers": [1]} if family.startswith("gemma") else {}
     cpu, cuda = (edited(kind, family, facts=FACTS[:2], **layers) for kind in ("cpu", "cuda"))
+    assert difference(cuda, cpu) < FLOAT32
+
+
+def test_moments_of_text_that_the_model_samples():
+    moments = MomentSettings(tokens=48, cache=False)
+    cpu, cuda = (edited(kind, facts=FACTS[:2], moments=moments) for kind in ("cpu", "cuda"))
     assert difference(cuda, cpu) < FLOAT32
 
 
@@ -70,7 +77,9 @@ def assert_same(kind, callbacks):
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_lora(kind, mode):
     def callbacks():
-        lora = LoRAAdjust(steps=2, text_tokens=32, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode)
+        lora = LoRAAdjust(
+            steps=2, text=TEXT, text_tokens=32, prompts=0, every_n_batches=1, tolerance=9.0, mode=mode
+        )  # fmt: skip
         return [MemoryReplay(rate=1.0), lora] if mode == "merge" else [lora]
 
     # Adam divides by the gradient's size, so rounding of a tiny gradient can change a whole step.

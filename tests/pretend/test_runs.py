@@ -10,7 +10,7 @@ import yaml
 from editlab.cli.main import main
 from tests.pretend.device import pretend
 from tests.pretend.editing import difference, on_device
-from tests.runs.test_resume import RECIPES, last, outcome, same, shrunk
+from tests.runs.test_resume import RECIPES, SAME_PARTS, last, outcome, same, shrunk
 
 pytestmark = on_device
 WITHOUT_FLOAT64 = ("alphaedit", "memit_consolidated", "rome", "emmet_replay_trust_lora")
@@ -42,7 +42,8 @@ def small(recipe, folder, tiny, kind="mps"):
         if callback["class_path"] == "LoRAAdjust":
             # Devices draw dropout differently, and Adam's first steps turn rounding of a gradient into a whole step,
             # unless the device has float64.
-            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 2, "steps": 2, "text_tokens": 32}
+            callback["init_args"] |= {"dropout": 0.0, "every_n_batches": 2, "steps": 2}
+            callback["init_args"] |= {"text": "moments.txt", "text_tokens": 32}
             if kind == "cuda":
                 config["trainer"]["precision"] = "64-true"
     path.write_text(yaml.safe_dump(config))
@@ -64,7 +65,8 @@ def run(arguments, folder, monkeypatch, kind="cpu"):
 
 @pytest.mark.parametrize(
     ("recipe", "kind"),
-    [(r, "cuda") for r in RECIPES] + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
+    [(r, "cuda") for r in RECIPES if r.stem not in SAME_PARTS]
+    + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
     ids=lambda x: getattr(x, "stem", x),
 )
 def test_a_recipe_gives_the_results_of_the_cpu(recipe, kind, tiny_folder, tmp_path, monkeypatch):

@@ -32,9 +32,13 @@ def shrunk(recipe, folder, tiny, **changes):
     """The recipe on a tiny model and 8 facts, written to ``folder`` under its own name; returns its arguments."""
     config = yaml.safe_load(recipe.read_text())
     one = config["model"]["method"]["class_path"] == "ROME"
+    text = "self"  # sampling texts takes a third of a run; the scales of trust below are for moments of sampled text
+    if "trust" not in recipe.stem:
+        text = "text.txt"
+        (folder / text).write_text("The capital of France is Paris. Oslo lies in Norway, and Lima lies in Peru. " * 20)
     config["model"] |= {
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
-        "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"tokens": 128},
+        "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"text": text, "tokens": 128},
         "contexts": {"count": 1, "length": 3},
         "evaluation": {
             "heldout_tokens": 64, "generated_texts": 1, "generated_tokens": 4, "generation": 2,
@@ -54,6 +58,7 @@ def shrunk(recipe, folder, tiny, **changes):
                 "every_n_batches": 2,
                 "layers": None,
                 "steps": 3,
+                "text": text,
                 "text_tokens": 64,
                 "tolerance": 0.05,
                 "dropout": 0.1,

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -12,11 +13,14 @@ from scripts.benchmark_busy import Worker, busy, rows_of
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is busy with the other process")
 def test_settings_are_measured_in_turn(tiny_folder, tmp_path, monkeypatch, capsys):
+    counts = []
+    monkeypatch.setattr(benchmark_busy, "busy", lambda count: nullcontext(counts.append(count)))  # tested below
     results = tmp_path / "results" / "busy.csv"
     rows = benchmark_busy.main([
         "--busy", "1", "--settings", "torch", "editlab", "--rounds", "2", "--facts", "2", "--steps", "2",
         "--layer", "1", "--language_model", str(tiny_folder), "--results", str(results),
     ])  # fmt: skip
+    assert counts == [1]
     assert [(row["busy"], row["setting"]) for row in rows] == [(1, "torch"), (1, "editlab")]
     assert {row["times_torch_idle"] for row in rows} == {""}  # it was not measured on the idle machine
     assert all(row["lowest"] <= row["seconds_a_fact"] <= row["highest"] for row in rows)

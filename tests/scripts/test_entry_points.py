@@ -1,6 +1,7 @@
 """Scripts are short entry points over the package; wrappers pass all arguments on."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,13 +29,23 @@ def test_no_script_imports_another_or_changes_where_python_looks():
     ("reproduce_all", ["--help"], "--quick"),
     ("analyze_results", ["--help"], "trust_roc"),
 ])  # fmt: skip
-def test_each_entry_point_is_short_and_starts_from_any_folder(name, arguments, printed, tmp_path):
+def test_each_entry_point_is_short_and_starts_from_any_folder(name, arguments, printed, tmp_path, monkeypatch, capsys):
     script = SCRIPTS / f"{name}.py"
     assert len(script.read_text().splitlines()) < 25
     arguments = [*arguments, *(["--work", str(tmp_path)] if name.startswith("run_") else [])]
-    done = subprocess.run([sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code in (0, None)
+    assert printed in capsys.readouterr().out
+
+
+def test_an_entry_point_starts_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "reproduce_all.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert printed in done.stdout
+    assert "--quick" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")

@@ -143,36 +143,39 @@ import sys, torch
 sys.modules["editlab"] = sys.modules["callbacks"] = None
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 ids = torch.arange(3, 20)[None]
-with torch.no_grad():
-    model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
-    adapted = model(ids).logits
-    with model.disable_adapter():
-        torch.save({"adapted": adapted, "plain": model(ids).logits}, sys.argv[3])
+for folder in sys.argv[1:]:
+    base = AutoModelForCausalLM.from_pretrained(folder + "/edited")
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(base, folder + "/logs/run/version_0/adapter").eval()
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            torch.save({"adapted": adapted, "plain": model(ids).logits}, folder + "/out")
 """
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_adapter_loads_with_plain_peft(tmp_path, family):
-    folder = tmp_path / "model"
-    tiny_model(family).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    module, _, _ = run(tmp_path, folder, mode="adapter", targets="mlp")
-    ids = torch.arange(3, 20)[None]
-    adapted = module.lm.run(ids).logits
-    for layer in module.changed_layers:
-        layer.set_adapter(None)
-    plain = module.lm.run(ids).logits
-    module.lm.model.save_pretrained(tmp_path / "edited")
-    saved = tmp_path / "logs" / "run" / "version_0" / "adapter"
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in saved.iterdir()}
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "edited"), str(saved), str(tmp_path / "out")]
+def test_the_adapter_loads_with_plain_peft(tmp_path):
+    ids, expected = torch.arange(3, 20)[None], {}
+    for family in ("llama", "gpt2"):
+        folder = tmp_path / family
+        folder.mkdir()
+        tiny_model(family).save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        module, _, _ = run(folder, folder / "model", mode="adapter", targets="mlp")
+        adapted = module.lm.run(ids).logits
+        for layer in module.changed_layers:
+            layer.set_adapter(None)
+        expected[family] = adapted, module.lm.run(ids).logits
+        module.lm.model.save_pretrained(folder / "edited")
+        saved = folder / "logs" / "run" / "version_0" / "adapter"
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in saved.iterdir()}
+    command = [sys.executable, "-c", LOAD, *(str(tmp_path / family) for family in expected)]
     subprocess.run(command, check=True, capture_output=True)
-    found = torch.load(tmp_path / "out")
-    assert torch.equal(found["plain"], plain)
-    torch.testing.assert_close(found["adapted"], adapted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found["plain"], adapted, atol=1e-3)
+    for family, (adapted, plain) in expected.items():
+        found = torch.load(tmp_path / family / "out")
+        assert torch.equal(found["plain"], plain)
+        torch.testing.assert_close(found["adapted"], adapted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found["plain"], adapted, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["merge", "adapter"])

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from editlab.cli.main import main
 from editlab.lm.fingerprint import fingerprint
 from editlab.runs.delta import FORMAT, WITHOUT_DIGESTS
-from tests.cli.commands.runs import EDITS, FATES, files, same_bits, save_tiny, weights
+from tests.cli.commands.runs import EDITS, FATES, MODELS, files, same_bits, save_tiny, weights
 
 PROMPT = "The capital of France is"
 
@@ -23,11 +23,12 @@ import sys
 sys.modules["editlab"] = None  # importing it would now fail
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, prompt, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder)
-ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
-with torch.no_grad():
-    torch.save(model(ids).logits, out)
+prompt, *folders = sys.argv[1:]
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.save(model(ids).logits, folder + ".logits.pt")
 """
 
 
@@ -50,20 +51,28 @@ def export(*arguments):
     return main(["export", *map(str, arguments)])
 
 
-def test_transformers_alone_loads_what_the_run_has_made(run, tmp_path, capfd):
-    out = tmp_path / "out"
-    assert export("--ckpt_path", run.folder, "--out", out) == 0
+def test_transformers_alone_loads_what_the_runs_have_made(runs, tmp_path, capfd):
+    folders = [tmp_path / name for name in MODELS]
+    for folder in folders:
+        assert export("--ckpt_path", runs(folder.name).folder, "--out", folder) == 0
     done = subprocess.run(
-        [sys.executable, "-c", LOGITS, out, PROMPT, tmp_path / "logits.pt"],
+        [sys.executable, "-c", LOGITS, PROMPT, *folders],
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    tokenizer = AutoTokenizer.from_pretrained(run.base)
-    with torch.no_grad():
-        expected = by_hand(run)(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    for folder in folders:
+        run = runs(folder.name)
+        tokenizer = AutoTokenizer.from_pretrained(run.base)
+        with torch.no_grad():
+            expected = by_hand(run)(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
+        assert torch.equal(torch.load(f"{folder}.logits.pt"), expected)
+
+
+def test_what_an_export_consists_of(run, tmp_path):
+    out = tmp_path / "out"
+    assert export("--ckpt_path", run.folder, "--out", out) == 0
     names = set(files(out))
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
