@@ -36,10 +36,9 @@ from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
-from editlab.utils.progress import progress
 from editlab.utils.rng import set_rng_state
-from editlab.values.cache import ValueCache
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import ValueSettings
+from editlab.values.sources import OptimizedValues, ValueSource
 
 
 class SequentialEditor(MeasuredModel):
@@ -71,6 +70,8 @@ class SequentialEditor(MeasuredModel):
 
     solver: BatchSolver
     """solves the batches; set when the fit starts"""
+    source: ValueSource
+    """finds the values v*; set when the fit starts"""
 
     def __init__(
         self,
@@ -102,7 +103,6 @@ class SequentialEditor(MeasuredModel):
         self.ledger = Ledger(restore_between_batches)
         self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
-        self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
         self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
@@ -169,7 +169,7 @@ class SequentialEditor(MeasuredModel):
         resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
 
     def prepare_solver(self) -> None:
-        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model."""
+        """Makes solver and value source; contexts (if no checkpoint gave them) and C0 are of the unedited model."""
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
@@ -177,6 +177,12 @@ class SequentialEditor(MeasuredModel):
             self.solver.set_moments(
                 second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
             )
+        self.source = OptimizedValues(
+            self.lm, self.model_key, self.contexts, self.values, self.unedited,
+            reserved=lambda: self.solver.metric_bytes(self.lm.device),
+        )  # fmt: skip
+        if self.resumed is not None:
+            self.source.load_state_dict(self.resumed.get("values", {}))
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -216,24 +222,12 @@ class SequentialEditor(MeasuredModel):
             getattr(callback, event)(self.trainer, self, subject)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
-
-        Values on the original weights do not depend on the run, so they are kept in the cache folder.
-        """
-        if self.values.reference == "current":
-            return self.optimize_values(facts)
-        with self.unedited():
-            if self._value_cache is None:
-                self._value_cache = ValueCache.of(self.lm, self.model_key, self.site, self.contexts, self.values)
-            return self._value_cache.fetch(facts, self.optimize_values)
+        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names."""
+        return self.source.find(facts, self.site)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights as they are."""
-        with progress(total=len(facts), desc="Values", unit="fact") as bar:
-            reserved = self.solver.metric_bytes(self.lm.device)
-            return optimize_values(
-                self.lm, facts, self.site, self.contexts, self.values, progress=bar.update, reserved=reserved
-            ).target
+        return self.source.find_now(facts, self.site)
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():
@@ -291,6 +285,7 @@ class SequentialEditor(MeasuredModel):
             "ledger": self.ledger.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
+            "values": self.source.state_dict(),
         }
         resume.save(checkpoint, self.trainer, self.identity, state)
 
