@@ -38,7 +38,7 @@ from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
 from editlab.values.optimize import ValueSettings
-from editlab.values.sources import OptimizedValues, ValueSource
+from editlab.values.sources import ValueSource, make_source, require_combination
 
 
 class SequentialEditor(MeasuredModel):
@@ -48,7 +48,7 @@ class SequentialEditor(MeasuredModel):
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
             divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit or UltraEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -96,6 +96,7 @@ class SequentialEditor(MeasuredModel):
         self.solve_settings = SolveSettings(
             method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
         )
+        require_combination(values, method, not self.layer_numbers, restore_between_batches)
         self.values, self.moments, self.context_settings = values, moments, contexts
         self.restore_between_batches = restore_between_batches
         self.automatic_optimization = False
@@ -174,15 +175,21 @@ class SequentialEditor(MeasuredModel):
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
-            self.solver.set_moments(
-                second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
-            )
-        self.source = OptimizedValues(
+            self.solver.set_moments(self._second_moments())
+        self.source = make_source(
             self.lm, self.model_key, self.contexts, self.values, self.unedited,
             reserved=lambda: self.solver.metric_bytes(self.lm.device),
+            first=lambda count: self.trainer.datamodule.facts[:count],  # type: ignore[attr-defined]
         )  # fmt: skip
         if self.resumed is not None:
             self.source.load_state_dict(self.resumed.get("values", {}))
+
+    def _second_moments(self) -> dict[int, Tensor]:
+        """C0 of each layer, float64 [d_k, d_k]; tensors without data if the method's metric does not depend on it."""
+        if not self.method.needs_moments:
+            sizes = {layer: self.lm.anatomy.key_size(layer) for layer in self.layer_numbers}
+            return {layer: torch.empty(size, size, device="meta") for layer, size in sizes.items()}
+        return second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -198,7 +205,7 @@ class SequentialEditor(MeasuredModel):
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
-        before = Snapshot(self.layers)
+        before, source_before = Snapshot(self.layers), self.source.state_dict()
         plan = EditPlan(self.global_step, facts, self.find_values(facts))
         self._notify("on_edit_planned", plan)
         outcome = EditOutcome(plan)
@@ -209,6 +216,8 @@ class SequentialEditor(MeasuredModel):
             self.solver.solve_without_dropped(outcome, before)
             self._notify("on_edit_applied", outcome)
         self.solver.apply_verdict(outcome, before)
+        if not outcome.kept:
+            self.source.load_state_dict(source_before)
         factors = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
         self.ledger.add(batch.facts, plan.step, [factors[fact.slot] for fact in batch.facts])
         for event in ("on_edit_settled", "on_edit_adjust", "on_edit_done"):

@@ -87,7 +87,7 @@ class SearchSetup:
         return key_of(
             model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
             module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
-            values=asdict(self.values), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
+            values=self.values.cache_key(), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
             contexts=asdict(self.contexts),
             search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
             **reading(self.lm), **({"texts": texts} if texts else {}),
