@@ -13,7 +13,7 @@ import argparse
 import datetime
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -61,15 +61,15 @@ class Case:
 
 
 CASES = {
-    "optimize": Case(ValueSettings(), MEMIT(300.0), context_keys=1.0),
-    "gradient": Case(ValueSettings(source=GRADIENT), UltraEdit(), [25], "last_token"),
+    "optimize": Case(ValueSettings(reference="original"), MEMIT(300.0), context_keys=1.0),
+    "gradient": Case(ValueSettings(source=GRADIENT), UltraEdit(), [23], "last_token"),
     "gradient_same_layers": Case(ValueSettings(source=GRADIENT), UltraEdit()),
 }
-"""The first two are configs/memit.yaml, on the current weights, and configs/ultraedit.yaml."""
+"""The first two are configs/memit.yaml and configs/ultraedit.yaml; the third has the first one's layers."""
 
 
 class Timed:
-    """A case whose rounds are timed.
+    """A case whose rounds are timed; values are found anew, and not read from the cache.
 
     Args:
         lm: the model.
@@ -90,7 +90,7 @@ class Timed:
             self.solver.set_moments({layer: torch.empty(n, n, device="meta") for layer, n in sizes.items()})
         self.edited = list(self.solver.layers.values())
         self.source = make_source(
-            lm, "", contexts, case.values, lambda: unedited(self.edited), lambda: 0, lambda count: []
+            lm, "", contexts, replace(case.values, reference="current"), lambda: unedited(self.edited), lambda: 0, lambda count: []
         )
 
     def seconds(self, facts: Sequence[Fact]) -> float:

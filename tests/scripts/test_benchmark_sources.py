@@ -26,4 +26,4 @@ def test_cases_are_facts_of_the_dev_split_with_their_subjects():
     named = benchmark.facts_of(benchmark.CASES["optimize"], 3)
     assert [fact.side for fact in [*last, *named]] == ["dev"] * 6
     assert [fact.question for fact in last] == [fact.subject for fact in last] != [fact.subject for fact in named]
-    assert benchmark.CASES["optimize"].values == ValueSettings()
+    assert benchmark.CASES["optimize"].values == ValueSettings(reference="original")
