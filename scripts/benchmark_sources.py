@@ -4,7 +4,8 @@
     python scripts/benchmark_sources.py quality    # 64 facts of the dev split in batches of 16, each case by itself
 
 Time is that of finding the targets and solving, with the unedited weights at the start of each round; keys are part of
-it, evaluation is not. Both commands write ``results/value_sources.csv``, a row for each case, and keep each other's rows.
+it, evaluation is not. Each command writes a row for each case into ``results/value_sources.csv``, and keeps the rows of
+the other.
 """
 
 from __future__ import annotations
@@ -89,9 +90,8 @@ class Timed:
             sizes = {layer: lm.anatomy.key_size(layer) for layer in case.layers}
             self.solver.set_moments({layer: torch.empty(n, n, device="meta") for layer, n in sizes.items()})
         self.edited = list(self.solver.layers.values())
-        self.source = make_source(
-            lm, "", contexts, replace(case.values, reference="current"), lambda: unedited(self.edited), lambda: 0, lambda count: []
-        )
+        anew = replace(case.values, reference="current")
+        self.source = make_source(lm, "", contexts, anew, lambda: unedited(self.edited), lambda: 0, lambda count: [])
 
     def seconds(self, facts: Sequence[Fact]) -> float:
         """Edits facts in one batch; the weights are the unedited ones before and after."""
