@@ -16,7 +16,7 @@ def test_a_round_leaves_the_unedited_weights():
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     case = dataclasses.replace(benchmark.CASES["gradient_same_layers"], layers=[1, 2])
     timed = benchmark.Timed(lm, case, [""], "tiny")
-    assert timed.seconds(FACTS[:3]) > 0
+    assert min(timed.seconds(FACTS[:3])) > 0
     assert timed.source.state_dict()["moments"][2]["count"] == 3
     assert all(torch.equal(weight, before[name]) for name, weight in lm.model.state_dict().items())
 
