@@ -37,10 +37,9 @@ from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
 from editlab.solver.methods import EMMET, Method
 from editlab.utils.machine import restore_threads
-from editlab.utils.progress import progress
 from editlab.utils.rng import set_rng_state
-from editlab.values.cache import ValueCache
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import ValueSettings
+from editlab.values.sources import ValueSource, make_source, require_combination
 
 
 class SequentialEditor(MeasuredModel):
@@ -50,7 +49,7 @@ class SequentialEditor(MeasuredModel):
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
             divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit or UltraEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -78,6 +77,8 @@ class SequentialEditor(MeasuredModel):
 
     solver: BatchSolver
     """solves the batches; set when the fit starts"""
+    source: ValueSource
+    """finds the values v*; set when the fit starts"""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class SequentialEditor(MeasuredModel):
             method, settled.keys, preserve_prompt_tokens, passes, condition_limit, solver_device, settled.site,
             settled.bare_denominator,
         )  # fmt: skip
+        require_combination(values, method, not self.layer_numbers, restore_between_batches)
         self.site_setting = settled.site
         self.values, self.moments, self.context_settings = replace(values, kl_at=settled.kl_at), moments, contexts
         self.restore_between_batches = restore_between_batches
@@ -114,7 +116,6 @@ class SequentialEditor(MeasuredModel):
         self.ledger = Ledger(restore_between_batches)
         self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
-        self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
         self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
@@ -181,14 +182,26 @@ class SequentialEditor(MeasuredModel):
         resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
 
     def prepare_solver(self) -> None:
-        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model."""
+        """Makes solver and value source; contexts (if no checkpoint gave them) and C0 are of the unedited model."""
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
-            self.solver.set_moments(
-                second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
-            )
+            self.solver.set_moments(self._second_moments())
+        self.source = make_source(
+            self.lm, self.model_key, self.contexts, self.values, self.unedited,
+            reserved=lambda: self.solver.metric_bytes(self.lm.device),
+            first=lambda count: self.trainer.datamodule.facts[:count],  # type: ignore[attr-defined]
+        )  # fmt: skip
+        if self.resumed is not None:
+            self.source.load_state_dict(self.resumed.get("values", {}))
+
+    def _second_moments(self) -> dict[int, Tensor]:
+        """C0 of each layer, float64 [d_k, d_k]; tensors without data if the method's metric does not depend on it."""
+        if not self.method.needs_moments:
+            sizes = {layer: self.lm.anatomy.key_size(layer) for layer in self.layer_numbers}
+            return {layer: torch.empty(size, size, device="meta") for layer, size in sizes.items()}
+        return second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -204,7 +217,7 @@ class SequentialEditor(MeasuredModel):
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
-        before = Snapshot(self.layers)
+        before, source_before = Snapshot(self.layers), self.source.state_dict()
         plan = EditPlan(self.global_step, facts, self.find_values(facts))
         self._notify("on_edit_planned", plan)
         outcome = EditOutcome(plan)
@@ -215,6 +228,8 @@ class SequentialEditor(MeasuredModel):
             self.solver.solve_without_dropped(outcome, before)
             self._notify("on_edit_applied", outcome)
         self.solver.apply_verdict(outcome, before)
+        if not outcome.kept:
+            self.source.load_state_dict(source_before)
         factors = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
         self.ledger.add(batch.facts, plan.step, [factors[fact.slot] for fact in batch.facts])
         for event in ("on_edit_settled", "on_edit_adjust", "on_edit_done"):
@@ -228,24 +243,12 @@ class SequentialEditor(MeasuredModel):
             getattr(callback, event)(self.trainer, self, subject)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
-
-        Values on the original weights do not depend on the run, so they are kept in the cache folder.
-        """
-        if self.values.reference == "current":
-            return self.optimize_values(facts)
-        with self.unedited():
-            if self._value_cache is None:
-                self._value_cache = ValueCache.of(self.lm, self.model_key, self.site, self.contexts, self.values)
-            return self._value_cache.fetch(facts, self.optimize_values)
+        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names."""
+        return self.source.find(facts, self.site)
 
     def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights as they are."""
-        with progress(total=len(facts), desc="Values", unit="fact") as bar:
-            reserved = self.solver.metric_bytes(self.lm.device)
-            return optimize_values(
-                self.lm, facts, self.site, self.contexts, self.values, progress=bar.update, reserved=reserved
-            ).target
+        return self.source.find_now(facts, self.site)
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():
@@ -306,6 +309,7 @@ class SequentialEditor(MeasuredModel):
             "ledger": self.ledger.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
+            "values": self.source.state_dict(),
         }
         resume.save(checkpoint, self.trainer, self.identity, state)
 

@@ -23,6 +23,7 @@ import editlab.edits.edited_layer
 import editlab.runs.checkpoint
 import editlab.runs.event_log
 import editlab.runs.logger
+import editlab.values.sources
 from editlab.runs.figures import new_figure
 from tests import forked
 
@@ -76,7 +77,7 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     clock = Clock(die_at)
     clock.around(editlab.edits.edited_layer.EditedLayer, "add")
     clock.around(editlab.edits.batch, "solve")
-    clock.around(editlab.editor, "optimize_values")
+    clock.around(editlab.values.sources, "optimize_values")
     clock.around(editlab.editor.SequentialEditor, "_log_step")
     clock.around(editlab.runs.logger.RunLogger, "log_metrics")
     clock.around(editlab.runs.logger, "_write")

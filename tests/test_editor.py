@@ -333,7 +333,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_folder, tmp_path):
 
 def test_values_on_the_original_weights_are_computed_once(tiny_folder, tmp_path, monkeypatch):
     found = []
-    from editlab import editor as module_under_test
+    from editlab.values import sources as module_under_test
 
     plain = module_under_test.optimize_values
     monkeypatch.setattr(

@@ -16,7 +16,7 @@ import torch
 from callbacks import DownstreamEval, ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.keys.moments import MomentSettings
-from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, UltraEdit
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.harness import stand_in
@@ -64,20 +64,21 @@ def text(tmp_path, monkeypatch):
     return str(path)
 
 
-def edit(family, method, callbacks):
+def edit(family, method, callbacks, **changes):
     """Edits four facts with a method and callbacks: the model before and after, and the result."""
     model = tiny_model(family)
     before = weights(model)
     layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
     batch_size = method.largest_batch or SMALL["batch_size"]
     settings = {**SMALL, "moments": MOMENTS, "layers": layers, "batch_size": batch_size, "method": method}
+    settings |= changes
     _, result = edit_model(model, tiny_tokenizer(), FACTS[:4], callbacks=callbacks, **settings)
     return model, before, result
 
 
-def check(family, method, make):
+def check(family, method, make, **changes):
     """What must hold whatever the method and the callbacks; ``make`` gives fresh callbacks."""
-    model, before, result = edit(family, method, make())
+    model, before, result = edit(family, method, make(), **changes)
     blocks, module, _ = EXPECTED[family]
     ours = {f"{blocks}.{layer}.{module}.weight" for layer in result.editor.layer_numbers}
     assert set(changed(before, model)) <= ours
@@ -90,7 +91,7 @@ def check(family, method, make):
         assert all(0 <= group[name] <= 1 for name in FRACTIONS)
         assert all(map(math.isfinite, group.values()))
 
-    again, _, _ = edit(family, method, make())
+    again, _, _ = edit(family, method, make(), **changes)
     assert changed(weights(model), again) == []
     result.revert()
     assert changed(before, model) == []
@@ -106,6 +107,18 @@ def test_every_method_with_every_callback(method, callbacks, text):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_all_callbacks(family, method, text):
     check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        (UltraEdit(), ValueSettings(source="gradient", lr=1e-3)),
+        (METHODS["memit"], ValueSettings(steps=3, lr=0.5, clamp=3.0, reference="original", anchor_facts=2)),
+    ],
+    ids=["gradient", "anchored"],
+)
+def test_every_value_source_with_all_callbacks(method, values, text):
+    check("llama", method, lambda: CALLBACKS["everything"](text), values=values)
 
 
 @pytest.mark.parametrize("method", METHODS)

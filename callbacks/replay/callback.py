@@ -25,6 +25,7 @@ from editlab.keys.subject_keys import CachedKey
 from editlab.lm.precision import widened
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero, decays, fractions, one_of
+from editlab.values.sources import NOT_AGAIN
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,8 @@ class MemoryReplay(EditCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Past keys of a resumed run enter the metric."""
         assert isinstance(pl_module, SequentialEditor)
+        if self.refresh == "values" and not pl_module.source.repeatable:
+            raise UserError(NOT_AGAIN)
         self._bare_metric = dict(pl_module.solver.preservation)
         if self.past_weight is None:
             self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0

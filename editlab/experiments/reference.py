@@ -74,7 +74,6 @@ def plain_value(
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     optimizer = torch.optim.Adam([delta], lr=settings.step_size)
-    direction: Tensor | None = None
     initial = None
     hit_streak = 0
     for step in range(settings.steps):
@@ -98,14 +97,7 @@ def plain_value(
             break
         optimizer.zero_grad()
         loss.backward()
-        if settings.optimizer == "adam":
-            optimizer.step()
-        else:
-            # Half of the last direction, half of the new gradient's; a step of lr ||v0|| where both agree.
-            assert delta.grad is not None
-            unit = delta.grad / delta.grad.norm()
-            direction = unit if direction is None else 0.5 * direction + 0.5 * unit
-            delta.data -= settings.step_size * origin.norm() * direction
+        optimizer.step()
         with torch.no_grad():
             radius = settings.clamp * origin.norm()
             if delta.norm() > radius:

@@ -47,6 +47,11 @@ class Method(ABC):
         """Largest number of facts that one step of this method may edit; None for no limit."""
         return None
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the metric depends on C0; if not, C0 is not computed, and the metric gets a tensor without data."""
+        return True
+
 
 @dataclass(frozen=True)
 class EMMET(Method):
@@ -149,3 +154,34 @@ class AlphaEdit(Method):
     def slack(self) -> float:
         """The weight of the L2 term."""
         return self.l2
+
+
+@dataclass(frozen=True)
+class UltraEdit(Method):
+    """Ridge regression on the keys of the batch alone (UltraEdit, arXiv:2505.14679): metric ``mu I``, slack 1.
+
+    The update is ``R K^T (K K^T + mu I)^-1``. With ``values.source: gradient`` the residuals R are UltraEdit's steps
+    (:mod:`editlab.values.gradient`). No text is read for C0, so ordinary keys are not preserved.
+    """
+
+    mu: float = 1.0
+    """Weight of the identity; 1 in the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero("UltraEdit", mu=self.mu)
+
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
+        """Return the metric ``mu I``; only the size of ``moments`` matters."""
+        device = device or (torch.device("cpu") if moments.is_meta else moments.device)
+        return Preservation(self.mu**0.5 * torch.eye(len(moments), dtype=torch.float64, device=device))
+
+    @property
+    def slack(self) -> float:
+        """Slack 1: a residual weighs as much as the update itself."""
+        return 1.0
+
+    @property
+    def needs_moments(self) -> bool:
+        """False: the identity needs no text."""
+        return False

@@ -45,7 +45,8 @@ class ValueCache:
         settings: ValueSettings,
         unusual_texts: Callable[[Sequence[tuple[str, str]]], list[str]] = lambda pairs: [],
     ) -> None:
-        relevant = {k: v for k, v in settings.cache_key().items() if k not in ("reference", "batch_tokens")}
+        apart = ("reference", "batch_tokens", "anchor_facts")  # the anchor acts on what the cache gives
+        relevant = {k: v for k, v in settings.cache_key().items() if k not in apart}
         relevant["lr"] = settings.step_size
         key = key_of(
             model=list(model), layer=site.layer, in_stream=site.in_stream, contexts=list(contexts), settings=relevant

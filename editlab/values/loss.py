@@ -95,9 +95,18 @@ class ValueGroup:
     """Facts that are optimized together: their rows as tensors, and the results that all steps share.
 
     A fact is *active* until :meth:`keep` drops it.
+
+    Args:
+        lm: the model.
+        site: the site whose output the vectors are added to.
+        facts: rows of each fact, that of the bare prompt first.
+        with_keys: whether to read the facts' keys too.
     """
 
-    def __init__(self, lm: LanguageModel, site: Site, facts: list[list[Row]]) -> None:
+    keys: Tensor
+    """[facts, d_k]: inputs of the edited layer at the subjects' last tokens in the bare prompts; only ``with_keys``"""
+
+    def __init__(self, lm: LanguageModel, site: Site, facts: list[list[Row]], with_keys: bool = False) -> None:
         self.lm, self.site = lm, site
         rows = [row for some in facts for row in some]
         self.indices = _Indices.of(rows)
@@ -106,21 +115,25 @@ class ValueGroup:
         self.layout = lay_out(lm, [row.tail for row in rows], past)
         self.first_block = site.layer + 1 if site.in_stream else site.layer
         self.initial: Tensor | None = None
-        self._read_tails(bare)
+        self._read_tails(bare, with_keys)
         self._locate()
 
     @torch.no_grad()
-    def _read_tails(self, bare: Tensor) -> None:
+    def _read_tails(self, bare: Tensor, with_keys: bool) -> None:
         """Reads the tails' hidden states where the vector is added, and v0; blocks above do not run."""
         enters: dict[object, tuple[torch.nn.Module, str]] = {
             "hidden": (self.lm.anatomy.blocks[self.site.layer], "output" if self.site.in_stream else "input"),
             "site": (self.site.module, "output"),
         }
+        if with_keys:
+            enters["key"] = (self.lm.anatomy.edit_module(self.site.layer), "input")
         # With the site in the stream, both are the output of one module, whose hooks run in the order of the dict.
         with reading(enters, stop="site") as seen:
             self.layout.run()
         self.hidden, given = (by_row(seen[name], self.layout.rows).to(self.lm.device) for name in ("hidden", "site"))
         self.origin = given[self._subjects(bare)].float()
+        if with_keys:
+            self.keys = by_row(seen["key"], self.layout.rows).to(self.lm.device)[self._subjects(bare)]
         self.layout.prefix.free_blocks(self.first_block)
 
     def _subjects(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +226,8 @@ class _Indices(NamedTuple):
             at_fact=torch.tensor([numbers[f[2]] for f in flat]),
             token=torch.tensor([f[3] for f in flat]),
             weight=torch.tensor([f[4] for f in flat], dtype=torch.float32),
-            kl_row=torch.tensor([i for i, r in enumerate(rows) if not r.wanted]),
-            kl_column=torch.tensor([len(r.tail) - 1 for r in rows if not r.wanted]),
+            kl_row=torch.tensor([i for i, r in enumerate(rows) if not r.wanted], dtype=torch.long),
+            kl_column=torch.tensor([len(r.tail) - 1 for r in rows if not r.wanted], dtype=torch.long),
         )
 
     def to(self, device: torch.device) -> _Indices:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -34,31 +34,33 @@ from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
 from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, rows_of
 
-DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
-"""Optimizer -> its default step size, chosen on SmolLM2-135M."""
+SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
+"""Settings of ``values.source``."""
+
+DEFAULT_LR = {OPTIMIZE: 0.5, GRADIENT: 2.5e-3}
+"""Source -> its default step size, chosen on facts of the dev split with SmolLM2-135M."""
 
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
 
-ADDED_LATER = {"kl_at": PROMPT}
+ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT}
 """Settings that older versions did not have -> what these versions did; see :meth:`ValueSettings.cache_key`."""
 
-MOMENTUM = 0.5
-"""Momentum of steps along the gradient: the fraction of the last direction in the next one."""
+OF_ANY_SOURCE = ("source", "lr", "batch_tokens", "matmul")
+"""Settings that are not of the search alone."""
 
 
 @dataclass
 class ValueSettings:
-    """Settings of the optimization of values. The defaults were chosen by measurements on SmolLM2-135M."""
+    """Settings of how values are found. The defaults were chosen by measurements on SmolLM2-135M."""
 
+    source: str = OPTIMIZE
+    """``optimize``: a search for each fact; or ``gradient``: one forward and one backward pass for each fact
+    (:mod:`editlab.values.gradient`), of whose settings only ``lr``, ``batch_tokens`` and ``matmul`` exist."""
     steps: int = 25
     """Number of evaluations of the loss; the number of updates is one less."""
-    optimizer: str = "adam"
-    """``adam``, as in the authors' codes of ROME and MEMIT; or ``gradient``: steps along the normalized gradient, with
-    momentum. Adam moves all coordinates by similar amounts, even those that hardly affect the loss, so its vectors are
-    longer."""
     lr: float | None = None
-    """Step size of Adam (default: 0.5), or length of a gradient step as a fraction of ||v0|| (default: 0.06)."""
+    """Step size of Adam in the search (default: 0.5), or UltraEdit's eta for the gradient source (default: 0.0025)."""
     weight_decay: float = 1e-3
     """Weight of ||delta|| / ||v0||^2."""
     kl_factor: float = 0.0625
@@ -84,21 +86,40 @@ class ValueSettings:
     kl_at: str | None = None
     """Token of "{subject} is a" after which the KL term compares predictions: its last one (``prompt``), or the
     subject's last one (``subject``). Default: as ``model.conventions`` says, and ``prompt`` without them."""
+    anchor_facts: int = 0
+    """Number of the run's first facts whose values on the original weights give the norm that every value is rescaled
+    to (NAS, :mod:`editlab.values.anchor`); 0: values are not rescaled. ``layers: auto`` tries layers without it."""
 
     def __post_init__(self) -> None:
         where = "model.values"
-        one_of(where, DEFAULT_LR, optimizer=self.optimizer)
+        one_of(where, SOURCES, source=self.source)
         above_zero(where, steps=self.steps, lr=self.lr, clamp=self.clamp, batch_tokens=self.batch_tokens)
-        weights = ("weight_decay", "kl_factor", "loss_threshold", "early_stop")
+        weights = ("weight_decay", "kl_factor", "loss_threshold", "early_stop", "anchor_facts")
         not_negative(where, **{name: getattr(self, name) for name in weights})
         one_of(where, ("current", "original"), reference=self.reference)
         one_of(where, MATMULS, matmul=self.matmul)
         one_of(where, KL_POSITIONS, kl_at=self.kl_position)
+        if self.source == GRADIENT:
+            self._require_no_search()
+
+    def _require_no_search(self) -> None:
+        """Refuses settings that only a search has.
+
+        Raises:
+            UserError: One of them is set.
+        """
+        for field in fields(self):
+            unset = (field.default, ADDED_LATER.get(field.name))  # the editor replaces a kl_at of None by its meaning
+            if field.name not in OF_ANY_SOURCE and getattr(self, field.name) not in unset:
+                raise UserError(
+                    f"model.values.{field.name} has no meaning for model.values.source gradient, which takes one step "
+                    f"on the current weights: remove it, or set the source to {OPTIMIZE}."
+                )
 
     @property
     def step_size(self) -> float:
-        """The step size: ``lr``, or the optimizer's default if that is None."""
-        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        """The step size: ``lr``, or the source's default if that is None."""
+        return DEFAULT_LR[self.source] if self.lr is None else self.lr
 
     @property
     def kl_position(self) -> str:
@@ -108,11 +129,12 @@ class ValueSettings:
     def cache_key(self) -> dict[str, Any]:
         """All settings, for the key of a cache.
 
-        A setting that older versions did not have is left out if it is what they did, so that their caches stay valid.
+        A setting that older versions did not have is left out if it is what they did, so that their caches stay valid;
+        for the same reason the only optimizer is named, of which they had two.
         """
         settings = {**asdict(self), "kl_at": self.kl_position}
         as_before = [name for name, value in ADDED_LATER.items() if settings[name] == value]
-        return {name: value for name, value in settings.items() if name not in as_before}
+        return {"optimizer": "adam"} | {name: value for name, value in settings.items() if name not in as_before}
 
 
 @dataclass
@@ -165,7 +187,7 @@ def optimize_values(
             progress(len(group))
         return list(zip(target.cpu(), loss.cpu(), steps.cpu(), strict=True))
 
-    with _products_above(lm, site, settings):
+    with products_above(lm, site, settings):
         groups = by_length(padded, settings.batch_tokens or tokens_together(lm, site, reserved))
         found = ranks.each(groups, partial(by_halves, optimize))
     for i, (target, loss, steps) in enumerate(found):
@@ -200,7 +222,7 @@ def tokens_together(lm: LanguageModel, site: Site, reserved: int = 0) -> int:
     return max(FEWEST_TOKENS, min(TOKENS_A_PASS, room // 2 // each))
 
 
-def _products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> AbstractContextManager[None]:
+def products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> AbstractContextManager[None]:
     """Applies the settings' type of matrix products above the site and in the head; keys and v0 come from below it."""
     above = list(lm.anatomy.blocks)[site.layer + 1 :]
     return products(settings.matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head)
@@ -212,12 +234,7 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
     delta = torch.zeros_like(origin, requires_grad=True)
     size = origin.norm(dim=1)
     radius = settings.clamp * size
-    normalized = settings.optimizer == "gradient"
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD([delta], settings.step_size, momentum=MOMENTUM, dampening=MOMENTUM)
-        if normalized
-        else torch.optim.Adam([delta], settings.step_size)
-    )
+    optimizer = torch.optim.Adam([delta], settings.step_size)
     done, final_loss = torch.zeros_like(origin), torch.zeros_like(size)
     steps = torch.zeros(len(origin), dtype=torch.long)
     # The indices of active facts are also on the CPU: the host waits for the device only once a step, to learn which
@@ -237,7 +254,7 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
         flags = leaving_on_device if reached is None else torch.cat([leaving_on_device, reached[None]])
         known = flags.cpu()
         if reached is not None:
-            _require_effect(bool(known[-1]), group.site)
+            require_effect(bool(known[-1]), group.site)
             reached = None
         leaving = known[: len(active)]
         if step == settings.steps - 1:
@@ -251,8 +268,6 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         if step == 0:
             reached = gradient.any()
-        if normalized:
-            gradient = gradient * (size / gradient.norm(dim=1).clamp_min(1e-20))[:, None]
         delta.grad = gradient
         optimizer.step()
         with torch.no_grad():
@@ -267,7 +282,7 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
     return origin + done, final_loss, steps
 
 
-def _require_effect(reached: bool, site: Site) -> None:
+def require_effect(reached: bool, site: Site) -> None:
     """Refuses a site whose gradient is exactly 0: above the last block, or below quantized products without a gradient.
 
     Raises:

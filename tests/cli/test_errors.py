@@ -201,7 +201,7 @@ FIT = {
     "no condition": (setting("model.condition_limit", 0.5), "a condition number is above 1"),
     "no step size": (setting("model.values.lr", 0), "model.values.lr is 0.0: it must be above 0"),
     "a negative weight": (setting("model.values.kl_factor", -1), "model.values.kl_factor is -1.0: it must not be"),
-    "an unknown optimizer": (setting("model.values.optimizer", "sgd"), "it must be one of adam, gradient"),
+    "an unknown source": (setting("model.values.source", "sgd"), "it must be one of optimize, gradient"),
     "an unknown reference": (setting("model.values.reference", "old"), "it must be one of current, original"),
     "unknown products": (setting("model.values.matmul", "int8"), "it must be one of auto, float32, bfloat16"),
     "no context": (setting("model.contexts.length", 0), "model.contexts.length is 0: it must be at least 1"),

@@ -94,12 +94,12 @@ def test_print_config_and_help(recipe, capsys):
     assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,sweep,completion}" in last
 
 
-def test_another_optimizer_has_its_own_step_size(recipe, capsys):
-    # What is not given stays so: the default settings' optimizer must not leave its own step size behind.
+def test_another_source_has_its_own_step_size(recipe, capsys):
+    # What is not given stays so: the default settings' source must not leave its own step size behind.
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "tiny.yaml", "--model.values.optimizer", "gradient", "--print_config"])
+        main(["fit", "--config", "tiny.yaml", "--model.values.source", "gradient", "--print_config"])
     values = yaml.safe_load(capsys.readouterr().out)["model"]["values"]
-    assert (values["optimizer"], values["lr"]) == ("gradient", None)
+    assert (values["source"], values["lr"]) == ("gradient", None)
 
 
 VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]

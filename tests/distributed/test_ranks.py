@@ -14,6 +14,8 @@ from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import by_halves
 from editlab.lm.text import WINDOW, sample_text
+from editlab.values.anchor import parts_of
+from editlab.values.gradient import read_gradients
 from editlab.values.optimize import ValueSettings, optimize_values
 from tests.facts import FACTS
 from tests.ranked import together
@@ -149,7 +151,9 @@ def measure(facts):
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
     windows = sample_text(lm, 3 * WINDOW + 40, 0, "")
     moments = editlab.keys.moments.accumulate(lm, [1], windows)[1]
-    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact, *scores]
+    gradients = read_gradients(lm, facts, site, ValueSettings(source="gradient", batch_tokens=8, matmul="float32"))
+    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact, *scores,
+             *gradients, parts_of(lm, facts, site, values.target)]  # fmt: skip
     return exact, windows, moments
 
 

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import torch
 
 from editlab.errors import UserError
-from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.solver.closed_form import solve
+from editlab.solver.constraints import Constraints
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, UltraEdit
 
 
 def test_slack_of_each_method():
@@ -20,6 +23,20 @@ def test_slack_of_each_method():
     ]
     assert ROME().largest_batch == 1
     assert EMMET().largest_batch is None
+
+
+def test_ultraedit_is_ridge_regression_on_the_keys():
+    # The authors' code solves (H^T H + I) x = H^T V for the transposed update, with a key in each row of H.
+    draw = torch.Generator().manual_seed(0)
+    keys = torch.randn(7, 4, dtype=torch.float64, generator=draw)
+    residuals = torch.randn(3, 4, dtype=torch.float64, generator=draw)
+    for mu in (1.0, 5.0):
+        method = UltraEdit(mu)
+        metric = method.preservation(torch.empty(7, 7, device="meta"), torch.device("cpu"))
+        found = solve(Constraints(keys, residuals, torch.full((4,), method.slack, dtype=torch.float64)), metric).delta
+        published = torch.linalg.solve(keys @ keys.T + mu * torch.eye(7), keys @ residuals.T).T
+        assert (found - published).abs().max() < 1e-12
+    assert not method.needs_moments
 
 
 @pytest.mark.parametrize("slack", [1.0, 3.0])
@@ -39,6 +56,7 @@ def test_emmet_with_slack_1_is_refused_and_names_the_equivalent_memit(slack):
         (AlphaEdit, {"threshold": math.inf}, "threshold is inf: it must be finite"),
         (MEMIT, {"covariance_weight": math.inf}, "covariance_weight is inf: it must be finite"),
         (ROME, {"ridge": math.nan}, "ridge is nan"),
+        (UltraEdit, {"mu": 0.0}, "mu is 0"),
         (EMMET, {"gram_ridge": math.nan}, "slack is nan; it must be 0 or above, and finite"),
         (EMMET, {"gram_ridge": math.inf}, "slack is inf"),
         (AlphaEdit, {"l2": math.nan}, "slack is nan"),
