@@ -55,6 +55,8 @@ class RunIdentity:
     """``data.joint``"""
     split: str = "all"
     """``data.split``"""
+    spread: str = "residual"
+    """``model.values.spread``, as replayed edits have a value for each site"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -69,6 +71,7 @@ class RunIdentity:
             precision=trainer.precision,
             joint=model.lm.joint,
             split=getattr(trainer.datamodule, "split", "all"),  # type: ignore[attr-defined]
+            spread=getattr(getattr(model, "values", None), "spread", "residual"),
         )
 
     @classmethod
@@ -108,7 +111,7 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision, batch size, split and joint of the checkpoint with this identity.
+        """Makes sure that ``run`` has the checkpoint's precision, batch size, split, joint and spread of targets.
 
         Raises:
             UserError: One of them differs.
@@ -132,6 +135,11 @@ class RunIdentity:
             raise UserError(
                 f"The checkpoint's run had data.joint {self.joint} and this one has {run.joint}: set it to the "
                 "checkpoint's, or start a new run without --ckpt_path."
+            )
+        if self.spread != run.spread:
+            raise UserError(
+                f"The checkpoint's run had model.values.spread {self.spread} and this one has {run.spread}: set it to "
+                "the checkpoint's, or start a new run without --ckpt_path."
             )
 
 

@@ -25,6 +25,9 @@ from editlab.utils.disk_cache import RowCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings
 
+UNRELATED = ("reference", "batch_tokens", "spread")
+"""Settings on which a value at a given site does not depend beyond rounding."""
+
 
 class ValueCache:
     """A cache of targets v* by fact, in the cache folder.
@@ -45,7 +48,7 @@ class ValueCache:
         settings: ValueSettings,
         unusual_texts: Callable[[Sequence[tuple[str, str]]], list[str]] = lambda pairs: [],
     ) -> None:
-        relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
+        relevant = {k: v for k, v in asdict(settings).items() if k not in UNRELATED}
         relevant["lr"] = settings.step_size
         key = key_of(
             model=list(model), layer=site.layer, in_stream=site.in_stream, contexts=list(contexts), settings=relevant

@@ -31,6 +31,7 @@ from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
 from editlab.values.loss import ValueGroup, rows_of
+from editlab.values.spread import SPREADS
 
 DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
 """Optimizer -> its default step size, chosen on SmolLM2-135M."""
@@ -69,6 +70,10 @@ class ValueSettings:
     reference: str = "current"
     """Weights that values are optimized on: ``current`` ones, or the ``original`` (unedited) ones, in which case the
     values are kept in the cache folder for later runs."""
+    spread: str = "residual"
+    """How several layers share an edit (:mod:`editlab.values.spread`). ``residual``: a value at the highest layer; its
+    residual is divided among the layers (MEMIT). ``each``: a value of its own for each layer (BLUE). ``forward``: a
+    value at the lowest layer, and for the others what the model outputs with that value in place (FE)."""
     batch_tokens: int | None = None
     """Number of padded tokens that are optimized together as a group. It bounds memory and changes results only by
     rounding. Default: 512 on a CPU, whose caches hold no more; on GPUs up to 4096, as long as they fit into half of the
@@ -85,6 +90,7 @@ class ValueSettings:
         not_negative(where, **{name: getattr(self, name) for name in weights})
         one_of(where, ("current", "original"), reference=self.reference)
         one_of(where, MATMULS, matmul=self.matmul)
+        one_of(where, SPREADS, spread=self.spread)
 
     @property
     def step_size(self) -> float:

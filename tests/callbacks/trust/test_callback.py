@@ -38,9 +38,12 @@ class Spoil(EditCallback):
 
     def on_edit_planned(self, trainer, editor, plan):
         if plan.step == self.step:
-            noise = torch.randn(plan.targets.shape, generator=torch.Generator().manual_seed(0))
-            plan.targets = plan.targets.clone()
-            plan.targets[self.place] = 60 * noise[self.place]
+            plan.targets = plan.targets.changed(self.spoilt)
+
+    def spoilt(self, values):
+        noise, values = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)), values.clone()
+        values[self.place] = 60 * noise[self.place]
+        return values
 
 
 def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **settings):
