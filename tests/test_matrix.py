@@ -9,6 +9,7 @@ bits, metrics are numbers in their range, and ``revert`` gives the original mode
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,19 +62,25 @@ def text(tmp_path, monkeypatch):
     return str(path)
 
 
-def edit(family, method, callbacks):
+def edit(family, method, callbacks, **changes):
     """Edits four facts with a method and callbacks: the model before and after, and the result."""
     model = tiny_model(family)
     before = weights(model)
     layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
-    settings = {**SMALL, "layers": layers, "batch_size": method.largest_batch or SMALL["batch_size"], "method": method}
+    settings = {
+        **SMALL,
+        "layers": layers,
+        "batch_size": method.largest_batch or SMALL["batch_size"],
+        "method": method,
+        **changes,
+    }
     _, result = edit_model(model, tiny_tokenizer(), FACTS[:4], callbacks=callbacks, **settings)
     return model, before, result
 
 
-def check(family, method, make):
+def check(family, method, make, **changes):
     """What must hold whatever the method and the callbacks; ``make`` gives fresh callbacks."""
-    model, before, result = edit(family, method, make())
+    model, before, result = edit(family, method, make(), **changes)
     blocks, module, _ = EXPECTED[family]
     ours = {f"{blocks}.{layer}.{module}.weight" for layer in result.editor.layer_numbers}
     assert set(changed(before, model)) <= ours
@@ -86,7 +93,7 @@ def check(family, method, make):
         assert all(0 <= group[name] <= 1 for name in FRACTIONS)
         assert all(map(math.isfinite, group.values()))
 
-    again, _, _ = edit(family, method, make())
+    again, _, _ = edit(family, method, make(), **changes)
     assert changed(weights(model), again) == []
     result.revert()
     assert changed(before, model) == []
@@ -102,6 +109,12 @@ def test_every_method_with_every_callback(method, callbacks, text):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_all_callbacks(family, method, text):
     check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
+
+
+@pytest.mark.parametrize("spread", ["each", "forward"])
+def test_targets_of_each_layer_with_all_callbacks(spread, text):
+    values = replace(SMALL["values"], spread=spread, reference="current")
+    check("llama", METHODS["memit"], lambda: CALLBACKS["everything"](text), values=values)
 
 
 @pytest.mark.parametrize("method", METHODS)
