@@ -9,8 +9,8 @@
   ones. On the original weights all searches see the unedited model.
 - ``forward``: one search at the lowest layer; the values of the others are what the model itself outputs there, at the
   subject's last token of the bare prompt, if that value is put in the place of the lowest layer's output (FE, Liu et
-  al. 2026, arXiv:2605.00358). Every layer removes its whole residual, which would be 0 if the lower layers reached their
-  values exactly and changed nothing at other tokens.
+  al. 2026, arXiv:2605.00358). Every layer removes its whole residual, which would be 0 if the lower layers reached
+  their values exactly and changed nothing at other tokens.
 
 One layer is its own highest and lowest layer, so the three are the same for it.
 """
