@@ -16,6 +16,7 @@ from editlab.distributed import ranks
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.errors import EditLabError, UserError
 from editlab.values.optimize import ValueSettings
+from editlab.values.spread import Targets
 from tests import ranked
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import Spy, editor, fit
@@ -238,7 +239,7 @@ class Asked:
 def judged(fails, shared=False):
     gate = TrustRollback(threshold=1.0)
     gate.probes = Asked(fails, shared)
-    plan = EditPlan(0, FACTS[:2], torch.zeros(2, 3))
+    plan = EditPlan(0, FACTS[:2], Targets(FACTS[:2], {1: torch.zeros(2, 3)}))
     outcome = EditOutcome(plan, {}, {})
     gate.on_edit_planned(None, None, plan)
     gate.on_edit_applied(None, None, outcome)
