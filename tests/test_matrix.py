@@ -111,9 +111,8 @@ def test_every_family_with_all_callbacks(family, method, text):
     check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
 
 
-@pytest.mark.parametrize("spread", ["each", "forward"])
-def test_targets_of_each_layer_with_all_callbacks(spread, text):
-    values = replace(SMALL["values"], spread=spread, reference="current")
+def test_targets_of_each_layer_with_all_callbacks(text):
+    values = replace(SMALL["values"], spread="each", reference="current")
     check("llama", METHODS["memit"], lambda: CALLBACKS["everything"](text), values=values)
 
 
