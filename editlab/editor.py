@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from editlab.evaluation.known import holds_truth
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
-from editlab.keys.subject_keys import too_long
+from editlab.keys.subject_keys import Site, too_long
 from editlab.runs import resume
 from editlab.runs.measured_model import MeasuredModel, in_float32
 from editlab.runs.step_metrics import step_metrics
@@ -40,6 +41,7 @@ from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
 from editlab.values.optimize import ValueSettings
 from editlab.values.sources import ValueSource, make_source, require_combination
+from editlab.values.spread import EACH, Targets, distinct, find_targets, sites_of
 
 
 class SequentialEditor(MeasuredModel):
@@ -47,8 +49,8 @@ class SequentialEditor(MeasuredModel):
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
-        layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
-            divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
+        layers: blocks whose MLP output projection is edited; ``values.spread`` says how they share an edit (default:
+            as MEMIT does). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
         method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit or UltraEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
@@ -155,6 +157,11 @@ class SequentialEditor(MeasuredModel):
         """The editing method."""
         return self.solve_settings.method
 
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that values are found at, from the lowest up."""
+        return distinct(sites_of(self.lm, self.layer_numbers, self.values.spread))
+
     @cached_property
     def unedited_scores(self) -> ScoreCache:
         """Scores of the unedited weights, kept in the cache folder."""
@@ -186,7 +193,8 @@ class SequentialEditor(MeasuredModel):
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
+            sites = sites_of(self.lm, self.layer_numbers, self.values.spread, self.site_setting)
+            self.solver = BatchSolver(self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts)
             self.solver.set_moments(self._second_moments())
         self.source = make_source(
             self.lm, self.model_key, self.contexts, self.values, self.unedited,
@@ -218,7 +226,7 @@ class SequentialEditor(MeasuredModel):
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
         before, source_before = Snapshot(self.layers), self.source.state_dict()
-        plan = EditPlan(self.global_step, facts, self.find_values(facts))
+        plan = EditPlan(self.global_step, facts, self.find_targets(facts))
         self._notify("on_edit_planned", plan)
         outcome = EditOutcome(plan)
         self.optimizers().step(lambda: self.solver.solve(outcome))  # type: ignore[union-attr]
@@ -242,13 +250,16 @@ class SequentialEditor(MeasuredModel):
         for callback in sorted(listeners, key=lambda c: (getattr(c, "priority", 0), c.state_key)):
             getattr(callback, event)(self.trainer, self, subject)
 
-    def find_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names."""
-        return self.source.find(facts, self.site)
+    def find_targets(self, facts: Sequence[Fact]) -> Targets:
+        """Targets of facts at the sites of the edited layers, on the weights that ``values.reference`` names."""
+        current = self.values.reference == "current"
+        with nullcontext() if current else self.unedited():
+            in_turn = self.source.find if current and self.values.spread == EACH else None
+            return find_targets(self.lm, self.values.spread, self.sites, facts, self.source.find, in_turn)
 
-    def optimize_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], on the weights as they are."""
-        return self.source.find_now(facts, self.site)
+    def find_values_now(self, facts: Sequence[Fact]) -> Tensor:
+        """Values of facts at all sites, float32 [n, sites, d_v], on the weights as they are."""
+        return find_targets(self.lm, self.values.spread, self.sites, facts, self.source.find_now).stacked()
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():

@@ -36,7 +36,7 @@ def test_one_hard_edit_gives_its_value_at_the_prompt_of_the_mode(chat_folder, tm
     (fact,) = spy.plans[0].facts
     head = "<s>[user] " if mode in ("edit", "both") else ""
     assert fact.question == head + FACTS[0].question + ("\n[assistant]\n" if head else "")
-    assert torch.allclose(site_now(module, fact), spy.plans[0].targets[0], atol=1e-4)
+    assert torch.allclose(site_now(module, fact), spy.plans[0].targets.first[0], atol=1e-4)
     encoding, last = locate(module.lm, fact)
     start, end = encoding.offsets[last]
     assert fact.question[start:end].strip() == fact.subject

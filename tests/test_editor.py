@@ -104,7 +104,7 @@ def test_one_hard_edit_gives_exactly_its_value(tiny_folder, tmp_path):
     module = editor(tiny_folder, layers=[1], method=ROME())
     trainer = fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
     assert trainer.global_step == 1
-    wanted = spy.plans[0].targets[0]
+    wanted = spy.plans[0].targets.first[0]
     assert torch.allclose(site_now(module, FACTS[0]), wanted, atol=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_spreading_reaches_the_same_value_over_two_layers(tiny_folder, tmp_path)
     spy = Spy()
     module = editor(tiny_folder, layers=[0, 2], method=ROME())
     fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
-    assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets[0], atol=1e-4)
+    assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets.first[0], atol=1e-4)
     assert set(spy.outcomes[0].updates) == {0, 2}
     assert all(update.abs().max() > 0 for update in spy.outcomes[0].updates.values())
 
@@ -126,7 +126,7 @@ def test_each_pass_asks_for_what_the_one_before_left(tiny_folder, tmp_path):
         spy, method = Spy(), MEMIT(covariance_weight=10.0)
         module = editor(tiny_folder, layers=[1], method=method, values=values, passes=passes)
         fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
-        wanted, now = spy.plans[0].targets[0], site_now(module, FACTS[0])
+        wanted, now = spy.plans[0].targets.first[0], site_now(module, FACTS[0])
         with module.unedited():
             shares.append(float((wanted - now).norm() / (wanted - site_now(module, FACTS[0])).norm()))
         (layer,) = module.layers
@@ -382,7 +382,7 @@ def test_a_norm_after_the_mlp_is_edited_through(tmp_path):
     module = editor(tmp_path / "gemma", layers=[1], method=ROME())
     spy = Spy()
     fit(tmp_path, module, callbacks=[spy], limit=1, batch_size=1)
-    assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets[0], atol=1e-3)
+    assert torch.allclose(site_now(module, FACTS[0]), spy.plans[0].targets.first[0], atol=1e-3)
 
 
 def test_memit_leaves_a_residual_and_emmet_none(tiny_folder, tmp_path):
@@ -401,7 +401,7 @@ def test_half_precision_is_the_model_s_alone(tiny_folder, tmp_path):
     fit(tmp_path, module, callbacks=[spy], precision="bf16-true")
     assert module.lm.model.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32
-    assert {outcome.plan.targets.dtype for outcome in spy.outcomes} == {torch.float32}
+    assert {outcome.plan.targets.first.dtype for outcome in spy.outcomes} == {torch.float32}
     scores = [module.evaluation.scores(group).edit for group in ("before", "immediate", "retained")]
     assert {one.logp_new.dtype for one in scores} == {torch.float32}
     for layer in module.layers:

@@ -9,6 +9,7 @@ bits, metrics are numbers in their range, and ``revert`` gives the original mode
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,9 @@ def test_every_family_with_all_callbacks(family, method, text):
 )
 def test_every_value_source_with_all_callbacks(method, values, text):
     check("llama", method, lambda: CALLBACKS["everything"](text), values=values)
+def test_targets_of_each_layer_with_all_callbacks(text):
+    values = replace(SMALL["values"], spread="each", reference="current")
+    check("llama", METHODS["memit"], lambda: CALLBACKS["everything"](text), values=values)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -24,11 +24,11 @@ class Memory:
 
     fact: Fact
     value: Tensor
-    """value v* of the fact, [d_v]"""
+    """values v* of the fact at the sites of the edited layers, from the lowest up, [sites, d_v]"""
     key: Tensor
     """k at the highest edited layer when the edit was made, [d_k]"""
     origin: Tensor
-    """output of the site at the subject's last token without the highest layer's updates, [d_v]"""
+    """output of that layer's site at the subject's last token without the layer's updates, [d_v]"""
     step: int
     """number of the batch that made the edit"""
     replayed: int = -1
@@ -41,6 +41,7 @@ class Memory:
     """keys of its prompt's context tokens, [m, d_k]; only if keys are cached and context keys are preserved"""
 
     def __post_init__(self) -> None:
+        self.value = self.value.view(-1, self.value.shape[-1])  # checkpoints of older versions hold [d_v]
         if self.replayed < 0:
             self.replayed = self.step
 

@@ -151,7 +151,7 @@ class MemoryReplay(EditCallback):
         self.reset_for_new_run(editor, self._initial_state)
         if self.samples:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
-            numbers = anatomy.key_size(top) + 2 * anatomy.value_size(top)
+            numbers = anatomy.key_size(top) + (1 + len(editor.sites)) * anatomy.value_size(top)
             log.info("Replay buffer: at most %d edits in %.1f MiB", self.buffer.capacity,
                      self.buffer.capacity * numbers * 4 / 2**20)  # fmt: skip
 
@@ -185,7 +185,7 @@ class MemoryReplay(EditCallback):
             m for m in self.buffer.sample(count, exclude=plan.facts, step=plan.step) if self._weight(m, plan.step)
         ]
         if self.refresh == "values" and memories:
-            for memory, value in zip(memories, editor.optimize_values([m.fact for m in memories]), strict=True):
+            for memory, value in zip(memories, editor.find_values_now([m.fact for m in memories]), strict=True):
                 memory.value = value.clone()
         plan.add([self._addition(memory, plan.step) for memory in memories])
 
@@ -253,8 +253,9 @@ class MemoryReplay(EditCallback):
         before = widened(editor.layers[-1].total, device) + (1 - outcome.factor) * whole - last
         bare = keys.keys[:, :count]
         origins = keys.current[:, :count] - before @ bare
+        values = plan.targets.stacked()
         for i, fact in enumerate(plan.facts):
-            tensors = (plan.targets[i], bare[:, i], origins[:, i])
+            tensors = (values[i], bare[:, i], origins[:, i])
             value, key, origin = (t.float().cpu().clone() for t in tensors)
             context = None
             if self.cache_keys and editor.solve_settings.context_key_weight:
@@ -269,11 +270,11 @@ class MemoryReplay(EditCallback):
         facts, top = [memory.fact for memory in memories], editor.layer_numbers[-1]
         now = Snapshot(editor.changed_layers)
         before.restore_weights()
-        unadjusted = editor.solver.read_keys(facts, top).current
+        unadjusted = editor.solver.read_outputs(facts)
         now.restore_weights()
         keys = editor.solver.read_keys(facts, top)
         bare = keys.keys[:, : len(facts)]
-        shifts = (keys.current - unadjusted).T.float().cpu()
+        shifts = (editor.solver.read_outputs(facts) - unadjusted).float().cpu()
         origins = (keys.current - widened(editor.layers[-1].total, bare.device) @ bare).T.float().cpu()
         for i, memory in enumerate(memories):
             memory.value = memory.value + shifts[i]
@@ -299,8 +300,7 @@ class MemoryReplay(EditCallback):
             _set_importance(memories, _drift(memories, now))
         elif due:
             facts: Sequence[Fact] = [m.fact for m in memories]
-            now = editor.solver.read_keys(facts, editor.layer_numbers[-1]).current.T.float().cpu()
-            _set_importance(memories, _drift(memories, now))
+            _set_importance(memories, _drift(memories, editor.solver.read_outputs(facts).float().cpu()))
 
     # ---- the end, and checkpoints -----------------------------------------------------------------------------
 
@@ -326,9 +326,14 @@ class MemoryReplay(EditCallback):
 
 
 def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:
-    """Drift ``||v - now|| / ||v||`` of each memory, [n]; ``now`` is the site's present output, float32 [n, d_v]."""
-    values = torch.stack([m.value for m in memories])
-    return (values - now).norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)
+    """Drift ``||v - now|| / ||v||`` of each memory, [n]; the values of several sites count as one long vector.
+
+    Args:
+        memories: the memories.
+        now: the sites' present outputs, float32 [n, sites, d_v]; [n, d_v] if there is one.
+    """
+    values = torch.stack([m.value for m in memories]).flatten(1)
+    return (values - now.flatten(1)).norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)
 
 
 def _set_importance(memories: Sequence[Memory], importance: Tensor) -> None:

@@ -7,7 +7,7 @@ after the next ``later`` batches that were kept, which are solved again on eithe
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class ForkLabels(EditCallback):
         stream = trainer.datamodule.facts  # type: ignore[attr-defined]
         size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         self._intended = stream[plan.step * size : (plan.step + 1) * size]
-        self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.clone())
+        self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.unsolved())
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Keeps the whole update, before a verdict changes it."""
@@ -133,7 +133,7 @@ class ForkLabels(EditCallback):
             for layer, total in zip(editor.layers, totals, strict=True):
                 layer.restore(total)
             for plan in waiting.plans:
-                editor.solver.solve(EditOutcome(plan))
+                editor.solver.solve(EditOutcome(replace(plan, targets=plan.targets.unsolved())))
             found.append(self._measure(editor, waiting, [layer.total.clone() for layer in editor.layers]))
         self._write(waiting, len(waiting.plans), *found)
 

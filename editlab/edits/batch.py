@@ -11,10 +11,10 @@ from torch import Tensor
 
 from editlab.data.fact import Fact
 from editlab.edits.edited_layer import EditedLayer
-from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.plan import Addition, EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
-from editlab.keys.subject_keys import KEY_MODES, SITES, CachedKey, Keys, Site, read_keys
+from editlab.keys.subject_keys import KEY_MODES, SITES, CachedKey, Keys, Site, read_keys, read_outputs
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
@@ -25,6 +25,7 @@ from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import at_least_one, not_negative, one_of
+from editlab.values.spread import RESIDUAL, distinct, sites_of
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class BatchSolver:
 
     lm: LanguageModel
     settings: SolveSettings
-    site: Site
-    """site of the targets, at the highest of the layers"""
+    sites: Mapping[int, Site]
+    """layer number -> the site whose target the layer works towards (:func:`~editlab.values.spread.sites_of`)"""
     layers: Mapping[int, EditedLayer]
     """layer number -> the edited layer, from the lowest up"""
     contexts: Sequence[str]
@@ -83,7 +84,12 @@ class BatchSolver:
 
     @classmethod
     def at(
-        cls, lm: LanguageModel, layers: Sequence[int], contexts: Sequence[str], settings: SolveSettings
+        cls,
+        lm: LanguageModel,
+        layers: Sequence[int],
+        contexts: Sequence[str],
+        settings: SolveSettings,
+        spread: str = RESIDUAL,
     ) -> BatchSolver:
         """A solver with layers of its own, whose sums of updates start at zero.
 
@@ -92,9 +98,10 @@ class BatchSolver:
             layers: numbers of the layers to edit, from the lowest up.
             contexts: prefixes in which keys are read, the empty one first.
             settings: the settings of the solve.
+            spread: how the layers share the work (:data:`~editlab.values.spread.SPREADS`).
         """
         edited = {layer: EditedLayer.of(lm, layer) for layer in layers}
-        return cls(lm, settings, Site.of(lm, layers[-1], settings.site), edited, contexts)
+        return cls(lm, settings, sites_of(lm, layers, spread, settings.site), edited, contexts)
 
     @property
     def device(self) -> torch.device:
@@ -116,35 +123,43 @@ class BatchSolver:
         return sum(metric.bytes for metric in self.preservation.values() if metric.device == device)
 
     def read_keys(self, facts: Sequence[Fact], layer: int) -> Keys:
-        """Keys of facts at an edited layer and what the site outputs for them, with the weights as they are."""
-        return read_keys(self.lm, facts, layer, self.site, self.contexts, self.settings.key_mode, self.device)
+        """Keys of facts at an edited layer and what its site outputs for them, with the weights as they are."""
+        return read_keys(self.lm, facts, layer, self.sites[layer], self.contexts, self.settings.key_mode, self.device)
+
+    def read_outputs(self, facts: Sequence[Fact]) -> Tensor:
+        """What the sites output for facts, with the weights as they are, float64 [n, sites, d_v]."""
+        return read_outputs(self.lm, facts, distinct(self.sites), self.device)
 
     @torch.no_grad()
     def solve(self, outcome: EditOutcome) -> None:
         """Solves the outcome's plan layer by layer and adds each update before the next layer is solved.
 
-        The residual is spread over the layers from the lowest up (MEMIT, Meng et al. 2023, arXiv:2210.07229, eq. 20).
-        Blocks between the layers distort what lower updates contribute, and slack leaves a part of the residual; each
-        further pass solves for the remaining residual.
+        The residual at a site is spread over the layers that work towards it, from the lowest up (MEMIT, Meng et al.
+        2023, arXiv:2210.07229, eq. 20); with a site for each layer, each removes the whole residual at its own. Keys
+        and residuals of a layer are read with the updates of the layers below. Blocks between the layers distort what
+        lower updates contribute, and slack leaves a part of the residual; each further pass solves for the remaining
+        residual.
 
         Args:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
         system = _System.of(outcome.plan, self.settings.method.slack)
         for _ in range(self.settings.passes):
-            for index, (number, layer) in enumerate(self.layers.items()):
-                update = self._solve_layer(outcome, system, number, len(self.layers) - index)
-                layer.add(update)
+            for number, layer in self.layers.items():
+                layer.add(self._solve_layer(outcome, system, number))
 
-    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, layers_left: int) -> Tensor:
+    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int) -> Tensor:
         """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
         plan, layer, facts = outcome.plan, self.layers[number], len(outcome.plan.facts)
+        site = self.sites[number].layer
+        layers_left = sum(other >= number and self.sites[other].layer == site for other in self.layers)
+        targets = system.targets(plan, site)
         keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
         if outcome.residual_norm is None:  # later layers and passes see what remains of it
             now = keys.current[:, :facts].T
-            outcome.residual_norm = (widened(plan.targets, now.device) - now).norm(dim=1)
+            outcome.residual_norm = (widened(targets[:facts], now.device) - now).norm(dim=1)
         repair = system.repair.to(keys.current)
-        residuals = (widened(system.targets.T, keys.current.device) - keys.current) * repair / layers_left
+        residuals = (widened(targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
         preservation = self.preservation[number]
@@ -204,8 +219,8 @@ class _System:
     """facts whose keys have to be read in a forward pass"""
     cached: list[CachedKey]
     """keys of the additions that follow them"""
-    targets: Tensor
-    """target of each fact and addition, [n, d_v]"""
+    additions: list[Addition]
+    """the additions in their order"""
     slack: Tensor
     """slack of each, float64 [n]"""
     repair: Tensor
@@ -218,7 +233,16 @@ class _System:
         return cls(
             [*plan.facts, *(a.fact for a in additions if a.cached_key is None)],
             [a.cached_key for a in additions if a.cached_key is not None],
-            torch.cat([plan.targets, *(a.target[None].to(plan.targets) for a in additions)]),
+            additions,
             torch.tensor([slack] * len(plan.facts) + [1 / a.weight for a in additions], dtype=torch.float64),
             torch.tensor([1.0] * len(plan.facts) + [a.repair for a in additions], dtype=torch.float64),
         )
+
+    def targets(self, plan: EditPlan, layer: int) -> Tensor:
+        """Target of each fact and addition at the site of a layer, [n, d_v]."""
+        own, sites = plan.targets.at(layer), plan.targets.layers
+        each = [a.target.view(-1, own.shape[1]).to(own) for a in self.additions]
+        wrong = next((len(rows) for rows in each if len(rows) != len(sites)), None)
+        if wrong is not None:
+            raise ValueError(f"an addition has targets for {wrong} sites: the layers work towards {len(sites)}")
+        return torch.cat([own, *(rows[sites.index(layer), None] for rows in each)])

@@ -43,6 +43,7 @@ from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.utils.disk_cache import Codec, DiskCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.spread import distinct, find_targets
 
 log = logging.getLogger(__name__)
 
@@ -221,16 +222,19 @@ class Search:
         """Edits the facts at some layers, measures the edits, and removes them again."""
         if layers in self.trials:
             return
-        solver = BatchSolver.at(self.lm, layers, self.evaluator.contexts, self.setup.solve)
+        spread = self.setup.values.spread
+        solver = BatchSolver.at(self.lm, layers, self.evaluator.contexts, self.setup.solve, spread)
         solver.set_moments(accumulate(self.lm, layers, self.windows, solver.device))
-        facts, targets = self.evaluator.facts, self._find_values(solver)
+        facts, in_turn = self.evaluator.facts, self._search if self.setup.values.reference == "current" else None
+        targets = find_targets(self.lm, spread, distinct(solver.sites), facts, self._find_values, in_turn)
         size = self.setup.solve.method.largest_batch or len(facts)
         measured = []
         for start in range(0, len(facts), size):
             batch = slice(start, start + size)
             before = Snapshot(list(solver.layers.values()))
             try:
-                solver.solve(EditOutcome(EditPlan(0, facts[batch], targets[batch])))
+                rows = range(len(facts))[batch]
+                solver.solve(EditOutcome(EditPlan(0, facts[batch], targets.of(rows))))
                 measured.append(self.evaluator.evaluate(batch))
             finally:
                 before.restore_weights()
@@ -242,14 +246,16 @@ class Search:
             fmean(locality) if locality else None,
         )
 
-    def _find_values(self, solver: BatchSolver) -> Tensor:
-        """Values of the facts at a solver's site, float32 [n, d_v]; they depend on the highest layer alone."""
-        top, settings = solver.site.layer, self.setup.values
-        if top not in self.values:
-            settings = replace(settings, steps=min(STEPS, settings.steps))
-            found = optimize_values(self.lm, self.evaluator.facts, solver.site, solver.contexts, settings)
-            self.values[top] = found.target
-        return self.values[top]
+    def _find_values(self, facts: Sequence[Fact], site: Site) -> Tensor:
+        """Values of the facts at a site on the unedited weights, float32 [n, d_v]; they are the same in each trial."""
+        if site.layer not in self.values:
+            self.values[site.layer] = self._search(facts, site)
+        return self.values[site.layer]
+
+    def _search(self, facts: Sequence[Fact], site: Site) -> Tensor:
+        """Values of facts at a site on the weights as they are, float32 [n, d_v]."""
+        settings = replace(self.setup.values, steps=min(STEPS, self.setup.values.steps))
+        return optimize_values(self.lm, facts, site, self.evaluator.contexts, settings).target
 
 
 class TrialEvaluator:

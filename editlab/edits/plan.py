@@ -10,6 +10,7 @@ from torch import Tensor
 from editlab.data.fact import Fact
 from editlab.edits.snapshot import Snapshot
 from editlab.keys.subject_keys import CachedKey, Keys
+from editlab.values.spread import Targets
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Addition:
 
     fact: Fact
     target: Tensor
-    """[d_v]: what the edited site should output at the subject's last token"""
+    """[sites, d_v]: what each site (:class:`~editlab.values.spread.Targets`), from the lowest up, should output at the
+    subject's last token; [d_v] if there is one"""
     weight: float = 1.0
     """the slack of the constraint is 1 / weight; ``inf`` makes it an equality"""
     repair: float = 1.0
@@ -35,8 +37,8 @@ class EditPlan:
     """number of batches before this one"""
     facts: Sequence[Fact]
     """facts of the batch; of several with the same subject and prompt only the last. Batch indices refer to these"""
-    targets: Tensor
-    """float32 [n, d_v]: values v* of the facts"""
+    targets: Targets
+    """values v* of the facts at the site that each layer works towards"""
     additions: list[Addition] = field(default_factory=list)
     """constraints that callbacks added"""
 
@@ -59,7 +61,7 @@ class EditOutcome:
     last_updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the part of its update that the last pass added, after those keys were read"""
     residual_norm: Tensor | None = None
-    """norm of each fact's residual before the solve, [n]; set by the solve"""
+    """norm of each fact's residual at the lowest site before the solve, [n]; set by the solve"""
     measured: dict[str, float] = field(default_factory=dict)
     """numbers that callbacks log for this step, by full name, such as ``replay/buffer``"""
     factor: float = 1.0
@@ -133,5 +135,5 @@ class EditOutcome:
         """Reduces the plan to the remaining facts and clears the results of the last solve."""
         rows = [row for row, index in enumerate(self._planned) if index not in self.dropped]
         self._planned = [self._planned[row] for row in rows]
-        self.plan = replace(self.plan, facts=[self.plan.facts[row] for row in rows], targets=self.plan.targets[rows])
+        self.plan = replace(self.plan, facts=[self.plan.facts[row] for row in rows], targets=self.plan.targets.of(rows))
         self.updates, self.last_updates, self.keys, self.diagnostics, self.residual_norm = {}, {}, {}, {}, None

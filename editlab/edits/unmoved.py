@@ -53,6 +53,6 @@ def unmoved(outcome: EditOutcome, dtype: torch.dtype) -> int:
         return len(outcome.plan.facts)
     if outcome.residual_norm is None:
         return 0
-    size = outcome.plan.targets.norm(dim=1).to(outcome.residual_norm)
+    size = outcome.plan.targets.first.norm(dim=1).to(outcome.residual_norm)
     tolerance = min(64 * torch.finfo(dtype).eps, LARGEST_TOLERANCE)
     return int((outcome.residual_norm <= tolerance * size).sum())

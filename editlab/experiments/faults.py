@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
@@ -122,16 +123,22 @@ def inject(plan: EditPlan, kind: str, seed: int) -> None:
         ValueError: The kind of fault is unknown.
     """
     draw = torch.Generator().manual_seed(seed)
-    targets = plan.targets
+
+    def noisy(values: Tensor) -> Tensor:
+        noise = torch.randn(values.shape, generator=draw).to(values)
+        return values + noise * values.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+
+    def longer(values: Tensor) -> Tensor:
+        return values * (10 + 40 * torch.rand(len(values), 1, generator=draw).to(values))
+
     if kind == "noise":
-        noise = torch.randn(targets.shape, generator=draw).to(targets)
-        plan.targets = targets + noise * targets.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        plan.targets = plan.targets.changed(noisy)
     elif kind == "norm":
-        plan.targets = targets * (10 + 40 * torch.rand(len(targets), 1, generator=draw).to(targets))
+        plan.targets = plan.targets.changed(longer)
     elif kind == "shuffle":
-        plan.targets = targets.roll(1, 0)
+        plan.targets = plan.targets.changed(lambda values: values.roll(1, 0))
     elif kind == "contradiction":
-        half = len(targets) // 2
+        half = len(plan.facts) // 2
         doubled = [replace(fact, target_new=other.target_new)
                    for fact, other in zip(plan.facts[:half], plan.facts[half:], strict=False)]  # fmt: skip
         plan.facts = [*plan.facts[:half], *doubled, *plan.facts[2 * half :]]

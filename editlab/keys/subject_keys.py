@@ -238,6 +238,34 @@ def read_keys(
     )
 
 
+def read_outputs(
+    lm: LanguageModel, facts: Sequence[Fact], sites: Sequence[Site], device: torch.device | None = None
+) -> Tensor:
+    """What sites output at the subject's last token of the facts' bare prompts, float64 [n, sites, d_v].
+
+    Several ranks share the passes.
+
+    Args:
+        lm: the model, with the weights as they are now.
+        facts: the facts.
+        sites: the sites, from the lowest up; the block of the highest is the last that runs.
+        device: as for :func:`read_keys`.
+    """
+    located = [locate(lm, fact) for fact in facts]
+    rows = [encoding.ids for encoding, _ in located]
+    modules = {number: (site.module, "output") for number, site in enumerate(sites)}
+
+    def read(group: Sequence[int]) -> list[Tensor]:
+        seen = lm.read([rows[i] for i in group], modules, stop=len(sites) - 1)
+        lasts = [located[i][1] for i in group]
+        starts = [0, *accumulate(len(rows[i]) for i in group)]
+        at = [start + last for start, last in zip(starts, lasts, strict=False)]
+        return list(torch.stack([_at([row[number] for row in seen], at) for number in modules], 1))
+
+    where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
+    return widened(torch.stack(ranks.each(lm.passes(rows), read)), where)
+
+
 def _averaged(keys: Tensor, mode: str) -> Tensor:
     """One key for each fact, [n, d_k], of its keys [contexts, n, d_k], those of the bare prompts first."""
     if mode == "templates" and len(keys) > 1:

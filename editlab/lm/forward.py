@@ -139,12 +139,26 @@ def adding(module: nn.Module, indices: tuple[Tensor, Tensor], shift: Tensor, row
         shift: the vectors to add, [n, d].
         rows: number of rows in each pass.
     """
+    with _putting(module, indices, shift, rows, accumulate=True):
+        yield
 
+
+@contextmanager
+def replacing(module: nn.Module, indices: tuple[Tensor, Tensor], vectors: Tensor, rows: int) -> Iterator[None]:
+    """Replace a module's output at n tokens by ``vectors`` [n, d] inside the ``with``; see :func:`adding`."""
+    with _putting(module, indices, vectors, rows, accumulate=False):
+        yield
+
+
+@contextmanager
+def _putting(
+    module: nn.Module, indices: tuple[Tensor, Tensor], vectors: Tensor, rows: int, accumulate: bool
+) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         before = hidden_of(output)
-        there = before.device
         hidden = by_row(before, rows)
-        hidden = hidden.index_put(tuple(index.to(there) for index in indices), shift.to(there), accumulate=True)
+        there = tuple(index.to(before.device) for index in indices)
+        hidden = hidden.index_put(there, vectors.to(device=before.device, dtype=before.dtype), accumulate=accumulate)
         return replace_hidden(output, hidden.view(before.shape))
 
     handle = module.register_forward_hook(hook)

@@ -66,6 +66,8 @@ class RunIdentity:
     """``data.split``"""
     conventions: dict[str, Any] = field(default_factory=dict)
     """the run's :class:`~editlab.edits.conventions.Conventions`; empty in checkpoints of older versions"""
+    spread: str = "residual"
+    """``model.values.spread``, as replayed edits have a value for each site"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -80,6 +82,7 @@ class RunIdentity:
             precision=trainer.precision,
             joint=model.lm.joint,
             split=getattr(trainer.datamodule, "split", "all"),  # type: ignore[attr-defined]
+            spread=getattr(getattr(model, "values", None), "spread", "residual"),
         )
 
     @classmethod
@@ -119,7 +122,7 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision, batch size, split, joint and conventions of this identity.
+        """Makes sure that ``run`` has this identity's precision, batch size, split, joint, conventions and spread.
 
         Raises:
             UserError: One of them differs.
@@ -151,6 +154,11 @@ class RunIdentity:
                     f"The checkpoint's run had {CONVENTIONS[name]} {own} and this one has {other}: set it to the "
                     "checkpoint's, or start a new run without --ckpt_path."
                 )
+        if self.spread != run.spread:
+            raise UserError(
+                f"The checkpoint's run had model.values.spread {self.spread} and this one has {run.spread}: set it to "
+                "the checkpoint's, or start a new run without --ckpt_path."
+            )
 
 
 def _as_edited(fact: Fact) -> Fact:

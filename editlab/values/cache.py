@@ -25,6 +25,9 @@ from editlab.utils.disk_cache import RowCache, key_of
 from editlab.utils.files import cache_dir
 from editlab.values.optimize import ValueSettings
 
+UNRELATED = ("reference", "batch_tokens", "spread", "anchor_facts")
+"""Settings on which a cached value at a given site does not depend beyond rounding; the norm anchor comes after it."""
+
 
 class ValueCache:
     """A cache of targets v* by fact, in the cache folder.
@@ -45,8 +48,7 @@ class ValueCache:
         settings: ValueSettings,
         unusual_texts: Callable[[Sequence[tuple[str, str]]], list[str]] = lambda pairs: [],
     ) -> None:
-        apart = ("reference", "batch_tokens", "anchor_facts")  # the anchor acts on what the cache gives
-        relevant = {k: v for k, v in settings.cache_key().items() if k not in apart}
+        relevant = {k: v for k, v in settings.cache_key().items() if k not in UNRELATED}
         relevant["lr"] = settings.step_size
         key = key_of(
             model=list(model), layer=site.layer, in_stream=site.in_stream, contexts=list(contexts), settings=relevant

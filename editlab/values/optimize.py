@@ -33,6 +33,7 @@ from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
 from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, rows_of
+from editlab.values.spread import RESIDUAL, SPREADS
 
 SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
 """Settings of ``values.source``."""
@@ -43,7 +44,7 @@ DEFAULT_LR = {OPTIMIZE: 0.5, GRADIENT: 2.5e-3}
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
 
-ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT}
+ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT, "spread": RESIDUAL}
 """Settings that older versions did not have -> what these versions did; see :meth:`ValueSettings.cache_key`."""
 
 OF_ANY_SOURCE = ("source", "lr", "batch_tokens", "matmul")
@@ -76,6 +77,10 @@ class ValueSettings:
     reference: str = "current"
     """Weights that values are optimized on: ``current`` ones, or the ``original`` (unedited) ones, in which case the
     values are kept in the cache folder for later runs."""
+    spread: str = RESIDUAL
+    """How several layers share an edit (:mod:`editlab.values.spread`). ``residual``: a value at the highest layer; its
+    residual is divided among the layers (MEMIT). ``each``: a value of its own for each layer (BLUE). ``forward``: a
+    value at the lowest layer, and for the others what the model outputs with that value in place (FE)."""
     batch_tokens: int | None = None
     """Number of padded tokens that are optimized together as a group. It bounds memory and changes results only by
     rounding. Default: 512 on a CPU, whose caches hold no more; on GPUs up to 4096, as long as they fit into half of the
@@ -98,6 +103,7 @@ class ValueSettings:
         not_negative(where, **{name: getattr(self, name) for name in weights})
         one_of(where, ("current", "original"), reference=self.reference)
         one_of(where, MATMULS, matmul=self.matmul)
+        one_of(where, SPREADS, spread=self.spread)
         one_of(where, KL_POSITIONS, kl_at=self.kl_position)
         if self.source == GRADIENT:
             self._require_no_search()

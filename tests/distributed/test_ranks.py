@@ -10,13 +10,14 @@ import editlab.lm.language_model
 from editlab.distributed import ranks
 from editlab.errors import EditLabError, UserError
 from editlab.evaluation.scoring import score_pairs
-from editlab.keys.subject_keys import Site, read_keys
+from editlab.keys.subject_keys import Site, read_keys, read_outputs
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import by_halves
 from editlab.lm.text import WINDOW, sample_text
 from editlab.values.anchor import parts_of
 from editlab.values.gradient import read_gradients
 from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.spread import carry_forward
 from tests.facts import FACTS
 from tests.ranked import together
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -148,12 +149,14 @@ def measure(facts):
     site, contexts = Site.of(lm, 2), ["", "Oslo lies in Norway. "]
     values = optimize_values(lm, facts, site, contexts, ValueSettings(steps=4, batch_tokens=30, matmul="float32"))
     keys = read_keys(lm, facts, 1, site, contexts, "mean")
+    carried = carry_forward(lm, facts, Site.of(lm, 0), values.target, [Site.of(lm, 1), site])
     scores = score_pairs(lm, [(f.question, f.target_new) for f in facts])
     windows = sample_text(lm, 3 * WINDOW + 40, 0, "")
     moments = editlab.keys.moments.accumulate(lm, [1], windows)[1]
     gradients = read_gradients(lm, facts, site, ValueSettings(source="gradient", batch_tokens=8, matmul="float32"))
-    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact, *scores,
-             *gradients, parts_of(lm, facts, site, values.target)]  # fmt: skip
+    exact = [values.target, values.loss, values.steps, keys.keys, keys.current, keys.context_keys, keys.fact]
+    exact += [*carried.values(), read_outputs(lm, facts, [site]), *scores]
+    exact += [*gradients, parts_of(lm, facts, site, values.target)]
     return exact, windows, moments
 
 

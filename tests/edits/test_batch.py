@@ -70,12 +70,12 @@ def test_residual_norms_are_those_before_the_first_pass(tiny_folder, tmp_path, p
 
     class Add(EditCallback):
         def on_edit_planned(self, trainer, editor, plan):
-            plan.add([Addition(FACTS[5], plan.targets[0])])
+            plan.add([Addition(FACTS[5], plan.targets.first[0])])
 
     fit(tmp_path, module, callbacks=[noted, Add()], limit=2)
     with module.unedited():
         now = torch.stack([site_now(module, fact) for fact in FACTS[:2]])
-    expected = (noted.outcome.plan.targets - now).norm(dim=1)
+    expected = (noted.outcome.plan.targets.first - now).norm(dim=1)
     assert torch.allclose(noted.outcome.residual_norm.float(), expected, rtol=1e-4)
 
 

@@ -90,18 +90,21 @@ def test_the_first_candidates_are_evenly_spaced():
 # ---- trials
 
 
-def test_a_trial_is_what_a_run_would_do(tiny_folder, tmp_path):
+@pytest.mark.parametrize(("at", "spread"), [((1,), "residual"), ((1, 2), "each")])
+def test_a_trial_is_what_a_run_would_do(at, spread, tiny_folder, tmp_path):
     """A Trainer's run of the same facts in one batch leaves the probabilities that the trial has measured."""
     contexts, moments = ContextSettings(layers.CONTEXTS, 4), MomentSettings(tokens=96)
-    module = editor(tiny_folder, layers=[1], contexts=contexts, moments=moments)
+    values = ValueSettings(steps=6, lr=0.5, clamp=3.0, spread=spread)
+    module = editor(tiny_folder, layers=list(at), contexts=contexts, moments=moments, values=values)
     fit(tmp_path, module, limit=10, batch_size=10)
     pairs = [(fact.question, fact.target_new) for fact in FACTS[:10]]
     expected = score_pairs(module.lm, pairs)[0].exp().mean()
-    other = editor(tiny_folder, layers="auto", contexts=ContextSettings(length=4), moments=MomentSettings(tokens=96))
+    contexts = ContextSettings(length=4)
+    other = editor(tiny_folder, layers="auto", contexts=contexts, moments=moments, values=values)
     other.use(LanguageModel.from_name(str(tiny_folder), torch.float32))
     search = Search(setup_of(other), FACTS)
-    search.try_at((1,))
-    assert search.trials[1,].efficacy == pytest.approx(float(expected), rel=1e-5)
+    search.try_at(at)
+    assert search.trials[at].efficacy == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("method", [EMMET(), ROME()])

@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from editlab.edits.plan import Addition, EditOutcome, EditPlan
+from editlab.values.spread import Targets
 from tests.facts import FACTS
+
+
+def plan_of(step, values):
+    facts = FACTS[: len(values)]
+    return EditPlan(step, facts, Targets(facts, {1: values}))
 
 
 def test_the_lowest_factor_counts_whatever_the_order():
     for factors in ((0.5, 0.8), (0.8, 0.5)):
-        outcome = EditOutcome(EditPlan(0, FACTS[:1], torch.zeros(1, 2)), {}, {})
+        outcome = EditOutcome(plan_of(0, torch.zeros(1, 2)), {}, {})
         for factor in factors:
             outcome.scale(factor, f"by {factor}")
         assert outcome.factor == 0.5
@@ -22,14 +28,14 @@ def test_the_lowest_factor_counts_whatever_the_order():
 
 
 def test_facts_may_be_dropped_from_a_batch():
-    plan = EditPlan(3, FACTS[:3], torch.arange(6.0).view(3, 2))
+    plan = plan_of(3, torch.arange(6.0).view(3, 2))
     outcome = EditOutcome(plan, {1: torch.ones(2, 2)}, {"layer_1/gram_condition": 1.0})
     outcome.drop({1}, "no gain")
     assert (outcome.factors, outcome.factor, outcome.kept) == ([1.0, 0.0, 1.0], 1.0, True)
     outcome.scale(0.5, "harm")
     outcome.remove_dropped()
     assert outcome.plan.facts == [FACTS[0], FACTS[2]]
-    assert outcome.plan.targets.tolist() == [[0, 1], [4, 5]]
+    assert outcome.plan.targets.first.tolist() == [[0, 1], [4, 5]]
     assert (outcome.plan.step, outcome.updates, outcome.diagnostics) == (3, {}, {})
     assert outcome.factors == [0.5, 0.0, 0.5]  # of the whole batch, still
     with pytest.raises(ValueError, match="the batch has 3 facts"):
@@ -37,7 +43,7 @@ def test_facts_may_be_dropped_from_a_batch():
 
 
 def test_a_batch_without_any_fact_is_rolled_back():
-    outcome = EditOutcome(EditPlan(0, FACTS[:2], torch.zeros(2, 2)), {}, {})
+    outcome = EditOutcome(plan_of(0, torch.zeros(2, 2)), {}, {})
     outcome.drop({0}, "no gain")
     outcome.drop({1}, "harm")
     assert not outcome.kept
@@ -45,7 +51,7 @@ def test_a_batch_without_any_fact_is_rolled_back():
 
 
 def test_additions_gather():
-    plan = EditPlan(0, FACTS[:1], torch.zeros(1, 2))
+    plan = plan_of(0, torch.zeros(1, 2))
     plan.add([Addition(FACTS[1], torch.zeros(2))])
     plan.add([Addition(FACTS[2], torch.zeros(2), 3.0)])
     assert [a.weight for a in plan.additions] == [1.0, 3.0]

@@ -144,6 +144,7 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"precision": "bf16-true"}, "trainer.precision 32-true and this one has bf16-true"),
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
         ({"split": "dev"}, "data.split all and this one has dev: set it to the checkpoint's"),
+        ({"spread": "each"}, "values.spread residual and this one has each: set it to the checkpoint's"),
         ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
         ({"conventions": USED | {"kl_at": "subject"}}, "model.values.kl_at prompt and this one has subject"),
         ({"conventions": USED | {"keys": "templates"}}, "model.keys bare and this one has templates"),
@@ -155,7 +156,7 @@ def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
     check = (
         IDENTITY.require_settings
-        if changes.keys() <= {"precision", "batch_size", "joint", "split", "conventions"}
+        if changes.keys() <= {"precision", "batch_size", "joint", "split", "conventions", "spread"}
         else IDENTITY.require_model
     )
     with pytest.raises(UserError, match=message):

@@ -57,12 +57,12 @@ def test_replay_repairs_drift(tiny_folder, tmp_path):
     spy = Spy()
     module = editor(tiny_folder, layers=[1])
     fit(tmp_path, module, callbacks=[MemoryReplay(rate=10.0, weight=math.inf), spy])
-    for fact, target in zip(spy.plans[0].facts, spy.plans[0].targets, strict=True):
+    for fact, target in zip(spy.plans[0].facts, spy.plans[0].targets.first, strict=True):
         assert torch.allclose(site_now(module, fact), target, atol=2e-3)
     assert [len(plan.additions) for plan in spy.plans] == [0, 2, 4]
     plain = editor(tiny_folder, layers=[1])
     fit(tmp_path, plain, name="plain")
-    drift = (site_now(plain, spy.plans[0].facts[0]) - spy.plans[0].targets[0]).norm()
+    drift = (site_now(plain, spy.plans[0].facts[0]) - spy.plans[0].targets.first[0]).norm()
     assert drift > 0.05  # which is what there was to repair
 
 
@@ -77,11 +77,11 @@ def test_replay_may_spare_and_not_repair(tiny_folder, tmp_path, repair):
             if plan.step == 1:
                 with torch.no_grad():
                     editor.layers[0].add(0.05 * torch.ones_like(editor.layers[0].total))  # something has drifted
-                far["before"] = self.plans[0].targets[0] - site_now(editor, FACTS[0])
+                far["before"] = self.plans[0].targets.first[0] - site_now(editor, FACTS[0])
 
         def on_edit_applied(self, trainer, editor, outcome):
             if outcome.plan.step == 1:
-                far["after"] = self.plans[0].targets[0] - site_now(editor, FACTS[0])
+                far["after"] = self.plans[0].targets.first[0] - site_now(editor, FACTS[0])
 
     replay = MemoryReplay(rate=10.0, weight=math.inf, repair=repair)
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, Watch()], limit=4)
@@ -156,7 +156,7 @@ def test_weights_decay_with_age_and_values_may_be_recomputed(tiny_folder, tmp_pa
     replay = MemoryReplay(rate=10.0, weight=8.0, age_decay=0.5, refresh="values")
     fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[replay, spy])
     assert [a.weight for a in spy.plans[2].additions] == [2.0, 2.0, 4.0, 4.0]  # 8 x 0.5 for each batch since
-    old = spy.plans[0].targets[0]
+    old = spy.plans[0].targets.first[0]
     assert not torch.equal(spy.plans[2].additions[0].target, old)
 
 
@@ -182,7 +182,7 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
     fit(tmp_path, module, callbacks=[MemoryReplay(memory="consolidated"), spy])
     module.c0 = seen["c0"][1]
     facts = [fact for plan in spy.plans for fact in plan.facts]
-    joint = joint_by_hand(module, facts, torch.cat([plan.targets for plan in spy.plans]))
+    joint = joint_by_hand(module, facts, torch.cat([plan.targets.first for plan in spy.plans]))
     gap = (module.layers[0].total - joint).norm() / joint.norm()
     assert gap < 1e-4  # float32 forward passes and sums
     # Without the memory, the same targets land elsewhere.

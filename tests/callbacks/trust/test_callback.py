@@ -16,6 +16,7 @@ from editlab.distributed import ranks
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.errors import EditLabError, UserError
 from editlab.values.optimize import ValueSettings
+from editlab.values.spread import Targets
 from tests import ranked
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import Spy, editor, fit
@@ -38,9 +39,12 @@ class Spoil(EditCallback):
 
     def on_edit_planned(self, trainer, editor, plan):
         if plan.step == self.step:
-            noise = torch.randn(plan.targets.shape, generator=torch.Generator().manual_seed(0))
-            plan.targets = plan.targets.clone()
-            plan.targets[self.place] = 60 * noise[self.place]
+            plan.targets = plan.targets.changed(self.spoilt)
+
+    def spoilt(self, values):
+        noise, values = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)), values.clone()
+        values[self.place] = 60 * noise[self.place]
+        return values
 
 
 def run(tmp_path, tiny_folder, heldout, *others, name="run", layers=(1, 2), **settings):
@@ -235,7 +239,7 @@ class Asked:
 def judged(fails, shared=False):
     gate = TrustRollback(threshold=1.0)
     gate.probes = Asked(fails, shared)
-    plan = EditPlan(0, FACTS[:2], torch.zeros(2, 3))
+    plan = EditPlan(0, FACTS[:2], Targets(FACTS[:2], {1: torch.zeros(2, 3)}))
     outcome = EditOutcome(plan, {}, {})
     gate.on_edit_planned(None, None, plan)
     gate.on_edit_applied(None, None, outcome)

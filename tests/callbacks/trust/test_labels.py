@@ -23,24 +23,26 @@ from editlab.experiments.plan import planned
 from editlab.experiments.spec import load_experiment
 from editlab.experiments.writing import Results
 from editlab.runs.event_log import EventLog
+from editlab.values.spread import Targets
 from tests.experiments.made_up import finish, options
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
 
 
 def plan():
-    return EditPlan(2, FACTS[:4], torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 12.0]]))
+    values = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [5.0, 12.0]])
+    return EditPlan(2, FACTS[:4], Targets(FACTS[:4], {1: values}))
 
 
 def test_faults_by_hand():
-    plain = plan().targets
+    plain = plan().targets.first
     noise, norm, shuffle, twice, key = (plan() for _ in KINDS)
     for each, kind in zip((noise, norm, shuffle, twice, key), KINDS, strict=True):
         inject(each, kind, seed=1)
-    assert torch.allclose((noise.targets - plain).norm(dim=1), plain.norm(dim=1))  # noise as long as the value
-    longer = norm.targets.norm(dim=1) / plain.norm(dim=1)
+    assert torch.allclose((noise.targets.first - plain).norm(dim=1), plain.norm(dim=1))  # noise as long as the value
+    longer = norm.targets.first.norm(dim=1) / plain.norm(dim=1)
     assert bool(((longer >= 10) & (longer <= 50)).all())
-    assert torch.equal(shuffle.targets, plain[[3, 0, 1, 2]])
+    assert torch.equal(shuffle.targets.first, plain[[3, 0, 1, 2]])
     assert [f.slot for f in twice.facts] == [f.slot for f in [*FACTS[:2], *FACTS[:2]]]
     assert [f.target_new for f in twice.facts] == [f.target_new for f in FACTS[:4]]
     assert [f.question for f in key.facts] == [f.question for f in FACTS[:4]]

@@ -22,6 +22,7 @@ from callbacks.trust.probes import (
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.lm.language_model import LanguageModel
+from editlab.values.spread import Targets
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -144,7 +145,7 @@ def edited(lm, layers=(1,)):
 
 
 def outcome_of(facts, **diagnostics):
-    plan = EditPlan(0, facts, torch.zeros(len(facts), 4))
+    plan = EditPlan(0, facts, Targets(facts, {1: torch.zeros(len(facts), 4)}))
     return EditOutcome(plan, {}, {f"layer_1/{k}": v for k, v in diagnostics.items()})
 
 
@@ -189,7 +190,8 @@ def test_signals_of_facts_by_hand(lm):
     probes = Probes([Sentence((5, 6, 7), 2)], 2, False)
     probes._before = BatchAnswers(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([True, True]), torch.tensor([0, 2]))
     probes._after = BatchAnswers(torch.tensor([-1.0, -2.5, 0.0]), torch.tensor([True, False]), torch.tensor([0, 2]))
-    outcome = EditOutcome(EditPlan(0, FACTS[:3], torch.zeros(3, 2)), {}, {}, residual_norm=torch.tensor([2.0, 1, 10]))
+    plan = EditPlan(0, FACTS[:3], Targets(FACTS[:3], {1: torch.zeros(3, 2)}))
+    outcome = EditOutcome(plan, {}, {}, residual_norm=torch.tensor([2.0, 1, 10]))
     first, second, third = probes.measure_facts(outcome)
     # Residuals 2, 1, 10: their median is 2.
     assert (first.edit_success_gain, first.neighbor_flip_rate, first.update_norm) == (2.0, 0.0, 1.0)
