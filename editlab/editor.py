@@ -15,10 +15,12 @@ from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
 from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.carried import Carried
 from editlab.edits.edited_layer import ClosedFormOptimizer
 from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.requirements import require_compatible
 from editlab.edits.snapshot import Snapshot
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
@@ -35,6 +37,7 @@ from editlab.runs.summary import finish_run, summarize
 from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
 from editlab.solver.methods import EMMET, Method
+from editlab.solver.post_steps import PostStep
 from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
 from editlab.utils.rng import set_rng_state
@@ -49,7 +52,7 @@ class SequentialEditor(MeasuredModel):
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
             divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit or BetaEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -64,6 +67,9 @@ class SequentialEditor(MeasuredModel):
         chat_template: what reads prompts as a user's turn: ``none``, ``edit`` (keys, values), ``evaluate`` or ``both``.
         solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``: the
             model's, or the CPU if that one has no float64, computes it slowly, or lacks memory for the metrics.
+        post_steps: what is done with each layer's update before it is added: SPHERE, REVIVE, PRUNE, RECT, in order.
+        compensate: carry what post-steps cut off from an update into the next solve, and what a scaling by trust cut
+            off while a consolidated memory holds the batch's keys.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -90,16 +96,19 @@ class SequentialEditor(MeasuredModel):
         condition_limit: float = 1e10,
         chat_template: str = "none",
         solver_device: str = "auto",
+        post_steps: list[PostStep] = [],  # noqa: B006 - shown as the default, and copied
+        compensate: bool = True,
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map, chat_template)
         self.solve_settings = SolveSettings(
-            method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
+            method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device, tuple(post_steps), compensate
         )
         self.values, self.moments, self.context_settings = values, moments, contexts
         self.restore_between_batches = restore_between_batches
         self.automatic_optimization = False
         self.contexts: list[str] = []
         self.ledger = Ledger(restore_between_batches)
+        self.carried = Carried()
         self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
@@ -156,6 +165,7 @@ class SequentialEditor(MeasuredModel):
             raise UserError(
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
+        require_compatible(self.solve_settings, self.restore_between_batches, self.trainer.callbacks)  # type: ignore[attr-defined]
         with self.unedited():
             self.prepare_solver()
             with self.evaluation.products(self.lm):
@@ -173,7 +183,9 @@ class SequentialEditor(MeasuredModel):
         with self.unedited():
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
+            self.solver = BatchSolver(
+                self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts, carried=self.carried
+            )
             self.solver.set_moments(
                 second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
             )
@@ -289,6 +301,7 @@ class SequentialEditor(MeasuredModel):
             "adapted": sum(layer.adapter is not None for layer in self.changed_layers),
             "independent": self.restore_between_batches,
             "ledger": self.ledger.state_dict(),
+            "carried": self.carried.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
         }
@@ -305,6 +318,7 @@ class SequentialEditor(MeasuredModel):
         for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
             self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])
+        self.carried.load_state_dict(saved.get("carried", {}))
         self.contexts = list(saved["contexts"])
         self.evaluation.load_state_dict(saved["evaluation"])
         self.resumed = saved

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editlab.data.fact import Fact
+from editlab.edits.carried import Carried
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
@@ -18,10 +20,12 @@ from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
-from editlab.solver.closed_form import diagnostics, effective_weight, solve
+from editlab.solver.closed_form import Solution, diagnostics, effective_weight, solve
+from editlab.solver.compensation import solve_from
 from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
+from editlab.solver.post_steps import EditedWeight, PostStep, apply_all
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import at_least_one, not_negative, one_of
 
@@ -49,6 +53,10 @@ class SolveSettings:
     """condition number of the Gram matrix above which the slack is raised"""
     device: str = AUTO
     """device on which the closed form is solved: one with float64, or ``auto`` (:func:`choose_device`)"""
+    post_steps: tuple[PostStep, ...] = ()
+    """what is done with each layer's update before it is added, in this order"""
+    compensate: bool = True
+    """whether what post-steps or a scaling cut off from an update is carried into the next solve"""
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
@@ -57,6 +65,14 @@ class SolveSettings:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=self.passes)
         require_setting(self.device)
+        wrong = next((step for step in self.post_steps if not isinstance(step, PostStep)), None)
+        if wrong is not None:
+            raise UserError(f"model.post_steps has {wrong!r}: give post-steps, such as RECT().")
+        if self.post_steps and self.passes > 1:
+            raise UserError(
+                f"model.post_steps act on the whole update of a batch, and with model.passes {self.passes} each pass "
+                "adds a part of it: set passes to 1, or remove the post-steps."
+            )
 
 
 @dataclass
@@ -73,6 +89,12 @@ class BatchSolver:
     """prefixes in which keys are read, the empty one first"""
     preservation: dict[int, Preservation] = field(default_factory=dict)
     """layer -> its metric; callbacks may replace it between batches (consolidated replay)"""
+    carried: Carried = field(default_factory=Carried)
+    """what was cut off from earlier updates and takes part in the next solve"""
+    moments: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> C0, kept for methods alone whose metric is computed again after some edits"""
+    _computed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """layer -> what its post-steps have computed from the original weight"""
 
     @classmethod
     def at(
@@ -100,9 +122,16 @@ class BatchSolver:
 
         Each matrix is freed once its metric is computed: those of an 8B model have 1.6 GB each.
         """
-        device = self.device
+        device, method = self.device, self.settings.method
         for layer in list(moments):
-            self.preservation[layer] = self.settings.method.preservation(moments.pop(layer), device)
+            c0 = moments.pop(layer)
+            self.preservation[layer] = method.preservation(c0, device)
+            if method.edits_between_refreshes:
+                self.moments[layer] = c0
+
+    def refreshed_metric(self, layer: int, past: Tensor, edits: int) -> Preservation:
+        """The metric of a layer as it has to be after some edits (:meth:`~editlab.solver.methods.Method.refreshed`)."""
+        return self.settings.method.refreshed(self.moments[layer], past, edits, self.device)
 
     def metric_bytes(self, device: torch.device) -> int:
         """Bytes of the metrics that lie on a device."""
@@ -124,12 +153,15 @@ class BatchSolver:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
         system = _System.of(outcome.plan, self.settings.method.slack)
-        for _ in range(self.settings.passes):
-            for index, (number, layer) in enumerate(self.layers.items()):
-                update = self._solve_layer(outcome, system, number, len(self.layers) - index)
+        for index in range(self.settings.passes):
+            carried = self.carried.parts if index == 0 else {}
+            for above, (number, layer) in enumerate(self.layers.items()):
+                update = self._solve_layer(outcome, system, number, len(self.layers) - above, carried.get(number))
                 layer.add(update)
 
-    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, layers_left: int) -> Tensor:
+    def _solve_layer(
+        self, outcome: EditOutcome, system: _System, number: int, layers_left: int, carried: Tensor | None
+    ) -> Tensor:
         """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
         plan, layer, facts = outcome.plan, self.layers[number], len(outcome.plan.facts)
         keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
@@ -140,22 +172,47 @@ class BatchSolver:
         residuals = (widened(system.targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
-        preservation = self.preservation[number]
-        if self.settings.context_key_weight:
-            preservation = preservation.plus(keys.context_keys, self.settings.context_key_weight)
-        same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
-        solution = solve(constraints, preservation, self.settings.condition_limit, same_key=same_key)
+        solution = self._solution(constraints, number, keys.context_keys, carried)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
-        update = solution.delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
+        delta, cut = self._after_post_steps(solution.delta, number)
+        update = delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
         whole = outcome.updates[number] + update if number in outcome.updates else update
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
         measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
+        if cut is not None:
+            outcome.cut[number] = cut.to(layer.total.dtype)
+            measured["cut_off"] = float(cut.norm() / solution.delta.norm().clamp_min(1e-300))
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update
+
+    def _solution(
+        self, constraints: Constraints, number: int, context_keys: Tensor, carried: Tensor | None
+    ) -> Solution:
+        """The solution of a layer's system, which starts from what was cut off from earlier updates."""
+        metric, limit, weight = (
+            self.preservation[number],
+            self.settings.condition_limit,
+            self.settings.context_key_weight,
+        )
+        same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
+        if carried is not None:
+            return solve_from(carried, constraints, metric, limit, same_key, context_keys, weight)
+        return solve(constraints, metric.plus(context_keys, weight) if weight else metric, limit, same_key)
+
+    def _after_post_steps(self, solved: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+        """The update to apply for a solved one, and what was cut off; None without post-steps."""
+        if not self.settings.post_steps:
+            return solved, None
+        layer = self.layers[number]
+        original = layer.original.T if layer.transposed else layer.original
+        original, total = (widened(matrix, solved.device) for matrix in (original, layer.total))
+        weight = EditedWeight(original, total, self._computed.setdefault(number, {}))
+        applied = apply_all(self.settings.post_steps, solved, weight)
+        return applied, solved - applied
 
     def solve_without_dropped(self, outcome: EditOutcome, before: Snapshot) -> None:
         """Solves the batch again without its dropped facts, on the weights of ``before``."""
@@ -168,6 +225,8 @@ class BatchSolver:
 
         A rollback leaves no bit of the batch in the weights or the random generators.
         """
+        if self.settings.compensate:
+            self.carried.settle(outcome)
         if outcome.factor == 1 and not outcome.dropped:
             return
         what = f"kept without {len(outcome.dropped)} of its facts"
