@@ -15,7 +15,8 @@ import torch
 
 from callbacks import DownstreamEval, ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
-from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, BetaEdit
+from editlab.solver.post_steps import PRUNE, RECT, REVIVE, SPHERE
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.harness import stand_in
@@ -61,19 +62,25 @@ def text(tmp_path, monkeypatch):
     return str(path)
 
 
-def edit(family, method, callbacks):
-    """Edits four facts with a method and callbacks: the model before and after, and the result."""
+def edit(family, method, callbacks, **changes):
+    """Edits four facts with a method, callbacks and further settings: the model before and after, and the result."""
     model = tiny_model(family)
     before = weights(model)
     layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
-    settings = {**SMALL, "layers": layers, "batch_size": method.largest_batch or SMALL["batch_size"], "method": method}
+    settings = {
+        **SMALL,
+        "layers": layers,
+        "batch_size": method.largest_batch or SMALL["batch_size"],
+        "method": method,
+        **changes,
+    }
     _, result = edit_model(model, tiny_tokenizer(), FACTS[:4], callbacks=callbacks, **settings)
     return model, before, result
 
 
-def check(family, method, make):
+def check(family, method, make, **changes):
     """What must hold whatever the method and the callbacks; ``make`` gives fresh callbacks."""
-    model, before, result = edit(family, method, make())
+    model, before, result = edit(family, method, make(), **changes)
     blocks, module, _ = EXPECTED[family]
     ours = {f"{blocks}.{layer}.{module}.weight" for layer in result.editor.layer_numbers}
     assert set(changed(before, model)) <= ours
@@ -86,7 +93,7 @@ def check(family, method, make):
         assert all(0 <= group[name] <= 1 for name in FRACTIONS)
         assert all(map(math.isfinite, group.values()))
 
-    again, _, _ = edit(family, method, make())
+    again, _, _ = edit(family, method, make(), **changes)
     assert changed(weights(model), again) == []
     result.revert()
     assert changed(before, model) == []
@@ -102,6 +109,22 @@ def test_every_method_with_every_callback(method, callbacks, text):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_with_all_callbacks(family, method, text):
     check(family, METHODS[method], lambda: CALLBACKS["everything"](text))
+
+
+def test_betaedit_and_all_post_steps_with_callbacks(text):
+    beta = BetaEdit(threshold=1e9, refresh_every=2)
+    steps = [SPHERE(), REVIVE(0.3), PRUNE(), RECT(0.5)]
+    check("gpt2", beta, lambda: [*CALLBACKS["trust scale"](text), *CALLBACKS["replay both"](text)], post_steps=steps)
+
+
+def test_a_post_step_sees_the_weight_in_mathematical_orientation():
+    # GPT-2 stores its weights transposed; REVIVE leaves the first singular triplet of the original one as it was.
+    _, _, result = edit("gpt2", METHODS["memit"], [], post_steps=[REVIVE(0.3)])
+    (layer, *_) = result.editor.layers
+    left, _, right = torch.linalg.svd(layer.original.T.double())
+    assert layer.total.norm() > 0.01
+    assert torch.allclose(layer.total.double() @ right[0], torch.zeros(32).double(), atol=1e-6)
+    assert torch.allclose(left[:, 0] @ layer.total.double(), torch.zeros(48).double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
