@@ -16,10 +16,11 @@ from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
-from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_keys
+from editlab.keys.subject_keys import KEY_MODES, SITES, CachedKey, Keys, Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
+from editlab.solver.bare_denominator import exact_at
 from editlab.solver.closed_form import Solution, diagnostics, effective_weight, solve
 from editlab.solver.compensation import solve_from
 from editlab.solver.constraints import Constraints, duplicate_tolerance
@@ -53,6 +54,10 @@ class SolveSettings:
     """condition number of the Gram matrix above which the slack is raised"""
     device: str = AUTO
     """device on which the closed form is solved: one with float64, or ``auto`` (:func:`choose_device`)"""
+    site: str | None = field(default=None, repr=False)
+    """output that a target replaces (:meth:`Site.of <editlab.keys.subject_keys.Site.of>`)"""
+    bare_denominator: bool = field(default=False, repr=False)
+    """whether the update of a fact is scaled to hold at its bare key (:mod:`editlab.solver.bare_denominator`)"""
     post_steps: tuple[PostStep, ...] = ()
     """what is done with each layer's update before it is added, in this order"""
     compensate: bool = True
@@ -60,6 +65,8 @@ class SolveSettings:
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
+        if self.site is not None:
+            one_of("model", SITES, site=self.site)
         not_negative("model", preserve_prompt_tokens=self.context_key_weight)
         if not self.condition_limit > 1:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
@@ -109,7 +116,7 @@ class BatchSolver:
             settings: the settings of the solve.
         """
         edited = {layer: EditedLayer.of(lm, layer) for layer in layers}
-        return cls(lm, settings, Site.of(lm, layers[-1]), edited, contexts)
+        return cls(lm, settings, Site.of(lm, layers[-1], settings.site), edited, contexts)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +179,7 @@ class BatchSolver:
         residuals = (widened(system.targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
-        solution = self._solution(constraints, number, keys.context_keys, carried)
+        solution = self._solution(constraints, number, keys, carried)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
         delta, cut = self._after_post_steps(solution.delta, number)
@@ -189,9 +196,7 @@ class BatchSolver:
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update
 
-    def _solution(
-        self, constraints: Constraints, number: int, context_keys: Tensor, carried: Tensor | None
-    ) -> Solution:
+    def _solution(self, constraints: Constraints, number: int, keys: Keys, carried: Tensor | None) -> Solution:
         """The solution of a layer's system, which starts from what was cut off from earlier updates."""
         metric, limit, weight = (
             self.preservation[number],
@@ -199,9 +204,33 @@ class BatchSolver:
             self.settings.context_key_weight,
         )
         same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
+        if self.settings.bare_denominator:
+            self._require_one_constraint(constraints, carried)
         if carried is not None:
-            return solve_from(carried, constraints, metric, limit, same_key, context_keys, weight)
-        return solve(constraints, metric.plus(context_keys, weight) if weight else metric, limit, same_key)
+            return solve_from(carried, constraints, metric, limit, same_key, keys.context_keys, weight)
+        if weight:
+            metric = metric.plus(keys.context_keys, weight)
+        solution = solve(constraints, metric, limit, same_key=same_key)
+        if self.settings.bare_denominator and keys.bare is not None:
+            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
+        return solution
+
+    def _require_one_constraint(self, constraints: Constraints, carried: Tensor | None) -> None:
+        """Makes sure that a solve has the one constraint of ROME's published form, and nothing else.
+
+        Raises:
+            UserError: A callback added others, or something is carried.
+        """
+        if len(constraints) > 1:
+            raise UserError(
+                "With ROME's published conventions a solve has one constraint, and a callback added others: set "
+                "memory: consolidated for MemoryReplay, or model.conventions to own."
+            )
+        if carried is not None:
+            raise UserError(
+                "With ROME's published conventions nothing can be carried into a solve: set model.compensate to false, "
+                "or model.conventions to own."
+            )
 
     def _after_post_steps(self, solved: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
         """The update to apply for a solved one, and what was cut off; None without post-steps."""
