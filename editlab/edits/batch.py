@@ -205,7 +205,7 @@ class BatchSolver:
         )
         same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
         if self.settings.bare_denominator:
-            self._require_one_constraint(constraints, carried)
+            _require_one_constraint(constraints, carried)
         if carried is not None:
             return solve_from(carried, constraints, metric, limit, same_key, keys.context_keys, weight)
         if weight:
@@ -214,23 +214,6 @@ class BatchSolver:
         if self.settings.bare_denominator and keys.bare is not None:
             solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
         return solution
-
-    def _require_one_constraint(self, constraints: Constraints, carried: Tensor | None) -> None:
-        """Makes sure that a solve has the one constraint of ROME's published form, and nothing else.
-
-        Raises:
-            UserError: A callback added others, or something is carried.
-        """
-        if len(constraints) > 1:
-            raise UserError(
-                "With ROME's published conventions a solve has one constraint, and a callback added others: set "
-                "memory: consolidated for MemoryReplay, or model.conventions to own."
-            )
-        if carried is not None:
-            raise UserError(
-                "With ROME's published conventions nothing can be carried into a solve: set model.compensate to false, "
-                "or model.conventions to own."
-            )
 
     def _after_post_steps(self, solved: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
         """The update to apply for a solved one, and what was cut off; None without post-steps."""
@@ -268,6 +251,24 @@ class BatchSolver:
                 layer.add(outcome.factor * outcome.updates[number])
             what = f"scaled by {outcome.factor:.3g}"
         log.info("Batch %d %s: %s", outcome.plan.step, what, "; ".join(outcome.reasons))
+
+
+def _require_one_constraint(constraints: Constraints, carried: Tensor | None) -> None:
+    """Makes sure that a solve has the one constraint of ROME's published form, and nothing else.
+
+    Raises:
+        UserError: A callback added others, or something is carried.
+    """
+    if len(constraints) > 1:
+        raise UserError(
+            "With ROME's published conventions a solve has one constraint, and a callback added others: set "
+            "memory: consolidated for MemoryReplay, or model.conventions to own."
+        )
+    if carried is not None:
+        raise UserError(
+            "With ROME's published conventions nothing can be carried into a solve: set model.compensate to false, "
+            "or model.conventions to own."
+        )
 
 
 @dataclass(frozen=True)

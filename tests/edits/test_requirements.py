@@ -1,11 +1,13 @@
 """What a method or a post-step cannot work with is refused with the reason and the fix."""
 
 import pytest
+import torch
 
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay
-from editlab.edits.batch import SolveSettings
+from editlab.edits.batch import SolveSettings, _require_one_constraint
 from editlab.edits.requirements import require_compatible
 from editlab.errors import UserError
+from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT, BetaEdit
 from editlab.solver.post_steps import RECT
 
@@ -39,3 +41,9 @@ def test_what_can_work_together():
 def test_errors_of_settings(settings, message):
     with pytest.raises(UserError, match=message):
         SolveSettings(MEMIT(), **settings)
+
+
+def test_error_of_something_carried_into_romes_published_solve():
+    one = Constraints(torch.ones(3, 1), torch.ones(2, 1), torch.zeros(1))
+    with pytest.raises(UserError, match=r"nothing can be carried into a solve: set model\.compensate to false"):
+        _require_one_constraint(one, torch.ones(2, 3))
