@@ -213,7 +213,7 @@ class RECT(PostStep):
     """
 
     fraction: float = 0.2
-    """Fraction of the update's elements to keep (top-k% of the paper; the authors' code keeps 20%)."""
+    """Fraction of the update's elements to keep (top-k% of the paper); its authors' code keeps 20%."""
 
     def __post_init__(self) -> None:
         decays("RECT", fraction=self.fraction)
