@@ -227,6 +227,31 @@ def test_a_choice_is_kept_and_depends_on_what_it_was_made_from(monkeypatch, cach
         assert kept.read_bytes() == whole
 
 
+def test_conventions_enter_the_key_of_a_choice_unless_they_are_the_former_ones():
+    def key(**changes):
+        return setup_of(automatic(method=ROME(), **changes)).cache_key(FACTS)
+
+    others = [
+        {"keys": "templates"}, {"site": "mlp"}, {"conventions": "published"},
+        {"conventions": "published", "site": "stream"},
+        {"values": ValueSettings(steps=6, lr=0.5, clamp=3.0, kl_at="subject")},
+    ]  # fmt: skip
+    assert len({key(), *(key(**changes) for changes in others)}) == 6
+    assert key(values=ValueSettings(steps=6, lr=0.5, clamp=3.0, kl_at="prompt")) == key(keys="bare") == key()
+    assert "bare_denominator" not in repr(automatic().solve_settings)  # an older version's caches stay valid
+
+
+def test_a_target_at_the_mlp_is_never_spread_over_several_layers(monkeypatch, cache):
+    tried = []
+    monkeypatch.setattr(Search, "try_at", lambda self, layers: tried.append(layers))
+    for changes, most in (({}, 3), ({"site": "mlp"}, 1)):
+        tried.clear()
+        search = Search(setup_of(automatic(**changes)), FACTS)
+        search.trials = {(2,): Trial((2,), 1.0, 1.0, 1.0)}
+        search.run()
+        assert max(map(len, tried)) == most
+
+
 # ---- whole runs
 
 

@@ -6,6 +6,7 @@ import torch
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
+from editlab.solver.methods import ROME
 from editlab.solver.preservation import Preservation
 from tests.facts import FACTS
 from tests.pretend.device import pretend
@@ -34,6 +35,12 @@ def test_bfloat16_weights():
 
 def test_keys_of_several_contexts():
     cpu, mps = (edited(kind, facts=FACTS[:2], keys="mean") for kind in ("cpu", "mps"))
+    assert difference(mps, cpu) < FLOAT32
+
+
+def test_published_conventions():
+    settings = {"layers": [1], "batch_size": 1, "method": ROME(), "conventions": "published"}
+    cpu, mps = (edited(k, facts=FACTS[:1], **settings) for k in ("cpu", "mps"))
     assert difference(mps, cpu) < FLOAT32
 
 
