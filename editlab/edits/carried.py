@@ -27,7 +27,7 @@ class Carried:
         if factor < 1:
             for number, before in self.parts.items():
                 rest = (1 - factor) * before
-                parts[number] = parts[number] + rest if number in parts else rest
+                parts[number] = parts[number] + rest.to(parts[number]) if number in parts else rest
         self.parts = parts
 
     def complete(self, outcome: EditOutcome) -> None:
