@@ -7,7 +7,7 @@ from editlab.solver.closed_form import solve
 from editlab.solver.compensation import solve_from
 from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
-from editlab.solver.post_steps import RECT, SPHERE, EditedWeight
+from editlab.solver.post_steps import RECT, REVIVE, SPHERE, EditedWeight
 from tests.solver.test_closed_form import D_K, D_V, close, problem
 
 EYE = torch.eye(D_K, dtype=torch.float64)
@@ -48,6 +48,23 @@ def test_it_is_otes_recursion_and_ends_at_the_joint_solve(step):
     joint = (values - original @ k) @ k.T @ torch.linalg.inv(20 * c0 + EYE + k @ k.T)
     close(ours - original, joint, 1e-10)
     assert (alone - original - joint).norm() > 0.05 * joint.norm()
+
+
+def test_revive_ends_at_the_filtered_joint_solve():
+    # Q is a projection, so D + Q(D* - D) = Q(D*) for a sum D of earlier filtered updates and the joint solve D*.
+    c0, batch = problem(8, slack=1)
+    step, original, total = REVIVE(0.3), normal(7, D_V, D_K), torch.zeros(D_V, D_K, dtype=torch.float64)
+    metric, carried = MEMIT(20.0, ridge=1e-15).preservation(c0), torch.zeros(D_V, D_K)
+    for start in (0, 4):
+        part = batch.subset(torch.arange(start, start + 4))
+        part.residuals = part.residuals - total @ part.keys
+        delta = solve_from(carried, part, metric).delta
+        applied = step.apply(delta, EditedWeight(original, total))
+        carried, total, metric = delta - applied, total + applied, metric.plus(part.keys)
+    k = batch.keys
+    joint = batch.residuals @ k.T @ torch.linalg.inv(20 * c0 + k @ k.T)
+    close(total, step.apply(joint, EditedWeight(original, total)), 1e-10)
+    close(total + carried, joint, 1e-10)
 
 
 def test_of_nothing_carried_it_is_the_plain_solve():
