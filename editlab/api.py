@@ -34,6 +34,7 @@ from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.runs.workplace import leave_folder
 from editlab.solver.methods import MEMIT, Method
+from editlab.solver.post_steps import PostStep
 from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
@@ -227,6 +228,8 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         if name in settings and not isinstance(settings[name], kind):
             example = "EMMET" if kind is Method else kind.__name__
             raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {example}().")
+    if isinstance(step := settings.get("post_steps"), PostStep):
+        raise UserError(f"The setting post_steps is {step!r}: give a list, such as [{step!r}].")
 
 
 def _check_run(seed: int, folder: str | Path | None) -> None:

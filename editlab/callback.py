@@ -36,6 +36,12 @@ class EditCallback(Callback):
     measured_groups: Sequence[str] = ()
     """Groups of metrics that the callback measures during a run, such as ``retained``: EarlyStopping may watch them."""
 
+    keeps_past_keys: bool = False
+    """Whether the callback keeps the keys of past edits in each layer's metric, which some methods need (BetaEdit)."""
+
+    adjusts_weights: bool = False
+    """Whether the callback changes weights in ``on_edit_adjust``, which no post-step sees (LoRAAdjust)."""
+
     charts: Mapping[str, Sequence[str]] = {}
     """Charts of what the callback logs, for TensorBoard's custom scalars: title -> patterns of the names in a chart."""
 

@@ -16,11 +16,13 @@ from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
 from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.carried import Carried
 from editlab.edits.conventions import OWN, Conventions
 from editlab.edits.edited_layer import ClosedFormOptimizer
 from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.requirements import require_compatible
 from editlab.edits.snapshot import Snapshot
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
@@ -37,6 +39,7 @@ from editlab.runs.summary import finish_run, summarize
 from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
 from editlab.solver.methods import EMMET, Method
+from editlab.solver.post_steps import PostStep
 from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
 from editlab.values.optimize import ValueSettings
@@ -51,7 +54,7 @@ class SequentialEditor(MeasuredModel):
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited; ``values.spread`` says how they share an edit (default:
             as MEMIT does). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit or UltraEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit, BetaEdit or UltraEdit.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -72,6 +75,9 @@ class SequentialEditor(MeasuredModel):
             (:mod:`editlab.edits.conventions`).
         site: whether a target is a state of the residual ``stream`` after the block, or the output of the ``mlp``;
             default: as ``conventions`` says, and never the stream if a norm follows the MLP.
+        post_steps: what is done with each layer's update before it is added: SPHERE, REVIVE, PRUNE, RECT, in order.
+        compensate: carry what post-steps cut off from an update into the next solve, and what a scaling by trust cut
+            off while a consolidated memory holds the batch's keys.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -102,12 +108,14 @@ class SequentialEditor(MeasuredModel):
         solver_device: str = "auto",
         conventions: str = OWN,
         site: str | None = None,
+        post_steps: list[PostStep] = [],  # noqa: B006 - shown as the default, and copied
+        compensate: bool = True,
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map, chat_template)
         settled = Conventions.of(conventions, method, keys, site, values.kl_at)
         self.solve_settings = SolveSettings(
             method, settled.keys, preserve_prompt_tokens, passes, condition_limit, solver_device, settled.site,
-            settled.bare_denominator,
+            settled.bare_denominator, post_steps=tuple(post_steps), compensate=compensate,
         )  # fmt: skip
         require_combination(values, method, not self.layer_numbers, restore_between_batches)
         self.site_setting = settled.site
@@ -116,6 +124,7 @@ class SequentialEditor(MeasuredModel):
         self.automatic_optimization = False
         self.contexts: list[str] = []
         self.ledger = Ledger(restore_between_batches)
+        self.carried = Carried()
         self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
         self.evaluation = Evaluation(evaluation)
@@ -176,6 +185,7 @@ class SequentialEditor(MeasuredModel):
             raise UserError(
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
+        require_compatible(self.solve_settings, self.restore_between_batches, self.trainer.callbacks)  # type: ignore[attr-defined]
         with self.unedited():
             self.prepare_solver()
             with self.evaluation.products(self.lm):
@@ -194,7 +204,9 @@ class SequentialEditor(MeasuredModel):
             if not self.contexts:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             sites = sites_of(self.lm, self.layer_numbers, self.values.spread, self.site_setting)
-            self.solver = BatchSolver(self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts)
+            self.solver = BatchSolver(
+                self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts, carried=self.carried
+            )
             self.solver.set_moments(self._second_moments())
         self.source = make_source(
             self.lm, self.model_key, self.contexts, self.values, self.unedited,
@@ -318,6 +330,7 @@ class SequentialEditor(MeasuredModel):
             "adapted": sum(layer.adapter is not None for layer in self.changed_layers),
             "independent": self.restore_between_batches,
             "ledger": self.ledger.state_dict(),
+            "carried": self.carried.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
             "values": self.source.state_dict(),
@@ -335,6 +348,7 @@ class SequentialEditor(MeasuredModel):
         for path in filter(None, map(resume.adjusted_path, checkpoint["state_dict"])):
             self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])
+        self.carried.load_state_dict(saved.get("carried", {}))
         self.contexts = list(saved["contexts"])
         self.evaluation.load_state_dict(saved["evaluation"])
         self.resumed = saved

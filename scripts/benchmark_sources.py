@@ -36,6 +36,7 @@ from editlab.lm.loading.load import load
 from editlab.solver.methods import MEMIT, Method, UltraEdit
 from editlab.values.optimize import GRADIENT, ValueSettings
 from editlab.values.sources import make_source
+from editlab.values.spread import Targets, distinct
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "value_sources.csv"
@@ -96,7 +97,9 @@ class Timed:
     def seconds(self, facts: Sequence[Fact]) -> tuple[float, float]:
         """Seconds by the clock and of the processor to edit facts in one batch; afterwards no edit is left."""
         start, processor = time.perf_counter(), time.process_time()
-        outcome = EditOutcome(EditPlan(0, facts, self.source.find(facts, self.solver.site)))
+        (site,) = distinct(self.solver.sites)
+        targets = Targets(facts, {site.layer: self.source.find(facts, site)})
+        outcome = EditOutcome(EditPlan(0, facts, targets))
         self.solver.solve(outcome)
         taken = time.perf_counter() - start, time.process_time() - processor
         for layer in self.edited:

@@ -17,6 +17,7 @@ from editlab.evaluation.settings import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.metrics.names import add_group
+from editlab.solver.post_steps import RECT
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.test_editor import editor, fit
@@ -231,6 +232,8 @@ def test_a_setting_that_is_no_object_is_named():
     for name, given, such in (("method", "EMMET", "EMMET"), ("values", {"steps": 3}, "ValueSettings")):
         with pytest.raises(UserError, match=rf"The setting {name} is .*: give an object, such as {such}\(\)\."):
             edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **{**SMALL, name: given})
+    with pytest.raises(UserError, match=r"post_steps is RECT\(fraction=0.2\): give a list, such as \[RECT"):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL, post_steps=RECT())
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -17,7 +17,8 @@ import torch
 from callbacks import DownstreamEval, ForgettingCurve, LoRAAdjust, MemoryReplay, TrustRollback
 from editlab import edit_model
 from editlab.keys.moments import MomentSettings
-from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, UltraEdit
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, BetaEdit, UltraEdit
+from editlab.solver.post_steps import PRUNE, RECT, REVIVE, SPHERE
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.harness import stand_in
@@ -66,7 +67,7 @@ def text(tmp_path, monkeypatch):
 
 
 def edit(family, method, callbacks, **changes):
-    """Edits four facts with a method and callbacks: the model before and after, and the result."""
+    """Edits four facts with a method, callbacks and further settings: the model before and after, and the result."""
     model = tiny_model(family)
     before = weights(model)
     layers = [1, 2] if EXPECTED[family][2] else [2]  # a norm after the MLP allows one layer only
@@ -120,9 +121,27 @@ def test_every_family_with_all_callbacks(family, method, text):
 )
 def test_every_value_source_with_all_callbacks(method, values, text):
     check("llama", method, lambda: CALLBACKS["everything"](text), values=values)
+
+
 def test_targets_of_each_layer_with_all_callbacks(text):
     values = replace(SMALL["values"], spread="each", reference="current")
     check("llama", METHODS["memit"], lambda: CALLBACKS["everything"](text), values=values)
+
+
+def test_betaedit_and_all_post_steps_with_callbacks(text):
+    beta = BetaEdit(threshold=1e9, refresh_every=2)
+    steps = [SPHERE(), REVIVE(0.3), PRUNE(), RECT(0.5)]
+    check("gpt2", beta, lambda: [*CALLBACKS["trust scale"](text), *CALLBACKS["replay both"](text)], post_steps=steps)
+
+
+def test_a_post_step_sees_the_weight_in_mathematical_orientation():
+    # GPT-2 stores its weights transposed; REVIVE leaves the first singular triplet of the original one as it was.
+    _, _, result = edit("gpt2", METHODS["memit"], [], post_steps=[REVIVE(0.3)])
+    (layer, *_) = result.editor.layers
+    left, _, right = torch.linalg.svd(layer.original.T.double())
+    assert layer.total.norm() > 0.01
+    assert torch.allclose(layer.total.double() @ right[0], torch.zeros(32).double(), atol=1e-6)
+    assert torch.allclose(left[:, 0] @ layer.total.double(), torch.zeros(48).double(), atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -88,6 +88,7 @@ class LoRAAdjust(EditCallback):
     """
 
     priority = 30
+    adjusts_weights = True
 
     def __init__(
         self,

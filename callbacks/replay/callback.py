@@ -14,6 +14,7 @@ from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys
+from callbacks.replay.refresh import Refresh
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -50,7 +51,8 @@ class MemoryReplay(EditCallback):
     ``sampled`` adds earlier edits to each batch's constraints. Their residuals are computed with the current weights,
     so an edit that has not drifted adds no change. ``consolidated`` adds the keys of all past edits (and their context
     keys, if ``model.preserve_prompt_tokens`` is set) to each layer's metric: all of history at constant memory, which
-    for one layer with soft constraints is the same as one joint batch.
+    for one layer with soft constraints is the same as one joint batch. Where only a fraction of a batch stays in the
+    weights, the rest is carried into the next solve (``model.compensate``).
 
     Args:
         rate: number of replayed facts as a fraction of the batch (0.3 of a batch of 32 is 10).
@@ -113,6 +115,8 @@ class MemoryReplay(EditCallback):
         self.consolidates = memory != "sampled"
         self.past_weight = past_weight
         self.past = PastKeys(1.0 if past_weight is None else past_weight, forget)
+        self.keeps_past_keys = self.consolidates
+        self.refreshed = Refresh()
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
@@ -160,7 +164,7 @@ class MemoryReplay(EditCallback):
         assert isinstance(pl_module, SequentialEditor)
         if self.refresh == "values" and not pl_module.source.repeatable:
             raise UserError(NOT_AGAIN)
-        self._bare_metric = dict(pl_module.solver.preservation)
+        self._bare_metric = {**pl_module.solver.preservation, **self.refreshed.metrics(pl_module)}
         if self.past_weight is None:
             self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0
         self._set_metric(pl_module)
@@ -238,6 +242,11 @@ class MemoryReplay(EditCallback):
             for layer, keys in outcome.keys.items():
                 own = keys.keys[:, keys.fact < count], keys.context_keys[:, keys.context_fact < count]
                 self.past.add(layer, *own, editor.solve_settings.context_key_weight)
+            if outcome.factor < 1 and editor.solve_settings.compensate:
+                editor.solver.carried.complete(outcome)
+            if self.refreshed.due(editor):
+                self.refreshed.take(editor, self.past.moments)
+                self._bare_metric |= self.refreshed.metrics(editor)
             self._set_metric(editor)
         if self.samples:
             outcome.measured["replay/buffer"] = float(len(self.buffer))
@@ -317,12 +326,14 @@ class MemoryReplay(EditCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the past keys, for a checkpoint."""
-        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict()}
+        refreshed = self.refreshed.state_dict()
+        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict(), "refreshed": refreshed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
         self.buffer.load_state_dict(state_dict["buffer"])
         self.past.load_state_dict(state_dict["past"])
+        self.refreshed.load_state_dict(state_dict.get("refreshed", Refresh().state_dict()))
 
 
 def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:

@@ -63,23 +63,34 @@ class PastKeys:
         self.moments[layer] = past - _symmetric(_removable(past, keys.to(past), weights))
 
     def state_dict(self) -> dict[int, Tensor]:
-        """Layer -> the lower triangle, row by row, float64 [d_k (d_k + 1) / 2]: half of the symmetric matrix."""
-        packed = {}
-        for layer, moments in self.moments.items():
-            rows, columns = torch.tril_indices(*moments.shape)
-            packed[layer] = moments[rows, columns].cpu()
-        return packed
+        """Layer -> its packed sum (:func:`packed`)."""
+        return packed(self.moments)
 
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """Loads what :meth:`state_dict` returned, on the CPU."""
-        self.moments = {}
-        for layer, packed in state.items():
-            size = round(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
-            rows, columns = torch.tril_indices(size, size)
-            moments = torch.zeros(size, size, dtype=torch.float64)
-            moments[rows, columns] = packed
-            moments[columns, rows] = packed
-            self.moments[layer] = moments
+        self.moments = unpacked(state)
+
+
+def packed(matrices: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Layer -> the lower triangle, row by row, float64 [d_k (d_k + 1) / 2]: half of the symmetric matrix."""
+    triangles = {}
+    for layer, matrix in matrices.items():
+        rows, columns = torch.tril_indices(*matrix.shape)
+        triangles[layer] = matrix[rows, columns].cpu()
+    return triangles
+
+
+def unpacked(triangles: dict[int, Any]) -> dict[int, Tensor]:
+    """Layer -> the symmetric matrix [d_k, d_k] that :func:`packed` returned half of, on the CPU."""
+    matrices = {}
+    for layer, triangle in triangles.items():
+        size = round(((8 * triangle.numel() + 1) ** 0.5 - 1) / 2)
+        rows, columns = torch.tril_indices(size, size)
+        matrix = torch.zeros(size, size, dtype=torch.float64)
+        matrix[rows, columns] = triangle
+        matrix[columns, rows] = triangle
+        matrices[layer] = matrix
+    return matrices
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editlab.data.fact import Fact
+from editlab.edits.carried import Carried
 from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import Addition, EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
@@ -19,10 +21,12 @@ from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
 from editlab.solver.bare_denominator import exact_at
-from editlab.solver.closed_form import diagnostics, effective_weight, solve
+from editlab.solver.closed_form import Solution, diagnostics, effective_weight, solve
+from editlab.solver.compensation import solve_from
 from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
 from editlab.solver.methods import Method
+from editlab.solver.post_steps import EditedWeight, PostStep, apply_all
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import at_least_one, not_negative, one_of
 from editlab.values.spread import RESIDUAL, distinct, sites_of
@@ -55,6 +59,10 @@ class SolveSettings:
     """output that a target replaces (:meth:`Site.of <editlab.keys.subject_keys.Site.of>`)"""
     bare_denominator: bool = field(default=False, repr=False)
     """whether the update of a fact is scaled to hold at its bare key (:mod:`editlab.solver.bare_denominator`)"""
+    post_steps: tuple[PostStep, ...] = ()
+    """what is done with each layer's update before it is added, in this order"""
+    compensate: bool = True
+    """whether what post-steps or a scaling cut off from an update is carried into the next solve"""
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
@@ -65,6 +73,14 @@ class SolveSettings:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=self.passes)
         require_setting(self.device)
+        wrong = next((step for step in self.post_steps if not isinstance(step, PostStep)), None)
+        if wrong is not None:
+            raise UserError(f"model.post_steps has {wrong!r}: give post-steps, such as RECT().")
+        if self.post_steps and self.passes > 1:
+            raise UserError(
+                f"model.post_steps act on the whole update of a batch, and with model.passes {self.passes} each pass "
+                "adds a part of it: set passes to 1, or remove the post-steps."
+            )
 
 
 @dataclass
@@ -81,6 +97,12 @@ class BatchSolver:
     """prefixes in which keys are read, the empty one first"""
     preservation: dict[int, Preservation] = field(default_factory=dict)
     """layer -> its metric; callbacks may replace it between batches (consolidated replay)"""
+    carried: Carried = field(default_factory=Carried)
+    """what was cut off from earlier updates and takes part in the next solve"""
+    moments: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> C0, kept for methods alone whose metric is computed again after some edits"""
+    _computed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """layer -> what its post-steps have computed from the original weight"""
 
     @classmethod
     def at(
@@ -114,9 +136,16 @@ class BatchSolver:
 
         Each matrix is freed once its metric is computed: those of an 8B model have 1.6 GB each.
         """
-        device = self.device
+        device, method = self.device, self.settings.method
         for layer in list(moments):
-            self.preservation[layer] = self.settings.method.preservation(moments.pop(layer), device)
+            c0 = moments.pop(layer)
+            self.preservation[layer] = method.preservation(c0, device)
+            if method.edits_between_refreshes:
+                self.moments[layer] = c0
+
+    def refreshed_metric(self, layer: int, past: Tensor, edits: int) -> Preservation:
+        """The metric of a layer as it has to be after some edits (:meth:`~editlab.solver.methods.Method.refreshed`)."""
+        return self.settings.method.refreshed(self.moments[layer], past, edits, self.device)
 
     def metric_bytes(self, device: torch.device) -> int:
         """Bytes of the metrics that lie on a device."""
@@ -144,11 +173,12 @@ class BatchSolver:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
         system = _System.of(outcome.plan, self.settings.method.slack)
-        for _ in range(self.settings.passes):
+        for index in range(self.settings.passes):
+            carried = self.carried.parts if index == 0 else {}
             for number, layer in self.layers.items():
-                layer.add(self._solve_layer(outcome, system, number))
+                layer.add(self._solve_layer(outcome, system, number, carried.get(number)))
 
-    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int) -> Tensor:
+    def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, carried: Tensor | None) -> Tensor:
         """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
         plan, layer, facts = outcome.plan, self.layers[number], len(outcome.plan.facts)
         site = self.sites[number].layer
@@ -162,29 +192,52 @@ class BatchSolver:
         residuals = (widened(targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
-        preservation = self.preservation[number]
-        if self.settings.context_key_weight:
-            preservation = preservation.plus(keys.context_keys, self.settings.context_key_weight)
-        if self.settings.bare_denominator and len(constraints) > 1:
-            raise UserError(
-                "With ROME's published conventions a solve has one constraint, and a callback added others: set "
-                "memory: consolidated for MemoryReplay, or model.conventions to own."
-            )
-        same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
-        solution = solve(constraints, preservation, self.settings.condition_limit, same_key=same_key)
-        if self.settings.bare_denominator and keys.bare is not None:
-            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
+        solution = self._solution(constraints, number, keys, carried)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
-        update = solution.delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
+        delta, cut = self._after_post_steps(solution.delta, number)
+        update = delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
         whole = outcome.updates[number] + update if number in outcome.updates else update
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
         measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
+        if cut is not None:
+            outcome.cut[number] = cut.to(layer.total.dtype)
+            measured["cut_off"] = float(cut.norm() / solution.delta.norm().clamp_min(1e-300))
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update
+
+    def _solution(self, constraints: Constraints, number: int, keys: Keys, carried: Tensor | None) -> Solution:
+        """The solution of a layer's system, which starts from what was cut off from earlier updates."""
+        metric, limit, weight = (
+            self.preservation[number],
+            self.settings.condition_limit,
+            self.settings.context_key_weight,
+        )
+        same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
+        if self.settings.bare_denominator:
+            _require_one_constraint(constraints, carried)
+        if carried is not None:
+            return solve_from(carried, constraints, metric, limit, same_key, keys.context_keys, weight)
+        if weight:
+            metric = metric.plus(keys.context_keys, weight)
+        solution = solve(constraints, metric, limit, same_key=same_key)
+        if self.settings.bare_denominator and keys.bare is not None:
+            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
+        return solution
+
+    def _after_post_steps(self, solved: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+        """The update to apply for a solved one, and what was cut off; None without post-steps."""
+        if not self.settings.post_steps:
+            return solved, None
+        layer = self.layers[number]
+        original = layer.original.T if layer.transposed else layer.original
+        original, total = (widened(matrix, solved.device) for matrix in (original, layer.total))
+        weight = EditedWeight(original, total, self._computed.setdefault(number, {}))
+        applied = apply_all(self.settings.post_steps, solved, weight)
+        return applied, solved - applied
 
     def solve_without_dropped(self, outcome: EditOutcome, before: Snapshot) -> None:
         """Solves the batch again without its dropped facts, on the weights of ``before``."""
@@ -197,6 +250,8 @@ class BatchSolver:
 
         A rollback leaves no bit of the batch in the weights or the random generators.
         """
+        if self.settings.compensate:
+            self.carried.settle(outcome)
         if outcome.factor == 1 and not outcome.dropped:
             return
         what = f"kept without {len(outcome.dropped)} of its facts"
@@ -209,6 +264,24 @@ class BatchSolver:
                 layer.add(outcome.factor * outcome.updates[number])
             what = f"scaled by {outcome.factor:.3g}"
         log.info("Batch %d %s: %s", outcome.plan.step, what, "; ".join(outcome.reasons))
+
+
+def _require_one_constraint(constraints: Constraints, carried: Tensor | None) -> None:
+    """Makes sure that a solve has the one constraint of ROME's published form, and nothing else.
+
+    Raises:
+        UserError: A callback added others, or something is carried.
+    """
+    if len(constraints) > 1:
+        raise UserError(
+            "With ROME's published conventions a solve has one constraint, and a callback added others: set "
+            "memory: consolidated for MemoryReplay, or model.conventions to own."
+        )
+    if carried is not None:
+        raise UserError(
+            "With ROME's published conventions nothing can be carried into a solve: set model.compensate to false, "
+            "or model.conventions to own."
+        )
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ class EditOutcome:
     plan: EditPlan
     updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the update that was added to its weight, float32 [d_v, d_k]"""
+    cut: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> the part of the solved update that post-steps cut off, float32 [d_v, d_k]; empty without post-steps"""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """numbers of the solve to log, such as ``layer_6/gram_condition``"""
     keys: dict[int, Keys] = field(default_factory=dict)
@@ -137,3 +139,4 @@ class EditOutcome:
         self._planned = [self._planned[row] for row in rows]
         self.plan = replace(self.plan, facts=[self.plan.facts[row] for row in rows], targets=self.plan.targets.of(rows))
         self.updates, self.last_updates, self.keys, self.diagnostics, self.residual_norm = {}, {}, {}, {}, None
+        self.cut = {}

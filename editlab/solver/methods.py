@@ -15,7 +15,7 @@ from torch import Tensor
 
 from editlab.errors import UserError
 from editlab.solver.preservation import Preservation
-from editlab.utils.validation import above_zero
+from editlab.utils.validation import above_zero, at_least_one, not_negative
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         weights = ("covariance_weight", "threshold", "ridge")
         above_zero(type(self).__name__, **{name: getattr(self, name, None) for name in weights})
+        not_negative(type(self).__name__, mu=getattr(self, "mu", None))
         if not 0 <= self.slack < math.inf:
             raise UserError(f"{type(self).__name__}: the slack is {self.slack}; it must be 0 or above, and finite.")
 
@@ -52,10 +53,26 @@ class Method(ABC):
         """Whether the metric depends on C0; if not, C0 is not computed, and the metric gets a tensor without data."""
         return True
 
+    @property
+    def edits_between_refreshes(self) -> int:
+        """Number of edits after which :meth:`refreshed` has to give a new metric; 0 if the metric never changes."""
+        return 0
+
+    def refreshed(self, moments: Tensor, past: Tensor, edits: int, device: torch.device | None = None) -> Preservation:
+        """Return the metric without past keys, as it has to be after some edits; by default it stays what it was.
+
+        Args:
+            moments: C0, [d_k, d_k].
+            past: the sum of ``k k^T`` over past keys, [d_k, d_k].
+            edits: number of edits whose keys are in that sum.
+            device: as for :meth:`preservation`.
+        """
+        return self.preservation(moments, device)
+
 
 @dataclass(frozen=True)
 class EMMET(Method):
-    """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric ``lambda C0``.
+    """Equality-constrained batch editing (Gupta et al. 2024, arXiv:2403.14236): metric ``lambda C0 + mu I``.
 
     The authors' code adds a small ridge to the Gram matrix ``K^T C^-1 K``, which is a slack in the closed form. If
     the metric is ``lambda C0`` alone, slack s gives the same update as :class:`MEMIT` at weight ``s * lambda``; with
@@ -71,18 +88,21 @@ class EMMET(Method):
     """Ridge on the Gram matrix (``emmet_lambda`` of the authors' code, whose value is 0.1); 0 is exact equality."""
     ridge: float = 1e-6
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
+    mu: float = 0.0
+    """Weight of the identity in the metric, in the units of a key's square: each past or present key is worth 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gram_ridge >= 1:
             raise UserError(
                 f"EMMET.gram_ridge is {self.gram_ridge}: from 1 on the method is MEMIT, not equality: use MEMIT with "
-                f"covariance_weight {self.gram_ridge * self.covariance_weight:g}."
+                f"covariance_weight {self.gram_ridge * self.covariance_weight:g}"
+                f"{f' and mu {self.gram_ridge * self.mu:g}' if self.mu else ''}."
             )
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return the metric ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
+        """Return the metric ``lambda C0 + mu I``."""
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device, self.mu)
 
     @property
     def slack(self) -> float:
@@ -98,10 +118,12 @@ class ROME(Method):
     """Lambda; see :class:`EMMET`."""
     ridge: float = 1e-6
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
+    mu: float = 0.0
+    """Weight of the identity in the metric, in the units of a key's square: each past or present key is worth 1."""
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return the metric ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
+        """Return the metric ``lambda C0 + mu I``."""
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device, self.mu)
 
     @property
     def slack(self) -> float:
@@ -116,16 +138,27 @@ class ROME(Method):
 
 @dataclass(frozen=True)
 class MEMIT(Method):
-    """Least-squares batch editing (Meng et al. 2023, arXiv:2210.07229, eq. 14): metric ``lambda C0``, slack 1."""
+    """Least-squares batch editing (Meng et al. 2023, arXiv:2210.07229, eq. 14): metric ``lambda C0 + mu I``, slack 1.
+
+    With ``mu`` and a consolidated memory, whose past keys are part of the metric, a sequence of batches minimizes::
+
+        sum_i ||W k_i - v_i||^2 + lambda ||(W - W0) K0||^2 + mu ||W - W0||^2
+
+    over all edits so far, where C0 = K0 K0^T. That is the objective of RLSEdit (Wang et al. 2026, arXiv:2601.15686) and
+    of ENCORE (Gupta et al. 2025, arXiv:2502.01636), whose norm constraint is the last term. Without the memory the last
+    two terms hold for each batch on its own, and the norm of all batches together may still grow.
+    """
 
     covariance_weight: float = 15000.0
     """Lambda, ``mom2_update_weight`` of the authors' code."""
     ridge: float = 1e-6
     """Fraction of C0's mean eigenvalue that is added to its diagonal."""
+    mu: float = 0.0
+    """Weight of the identity in the metric, in the units of a key's square: each past or present key is worth 1."""
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return the metric ``lambda C0``."""
-        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device)
+        """Return the metric ``lambda C0 + mu I``."""
+        return Preservation.from_moments(moments, self.covariance_weight, self.ridge, device, self.mu)
 
     @property
     def slack(self) -> float:
@@ -154,6 +187,58 @@ class AlphaEdit(Method):
     def slack(self) -> float:
         """The weight of the L2 term."""
         return self.l2
+
+
+@dataclass(frozen=True)
+class BetaEdit(Method):
+    """Edits inside a null space that still pay there for C0 and for past keys (Liu et al. 2026, arXiv:2605.09285).
+
+    With P the projector on the null space, K_p the past keys and slack 1 the update is::
+
+        delta^T = (P (K K^T + K_p K_p^T + lambda C0) + l2 I)^-1 P K R^T
+
+    AlphaEdit's null space is one up to a threshold only, so that updates leak; ``lambda`` makes the leak cost what it
+    does to C0. After every ``refresh_every`` edits P is computed again, from the eigenvectors of
+    ``(K_p K_p^T / n + lambda C0) / (lambda + 1)`` with eigenvalues under the threshold, where n is the number of past
+    edits. The past keys come from a consolidated memory, without which the method is refused.
+    """
+
+    covariance_weight: float = 3000.0
+    """Lambda, the weight of C0 inside the null space (``lambda1`` of the authors' code)."""
+    threshold: float = 2e-2
+    """Eigenvectors whose eigenvalue lies below this span the null space; in C0's own units."""
+    l2: float = 10.0
+    """Weight of the identity inside the null space (``lambda2`` of the authors' code)."""
+    refresh_every: int = 1000
+    """Number of edits between two computations of the projector (``tau`` of the authors' code)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero("BetaEdit", l2=self.l2)
+        at_least_one("BetaEdit", refresh_every=self.refresh_every)
+
+    def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
+        """Return the metric ``l2 I + lambda C0`` on C0's null space."""
+        return self._inside(moments, moments, device)
+
+    def refreshed(self, moments: Tensor, past: Tensor, edits: int, device: torch.device | None = None) -> Preservation:
+        """Return the same metric on the null space of C0 and the past keys together."""
+        weight = self.covariance_weight
+        return self._inside((past / edits + weight * moments) / (weight + 1), moments, device)
+
+    def _inside(self, spanning: Tensor, moments: Tensor, device: torch.device | None) -> Preservation:
+        subspace = Preservation.null_space(spanning, self.threshold, device, self.l2)
+        return subspace.plus_moments(self.covariance_weight * moments.to(subspace.factor))
+
+    @property
+    def slack(self) -> float:
+        """Slack 1: an edit weighs as much as a past key."""
+        return 1.0
+
+    @property
+    def edits_between_refreshes(self) -> int:
+        """The setting ``refresh_every``."""
+        return self.refresh_every
 
 
 @dataclass(frozen=True)

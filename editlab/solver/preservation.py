@@ -25,7 +25,8 @@ class Preservation:
     """
 
     factor: Tensor
-    """Lower Cholesky factor L of C, or an orthonormal basis U of a subspace (then T = U^T), float64 [d_k, r]."""
+    """Lower Cholesky factor L of C, or a basis U of a subspace (then T = U^T), float64 [d_k, r]. The basis is
+    orthonormal if the metric is the identity on the subspace."""
     is_basis: bool = False
     """Whether ``factor`` is a basis (AlphaEdit's null space) rather than a Cholesky factor."""
     columns: Tensor | None = None
@@ -48,9 +49,14 @@ class Preservation:
 
     @classmethod
     def from_moments(
-        cls, moments: Tensor, weight: float = 1.0, ridge: float = 1e-6, device: torch.device | None = None
+        cls,
+        moments: Tensor,
+        weight: float = 1.0,
+        ridge: float = 1e-6,
+        device: torch.device | None = None,
+        identity: float = 0.0,
     ) -> Preservation:
-        """The metric ``weight * C0`` plus ``ridge`` times its mean eigenvalue on the diagonal, factored once.
+        """The metric ``weight * C0 + identity * I`` plus ``ridge`` times C0's mean eigenvalue, factored once.
 
         One matrix [d_k, d_k] is allocated on the device and becomes the factor. If the device lacks memory for it, the
         metric is computed on the CPU and stays there.
@@ -61,20 +67,26 @@ class Preservation:
             ridge: fraction of the mean eigenvalue that is added to the diagonal, so that the metric is positive
                 definite in directions that the text never used.
             device: device of the metric; default: that of the moments.
+            identity: mu, the weight of the identity in the units of a key's square; unlike the ridge it does not scale
+                with C0.
 
         Raises:
             EditLabError: The matrix is not finite, or not positive definite even with the ridge.
         """
-        return _where_it_fits(device or moments.device, lambda there: cls._factored(moments, weight, ridge, there))
+        return _where_it_fits(
+            device or moments.device, lambda there: cls._factored(moments, weight, ridge, identity, there)
+        )
 
     @classmethod
-    def _factored(cls, moments: Tensor, weight: float, ridge: float, device: torch.device) -> Preservation:
+    def _factored(
+        cls, moments: Tensor, weight: float, ridge: float, identity: float, device: torch.device
+    ) -> Preservation:
         c = _copied(moments, device).mul_(weight)
         if not torch.isfinite(c.sum()):  # testing each element would take memory for a third such matrix
             raise EditLabError(
                 "The second moments hold values that are not finite: delete the cached file, and they are recomputed."
             )
-        c.diagonal().add_(ridge * c.diagonal().mean())
+        c.diagonal().add_(ridge * c.diagonal().mean() + identity)
         factor, failed = _cholesky_in_place(c)
         if failed:
             raise EditLabError(
@@ -84,7 +96,9 @@ class Preservation:
         return cls(factor)
 
     @classmethod
-    def null_space(cls, moments: Tensor, threshold: float, device: torch.device | None = None) -> Preservation:
+    def null_space(
+        cls, moments: Tensor, threshold: float, device: torch.device | None = None, identity: float = 1.0
+    ) -> Preservation:
         """AlphaEdit's metric: the identity on the span of C0's eigenvectors with eigenvalues under ``threshold``.
 
         Outside that span an update is zero (Fang et al. 2024, arXiv:2410.02355).
@@ -93,14 +107,17 @@ class Preservation:
             moments: as for :meth:`from_moments`.
             threshold: an absolute number in the units of C0, as in the paper.
             device: as for :meth:`from_moments`.
+            identity: weight of the identity.
 
         Raises:
             UserError: No eigenvalue lies under the threshold.
         """
-        return _where_it_fits(device or moments.device, lambda there: cls._null_space(moments, threshold, there))
+        return _where_it_fits(
+            device or moments.device, lambda there: cls._null_space(moments, threshold, identity, there)
+        )
 
     @classmethod
-    def _null_space(cls, moments: Tensor, threshold: float, device: torch.device) -> Preservation:
+    def _null_space(cls, moments: Tensor, threshold: float, identity: float, device: torch.device) -> Preservation:
         values, vectors = torch.linalg.eigh(widened(moments, device))
         basis = vectors[:, values < threshold]
         if basis.shape[1] == 0:
@@ -108,7 +125,7 @@ class Preservation:
                 f"No eigenvalue of the second moments is under {threshold:g}, so the null space is empty: raise the "
                 f"threshold (they run from {values[0]:.3g} to {values[-1]:.3g})."
             )
-        return cls(basis.contiguous(), is_basis=True)
+        return cls(basis.contiguous().div_(identity**0.5), is_basis=True)
 
     def whiten(self, keys: Tensor) -> Tensor:
         """Whitened keys ``T K`` of keys ``K``: [d_k, n] -> [r, n], float64, on the metric's device."""
@@ -125,6 +142,10 @@ class Preservation:
         if self.is_basis:
             return self.factor @ whitened
         return torch.linalg.solve_triangular(self.factor.T, whitened, upper=True)
+
+    def inverse_times(self, keys: Tensor) -> Tensor:
+        """``C^-1 K`` of keys ``K`` with the added columns accounted for: [d_k, n] -> [d_k, n], float64."""
+        return self.unwhiten(self.correct(self.whiten(keys)).contiguous())
 
     def plus(self, keys: Tensor, weight: float | Tensor = 1.0) -> Preservation:
         """The metric ``C + sum_i weight_i k_i k_i^T`` for keys [d_k, m], as a new object.

@@ -213,6 +213,7 @@ FIT = {
     "a negative count": (setting("model.evaluation.neighbors", -1), "it must not be negative"),
     # methods
     "a misspelt method": (method("EMMETT"), "did you mean EMMET?"),
+    "a misspelt post-step": (setting("model.post_steps", [{"class_path": "RECTT"}]), "did you mean RECT?"),
     "no weight": (method("EMMET", covariance_weight=0), "EMMET.covariance_weight is 0.0: it must be above 0"),
     "a negative slack": (method("EMMET", gram_ridge=-1), "EMMET: the slack is -1.0"),
     "equality with the slack of MEMIT": (method("EMMET", gram_ridge=1), "use MEMIT with covariance_weight 1"),

@@ -20,6 +20,7 @@ from editlab.solver.closed_form import Solution
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 from editlab.values.loss import rows_of
 from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.spread import Targets, distinct
 from tests import published
 from tests.test_api import SMALL
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -49,9 +50,15 @@ def solver_of(lm, method, layers, c0, **changes):
     return solver, replace(settings(), kl_at=used.kl_at)
 
 
+def site_of(solver):
+    """The one site that all layers of a solver work towards."""
+    (site,) = distinct(solver.sites)
+    return site
+
+
 def update_of(solver, facts, targets):
     """The updates of one batch, each layer's float32 [d_v, d_k]."""
-    outcome = EditOutcome(EditPlan(0, facts, targets.float()))
+    outcome = EditOutcome(EditPlan(0, facts, Targets(facts, {site_of(solver).layer: targets.float()})))
     solver.solve(outcome)
     return [outcome.updates[layer] for layer in solver.layers]
 
@@ -132,7 +139,7 @@ def test_rome_is_the_published_procedure(given, c0):
     mlp = lm.model.model.layers[1].mlp
     fact = FACTS[1]
     theirs = published.value(lm.model, lm.tokenizer, fact, mlp, CONTEXTS, **SEARCH).float()
-    ours = theirs[None] if given else optimize_values(lm, [fact], solver.site, CONTEXTS, search).target
+    ours = theirs[None] if given else optimize_values(lm, [fact], site_of(solver), CONTEXTS, search).target
     expected = published.rome(lm.model, lm.tokenizer, fact, theirs.double(), CONTEXTS, mlp.down_proj, c0)
     bare = published.seen(lm.model, lm.tokenizer, fact, "", mlp.down_proj)
     now = published.seen(lm.model, lm.tokenizer, fact, "", mlp.down_proj, output=True)
@@ -166,7 +173,7 @@ def test_batches_over_two_layers_are_the_published_procedure(name, given, c0, to
         theirs.model, theirs.tokenizer, FACTS, top_values.double(), CONTEXTS, blocks,
         [block.mlp.down_proj for block in blocks], lambda i, keys, residuals: oracle(c0)(keys, residuals),
     )  # fmt: skip
-    ours = top_values.T if given else optimize_values(lm, FACTS, solver.site, CONTEXTS, search).target
+    ours = top_values.T if given else optimize_values(lm, FACTS, site_of(solver), CONTEXTS, search).target
     for one, other in zip(update_of(solver, FACTS, ours), expected, strict=True):
         close(one, other, 2e-6 if given else 1e-5)
 
@@ -277,7 +284,7 @@ def test_errors_of_conventions():
 def test_errors_of_the_published_rome_with_further_constraints(c0):
     lm = model_of()
     solver, _ = solver_of(lm, ROME(), [1], c0)
-    plan = EditPlan(0, FACTS[:1], torch.ones(1, 32), [Addition(FACTS[1], torch.ones(32))])
+    plan = EditPlan(0, FACTS[:1], Targets(FACTS[:1], {1: torch.ones(1, 32)}), [Addition(FACTS[1], torch.ones(32))])
     with pytest.raises(UserError, match="a solve has one constraint"):
         solver.solve(EditOutcome(plan))
     settings = {**SMALL, "layers": [1], "batch_size": 1, "method": ROME(), "conventions": "published"}

@@ -191,6 +191,34 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
     assert (other.layers[0].total - joint).norm() / joint.norm() > 100 * gap
 
 
+def test_later_batches_complete_a_scaled_one(tiny_folder, tmp_path, monkeypatch):
+    # Half of the first batch stays, while the memory preserves its outputs as if they were its values. Without
+    # compensation it never gets further; with it the second batch ends at the joint solve of all four facts.
+    from editlab import editor as module_under_test
+
+    plain = module_under_test.second_moments
+    seen = {}
+    monkeypatch.setattr(module_under_test, "second_moments", lambda *a: dict(seen.setdefault("c0", plain(*a))))
+    values, gaps, reached = ValueSettings(steps=6, lr=0.5, clamp=3.0, reference="original"), {}, {}
+    for compensate in (False, True):
+        spy = Spy({0: 0.5})
+        settings = {"layers": [1], "method": MEMIT(covariance_weight=5.0), "values": values, "compensate": compensate}
+        module = editor(tiny_folder, **settings)
+        replay = MemoryReplay(memory="consolidated")
+        fit(tmp_path, module, callbacks=[replay, spy], limit=4, name=f"compensate_{compensate}")
+        module.c0 = seen["c0"][1]
+        targets = torch.cat([plan.targets for plan in spy.plans])
+        joint = joint_by_hand(module, FACTS[:4], targets)
+        gaps[compensate] = float((module.layers[0].total - joint).norm() / joint.norm())
+        with module.unedited():
+            before = site_now(module, FACTS[0])
+        wanted, got = targets[0] - before, site_now(module, FACTS[0]) - before
+        reached[compensate] = float(got @ wanted / wanted.square().sum())
+        assert module.carried.parts == {}  # the second batch is kept whole
+    assert gaps[True] < 1e-4 < 0.1 < gaps[False]
+    assert reached[False] < 0.7 * reached[True]
+
+
 def test_a_changed_mind_takes_the_old_fact_out_of_the_memory(tiny_folder, tmp_path):
     # The last batch edits the first batch's facts anew, with other targets: the metric must not hold them back.
     again = [capital(f.subject, CITIES[0], "Lima", number=90 + i) for i, f in enumerate(FACTS[:2])]

@@ -1,0 +1,42 @@
+"""Checks that a method and its post-steps can work with the rest of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from editlab.edits.batch import SolveSettings
+from editlab.errors import UserError
+
+
+def require_compatible(settings: SolveSettings, independent: bool, callbacks: Iterable[Any]) -> None:
+    """Makes sure that a run has what its method needs, and nothing that its post-steps cannot work with.
+
+    Args:
+        settings: the method, the post-steps and the other settings of a solve.
+        independent: whether each batch is edited on the original weights.
+        callbacks: the run's callbacks.
+
+    Raises:
+        UserError: The method needs past keys and no callback keeps them; there is no next batch to carry anything into;
+            or a callback changes the weights after the post-steps.
+    """
+    callbacks = list(callbacks)
+    method = type(settings.method).__name__
+    if settings.method.edits_between_refreshes and not any(getattr(c, "keeps_past_keys", False) for c in callbacks):
+        raise UserError(
+            f"{method} computes its projector from past keys: add the callback MemoryReplay with memory: consolidated."
+        )
+    if not settings.post_steps:
+        return
+    if independent and settings.compensate:
+        raise UserError(
+            "model.compensate carries what post-steps cut off into the next batch, and model.restore_between_batches "
+            "edits each batch on the original weights: set compensate to false."
+        )
+    changing = next((c for c in callbacks if getattr(c, "adjusts_weights", False)), None)
+    if changing is not None:
+        raise UserError(
+            f"{type(changing).__name__} changes weights after model.post_steps, so that what they protect would be "
+            "changed all the same: remove one of the two."
+        )
