@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
 from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.conventions import OWN, Conventions
 from editlab.edits.edited_layer import ClosedFormOptimizer
 from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
@@ -54,7 +55,8 @@ class SequentialEditor(MeasuredModel):
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
         evaluation: what is measured in addition to the edits.
-        keys: ``bare`` (key in the bare prompt) or ``mean`` (averaged over contexts).
+        keys: ``bare`` (key in the bare prompt), ``mean`` (averaged over contexts) or ``templates`` (the bare prompt
+            weighs 1/2, the contexts share the rest); default: as ``conventions`` says.
         preserve_prompt_tokens: weight of the keys of the edited prompts' context tokens in the batch's metric; 0: off.
         passes: number of times that a batch goes through the layers, each time for the remaining residual.
         edit_module: path of the edited module inside a block; default: found by structure.
@@ -64,6 +66,11 @@ class SequentialEditor(MeasuredModel):
         chat_template: what reads prompts as a user's turn: ``none``, ``edit`` (keys, values), ``evaluate`` or ``both``.
         solver_device: device on which the closed form is solved, in float64: ``cpu``, ``cuda:0``, or ``auto``: the
             model's, or the CPU if that one has no float64, computes it slowly, or lacks memory for the metrics.
+        conventions: ``own``, or ``published``: those of the method's published code for ``keys``, ``site`` and
+            ``values.kl_at``. Each of these settings, if given, holds whatever the conventions say
+            (:mod:`editlab.edits.conventions`).
+        site: whether a target is a state of the residual ``stream`` after the block, or the output of the ``mlp``;
+            default: as ``conventions`` says, and never the stream if a norm follows the MLP.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -81,7 +88,7 @@ class SequentialEditor(MeasuredModel):
         moments: MomentSettings = MomentSettings(),  # noqa: B008
         contexts: ContextSettings = ContextSettings(),  # noqa: B008
         evaluation: EvaluationSettings = EvaluationSettings(),  # noqa: B008
-        keys: str = "bare",
+        keys: str | None = None,
         preserve_prompt_tokens: float = 0.0,
         passes: int = 1,
         edit_module: str | None = None,
@@ -90,12 +97,17 @@ class SequentialEditor(MeasuredModel):
         condition_limit: float = 1e10,
         chat_template: str = "none",
         solver_device: str = "auto",
+        conventions: str = OWN,
+        site: str | None = None,
     ) -> None:
         super().__init__(language_model, layers, edit_module, device_map, chat_template)
+        settled = Conventions.of(conventions, method, keys, site, values.kl_at)
         self.solve_settings = SolveSettings(
-            method, keys, preserve_prompt_tokens, passes, condition_limit, solver_device
-        )
-        self.values, self.moments, self.context_settings = values, moments, contexts
+            method, settled.keys, preserve_prompt_tokens, passes, condition_limit, solver_device, settled.site,
+            settled.bare_denominator,
+        )  # fmt: skip
+        self.site_setting = settled.site
+        self.values, self.moments, self.context_settings = replace(values, kl_at=settled.kl_at), moments, contexts
         self.restore_between_batches = restore_between_batches
         self.automatic_optimization = False
         self.contexts: list[str] = []
@@ -280,7 +292,10 @@ class SequentialEditor(MeasuredModel):
     @property
     def identity(self) -> resume.RunIdentity:
         """The properties that must agree for a run to resume from a checkpoint of this one."""
-        return resume.RunIdentity.of_run(self, self.trainer)
+        used = Conventions(
+            self.values.kl_position, self.solve_settings.key_mode, self.site.name, self.solve_settings.bare_denominator
+        )
+        return replace(resume.RunIdentity.of_run(self, self.trainer), conventions=asdict(used))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Saves what editing changed, without the language model."""

@@ -142,6 +142,11 @@ class MemoryReplay(EditCallback):
                 f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
                 f"{editor.solve_settings.key_mode}: set it to bare."
             )
+        if self.samples and editor.solve_settings.bare_denominator:
+            raise UserError(
+                "MemoryReplay adds constraints to a solve, and with ROME's published conventions it has one: set "
+                "MemoryReplay.memory to consolidated, or model.conventions to own."
+            )
         self.reset_for_new_run(editor, self._initial_state)
         if self.samples:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]

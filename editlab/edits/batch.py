@@ -14,10 +14,11 @@ from editlab.edits.edited_layer import EditedLayer
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.errors import UserError
-from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_keys
+from editlab.keys.subject_keys import KEY_MODES, SITES, CachedKey, Keys, Site, read_keys
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
+from editlab.solver.bare_denominator import exact_at
 from editlab.solver.closed_form import diagnostics, effective_weight, solve
 from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
@@ -49,9 +50,15 @@ class SolveSettings:
     """condition number of the Gram matrix above which the slack is raised"""
     device: str = AUTO
     """device on which the closed form is solved: one with float64, or ``auto`` (:func:`choose_device`)"""
+    site: str | None = field(default=None, repr=False)
+    """output that a target replaces (:meth:`Site.of <editlab.keys.subject_keys.Site.of>`)"""
+    bare_denominator: bool = field(default=False, repr=False)
+    """whether the update of a fact is scaled to hold at its bare key (:mod:`editlab.solver.bare_denominator`)"""
 
     def __post_init__(self) -> None:
         one_of("model", KEY_MODES, keys=self.key_mode)
+        if self.site is not None:
+            one_of("model", SITES, site=self.site)
         not_negative("model", preserve_prompt_tokens=self.context_key_weight)
         if not self.condition_limit > 1:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
@@ -87,7 +94,7 @@ class BatchSolver:
             settings: the settings of the solve.
         """
         edited = {layer: EditedLayer.of(lm, layer) for layer in layers}
-        return cls(lm, settings, Site.of(lm, layers[-1]), edited, contexts)
+        return cls(lm, settings, Site.of(lm, layers[-1], settings.site), edited, contexts)
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +150,15 @@ class BatchSolver:
         preservation = self.preservation[number]
         if self.settings.context_key_weight:
             preservation = preservation.plus(keys.context_keys, self.settings.context_key_weight)
+        if self.settings.bare_denominator and len(constraints) > 1:
+            raise UserError(
+                "With ROME's published conventions a solve has one constraint, and a callback added others: set "
+                "memory: consolidated for MemoryReplay, or model.conventions to own."
+            )
         same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
         solution = solve(constraints, preservation, self.settings.condition_limit, same_key=same_key)
+        if self.settings.bare_denominator and keys.bare is not None:
+            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
         update = solution.delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64

@@ -31,6 +31,9 @@ AUTO: Final = "auto"
 class EditedModel(lightning.LightningModule):
     """A causal language model some of whose layers are edited.
 
+    Its attribute ``site_setting`` names the output that targets replace (:meth:`Site.of
+    <editlab.keys.subject_keys.Site.of>`); it is None unless a subclass sets it.
+
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited, or ``auto``: :meth:`edit_at` sets them later.
@@ -52,6 +55,7 @@ class EditedModel(lightning.LightningModule):
         chat_template: str = NONE,
     ) -> None:
         super().__init__()
+        self.site_setting: str | None = None
         one_of("model", MODES, chat_template=chat_template)
         named = [] if isinstance(layers, str) else layers
         if layers != AUTO and (not named or len(set(named)) != len(named)):
@@ -111,12 +115,14 @@ class EditedModel(lightning.LightningModule):
         self.layer_numbers = sorted(layers)
         for layer in self.layer_numbers:
             self.edited[str(layer)] = EditedLayer.of(self.lm, layer)
-        self.site = Site.of(self.lm, self.layer_numbers[-1])
+        self.site = Site.of(self.lm, self.layer_numbers[-1], self.site_setting)
         if not self.site.in_stream and len(self.layer_numbers) > 1:
-            raise UserError(
-                f"{self.language_model} has a norm after its MLP, so an edit cannot be spread over several layers: "
-                "give one layer in model.layers."
+            why = (
+                "model.site is mlp (as model.conventions published sets it for ROME)"
+                if self.lm.anatomy.additive
+                else f"{self.language_model} has a norm after its MLP"
             )
+            raise UserError(f"{why}, so an edit cannot be spread over several layers: give one layer in model.layers.")
 
     @property
     def layers(self) -> list[EditedLayer]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from editlab.edits.snapshot import Snapshot
 from editlab.evaluation.scoring import score_pairs
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, text_windows
-from editlab.keys.subject_keys import check_lengths
+from editlab.keys.subject_keys import Site, check_lengths
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import reading
 from editlab.lm.tokens import tokenizer_fingerprint
@@ -87,11 +87,20 @@ class SearchSetup:
         return key_of(
             model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
             module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
-            values=asdict(self.values), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
+            values=self.values.cache_key(), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
             contexts=asdict(self.contexts),
             search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
-            **reading(self.lm), **({"texts": texts} if texts else {}),
+            **reading(self.lm), **({"texts": texts} if texts else {}), **_beyond_repr(self.solve),
         )  # fmt: skip
+
+
+def _beyond_repr(settings: SolveSettings) -> dict[str, object]:
+    """The settings that ``repr`` leaves out and that differ from their defaults.
+
+    Older versions did not have them, so that their caches stay valid where a new setting is not used.
+    """
+    left_out = [f for f in fields(settings) if not f.repr]
+    return {f.name: value for f in left_out if (value := getattr(settings, f.name)) != f.default}
 
 
 class Fractions(NamedTuple):
@@ -196,7 +205,7 @@ class Search:
             if 0 <= near < len(layers):
                 self.try_at((layers[near],))
         index = self._best_index(layers)
-        if self.lm.anatomy.additive and index:
+        if Site.of(self.lm, layers[index], self.setup.solve.site).in_stream and index:
             self.try_at(tuple(layers[max(0, index - SPREAD + 1) : index + 1]))
         return list(self.trials.values())
 

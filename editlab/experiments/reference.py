@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from editlab.data.fact import Fact
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
+from editlab.values.loss import SUBJECT
 from editlab.values.optimize import ValueSettings
 
 
@@ -87,7 +88,7 @@ def plain_value(
         nll = -(picked * wanted).sum(1) / wanted.sum(1)
         hit = bool((logp[:-1, :-1].argmax(2) == labels[:-1, 1:])[wanted].all())
         hit_streak = hit_streak + 1 if hit else 0
-        essence = logp[-1, int(mask[-1].sum()) - 1]
+        essence = logp[-1, lasts[-1] if settings.kl_position == SUBJECT else int(mask[-1].sum()) - 1]
         if initial is None:
             initial = essence.detach()
         kl = kl_div(initial[None], essence[None], log_target=True, reduction="batchmean")

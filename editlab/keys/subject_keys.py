@@ -16,16 +16,23 @@ from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import has_float64, widened
 from editlab.lm.tokens import Encoding
 
-KEY_MODES = ("bare", "mean")
+KEY_MODES = ("bare", "mean", "templates")
+"""Names of the ways to read a fact's key (:func:`read_keys`)."""
+
+STREAM, MLP = "stream", "mlp"
+SITES = (STREAM, MLP)
+"""Names of the outputs that a target can replace (:class:`Site`)."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """The place of a target: the residual stream after a block or, if a norm follows the MLP, the MLP's output.
+    """The place of a target: the residual stream after a block, or the MLP's output.
 
     In most models the output of the edited projection is added to the stream unchanged, so the target can be a state of
     the stream, and the residual can be spread over several layers below it (MEMIT). If a norm comes between (Gemma 2
-    and 3), the target has to be an output of the projection itself.
+    and 3), the target has to be an output of the projection itself. ROME's authors choose the MLP's output in any model
+    (Meng et al. 2022, arXiv:2202.05262, section 3.1); the ball and the weight decay of a value are then relative to the
+    norm of that output, which is smaller than the stream's.
     """
 
     layer: int
@@ -36,10 +43,30 @@ class Site:
     """module whose output the target replaces: the block or its edited projection"""
 
     @classmethod
-    def of(cls, lm: LanguageModel, layer: int) -> Site:
-        """The site for edits whose topmost layer is ``layer``."""
+    def of(cls, lm: LanguageModel, layer: int, where: str | None = None) -> Site:
+        """The site for edits whose topmost layer is ``layer``.
+
+        Args:
+            lm: the model.
+            layer: number of the block.
+            where: ``stream`` or ``mlp``; default: the stream, or the MLP's output if a norm follows it.
+
+        Raises:
+            UserError: The stream is asked for in a model with a norm after its MLP.
+        """
         additive = lm.anatomy.additive
-        return cls(layer, additive, lm.anatomy.blocks[layer] if additive else lm.anatomy.edit_module(layer))
+        if where == STREAM and not additive:
+            raise UserError(
+                "model.site is stream, and this model has a norm after its MLP, so no update of the projection can be "
+                "solved for in the stream: set model.site to mlp, or leave it out."
+            )
+        in_stream = additive and where != MLP
+        return cls(layer, in_stream, lm.anatomy.blocks[layer] if in_stream else lm.anatomy.edit_module(layer))
+
+    @property
+    def name(self) -> str:
+        """``stream`` or ``mlp``."""
+        return STREAM if self.in_stream else MLP
 
 
 @dataclass
@@ -56,6 +83,8 @@ class Keys:
     """float64 [d_k, m]: keys of the bare prompts' context tokens: all but the first and the subject's last"""
     context_fact: Tensor
     """long [m]: the fact whose prompt each context key is in"""
+    bare: Tensor | None = None
+    """float64 [d_k, facts]: key of each fact in the bare prompt; None if it was not read"""
 
     def plus(self, cached: Sequence[CachedKey], total: Tensor) -> Keys:
         """These keys and the cached keys of further facts; ``total`` [d_v, d_k] is the layer's sum of updates."""
@@ -73,6 +102,7 @@ class Keys:
             current=torch.cat([self.current, origin + widened(total, more.device) @ more], 1),
             context_keys=torch.cat([self.context_keys, torch.cat(context).to(self.keys).T], 1),
             context_fact=torch.cat([self.context_fact, number.repeat_interleave(lengths)]),
+            bare=None if self.bare is None else torch.cat([self.bare, more], 1),
         )
 
 
@@ -172,7 +202,9 @@ def read_keys(
         layer: number of the layer.
         site: site of the targets; its block is the last that runs.
         contexts: prefixes, the empty one first.
-        mode: ``bare`` takes the key in the bare prompt, ``mean`` the average over contexts.
+        mode: ``bare`` takes the key in the bare prompt; ``mean`` the average over all contexts, the empty one included;
+            ``templates`` the average of the key in the bare prompt and of the mean over the other contexts, as MEMIT's
+            authors do: with five of them the bare prompt weighs 1/2 and each context 1/10.
         device: device of the result; default: the model's, or the CPU if that device has no float64.
     """
     used = [""] if mode == "bare" else list(contexts)
@@ -195,14 +227,22 @@ def read_keys(
     at_last = widened(torch.stack([key for key, _, _ in found]), where)
     of_context = [keys for _, keys, _ in found[:n]]
     context_fact = torch.arange(n).repeat_interleave(torch.tensor([len(keys) for keys in of_context])).to(where)
-    at_last = at_last.view(len(used), n, -1).mean(0)
+    at_last = at_last.view(len(used), n, -1)
     return Keys(
-        keys=at_last.T.contiguous(),
+        keys=_averaged(at_last, mode).T.contiguous(),
         fact=torch.arange(n, device=where),
         current=widened(torch.stack([site for _, _, site in found[:n]]), where).T,
         context_keys=widened(torch.cat(of_context), where).T,
         context_fact=context_fact,
+        bare=at_last[0].T.contiguous(),
     )
+
+
+def _averaged(keys: Tensor, mode: str) -> Tensor:
+    """One key for each fact, [n, d_k], of its keys [contexts, n, d_k], those of the bare prompts first."""
+    if mode == "templates" and len(keys) > 1:
+        return (keys[0] + keys[1:].mean(0)) / 2
+    return keys.mean(0)
 
 
 def _picked(

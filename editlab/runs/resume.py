@@ -33,6 +33,15 @@ ENTRIES = (
 """Fields that the editor's entry must have; later versions of editlab added further ones."""
 
 
+CONVENTIONS = {
+    "kl_at": "model.values.kl_at",
+    "keys": "model.keys",
+    "site": "model.site",
+    "bare_denominator": "bare_denominator (which model.conventions published sets for ROME)",
+}
+"""Conventions in an identity -> their settings, for messages."""
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """The properties, apart from the facts, in which a checkpoint and the run that resumes from it must agree."""
@@ -55,6 +64,8 @@ class RunIdentity:
     """``data.joint``"""
     split: str = "all"
     """``data.split``"""
+    conventions: dict[str, Any] = field(default_factory=dict)
+    """the run's :class:`~editlab.edits.conventions.Conventions`; empty in checkpoints of older versions"""
 
     @classmethod
     def of_run(cls, model: EditedModel, trainer: Trainer) -> RunIdentity:
@@ -108,7 +119,7 @@ class RunIdentity:
             )
 
     def require_settings(self, run: RunIdentity) -> None:
-        """Makes sure that ``run`` has the precision, batch size, split and joint of the checkpoint with this identity.
+        """Makes sure that ``run`` has the precision, batch size, split, joint and conventions of this identity.
 
         Raises:
             UserError: One of them differs.
@@ -133,6 +144,13 @@ class RunIdentity:
                 f"The checkpoint's run had data.joint {self.joint} and this one has {run.joint}: set it to the "
                 "checkpoint's, or start a new run without --ckpt_path."
             )
+        for name, own in self.conventions.items():
+            other = run.conventions.get(name, own)
+            if own != other:
+                raise UserError(
+                    f"The checkpoint's run had {CONVENTIONS[name]} {own} and this one has {other}: set it to the "
+                    "checkpoint's, or start a new run without --ckpt_path."
+                )
 
 
 def _as_edited(fact: Fact) -> Fact:

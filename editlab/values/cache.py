@@ -10,7 +10,7 @@ is reproduced bit for bit only with the cache that it started with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class ValueCache:
         settings: ValueSettings,
         unusual_texts: Callable[[Sequence[tuple[str, str]]], list[str]] = lambda pairs: [],
     ) -> None:
-        relevant = {k: v for k, v in asdict(settings).items() if k not in ("reference", "batch_tokens")}
+        relevant = {k: v for k, v in settings.cache_key().items() if k not in ("reference", "batch_tokens")}
         relevant["lr"] = settings.step_size
         key = key_of(
             model=list(model), layer=site.layer, in_stream=site.in_stream, contexts=list(contexts), settings=relevant

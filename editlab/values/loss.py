@@ -43,8 +43,20 @@ class Row:
     """weight of each wanted token in the fact's loss"""
 
 
-def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str]) -> list[Row]:
+KL_POSITIONS = (PROMPT, SUBJECT) = ("prompt", "subject")
+"""Tokens of the essence prompt after which the KL term can compare predictions: its last one, or the subject's last."""
+
+
+def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str], kl_at: str = PROMPT) -> list[Row]:
     """The prompts of one fact, numbered ``number`` in its group: one for each context, and the essence prompt.
+
+    Args:
+        lm: the model.
+        number: number of the fact in its group.
+        fact: the fact.
+        contexts: prefixes of its prompt.
+        kl_at: token of the essence prompt after which the KL term compares predictions, of :data:`KL_POSITIONS`. The
+            row ends there, since no prediction depends on later tokens.
 
     Raises:
         UserError: The target has no token, or begins within the subject's last token.
@@ -63,7 +75,8 @@ def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str])
         rows.append(Row(number, ids[:last], ids[last:-1], wanted, 1 / (len(wanted) * len(contexts))))
     essence = Fact(fact.subject, KL_PROMPT, fact.target_new)
     encoding, last = locate(lm, essence)
-    rows.append(Row(number, encoding.ids[:last], encoding.ids[last:], [], 0.0))
+    end = last + 1 if kl_at == SUBJECT else len(encoding.ids)
+    rows.append(Row(number, encoding.ids[:last], encoding.ids[last:end], [], 0.0))
     return rows
 
 

@@ -1,7 +1,8 @@
 """Values v*: the output of the edited layer at a subject's last token that makes the model predict the new target.
 
 A vector is added to the site's output at that token and optimized by Adam so that the target becomes likely in the
-bare prompt and in a few contexts. A KL term preserves the prediction after "{subject} is a"; weight decay and a ball
+bare prompt and in a few contexts. A KL term preserves the prediction after "{subject} is a" (``kl_at: prompt``, as in
+the papers) or after the subject in that prompt (``kl_at: subject``, as in the authors' codes); weight decay and a ball
 around the original output limit the vector (ROME section 3.1, arXiv:2202.05262; MEMIT section 4.2, arXiv:2210.07229)::
 
     loss = mean over contexts, tokens (-log p(target)) + kl_factor * KL(edited || initial)
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +32,16 @@ from editlab.lm.matmul import MATMULS, products
 from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
-from editlab.values.loss import ValueGroup, rows_of
+from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, rows_of
 
 DEFAULT_LR = {"adam": 0.5, "gradient": 0.06}
 """Optimizer -> its default step size, chosen on SmolLM2-135M."""
 
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
+
+ADDED_LATER = {"kl_at": PROMPT}
+"""Settings that older versions did not have -> what these versions did; see :meth:`ValueSettings.cache_key`."""
 
 MOMENTUM = 0.5
 """Momentum of steps along the gradient: the fraction of the last direction in the next one."""
@@ -76,6 +81,9 @@ class ValueSettings:
     matmul: str = "auto"
     """Type of the matrix products above the site, for float32 weights: ``float32``; ``bfloat16``, which changes values
     by 2% of their norm on SmolLM2-135M, at the same loss; or ``auto``: bfloat16 on CPUs with instructions for it."""
+    kl_at: str | None = None
+    """Token of "{subject} is a" after which the KL term compares predictions: its last one (``prompt``), or the
+    subject's last one (``subject``). Default: as ``model.conventions`` says, and ``prompt`` without them."""
 
     def __post_init__(self) -> None:
         where = "model.values"
@@ -85,11 +93,26 @@ class ValueSettings:
         not_negative(where, **{name: getattr(self, name) for name in weights})
         one_of(where, ("current", "original"), reference=self.reference)
         one_of(where, MATMULS, matmul=self.matmul)
+        one_of(where, KL_POSITIONS, kl_at=self.kl_position)
 
     @property
     def step_size(self) -> float:
         """The step size: ``lr``, or the optimizer's default if that is None."""
         return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def kl_position(self) -> str:
+        """The token of the KL term: ``kl_at``, or ``prompt`` if that is None."""
+        return PROMPT if self.kl_at is None else self.kl_at
+
+    def cache_key(self) -> dict[str, Any]:
+        """All settings, for the key of a cache.
+
+        A setting that older versions did not have is left out if it is what they did, so that their caches stay valid.
+        """
+        settings = {**asdict(self), "kl_at": self.kl_position}
+        as_before = [name for name, value in ADDED_LATER.items() if settings[name] == value]
+        return {name: value for name, value in settings.items() if name not in as_before}
 
 
 @dataclass
@@ -128,7 +151,7 @@ def optimize_values(
         UserError: A target begins within the subject's last token, or no target depends on the site.
         EditLabError: A value is not finite.
     """
-    rows = [rows_of(lm, i, fact, contexts) for i, fact in enumerate(facts)]
+    rows = [rows_of(lm, i, fact, contexts, settings.kl_position) for i, fact in enumerate(facts)]
     padded = [max(len(r.tail) for r in some) * len(some) for some in rows]
     d = lm.anatomy.value_size(site.layer)
     values = Values(torch.zeros(len(facts), d), torch.zeros(len(facts)), torch.zeros(len(facts), dtype=torch.long))

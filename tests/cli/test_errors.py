@@ -195,7 +195,7 @@ FIT = {
     "a fraction of a layer": (setting("model.layers", [1.5]), "model.layers is '1.5': it must be int"),
     "no layer": (setting("model.layers", []), "give at least one layer, and each once"),
     "a layer twice": (setting("model.layers", [1, 1]), "give at least one layer, and each once"),
-    "unknown keys": (setting("model.keys", "average"), "model.keys is 'average': it must be one of bare, mean"),
+    "unknown keys": (setting("model.keys", "average"), "model.keys is 'average': it must be one of bare, mean, templates"),
     "a negative preservation": (setting("model.preserve_prompt_tokens", -1), "it must not be negative"),
     "a module that is none": (setting("model.edit_module", "mlp.nothing"), "mlp.nothing"),
     "no step": (setting("model.values.steps", 0), "model.values.steps is 0: it must be above 0"),

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from editlab.cli.main import main
 from editlab.data import Question
+from editlab.edits.conventions import Conventions
 from editlab.edits.ledger import Ledger
 from editlab.errors import UserError
 from editlab.runs.resume import RunIdentity, require_facts
@@ -114,7 +115,8 @@ def test_same_sees_a_changed_bit():
     assert not same(state, {"a": [torch.zeros(2)], "c": float("nan")})
 
 
-IDENTITY = RunIdentity("a", "w", "float32", [1, 2], 4, {"eps": 1}, "32-true")
+USED = asdict(Conventions(site="stream"))
+IDENTITY = RunIdentity("a", "w", "float32", [1, 2], 4, {"eps": 1}, "32-true", conventions=USED)
 
 
 def test_an_identity_agrees_with_itself_and_with_what_it_saved():
@@ -138,13 +140,17 @@ def test_an_identity_agrees_with_itself_and_with_what_it_saved():
         ({"batch_size": 8}, "of 4 facts and this run's of 8"),
         ({"split": "dev"}, "data.split all and this one has dev: set it to the checkpoint's"),
         ({"joint": "none"}, "data.joint auto and this one has none: set it to the checkpoint's"),
+        ({"conventions": USED | {"kl_at": "subject"}}, "model.values.kl_at prompt and this one has subject"),
+        ({"conventions": USED | {"keys": "templates"}}, "model.keys bare and this one has templates"),
+        ({"conventions": USED | {"site": "mlp"}}, "model.site stream and this one has mlp"),
+        ({"conventions": USED | {"bare_denominator": True}}, "bare_denominator .* False and this one has True"),
     ],
 )
 def test_each_part_of_an_identity_is_compared(changes, message):
     run = replace(IDENTITY, **changes)
     check = (
         IDENTITY.require_settings
-        if changes.keys() <= {"precision", "batch_size", "joint", "split"}
+        if changes.keys() <= {"precision", "batch_size", "joint", "split", "conventions"}
         else IDENTITY.require_model
     )
     with pytest.raises(UserError, match=message):

@@ -72,6 +72,10 @@ def test_equal_at_the_first_and_the_last_layer(family, layer):
     check(*make(family, layer=layer), exact(steps=4, lr=0.1))
 
 
+def test_equal_to_the_reference_with_the_divergence_after_the_subject():
+    check(*make("llama", bos=True), exact(steps=5, lr=0.1, kl_factor=2.0, kl_at="subject"))
+
+
 def test_equal_to_the_reference_if_the_ball_binds():
     check(*make("llama"), exact(steps=6, lr=0.5, clamp=0.1))
 
