@@ -262,7 +262,7 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
     for step in range(settings.steps):
         turn = step % len(parts)
         every = len(active) == len(origin)
-        loss, hits = _loss(
+        loss, hits = loss_of(
             parts[turn], delta if every else delta[active_on_device], size if every else size[active_on_device], settings
         )
         latest[turn] = loss.detach()
@@ -320,7 +320,7 @@ def _require_effect(reached: bool, site: Site) -> None:
         )
 
 
-def _loss(group: ValueGroup, delta: Tensor, size: Tensor, settings: ValueSettings) -> tuple[Tensor, Tensor]:
+def loss_of(group: ValueGroup, delta: Tensor, size: Tensor, settings: ValueSettings) -> tuple[Tensor, Tensor]:
     """The loss of each active fact, and whether every token of its target is the argmax in every context."""
     nll, divergence, hit = group.losses(delta)
     # The gradient of a norm is not defined at 0, where the first step starts: its square root is guarded.
