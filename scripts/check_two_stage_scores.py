@@ -2,7 +2,7 @@
 
     python scripts/check_two_stage_scores.py ../data/counterfact.json --split dev --facts 2000
 
-Writes a row to ``results/two_stage_scores.csv``; rows of other files and numbers of facts stay as they are.
+Writes a row to ``results/two_stage_scores.csv`` after each 128 facts, for all facts so far; rows of other files stay.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ def main() -> None:
     data.setup()
     facts = data.candidates[: given.facts]
     lm = LanguageModel.from_name(given.model, torch.float32)
+    same = {"file": Path(given.path).name, "split": given.split, "model": given.model}
+    earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []
+    others = [one for one in earlier if any(one[name] != value for name, value in same.items())]
+    where |= {"margin": str(MARGIN), "blocks_in_float32": str(EXACT_BLOCKS), "threads": str(torch.get_num_threads()),
+              "date": datetime.date.today().isoformat()}  # fmt: skip
     found = Agreement()
     for start in range(0, len(facts), CHUNK):
         found += agreement(lm, facts[start : start + CHUNK])
+        row = same | asdict(found) | {"largest_error": f"{found.largest_error:.3f}"} | where
+        write_rows([*others, row], given.out)
         print(found, flush=True)
-    same = {"file": Path(given.path).name, "split": given.split, "facts": str(found.facts), "model": given.model}
-    row = same | {name: value for name, value in asdict(found).items() if name != "facts"}
-    row |= {"largest_error": f"{found.largest_error:.3f}", "margin": MARGIN, "blocks_in_float32": EXACT_BLOCKS,
-            "threads": torch.get_num_threads(), **where, "date": datetime.date.today().isoformat()}  # fmt: skip
-    earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []
-    write_rows([*(one for one in earlier if any(one[name] != value for name, value in same.items())), row], given.out)
 
 
 if __name__ == "__main__":
