@@ -47,7 +47,8 @@ def main() -> None:
     found = Agreement()
     for start in range(0, len(facts), CHUNK):
         found += agreement(lm, facts[start : start + CHUNK])
-        row = same | asdict(found) | {"largest_error": f"{found.largest_error:.3f}"} | where
+        nats = {name: f"{getattr(found, name):.3f}" for name in ("largest_error", "farthest_turned")}
+        row = same | asdict(found) | nats | where
         write_rows([*others, row], given.out)
         print(found, flush=True)
 

@@ -30,11 +30,11 @@ EXACT_BLOCKS = 3
 the first token, to which all later tokens attend: rounded there, a few prompts in a thousand change by twice as much as
 any other."""
 
-MARGIN = 0.4
-"""Distance from a tie in nats within which a prompt is scored again: at least twice the largest rounding error measured
-on SmolLM2-135M."""
+MARGIN = 0.3
+"""Distance from a tie in nats within which a prompt is scored again: 1.5 times the largest rounding error measured on
+SmolLM2-135M (``results/two_stage_scores.csv``)."""
 
-SAFETY = 2.0
+SAFETY = 1.5
 """The margin is at least this many times the largest difference of the two stages in the same call."""
 
 CONTROL = 64

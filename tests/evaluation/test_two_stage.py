@@ -43,10 +43,10 @@ def test_near_ties_are_targets_whose_hit_or_whose_comparison_is_within_the_margi
 
 
 def test_refine_widens_the_margin_where_rounding_is_larger_than_expected(caplog):
-    """A is near a tie and its two scores are 1.0 apart, so a margin of 2.0 is needed, which brings in B and C."""
-    rough = {A: RoughScore(-3.0, False, 0.1), B: RoughScore(-1.0, False, 9.0), C: RoughScore(-2.5, False, 9.0)}
+    """A is near a tie and its two scores are 1.0 apart, so a margin of 1.5 is needed, which brings in B and C."""
+    rough = {A: RoughScore(-3.0, False, 0.1), B: RoughScore(-1.0, False, 9.0), C: RoughScore(-2.25, False, 9.0)}
     rough |= {D: RoughScore(-9.0, False, 9.0)}
-    exact = {A: (-4.0, True), B: (-1.0, False), C: (-2.5, False), D: (-9.0, True)}
+    exact = {A: (-4.0, True), B: (-1.0, False), C: (-2.25, False), D: (-9.0, True)}
     asked = []
 
     def again(requests):
@@ -57,7 +57,7 @@ def test_refine_widens_the_margin_where_rounding_is_larger_than_expected(caplog)
         found = refine(rough, [(B, C), (B, D)], again, margin=0.5)
     assert asked == [[A], [B, C]]
     assert found == exact | {D: (-9.0, False)}  # far from any tie: the first stage's
-    assert "within 2.00 nats" in caplog.text
+    assert "within 1.50 nats" in caplog.text
 
 
 def test_refine_scores_some_targets_again_wherever_they_stand():

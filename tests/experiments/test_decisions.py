@@ -30,5 +30,5 @@ def test_agreement_counts_prompts_and_decisions(monkeypatch):
 
 
 def test_agreement_adds_up_over_chunks():
-    one, other = Agreement(1, 5, 15, 2, 0, 3, 0.1), Agreement(2, 9, 27, 1, 0, 4, 0.05)
-    assert one + other == Agreement(3, 14, 42, 3, 0, 7, 0.1)
+    one, other = Agreement(1, 5, 15, 2, 0, 3, 0.1, 0.01), Agreement(2, 9, 27, 1, 0, 4, 0.05, 0.02)
+    assert one + other == Agreement(3, 14, 42, 3, 0, 7, 0.1, 0.02)
