@@ -1,4 +1,4 @@
-"""Scores in two stages: bfloat16 products for all prompts, then float32 for those whose decisions rounding could change.
+"""Scores in two stages: bfloat16 products for all prompts, then float32 for those whose decisions rounding may change.
 
 ES, PS, NS and the accuracies count decisions: which of two targets is more likely, and whether a target is the argmax
 at each of its tokens. Rounding changes a decision only if it moves a log-probability by more than the decision's

@@ -263,7 +263,10 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
         turn = step % len(parts)
         every = len(active) == len(origin)
         loss, hits = loss_of(
-            parts[turn], delta if every else delta[active_on_device], size if every else size[active_on_device], settings
+            parts[turn],
+            delta if every else delta[active_on_device],
+            size if every else size[active_on_device],
+            settings,
         )
         latest[turn] = loss.detach()
         mean_loss = sum(share * some for share, some in zip(shares, latest, strict=True))

@@ -15,7 +15,7 @@ from editlab.lm.language_model import LanguageModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
 A, B, C, D = (((number,), 0) for number in range(4))
-WORDS = "Paris Tokyo Lima Oslo Norway Peru Japan France Rome Italy".split()
+WORDS = ["Paris", "Tokyo", "Lima", "Oslo", "Norway", "Peru", "Japan", "France", "Rome", "Italy"]
 PROMPT = "The capital of France is"
 
 
@@ -95,7 +95,9 @@ def test_scores_of_facts_keep_float32s_decisions_and_most_of_bfloat16s_numbers(l
     both = score_facts(lm, facts, two_stage=True).edit
     assert torch.equal(both.logp_new > both.logp_true, exact.logp_new > exact.logp_true)
     assert torch.equal(both.hit_new, exact.hit_new)
-    assert ((both.logp_new == exact.logp_new) | (both.logp_new == rough.logp_new)).all()
+    again = torch.isclose(both.logp_new, exact.logp_new, rtol=0, atol=1e-3)  # other rows stand next to them there
+    assert (again | (both.logp_new == rough.logp_new)).all()
+    assert 0 < int(again.sum()) < len(facts)
 
 
 def test_without_bfloat16_instructions_or_float32_weights_there_is_one_stage(lm, monkeypatch):
