@@ -81,7 +81,10 @@ class ScoreCache:
         return {request: RoughScore(logp, bool(hit), gap) for request, (logp, hit, gap) in found.items()}
 
     def _fetch(
-        self, requests: Sequence[Request], find: Callable[[Sequence[Request]], Sequence[tuple]], folder: Path
+        self,
+        requests: Sequence[Request],
+        find: Callable[[Sequence[Request]], Sequence[tuple[float, ...]]],
+        folder: Path,
     ) -> dict[Request, list[float]]:
         unique = list(dict.fromkeys(requests))
         if not unique:

@@ -41,6 +41,10 @@ Pair = tuple[str, str]
 """A prompt and a target."""
 
 
+_TokenScore = tuple[float, bool, float, float]
+"""Log-probability of a token, whether it is the argmax, and the two largest log-probabilities at its position."""
+
+
 def score_pairs(
     lm: LanguageModel,
     pairs: Sequence[Pair],
@@ -101,9 +105,9 @@ def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[RoughScore]:
         by_row.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(tokens))
     rows = list(by_row)
     found = lm.next_token_scores(rows, [list(by_row[row]) for row in rows])
-    tables = {
+    tables: dict[tuple[int, ...], dict[tuple[int, int], _TokenScore]] = {
         row: dict(zip(by_row[row], zip(*(part.tolist() for part in parts), strict=True), strict=True))
-        for row, *parts in zip(rows, *found, strict=True)
+        for row, parts in zip(rows, zip(found.logps, found.hits, found.tops, found.seconds, strict=True), strict=True)
     }
     return [
         _score_of([tables[longest[ids[:-1]]][token] for token in tokens])
@@ -111,7 +115,7 @@ def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[RoughScore]:
     ]
 
 
-def _score_of(tokens: Sequence[tuple[float, bool, float, float]]) -> RoughScore:
+def _score_of(tokens: Sequence[_TokenScore]) -> RoughScore:
     """The score of a target from its tokens' log-probability, hit, and the two largest log-probabilities there."""
     hit = all(right for _, right, _, _ in tokens)
     if hit:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from editlab.data.fact import Fact
-from editlab.evaluation.score_cache import Request, Score, ScoreCache
+from editlab.errors import EditLabError
+from editlab.evaluation.score_cache import Request, RoughScore, Score, ScoreCache
 from editlab.evaluation.scoring import FactScores, score_facts
 from editlab.lm.language_model import LanguageModel
 
@@ -37,10 +39,10 @@ class Agreement:
 
     def __add__(self, other: Agreement) -> Agreement:
         """The counts over the facts of both."""
-        merged = {
-            field.name: (max if field.type == "float" else sum)([getattr(self, field.name), getattr(other, field.name)])
-            for field in fields(self)
-        }
+        merged: dict[str, Any] = {}
+        for name, mine in vars(self).items():
+            its = getattr(other, name)
+            merged[name] = max(mine, its) if isinstance(mine, float) else mine + its
         return Agreement(**merged)
 
 
@@ -54,8 +56,12 @@ class _FirstStage(ScoreCache):
     def fetch(
         self, requests: Sequence[Request], find: Callable[[Sequence[Request]], Sequence[Score]]
     ) -> dict[Request, Score]:
-        rough = self.cache.fetch_rough(requests, lambda missing: 1 / 0)  # type: ignore[arg-type, return-value]
+        rough = self.cache.fetch_rough(requests, _absent)
         return {request: (score.logp, score.hit) for request, score in rough.items()}
+
+
+def _absent(requests: Sequence[Request]) -> list[RoughScore]:
+    raise EditLabError(f"{len(requests)} targets have no score of the first stage: the CPU has no bfloat16 products.")
 
 
 def agreement(lm: LanguageModel, facts: Sequence[Fact]) -> Agreement:
@@ -64,6 +70,9 @@ def agreement(lm: LanguageModel, facts: Sequence[Fact]) -> Agreement:
     Args:
         lm: the model, with float32 weights, on a CPU with bfloat16 instructions.
         facts: facts with true targets.
+
+    Raises:
+        EditLabError: There is only one stage on this machine.
     """
     with TemporaryDirectory() as folder:
         cache = ScoreCache("check")

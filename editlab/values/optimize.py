@@ -241,7 +241,7 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
     """
     origin = parts[0].origin
     contexts = [len(part.indices.row_fact) - len(origin) for part in parts]  # all rows but the essence prompts
-    shares = [count / sum(contexts) for count in contexts]
+    shares = torch.tensor(contexts, device=origin.device)[:, None] / sum(contexts)
     delta = torch.zeros_like(origin, requires_grad=True)
     size = origin.norm(dim=1)
     radius = settings.clamp * size
@@ -269,7 +269,7 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
             settings,
         )
         latest[turn] = loss.detach()
-        mean_loss = sum(share * some for share, some in zip(shares, latest, strict=True))
+        mean_loss = latest[0] if len(parts) == 1 else (shares * latest).sum(0)
         hit_streak = torch.where(hits, hit_streak + 1, 0)
         leaving_on_device = mean_loss < settings.loss_threshold
         if settings.early_stop:

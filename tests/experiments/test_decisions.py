@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from editlab.errors import EditLabError
 from editlab.evaluation.scoring import score_facts
 from editlab.evaluation.two_stage import first_stage
 from editlab.experiments.decisions import Agreement, agreement
@@ -32,3 +33,9 @@ def test_agreement_counts_prompts_and_decisions(monkeypatch):
 def test_agreement_adds_up_over_chunks():
     one, other = Agreement(1, 5, 15, 2, 0, 3, 0.1, 0.01), Agreement(2, 9, 27, 1, 0, 4, 0.05, 0.02)
     assert one + other == Agreement(3, 14, 42, 3, 0, 7, 0.1, 0.02)
+
+
+def test_errors_where_there_is_only_one_stage(monkeypatch):
+    monkeypatch.setattr("editlab.evaluation.two_stage.multiplies_bfloat16", lambda device: False)
+    with pytest.raises(EditLabError, match="targets have no score of the first stage"):
+        agreement(LanguageModel(tiny_model("llama"), tiny_tokenizer()), FACTS[:1])
