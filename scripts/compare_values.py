@@ -41,7 +41,7 @@ def main() -> None:
     data.select(lambda facts: prefers_truth(lm, facts))
     rows = measure(lm, data.facts, given.ways, given.rounds)
     same = {"file": Path(given.path).name, "split": "dev", "model": given.model}
-    where |= {"threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
+    where |= {"threads": str(torch.get_num_threads()), "date": datetime.date.today().isoformat()}
     earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []
     new = {(same["file"], row["way"], str(row["facts"])) for row in rows}
     others = [one for one in earlier if (one["file"], one["way"], one["facts"]) not in new]
