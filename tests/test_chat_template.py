@@ -44,7 +44,7 @@ def test_one_hard_edit_gives_its_value_at_the_prompt_of_the_mode(chat_folder, tm
     (scored,) = as_evaluated([fact], module.lm.chat)
     assert scored.question == at + FACTS[0].question + ("\n[assistant]\n" if at else "")
     with module.unedited():
-        expected = score_facts(module.lm, [scored])
+        expected = score_facts(module.lm, [scored], two_stage=True)
     before = module.evaluation.scores("before")
     torch.testing.assert_close(before.edit.logp_new, expected.edit.logp_new)
     torch.testing.assert_close(before.neighbors.logp_true, expected.neighbors.logp_true)

@@ -85,7 +85,7 @@ def sentences_of_text(lm: LanguageModel, text: str, count: int) -> list[Sentence
 def measure_heldout(lm: LanguageModel, sentences: Sequence[Sentence]) -> HeldOut:
     """Measure the held-out sentences with the current weights."""
     wanted = [[(p - 1, s.ids[p]) for p in s.scored] for s in sentences]
-    logps, _, tops = lm.next_token_scores([s.ids for s in sentences], wanted)
+    logps, _, tops, _ = lm.next_token_scores([s.ids for s in sentences], wanted)
     confidence = [float(top[s.scored.index(s.confidence_index)].exp()) for s, top in zip(sentences, tops, strict=True)]
     return HeldOut(float(-torch.cat(logps).mean()), sum(confidence) / len(confidence))
 

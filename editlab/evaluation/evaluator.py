@@ -27,7 +27,7 @@ from editlab.evaluation.language import GATHERED, LanguageMeter
 from editlab.evaluation.portability import portability_accuracy, questions
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, score_facts
-from editlab.evaluation.settings import EvaluationSettings
+from editlab.evaluation.settings import TWO_STAGE, EvaluationSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.matmul import products, type_of_products
 from editlab.metrics import EditMetrics, PromptScores, RetentionByAge
@@ -139,7 +139,7 @@ class Evaluation:
 
     def cache(self, lm: LanguageModel, key: str) -> ScoreCache:
         """The cache of the scores of the model with this key, with the matrix products of the settings."""
-        return ScoreCache(key, type_of_products(self.settings.matmul, lm.device), lm.device)
+        return ScoreCache(key, type_of_products(self._matmul, lm.device), lm.device)
 
     def _collection(self, group: str) -> EditMetrics:
         collection = self.collections[group]
@@ -178,14 +178,20 @@ class Evaluation:
                     neighbors=neighbors,
                     first_record=first + i,
                     cache=cache,
+                    two_stage=self.settings.matmul == TWO_STAGE,
                 )
                 for i in bar
             ]
 
     def products(self, lm: LanguageModel) -> AbstractContextManager[None]:
-        """A context in which the model's matrix products have the type of the settings."""
+        """A context in which the model's matrix products have the type of the settings (two stages: of the last)."""
         anatomy = lm.anatomy
-        return products(self.settings.matmul, list(anatomy.blocks), anatomy.edit_path, lm.device, anatomy.head)
+        return products(self._matmul, list(anatomy.blocks), anatomy.edit_path, lm.device, anatomy.head)
+
+    @property
+    def _matmul(self) -> str:
+        """Type of products of all that is not scored in two stages."""
+        return "float32" if self.settings.matmul == TWO_STAGE else self.settings.matmul
 
     # ---- the model as a whole, and what it says freely ----------------------------------------------------------
 

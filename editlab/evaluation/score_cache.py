@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,19 @@ Request = tuple[tuple[int, ...], int]
 
 Score = tuple[float, bool]
 """Mean log-probability of the continuation's tokens, in nats, and whether each of them is the argmax."""
+
+
+class RoughScore(NamedTuple):
+    """Score of the first of two stages (:mod:`editlab.evaluation.two_stage`)."""
+
+    logp: float
+    """mean log-probability of the continuation's tokens, in nats"""
+    hit: bool
+    """whether each token is the argmax"""
+    gap: float
+    """distance of ``hit`` from a change, in nats: if it is true, the smallest lead of a token over the best other one;
+    otherwise the largest deficit of a token to the argmax"""
+
 
 CPU = torch.device("cpu")
 
@@ -50,17 +64,38 @@ class ScoreCache:
             requests: what is scored; repeats are scored once.
             find: computes the scores of the requests that are missing. A score that is not finite is not kept.
         """
+        found = self._fetch(requests, find, self._folder())
+        return {request: (logp, bool(hit)) for request, (logp, hit) in found.items()}
+
+    def fetch_rough(
+        self, requests: Sequence[Request], find: Callable[[Sequence[Request]], Sequence[RoughScore]]
+    ) -> dict[Request, RoughScore]:
+        """Return the first stage's scores of all requests, which are kept apart from those of :meth:`fetch`.
+
+        Args:
+            requests: as for :meth:`fetch`.
+            find: computes the scores of the requests that are missing.
+        """
+        folder = self._folder()
+        found = self._fetch(requests, find, folder.with_name(f"{folder.name}-first-stage"))
+        return {request: RoughScore(logp, bool(hit), gap) for request, (logp, hit, gap) in found.items()}
+
+    def _fetch(
+        self,
+        requests: Sequence[Request],
+        find: Callable[[Sequence[Request]], Sequence[tuple[float, ...]]],
+        folder: Path,
+    ) -> dict[Request, list[float]]:
         unique = list(dict.fromkeys(requests))
         if not unique:
             return {}
-        folder = self._folder()
         rows = self._rows.setdefault(str(folder), RowCache(folder))
 
         def compute(missing: list[int]) -> torch.Tensor:
             return torch.tensor(find([unique[index] for index in missing]), dtype=torch.float64)
 
         found = rows.fetch([key_of(ids=ids, start=start) for ids, start in unique], compute, ranks.on_first).tolist()
-        return {request: (logp, bool(hit)) for request, (logp, hit) in zip(unique, found, strict=True)}
+        return dict(zip(unique, found, strict=True))
 
     def token_scores(
         self, ids: Sequence[int], find: Callable[[], torch.Tensor], beginning: Sequence[int], window: int

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from editlab.data.fact import Fact
-from editlab.evaluation.score_cache import Request, Score, ScoreCache
+from editlab.evaluation.score_cache import Request, RoughScore, Score, ScoreCache
+from editlab.evaluation.two_stage import first_stage, refine, rounds_first
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import cut, scored
 from editlab.metrics.scores import PromptScores
@@ -36,8 +37,19 @@ class FactScores:
     neighbors: PromptScores | None = None
 
 
+Pair = tuple[str, str]
+"""A prompt and a target."""
+
+
+_TokenScore = tuple[float, bool, float, float]
+"""Log-probability of a token, whether it is the argmax, and the two largest log-probabilities at its position."""
+
+
 def score_pairs(
-    lm: LanguageModel, pairs: Sequence[tuple[str, str]], cache: ScoreCache | None = None
+    lm: LanguageModel,
+    pairs: Sequence[Pair],
+    cache: ScoreCache | None = None,
+    compared: Sequence[tuple[Pair, Pair]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean log-probability per token of each target after its prompt, and whether the argmax is right.
 
@@ -45,21 +57,46 @@ def score_pairs(
         lm: the model.
         pairs: (prompt, target).
         cache: cache of the scores of the current weights; None measures everything.
+        compared: if given, the scores are computed in two stages where that saves time
+            (:mod:`editlab.evaluation.two_stage`), and these are the pairs of ``pairs`` of which it matters which one
+            is more likely. Default: one stage.
 
     Returns:
         float32 [n] in nats, and bool [n]: whether the argmax is right at every token of the target.
     """
     encoded = {pair: lm.encode_pair(*pair) for pair in dict.fromkeys(pairs)}
-    requests: list[Request] = [(encoding.ids, start) for encoding, start in encoded.values()]
-    if cache is None:
-        scores = dict(zip(requests, _score(lm, requests), strict=True))
+    requests: dict[Pair, Request] = {pair: (encoding.ids, start) for pair, (encoding, start) in encoded.items()}
+    unique = list(dict.fromkeys(requests.values()))
+    if compared is not None and unique and rounds_first(lm):
+        scores = _score_twice(lm, unique, [(requests[a], requests[b]) for a, b in compared], cache)
     else:
-        scores = cache.fetch(requests, lambda missing: _score(lm, missing))
-    found = [scores[encoded[pair][0].ids, encoded[pair][1]] for pair in pairs]
+        scores = _score_once(lm, unique, cache)
+    found = [scores[requests[pair]] for pair in pairs]
     return torch.tensor([logp for logp, _ in found]), torch.tensor([hit for _, hit in found], dtype=torch.bool)
 
 
-def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[Score]:
+def _score_once(lm: LanguageModel, requests: Sequence[Request], cache: ScoreCache | None) -> dict[Request, Score]:
+    def find(missing: Sequence[Request]) -> list[Score]:
+        return [(logp, hit) for logp, hit, _ in _score(lm, missing)]
+
+    return dict(zip(requests, find(requests), strict=True)) if cache is None else cache.fetch(requests, find)
+
+
+def _score_twice(
+    lm: LanguageModel,
+    requests: Sequence[Request],
+    compared: Sequence[tuple[Request, Request]],
+    cache: ScoreCache | None,
+) -> dict[Request, Score]:
+    with first_stage(lm):
+        if cache is None:
+            rough = dict(zip(requests, _score(lm, requests), strict=True))
+        else:
+            rough = cache.fetch_rough(requests, lambda missing: _score(lm, missing))
+    return refine(rough, compared, lambda some: _score_once(lm, some, cache))
+
+
+def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[RoughScore]:
     # Each token of a target, as (index at which it is predicted, token id).
     targets = [[(p - 1, ids[p]) for p in range(start, len(ids))] for ids, start in requests]
     longest = _covering({ids[:-1] for ids, _ in requests})
@@ -67,16 +104,25 @@ def _score(lm: LanguageModel, requests: Sequence[Request]) -> list[Score]:
     for (ids, _), tokens in zip(requests, targets, strict=True):
         by_row.setdefault(longest[ids[:-1]], {}).update(dict.fromkeys(tokens))
     rows = list(by_row)
-    logps, hits, _ = lm.next_token_scores(rows, [list(by_row[row]) for row in rows])
-    tables = {
-        row: {token: (float(logp[i]), bool(hit[i])) for i, token in enumerate(by_row[row])}
-        for row, logp, hit in zip(rows, logps, hits, strict=True)
+    found = lm.next_token_scores(rows, [list(by_row[row]) for row in rows])
+    tables: dict[tuple[int, ...], dict[tuple[int, int], _TokenScore]] = {
+        row: dict(zip(by_row[row], zip(*(part.tolist() for part in parts), strict=True), strict=True))
+        for row, parts in zip(rows, zip(found.logps, found.hits, found.tops, found.seconds, strict=True), strict=True)
     }
-    scores: list[Score] = []
-    for (ids, _), tokens in zip(requests, targets, strict=True):
-        each = [tables[longest[ids[:-1]]][token] for token in tokens]
-        scores.append((sum(logp for logp, _ in each) / len(each), all(hit for _, hit in each)))
-    return scores
+    return [
+        _score_of([tables[longest[ids[:-1]]][token] for token in tokens])
+        for (ids, _), tokens in zip(requests, targets, strict=True)
+    ]
+
+
+def _score_of(tokens: Sequence[_TokenScore]) -> RoughScore:
+    """The score of a target from its tokens' log-probability, hit, and the two largest log-probabilities there."""
+    hit = all(right for _, right, _, _ in tokens)
+    if hit:
+        gap = min(logp - second for logp, _, _, second in tokens)
+    else:
+        gap = max(top - logp for logp, right, top, _ in tokens if not right)
+    return RoughScore(sum(logp for logp, *_ in tokens) / len(tokens), hit, gap)
 
 
 def _covering(rows: set[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -98,6 +144,7 @@ def score_facts(
     neighbors: int | None = None,
     first_record: int = 0,
     cache: ScoreCache | None = None,
+    two_stage: bool = False,
 ) -> FactScores:
     """Scores of the facts' edit prompts, paraphrases and neighbors.
 
@@ -112,6 +159,8 @@ def score_facts(
             neighbor is its own truth.
         first_record: record number of the first fact.
         cache: cache of the scores of the current weights; None measures everything.
+        two_stage: whether to score in two stages where that saves time (:mod:`editlab.evaluation.two_stage`): each
+            prompt's argmax and its more likely target are those of float32 then, and log-probabilities may be rounded.
     """
     groups: list[list[tuple[int, str, str, str | None]]] = [[], [], []]
     for i, fact in enumerate(facts, start=first_record):
@@ -121,7 +170,8 @@ def score_facts(
         groups[2] += [(i, n.prompt, fact.target_new, n.truth) for n in fact.neighbors[:neighbors]]
     pairs = [(p, new) for group in groups for _, p, new, _ in group]
     pairs += [(p, true) for group in groups for _, p, _, true in group if true is not None]
-    logp, hit = score_pairs(lm, pairs, cache)
+    compared = [((p, new), (p, true)) for group in groups for _, p, new, true in group if true is not None]
+    logp, hit = score_pairs(lm, pairs, cache, compared if two_stage else None)
     table = {pair: (float(a), bool(b)) for pair, a, b in zip(pairs, logp, hit, strict=True)}
     no_truth, missed = (float("nan"), False), (float("-inf"), False)
 

@@ -20,7 +20,7 @@ from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.scoring import prefers_truth, score_facts
-from editlab.evaluation.settings import EvaluationSettings
+from editlab.evaluation.settings import TWO_STAGE, EvaluationSettings
 from editlab.experiments.reference import (
     plain_keys,
     plain_moments,
@@ -29,6 +29,7 @@ from editlab.experiments.reference import (
     plain_step,
     plain_value,
 )
+from editlab.experiments.values_speed import losses_of
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, second_moments
 from editlab.keys.subject_keys import Site, read_keys
@@ -108,16 +109,23 @@ def relative(plain: Tensor, ours: Tensor) -> float:
     return float((ours.cpu() - plain.cpu()).norm() / plain.norm())
 
 
-def values(s: Setting) -> list[Round]:
-    """Values v* of a batch; the difference is the relative excess of our mean final loss."""
+def values(s: Setting, **changes: Any) -> list[Round]:
+    """Values v* of a batch, ours with some settings changed; the difference is the excess of our mean final loss."""
+    settings = replace(s.values, **changes)
 
-    def plain(facts: list[Fact]) -> float:
-        return sum(plain_value(s.lm, fact, s.site, s.contexts, s.values)[1] for fact in facts) / len(facts)
+    def plain(facts: list[Fact]) -> Tensor:
+        return torch.stack([plain_value(s.lm, fact, s.site, s.contexts, s.values)[0] for fact in facts])
 
-    def ours(facts: list[Fact]) -> float:
-        return float(optimize_values(s.lm, facts, s.site, s.contexts, s.values).loss.mean())
+    def ours(facts: list[Fact]) -> Tensor:
+        return optimize_values(s.lm, facts, s.site, s.contexts, settings).target
 
-    return [Round(len(f), partial(plain, f), partial(ours, f), lambda a, b: b / a - 1) for f in s.groups]
+    def excess(facts: list[Fact], plain: Tensor, ours: Tensor) -> float:
+        before, after = (
+            float(losses_of(s.lm, facts, s.site, s.contexts, s.values, targets)[0].mean()) for targets in (plain, ours)
+        )
+        return after / before - 1
+
+    return [Round(len(f), partial(plain, f), partial(ours, f), partial(excess, f)) for f in s.groups]
 
 
 def products(s: Setting) -> list[Round]:
@@ -204,12 +212,16 @@ def solver(s: Setting) -> list[Round]:
 
 
 def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
-    """Scores of all prompts of facts; the difference is the largest one of a log-probability."""
+    """Scores of all prompts of facts; the difference is the largest one of a log-probability.
+
+    In two stages it is the fraction of prompts of which another target is more likely.
+    """
     settings = EvaluationSettings(matmul=matmul)
+    two_stage = matmul == TWO_STAGE
 
     def ours(facts: list[Fact]) -> list[tuple[float, float]]:
         with Evaluation(settings).products(s.lm):
-            found = score_facts(s.lm, facts)
+            found = score_facts(s.lm, facts, two_stage=two_stage)
         groups = [g for g in (found.edit, found.paraphrases, found.neighbors) if g is not None]
         return [
             (float(a), float(b))
@@ -219,6 +231,8 @@ def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
         ]
 
     def apart(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+        if two_stage:
+            return sum((x > y) != (z > w) for (x, y), (z, w) in zip(a, b, strict=True)) / len(a)
         return float((torch.tensor(a) - torch.tensor(b)).abs().max())
 
     def plain(facts: list[Fact]) -> list[tuple[float, float]]:
@@ -270,11 +284,13 @@ CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "values": ("fact", values),
     "products": ("fact", products),
     "early": ("fact", early),
+    "values_turns": ("fact", partial(values, contexts_a_step=2)),
     "keys": ("fact", keys),
     "moments": ("token", moments),
     "solver": ("batch", solver),
     "evaluation": ("fact", evaluation),
     "evaluation_bfloat16": ("fact", partial(evaluation, matmul="bfloat16")),
+    "evaluation_two_stage": ("fact", partial(evaluation, matmul=TWO_STAGE)),
     "whole": ("fact", whole),
 }
 """name -> unit of work, and the function that makes its rounds"""

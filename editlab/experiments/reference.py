@@ -76,7 +76,10 @@ def plain_value(
     optimizer = torch.optim.Adam([delta], lr=settings.step_size)
     initial = None
     hit_streak = 0
+    turns = -(-len(contexts) // (settings.contexts_a_step or len(contexts)))
+    latest = [torch.tensor(torch.inf)] * turns
     for step in range(settings.steps):
+        turn = range(step % turns, len(contexts), turns)  # the whole model runs on all contexts, used or not
         handle = site.module.register_forward_hook(add)
         logits = lm.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         handle.remove()
@@ -85,15 +88,19 @@ def plain_value(
         picked = logp[:-1, :-1].gather(2, labels[:-1, 1:].clamp_min(0)[..., None]).squeeze(-1)
         wanted = labels[:-1, 1:] != -100
         nll = -(picked * wanted).sum(1) / wanted.sum(1)
-        hit = bool((logp[:-1, :-1].argmax(2) == labels[:-1, 1:])[wanted].all())
+        right = (logp[:-1, :-1].argmax(2) == labels[:-1, 1:]) | ~wanted
+        hit = bool(right[list(turn)].all())
         hit_streak = hit_streak + 1 if hit else 0
         essence = logp[-1, lasts[-1] if settings.kl_position == SUBJECT else int(mask[-1].sum()) - 1]
         if initial is None:
             initial = essence.detach()
         kl = kl_div(initial[None], essence[None], log_target=True, reduction="batchmean")
         decay = settings.weight_decay * delta.norm() / origin.norm() ** 2
-        loss = nll.mean() + settings.kl_factor * kl + decay
-        if loss < settings.loss_threshold or step == settings.steps - 1 or 0 < settings.early_stop <= hit_streak:
+        loss = nll[list(turn)].mean() + settings.kl_factor * kl + decay
+        latest[step % turns] = loss.detach()
+        mean_loss = sum(len(range(i, len(contexts), turns)) * some for i, some in enumerate(latest)) / len(contexts)
+        stop_early = 0 < settings.early_stop * turns <= hit_streak
+        if mean_loss < settings.loss_threshold or step == settings.steps - 1 or stop_early:
             break
         optimizer.zero_grad()
         loss.backward()
@@ -103,7 +110,7 @@ def plain_value(
             if delta.norm() > radius:
                 delta.mul_(radius / delta.norm())
     assert origin is not None
-    return origin + delta.detach(), float(loss.detach()), step + 1
+    return origin + delta.detach(), float(mean_loss), step + 1
 
 
 @torch.no_grad()

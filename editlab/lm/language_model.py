@@ -54,6 +54,8 @@ class NextTokenScores(NamedTuple):
     """whether each token is the argmax, bool"""
     tops: list[Tensor]
     """log-probability of the argmax at the same position, float32"""
+    seconds: list[Tensor]
+    """log-probability of the second most likely token at the same position, float32"""
 
 
 class LanguageModel(ModelRunner):
@@ -248,12 +250,14 @@ class LanguageModel(ModelRunner):
                 logits = layout.run().logits[0].float()
             norm = logits.logsumexp(1)
             best, argmax = logits.max(1)
-            found = (logits[which, tokens] - norm[which], argmax[which] == tokens, (best - norm)[which])
+            logps, hits, tops = logits[which, tokens] - norm[which], argmax[which] == tokens, (best - norm)[which]
+            second = logits.scatter_(1, argmax[:, None], -torch.inf).amax(1)
+            found = (logps, hits, tops, (second - norm)[which])
             counts = [len(wanted[i]) for i in group]
             return list(zip(*(scores.cpu().split(counts) for scores in found), strict=True))
 
         found = ranks.each(self.passes(rows, tokens_a_pass), partial(by_halves, score))
-        return NextTokenScores(*([scores[part] for scores in found] for part in range(3)))
+        return NextTokenScores(*([scores[part] for scores in found] for part in range(4)))
 
     @torch.no_grad()
     def next_token_probabilities(self, rows: Sequence[Sequence[int]]) -> Tensor:

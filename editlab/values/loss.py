@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,17 @@ def rows_of(lm: LanguageModel, number: int, fact: Fact, contexts: Sequence[str],
     end = last + 1 if kl_at == SUBJECT else len(encoding.ids)
     rows.append(Row(number, encoding.ids[:last], encoding.ids[last:end], [], 0.0))
     return rows
+
+
+def in_turn(rows: Sequence[Row], turn: Sequence[int]) -> list[Row]:
+    """The rows of one fact (:func:`rows_of`) that a part of the contexts has, weighted as if there were no others.
+
+    Args:
+        rows: one row for each context, and the essence prompt.
+        turn: indices of the contexts.
+    """
+    factor = (len(rows) - 1) / len(turn)
+    return [*(replace(rows[i], weight=factor * rows[i].weight) for i in turn), rows[-1]]
 
 
 class Losses(NamedTuple):

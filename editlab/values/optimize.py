@@ -14,6 +14,7 @@ Facts whose loss is under the threshold leave the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -32,7 +33,7 @@ from editlab.lm.matmul import MATMULS, products
 from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
 from editlab.utils.validation import above_zero, not_negative, one_of
-from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, rows_of
+from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, in_turn, rows_of
 from editlab.values.spread import RESIDUAL, SPREADS
 
 SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
@@ -44,7 +45,7 @@ DEFAULT_LR = {OPTIMIZE: 0.5, GRADIENT: 2.5e-3}
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
 
-ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT, "spread": RESIDUAL}
+ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT, "spread": RESIDUAL, "contexts_a_step": None}
 """Settings that older versions did not have -> what these versions did; see :meth:`ValueSettings.cache_key`."""
 
 OF_ANY_SOURCE = ("source", "lr", "batch_tokens", "matmul")
@@ -94,11 +95,15 @@ class ValueSettings:
     anchor_facts: int = 0
     """Number of the run's first facts whose values on the original weights give the norm that every value is rescaled
     to (NAS, :mod:`editlab.values.anchor`); 0: values are not rescaled. ``layers: auto`` tries layers without it."""
+    contexts_a_step: int | None = None
+    """Number of contexts whose prompts each evaluation of the loss runs; the contexts take turns, in their order, and
+    the loss that is compared with the threshold is the mean of each context's latest one. Default: all contexts."""
 
     def __post_init__(self) -> None:
         where = "model.values"
         one_of(where, SOURCES, source=self.source)
         above_zero(where, steps=self.steps, lr=self.lr, clamp=self.clamp, batch_tokens=self.batch_tokens)
+        above_zero(where, contexts_a_step=self.contexts_a_step)
         weights = ("weight_decay", "kl_factor", "loss_threshold", "early_stop", "anchor_facts")
         not_negative(where, **{name: getattr(self, name) for name in weights})
         one_of(where, ("current", "original"), reference=self.reference)
@@ -176,18 +181,21 @@ def optimize_values(
         reserved: as for :func:`tokens_together`.
 
     Raises:
-        UserError: A target begins within the subject's last token, or no target depends on the site.
+        UserError: A target begins within the subject's last token, no target depends on the site, or there are fewer
+            steps than turns of the contexts.
         EditLabError: A value is not finite.
     """
+    turns = turns_of(len(contexts), settings)
     rows = [rows_of(lm, i, fact, contexts, settings.kl_position) for i, fact in enumerate(facts)]
-    padded = [max(len(r.tail) for r in some) * len(some) for some in rows]
+    padded = [max(len(r.tail) for r in some) * (len(turns[0]) + 1) for some in rows]
     d = lm.anatomy.value_size(site.layer)
     values = Values(torch.zeros(len(facts), d), torch.zeros(len(facts)), torch.zeros(len(facts), dtype=torch.long))
     left = len(facts)
 
     def optimize(group: Sequence[int]) -> list[tuple[Tensor, ...]]:
         nonlocal left
-        target, loss, steps = _optimize(ValueGroup(lm, site, [rows[i] for i in group]), settings)
+        parts = [ValueGroup(lm, site, [in_turn(rows[i], turn) for i in group]) for turn in turns]
+        target, loss, steps = _optimize(parts, settings)
         left -= len(group)
         if progress is not None:
             progress(len(group))
@@ -206,6 +214,25 @@ def optimize_values(
             f"The value of {bad.question!r} is not finite: lower model.values.lr, or use a wider trainer.precision."
         )
     return values
+
+
+def turns_of(contexts: int, settings: ValueSettings) -> list[range]:
+    """The indices of the contexts that each of the turns evaluates, dealt out in their order; the longest turn first.
+
+    Args:
+        contexts: number of contexts.
+        settings: the settings, of which ``contexts_a_step`` counts.
+
+    Raises:
+        UserError: There are fewer steps than turns.
+    """
+    turns = math.ceil(contexts / min(settings.contexts_a_step or contexts, contexts))
+    if settings.steps < turns:
+        raise UserError(
+            f"model.values.steps is {settings.steps}, and {contexts} contexts take {turns} turns: set at least {turns} "
+            "steps, or more model.values.contexts_a_step."
+        )
+    return [range(turn, contexts, turns) for turn in range(turns)]
 
 
 def tokens_together(lm: LanguageModel, site: Site, reserved: int = 0) -> int:
@@ -234,9 +261,14 @@ def products_above(lm: LanguageModel, site: Site, settings: ValueSettings) -> Ab
     return products(settings.matmul, above, lm.anatomy.edit_path, lm.device, lm.anatomy.head)
 
 
-def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Optimizes the values of a group of facts; returns targets [n, d_v], losses [n] and steps [n]."""
-    origin = group.origin
+def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimizes the values of a group of facts; returns targets [n, d_v], losses [n] and steps [n].
+
+    Each part has the contexts of one turn, and the first one has the bare prompt too.
+    """
+    origin = parts[0].origin
+    contexts = [len(part.indices.row_fact) - len(origin) for part in parts]  # all rows but the essence prompts
+    shares = torch.tensor(contexts, device=origin.device)[:, None] / sum(contexts)
     delta = torch.zeros_like(origin, requires_grad=True)
     size = origin.norm(dim=1)
     radius = settings.clamp * size
@@ -247,33 +279,42 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
     # facts are done.
     active, active_on_device = torch.arange(len(origin)), torch.arange(len(origin), device=origin.device)
     hit_streak = torch.zeros_like(active_on_device)
+    latest = torch.full((len(parts), len(origin)), torch.inf, device=origin.device)
     reached: Tensor | None = None
     for step in range(settings.steps):
+        turn = step % len(parts)
         every = len(active) == len(origin)
-        loss, hits = _loss(
-            group, delta if every else delta[active_on_device], size if every else size[active_on_device], settings
+        loss, hits = loss_of(
+            parts[turn],
+            delta if every else delta[active_on_device],
+            size if every else size[active_on_device],
+            settings,
         )
+        latest[turn] = loss.detach()
+        mean_loss = latest[0] if len(parts) == 1 else (shares * latest).sum(0)
         hit_streak = torch.where(hits, hit_streak + 1, 0)
-        leaving_on_device = loss.detach() < settings.loss_threshold
+        leaving_on_device = mean_loss < settings.loss_threshold
         if settings.early_stop:
-            leaving_on_device = leaving_on_device | (hit_streak >= settings.early_stop)
+            leaving_on_device = leaving_on_device | (hit_streak >= settings.early_stop * len(parts))
         flags = leaving_on_device if reached is None else torch.cat([leaving_on_device, reached[None]])
         known = flags.cpu()
         if reached is not None:
-            require_effect(bool(known[-1]), group.site)
+            require_effect(bool(known[-1]), parts[0].site)
             reached = None
         leaving = known[: len(active)]
         if step == settings.steps - 1:
             leaving = torch.ones_like(leaving)
         if bool(leaving.any()):
             which, gone = (t.to(origin.device, non_blocking=True) for t in (leaving.nonzero()[:, 0], active[leaving]))
-            done[gone], final_loss[gone] = delta.detach()[gone], loss.detach()[which]
+            done[gone], final_loss[gone] = delta.detach()[gone], mean_loss[which]
             steps[active[leaving]] = step + 1
         if bool(leaving.all()):
             break
         (gradient,) = torch.autograd.grad(loss.sum(), delta)
         if step == 0:
             reached = gradient.any()
+            for part in parts[1:]:
+                part.initial = parts[0].initial  # of the same essence prompts, without a vector
         delta.grad = gradient
         optimizer.step()
         with torch.no_grad():
@@ -283,8 +324,9 @@ def _optimize(group: ValueGroup, settings: ValueSettings) -> tuple[Tensor, Tenso
             stay, active_on_device = (
                 t.to(origin.device, non_blocking=True) for t in ((~leaving).nonzero()[:, 0], active)
             )
-            hit_streak = hit_streak[stay]
-            group.keep(~leaving)
+            hit_streak, latest = hit_streak[stay], latest[:, stay]
+            for part in parts:
+                part.keep(~leaving)
     return origin + done, final_loss, steps
 
 
@@ -301,7 +343,7 @@ def require_effect(reached: bool, site: Site) -> None:
         )
 
 
-def _loss(group: ValueGroup, delta: Tensor, size: Tensor, settings: ValueSettings) -> tuple[Tensor, Tensor]:
+def loss_of(group: ValueGroup, delta: Tensor, size: Tensor, settings: ValueSettings) -> tuple[Tensor, Tensor]:
     """The loss of each active fact, and whether every token of its target is the argmax in every context."""
     nll, divergence, hit = group.losses(delta)
     # The gradient of a norm is not defined at 0, where the first step starts: its square root is guarded.

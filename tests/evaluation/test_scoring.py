@@ -235,7 +235,7 @@ def test_a_model_without_an_answer_misses_everything():
 @pytest.mark.parametrize("lost", ["Tokyo", "Paris"])
 def test_one_answer_that_is_no_number_is_a_miss_of_its_prompt(lm, monkeypatch, lost):
     """Whichever of the two it is; the other prompt counts as before: 1 of 2 took, and not 1 of 1."""
-    monkeypatch.setattr("editlab.evaluation.scoring.score_pairs", lambda lm, pairs, cache: (
+    monkeypatch.setattr("editlab.evaluation.scoring.score_pairs", lambda lm, pairs, cache, compared: (
         torch.tensor([math.nan if lost in pair[1] else -1.0 - (pair[1] == "Norway") for pair in pairs]),
         torch.ones(len(pairs), dtype=torch.bool),
     ))  # fmt: skip

@@ -99,23 +99,25 @@ def test_scores_equal_a_full_softmax_of_each_row_alone(lm, passes):
         [(p, t) for p in range(len(row)) for t in (top[p], (top[p] + 1) % 390)]
         for row, top in zip(ROWS, best, strict=True)
     ]
-    logps, hits, tops = lm.next_token_scores(ROWS, wanted)
+    logps, hits, tops, seconds = lm.next_token_scores(ROWS, wanted)
     assert len(passes) < len(ROWS)
-    for row, places, logp, hit, top in zip(ROWS, wanted, logps, hits, tops, strict=True):
+    for row, places, logp, hit, top, second in zip(ROWS, wanted, logps, hits, tops, seconds, strict=True):
         table = lm.model(input_ids=torch.tensor([row])).logits[0].double().log_softmax(1)
         expected = torch.stack([table[p, t] for p, t in places])
         torch.testing.assert_close(logp.double(), expected, rtol=0, atol=1e-4)
         assert logp.dtype == torch.float32
         assert hit.tolist() == [True, False] * len(row)
         assert torch.equal(top, logp[::2].repeat_interleave(2))
+        runners_up = table.topk(2).values[:, 1].repeat_interleave(2)
+        torch.testing.assert_close(second.double(), runners_up, rtol=0, atol=1e-4)
 
 
 def test_a_row_without_requested_tokens(passes):
     """The result is right even if no row of a pass has a requested token."""
     lm = lm_of("llama")
-    logps, hits, _ = lm.next_token_scores([[5, 6, 7], [8, 9, 10, 11, 12, 13]], [[(0, 3)], []])
+    logps, hits, _, _ = lm.next_token_scores([[5, 6, 7], [8, 9, 10, 11, 12, 13]], [[(0, 3)], []])
     assert [len(x) for x in logps] == [len(x) for x in hits] == [1, 0]
-    assert lm.next_token_scores([], []) == ([], [], [])
+    assert lm.next_token_scores([], []) == ([], [], [], [])
 
 
 # sample

@@ -9,7 +9,7 @@ from editlab.experiments.reference import plain_value
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import optimize as values
-from editlab.values.optimize import DEFAULT_LR, ValueSettings, optimize_values
+from editlab.values.optimize import DEFAULT_LR, ValueSettings, optimize_values, turns_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -49,6 +49,28 @@ def test_equal_to_the_oracle_on_every_kind_of_block(family):
     lm, site = make(family)
     assert site.in_stream == (family != "gemma2")
     check(lm, site, exact(steps=6, lr=0.1, clamp=2.0, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("settings", [
+    {"steps": 7, "contexts_a_step": 1},
+    {"steps": 7, "contexts_a_step": 2},  # a turn of two contexts and one of the third
+    {"steps": 12, "contexts_a_step": 2, "loss_threshold": 4.0},  # facts leave at different steps
+    {"steps": 12, "contexts_a_step": 1, "lr": 1.0, "early_stop": 1},
+])  # fmt: skip
+def test_equal_with_contexts_that_take_turns(settings):
+    check(*make("llama"), exact(**{"lr": 0.1, "clamp": 2.0, "weight_decay": 0.1} | settings))
+
+
+def test_contexts_of_turns_are_all_of_them_where_a_step_has_room():
+    assert turns_of(6, ValueSettings()) == turns_of(6, ValueSettings(contexts_a_step=9)) == [range(6)]
+    assert [list(turn) for turn in turns_of(5, ValueSettings(contexts_a_step=2))] == [[0, 3], [1, 4], [2]]
+
+
+def test_turns_errors():
+    with pytest.raises(UserError, match=r"values\.steps is 2, and 3 contexts take 3 turns: set at least 3 steps"):
+        turns_of(3, ValueSettings(steps=2, contexts_a_step=1))
+    with pytest.raises(UserError, match="contexts_a_step"):
+        ValueSettings(contexts_a_step=0)
 
 
 def test_default_step_sizes():
@@ -166,11 +188,11 @@ def test_a_group_that_memory_does_not_hold_is_halved(monkeypatch):
     whole = optimize_values(lm, FACTS[:5], site, CONTEXTS, settings)
     plain, sizes = values._optimize, []
 
-    def scarce(group, settings):
-        sizes.append(len(group.origin))
-        if len(group.origin) > 2:
+    def scarce(parts, settings):
+        sizes.append(len(parts[0].origin))
+        if len(parts[0].origin) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(group, settings)
+        return plain(parts, settings)
 
     monkeypatch.setattr(values, "_optimize", scarce)
     counts = []
