@@ -20,10 +20,12 @@ from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.trained_batch import solver_for
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.known import holds_truth
+from editlab.evaluation.retrieval import memory_of
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
@@ -34,7 +36,8 @@ from editlab.runs.step_metrics import step_metrics
 from editlab.runs.summary import finish_run, summarize
 from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
-from editlab.solver.methods import EMMET, Method
+from editlab.solver.base import EditMethod
+from editlab.solver.methods import EMMET
 from editlab.utils.machine import restore_threads
 from editlab.utils.progress import progress
 from editlab.utils.rng import set_rng_state
@@ -43,13 +46,14 @@ from editlab.values.optimize import ValueSettings, optimize_values
 
 
 class SequentialEditor(MeasuredModel):
-    """Edits facts in a causal language model; each training step is one closed-form update for a batch of facts.
+    """Edits facts in a causal language model; each training step is one update for a batch of facts.
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited: values are found at the highest, and the update is
             divided among all of them (MEMIT). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET or AlphaEdit; or a control without one:
+            FineTune, LoRAOnly or Retrieval, for which ``values``, ``moments`` and ``contexts`` have no effect.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -76,7 +80,7 @@ class SequentialEditor(MeasuredModel):
         self,
         language_model: str = "smollm2-135m",
         layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - shown as the default, and copied
-        method: Method = EMMET(),  # noqa: B008 - frozen
+        method: EditMethod = EMMET(),  # noqa: B008 - frozen
         values: ValueSettings = ValueSettings(),  # noqa: B008 - read only
         moments: MomentSettings = MomentSettings(),  # noqa: B008
         contexts: ContextSettings = ContextSettings(),  # noqa: B008
@@ -104,6 +108,7 @@ class SequentialEditor(MeasuredModel):
         self.resumed: dict[str, Any] | None = None
         self._value_cache: ValueCache | None = None
         self.evaluation = Evaluation(evaluation)
+        self.evaluation.memory = memory_of(self.method, lambda: self.ledger.standing)
         self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
     # ---- setting up -------------------------------------------------------------------------------------------
@@ -128,6 +133,7 @@ class SequentialEditor(MeasuredModel):
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step runs the solve; with ``layers: auto`` the layers are chosen first."""
         if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
+            self.method.require_closed_form("model.layers auto", "it compares layers by edits of the closed form")
             self.edit_at(self.find_layers(self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
         return ClosedFormOptimizer(self.layers)
 
@@ -138,7 +144,7 @@ class SequentialEditor(MeasuredModel):
         return choose_layers(setup, facts)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> EditMethod:
         """The editing method."""
         return self.solve_settings.method
 
@@ -169,14 +175,18 @@ class SequentialEditor(MeasuredModel):
         resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
 
     def prepare_solver(self) -> None:
-        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model."""
+        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model.
+
+        Methods that do not solve the closed form need neither.
+        """
         with self.unedited():
-            if not self.contexts:
+            if not self.contexts and self.method.solves:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            self.solver = BatchSolver(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
-            self.solver.set_moments(
-                second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
-            )
+            self.solver = solver_for(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
+            if self.method.solves:
+                self.solver.set_moments(
+                    second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
+                )
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -218,8 +228,11 @@ class SequentialEditor(MeasuredModel):
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
         """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
 
+        A method that does not solve the closed form has none: [n, 0].
         Values on the original weights do not depend on the run, so they are kept in the cache folder.
         """
+        if not self.method.solves:
+            return torch.zeros(len(facts), 0)
         if self.values.reference == "current":
             return self.optimize_values(facts)
         with self.unedited():
@@ -288,6 +301,8 @@ class SequentialEditor(MeasuredModel):
             "modules": [self.lm.anatomy.edit_name(layer) for layer in self.layer_numbers],
             "adapted": sum(layer.adapter is not None for layer in self.changed_layers),
             "independent": self.restore_between_batches,
+            "method": type(self.method).__name__,
+            "changes_weights": self.method.changes_weights,
             "ledger": self.ledger.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys
+from callbacks.replay.trained import fact_alone, require_for_training
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -23,6 +24,7 @@ from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
 from editlab.lm.precision import widened
+from editlab.solver.methods import Method
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero, decays, fractions, one_of
 
@@ -49,7 +51,8 @@ class MemoryReplay(EditCallback):
     ``sampled`` adds earlier edits to each batch's constraints. Their residuals are computed with the current weights,
     so an edit that has not drifted adds no change. ``consolidated`` adds the keys of all past edits (and their context
     keys, if ``model.preserve_prompt_tokens`` is set) to each layer's metric: all of history at constant memory, which
-    for one layer with soft constraints is the same as one joint batch.
+    for one layer with soft constraints is the same as one joint batch. With a method that trains (FineTune, LoRAOnly),
+    ``sampled`` adds earlier facts to those that a batch trains on.
 
     Args:
         rate: number of replayed facts as a fraction of the batch (0.3 of a batch of 32 is 10).
@@ -142,8 +145,12 @@ class MemoryReplay(EditCallback):
                 f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
                 f"{editor.solve_settings.key_mode}: set it to bare."
             )
+        if not editor.method.solves:
+            editor.method.require_changed_weights("MemoryReplay", "it replays edits of weights")
+            require_for_training(editor.method, self.buffer, self.consolidates, self.weight, self.repair, self.refresh,
+                                 self.cache_keys)  # fmt: skip
         self.reset_for_new_run(editor, self._initial_state)
-        if self.samples:
+        if self.samples and editor.method.solves:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + 2 * anatomy.value_size(top)
             log.info("Replay buffer: at most %d edits in %.1f MiB", self.buffer.capacity,
@@ -153,7 +160,7 @@ class MemoryReplay(EditCallback):
         """Past keys of a resumed run enter the metric."""
         assert isinstance(pl_module, SequentialEditor)
         self._bare_metric = dict(pl_module.solver.preservation)
-        if self.past_weight is None:
+        if self.past_weight is None and isinstance(pl_module.method, Method):
             self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0
         self._set_metric(pl_module)
 
@@ -237,6 +244,10 @@ class MemoryReplay(EditCallback):
 
     def _remember(self, editor: SequentialEditor, outcome: EditOutcome) -> None:
         plan, top = outcome.plan, editor.layer_numbers[-1]
+        if not editor.method.solves:
+            for fact in plan.facts:
+                self.buffer.add(fact_alone(fact, plan.step))
+            return
         keys = outcome.keys[top]
         count = len(plan.facts)
         device = keys.keys.device
@@ -256,7 +267,7 @@ class MemoryReplay(EditCallback):
     def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """After an adjustment, updates the memories to the adjusted model, so that replay does not undo it."""
         before, memories = outcome.before_adjustment, self.buffer.memories
-        if before is None or not memories:
+        if before is None or not memories or not editor.method.solves:
             return
         facts, top = [memory.fact for memory in memories], editor.layer_numbers[-1]
         now = Snapshot(editor.changed_layers)

@@ -15,14 +15,14 @@ from lightning.pytorch.loggers import Logger
 
 from editlab.data.formats import FactFormat
 from editlab.errors import causes
-from editlab.solver.methods import Method
+from editlab.solver.base import EditMethod
 
 _NO_TRAINER = re.compile(
     r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
 )
 """Beginnings of the Trainer's plain errors about its arguments."""
 
-_NAMED_IN_YAML: tuple[type, ...] = (Method, FactFormat, Callback, Logger)
+_NAMED_IN_YAML: tuple[type, ...] = (EditMethod, FactFormat, Callback, Logger)
 
 
 def explain(error: Exception) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from editlab.keys.subject_keys import KEY_MODES, CachedKey, Keys, Site, read_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
+from editlab.solver.base import EditMethod
 from editlab.solver.closed_form import diagnostics, effective_weight, solve
 from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device, require_setting
@@ -28,6 +29,14 @@ from editlab.utils.validation import at_least_one, not_negative, one_of
 log = logging.getLogger(__name__)
 
 
+SETTINGS = {
+    "key_mode": "keys",
+    "context_key_weight": "preserve_prompt_tokens",
+    "device": "solver_device",
+}
+"""Fields of :class:`SolveSettings` -> their names in the section ``model`` of a recipe, where these differ."""
+
+
 @dataclass(frozen=True)
 class SolveSettings:
     """The settings of a solve that do not depend on which layers are edited.
@@ -36,8 +45,8 @@ class SolveSettings:
         UserError: A setting is out of range.
     """
 
-    method: Method
-    """metric and slack of the closed form"""
+    method: EditMethod
+    """metric and slack of the closed form, or a method that solves none: the other settings then have no use"""
     key_mode: str = "bare"
     """how keys are read (:func:`~editlab.keys.subject_keys.read_keys`)"""
     context_key_weight: float = 0.0
@@ -57,6 +66,10 @@ class SolveSettings:
             raise UserError(f"model.condition_limit is {self.condition_limit}: a condition number is above 1.")
         at_least_one("model", passes=self.passes)
         require_setting(self.device)
+        for setting in fields(self)[1:]:
+            if getattr(self, setting.name) != setting.default:
+                name = SETTINGS.get(setting.name, setting.name)
+                self.method.require_closed_form(f"model.{name}", "it is a setting of the closed form's solve")
 
 
 @dataclass
@@ -90,6 +103,13 @@ class BatchSolver:
         return cls(lm, settings, Site.of(lm, layers[-1]), edited, contexts)
 
     @property
+    def method(self) -> Method:
+        """The method of the closed form."""
+        method = self.settings.method
+        assert isinstance(method, Method)
+        return method
+
+    @property
     def device(self) -> torch.device:
         """Device of keys, residuals, metrics and the solve (:func:`choose_device`)."""
         sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
@@ -102,7 +122,7 @@ class BatchSolver:
         """
         device = self.device
         for layer in list(moments):
-            self.preservation[layer] = self.settings.method.preservation(moments.pop(layer), device)
+            self.preservation[layer] = self.method.preservation(moments.pop(layer), device)
 
     def metric_bytes(self, device: torch.device) -> int:
         """Bytes of the metrics that lie on a device."""
@@ -123,7 +143,7 @@ class BatchSolver:
         Args:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
-        system = _System.of(outcome.plan, self.settings.method.slack)
+        system = _System.of(outcome.plan, self.method.slack)
         for _ in range(self.settings.passes):
             for index, (number, layer) in enumerate(self.layers.items()):
                 update = self._solve_layer(outcome, system, number, len(self.layers) - index)
@@ -152,7 +172,7 @@ class BatchSolver:
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
-        measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
+        measured["effective_weight"] = effective_weight(own, self.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update
