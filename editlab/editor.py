@@ -20,7 +20,7 @@ from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
-from editlab.edits.trained_batch import solver_for
+from editlab.edits.trained_batch import solver_of
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
@@ -182,7 +182,8 @@ class SequentialEditor(MeasuredModel):
         with self.unedited():
             if not self.contexts and self.method.solves:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            self.solver = solver_for(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
+            kind = solver_of(self.method)
+            self.solver = kind(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
             if self.method.solves:
                 self.solver.set_moments(
                     second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)

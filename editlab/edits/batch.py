@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class SolveSettings:
         at_least_one("model", passes=self.passes)
         require_setting(self.device)
         for setting in fields(self)[1:]:
-            if getattr(self, setting.name) != setting.default:
+            if setting.default is not MISSING and getattr(self, setting.name) != setting.default:
                 name = SETTINGS.get(setting.name, setting.name)
                 self.method.require_closed_form(f"model.{name}", "it is a setting of the closed form's solve")
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
 from editlab.distributed import ranks
-from editlab.edits.batch import BatchSolver, SolveSettings
-from editlab.edits.edited_layer import EditedLayer
+from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import EditOutcome
-from editlab.keys.subject_keys import Site
-from editlab.lm.language_model import LanguageModel
+from editlab.solver.base import EditMethod
 from editlab.training.breadth_first import train
 from editlab.training.methods import TrainedMethod
 
@@ -56,14 +52,6 @@ class BatchKeeper(BatchSolver):
         """Does nothing; the outcome has no updates."""
 
 
-def solver_for(
-    lm: LanguageModel,
-    settings: SolveSettings,
-    site: Site,
-    layers: Mapping[int, EditedLayer],
-    contexts: Sequence[str],
-) -> BatchSolver:
-    """The solver of batches that the method of the settings asks for; arguments as of :class:`BatchSolver`."""
-    method = settings.method
-    kind = BatchSolver if method.solves else BatchTrainer if isinstance(method, TrainedMethod) else BatchKeeper
-    return kind(lm, settings, site, layers, contexts)
+def solver_of(method: EditMethod) -> type[BatchSolver]:
+    """The kind of solver of batches that a method asks for."""
+    return BatchSolver if method.solves else BatchTrainer if isinstance(method, TrainedMethod) else BatchKeeper

@@ -120,10 +120,11 @@ class FineTune(TrainedMethod):
                 module = lm.anatomy.edit_module(layer)
                 weight: Any = module.weight
                 shape = weight.T.shape if lm.anatomy.transposed(layer) else weight.shape
-                shifts[layer] = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=weight.device))
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                shifts[layer] = nn.Parameter(torch.zeros(shape, dtype=wide, device=weight.device))
                 stack.callback(module.register_forward_hook(_adding_product(shifts[layer])).remove)
             yield Trainee(
-                list(shifts.values()), lambda: {layer: s.detach().clone() for layer, s in shifts.items()}, constrain
+                list(shifts.values()), lambda: {layer: s.detach().float() for layer, s in shifts.items()}, constrain
             )
 
     @property
