@@ -22,6 +22,7 @@ import numpy as np
 
 from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact, Neighbor, Question
+from editlab.errors import UserError
 from editlab.lm.joints import join, unspaced
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.base import EditMethod
@@ -33,7 +34,7 @@ ANSWER_TOKENS = 32
 
 @dataclass(frozen=True)
 class Retrieval(EditMethod):
-    """Puts the nearest edits before each prompt of the evaluation, each as a line of text; weights do not change.
+    """Puts the nearest edits before each prompt of the evaluation, as text; weights do not change.
 
     Raises:
         UserError: A setting is out of range.
@@ -46,11 +47,17 @@ class Retrieval(EditMethod):
     """Largest number of edits that are put before a prompt."""
     threshold: float = 0.8
     """Least match of an edit with a prompt, 0 to 1; at 0 the k nearest edits are put before every prompt."""
+    template: str = "New fact: {}.\n"
+    """Text of an edit before a prompt; ``{}`` stands for its edit prompt with the new target."""
 
     def __post_init__(self) -> None:
         where = type(self).__name__
         at_least_one(where, k=self.k)
         fractions(where, threshold=self.threshold)
+        if self.template.count("{}") != 1:
+            raise UserError(
+                f"{where}.template is {self.template!r}: it needs {{}} once, for an edit's prompt and target."
+            )
 
 
 def grams(text: str) -> frozenset[str]:
@@ -136,19 +143,21 @@ class FactMemory:
         plain = lm.chat.unwrap if lm.chat is not None else str
         if standing != self._index.facts:
             self._index = FactIndex(standing)
-        edits = {fact: join(plain(fact.question), fact.target_new, lm.joint) for fact in standing}
+        edits = {fact: self._text(join(plain(fact.question), fact.target_new, lm.joint)) for fact in standing}
 
         def read(prompt: str) -> str:
             near = self._index.nearest(plain(prompt), self.method.k, self.method.threshold)
             for count in range(len(near), 0, -1):
                 # The nearest edit stands next to the prompt.
-                lines = "".join(f"{edits[fact]}\n" for fact in reversed(near[:count]))
-                text = lm.in_context(lines, prompt)
+                text = lm.in_context("".join(edits[fact] for fact in reversed(near[:count])), prompt)
                 if _fits(lm, text):
                     return text
             return prompt
 
         return [_with_prompts(fact, read) for fact in facts]
+
+    def _text(self, edit: str) -> str:
+        return self.method.template.replace("{}", edit)
 
 
 def as_read(lm: LanguageModel, facts: Sequence[Fact], memory: FactMemory | None = None) -> list[Fact]:

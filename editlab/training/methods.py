@@ -55,7 +55,7 @@ class TrainedMethod(EditMethod):
     """Learning rate of Adam."""
     epochs: int = 25
     """Largest number of times that the training goes over the facts of a batch."""
-    mini_batch: int = 100
+    mini_batch: int = 8
     """Largest number of facts in a training step."""
     stop_loss: float = 0.01
     """Mean loss of an epoch, in nats per token, under which the training of a batch ends. A mini-batch whose loss is

@@ -161,7 +161,7 @@ def test_retrieval_measures_the_unedited_model_behind_the_edits():
     assert changed(before, model) == []
     lm = result.editor.lm
     # The score of each edit's prompt behind its own statement, and before the edit without it.
-    stated = [(f"{f.question} {f.target_new}\n{f.question}", f.target_new) for f in FACTS[:4]]
+    stated = [(f"New fact: {f.question} {f.target_new}.\n{f.question}", f.target_new) for f in FACTS[:4]]
     for group, pairs in (("immediate", stated), ("before", [(f.question, f.target_new) for f in FACTS[:4]])):
         expected, _ = score_pairs(lm, pairs)
         torch.testing.assert_close(result.editor.evaluation.scores(group).edit.logp_new, expected)

@@ -18,6 +18,7 @@ def fact(subject, prompt="The capital of {} is", new="Oslo", **more):
 
 
 FRANCE, PERU, NEW_FRANCE = fact("France"), fact("Peru", new="Lima"), fact("New France", new="Tokyo")
+PLAIN = Retrieval(k=2, template="{}\n")
 SPOKEN = fact("France", "The official language of {} is", new="Portuguese")
 
 
@@ -60,7 +61,7 @@ def test_of_edits_that_are_alike_the_later_one_comes_first():
 
 def test_edits_are_put_before_every_prompt(lm):
     asked = replace(FRANCE, paraphrases=("France is ruled from",), neighbors=(Neighbor("Peru is ruled from", "Lima"),))
-    memory = FactMemory(Retrieval(k=2, threshold=0.8), lambda: [PERU, FRANCE, SPOKEN])
+    memory = FactMemory(PLAIN, lambda: [PERU, FRANCE, SPOKEN])
     (read,) = as_read(lm, [asked], memory)
     spoken, capital = "The official language of France is Portuguese\n", "The capital of France is Oslo\n"
     # The nearest edit stands next to the prompt.
@@ -71,9 +72,14 @@ def test_edits_are_put_before_every_prompt(lm):
     assert as_read(lm, [asked]) == [asked]
 
 
+def test_the_text_of_an_edit(lm):
+    (read,) = as_read(lm, [FRANCE], FactMemory(Retrieval(), lambda: [FRANCE]))
+    assert read.question == "New fact: The capital of France is Oslo.\nThe capital of France is"
+
+
 def test_a_memory_follows_its_edits_and_has_none_at_first(lm):
     edits = []
-    memory = FactMemory(Retrieval(), lambda: edits)
+    memory = FactMemory(PLAIN, lambda: edits)
     assert memory.before_prompts(lm, [FRANCE])[0].question == FRANCE.question
     edits.append(FRANCE)
     assert memory.before_prompts(lm, [FRANCE])[0].question.startswith("The capital of France is Oslo\n")
@@ -82,13 +88,13 @@ def test_a_memory_follows_its_edits_and_has_none_at_first(lm):
 
 
 def test_braces_in_an_edit_are_text(lm):
-    memory = FactMemory(Retrieval(), lambda: [replace(FRANCE, target_new="{} Oslo")])
+    memory = FactMemory(PLAIN, lambda: [replace(FRANCE, target_new="{} Oslo")])
     (read,) = memory.before_prompts(lm, [FRANCE])
     assert read.question == "The capital of France is {} Oslo\nThe capital of France is"
 
 
 def test_edits_that_do_not_fit_are_left_out(lm, monkeypatch):
-    memory = FactMemory(Retrieval(k=2, threshold=0.8), lambda: [FRANCE, SPOKEN])
+    memory = FactMemory(PLAIN, lambda: [FRANCE, SPOKEN])
     both = memory.before_prompts(lm, [FRANCE])[0].question
     one = "The capital of France is Oslo\nThe capital of France is"
     assert both.endswith(one)
@@ -106,7 +112,7 @@ def test_in_a_chat_the_edits_are_part_of_the_users_turn(lm, monkeypatch, mode):
     monkeypatch.setattr(lm, "chat", chat)
     # With edit and both the facts of a run have templated prompts (editlab.data.chat).
     own = replace(FRANCE, prompt=chat.wrap(FRANCE.prompt)) if chat.edits else FRANCE
-    (read,) = as_read(lm, [own], FactMemory(Retrieval(), lambda: [own]))
+    (read,) = as_read(lm, [own], FactMemory(PLAIN, lambda: [own]))
     text = "The capital of France is Oslo\nThe capital of France is"
     assert read.question == (f"<user>{text}<assistant>" if chat.evaluates else text)
 
@@ -120,7 +126,8 @@ def test_only_retrieval_has_a_memory():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"k": 0}, "Retrieval.k is 0: it must be at least 1"),
-     ({"threshold": 1.1}, "Retrieval.threshold is 1.1: it must lie between 0 and 1")],
+     ({"threshold": 1.1}, "Retrieval.threshold is 1.1: it must lie between 0 and 1"),
+     ({"template": "New fact"}, "Retrieval.template is 'New fact': it needs {} once")],
 )  # fmt: skip
 def test_errors_of_settings_of_retrieval(arguments, message):
     with pytest.raises(UserError, match=message):

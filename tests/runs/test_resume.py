@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
-STATELESS = {"lora_only", "retrieval"}
+STATELESS = {"finetune", "lora_only", "retrieval"}
 """Recipes whose methods keep nothing between batches but sums and ledger; test_trained_batch.py resumes such runs."""
 KILLS = 4
 
