@@ -175,15 +175,13 @@ class SequentialEditor(MeasuredModel):
         resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
 
     def prepare_solver(self) -> None:
-        """Makes the solver, with contexts (if no checkpoint gave them) and second moments of the unedited model.
-
-        Methods that do not solve the closed form need neither.
-        """
+        """Makes the solver; for the closed form also contexts (if no checkpoint gave them) and second moments."""
         with self.unedited():
             if not self.contexts and self.method.solves:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            kind = solver_of(self.method)
-            self.solver = kind(self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts)
+            self.solver = solver_of(self.method)(
+                self.lm, self.solve_settings, self.site, self.layers_by_number, self.contexts
+            )
             if self.method.solves:
                 self.solver.set_moments(
                     second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys
-from callbacks.replay.trained import fact_alone, require_for_training
+from callbacks.replay.trained import add_facts, require_for_training
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -51,8 +51,7 @@ class MemoryReplay(EditCallback):
     ``sampled`` adds earlier edits to each batch's constraints. Their residuals are computed with the current weights,
     so an edit that has not drifted adds no change. ``consolidated`` adds the keys of all past edits (and their context
     keys, if ``model.preserve_prompt_tokens`` is set) to each layer's metric: all of history at constant memory, which
-    for one layer with soft constraints is the same as one joint batch. With a method that trains (FineTune, LoRAOnly),
-    ``sampled`` adds earlier facts to those that a batch trains on.
+    for one layer with soft constraints is the same as one joint batch.
 
     Args:
         rate: number of replayed facts as a fraction of the batch (0.3 of a batch of 32 is 10).
@@ -68,7 +67,7 @@ class MemoryReplay(EditCallback):
         refresh_every: number of batches between two measurements of loss, or of drift if that takes a forward pass.
         refresh: ``values`` recomputes the values of replayed facts on the current weights; ``none`` keeps them.
         cache_keys: use the keys from the time of the edit; exact only if nothing below the layer changes.
-        memory: ``sampled``, ``consolidated`` or ``both``.
+        memory: ``sampled``, ``consolidated`` or ``both``; with methods that train ``sampled``: further facts to train.
         past_weight: weight of each past key in the metric; default: 1 / slack of the method (1 if that is 0).
         forget: factor on the past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
         seed: seed of sampling and eviction.
@@ -145,10 +144,7 @@ class MemoryReplay(EditCallback):
                 f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
                 f"{editor.solve_settings.key_mode}: set it to bare."
             )
-        if not editor.method.solves:
-            editor.method.require_changed_weights("MemoryReplay", "it replays edits of weights")
-            require_for_training(editor.method, self.buffer, self.consolidates, self.weight, self.repair, self.refresh,
-                                 self.cache_keys)  # fmt: skip
+        require_for_training(editor.method, self)
         self.reset_for_new_run(editor, self._initial_state)
         if self.samples and editor.method.solves:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
@@ -245,8 +241,7 @@ class MemoryReplay(EditCallback):
     def _remember(self, editor: SequentialEditor, outcome: EditOutcome) -> None:
         plan, top = outcome.plan, editor.layer_numbers[-1]
         if not editor.method.solves:
-            for fact in plan.facts:
-                self.buffer.add(fact_alone(fact, plan.step))
+            add_facts(self.buffer, plan.facts, plan.step)
             return
         keys = outcome.keys[top]
         count = len(plan.facts)
