@@ -225,9 +225,8 @@ class SequentialEditor(MeasuredModel):
             getattr(callback, event)(self.trainer, self, subject)
 
     def find_values(self, facts: Sequence[Fact]) -> Tensor:
-        """Values v* of facts, float32 [n, d_v], on the weights that ``values.reference`` names.
+        """Values v* of facts, float32 [n, d_v] ([n, 0] without a closed form), on the weights of ``values.reference``.
 
-        A method that does not solve the closed form has none: [n, 0].
         Values on the original weights do not depend on the run, so they are kept in the cache folder.
         """
         if not self.method.solves:
