@@ -60,6 +60,7 @@ class DownstreamEval(EditCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier run in which the object was used."""
         assert isinstance(pl_module, SequentialEditor)
+        pl_module.method.require_changed_weights("DownstreamEval", "its tasks measure the weights")
         self.reset_for_new_run(pl_module, self._initial_state)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

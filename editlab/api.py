@@ -33,7 +33,8 @@ from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.tables import metric_table
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.runs.workplace import leave_folder
-from editlab.solver.methods import MEMIT, Method
+from editlab.solver.base import EditMethod
+from editlab.solver.methods import MEMIT
 from editlab.solver.post_steps import PostStep
 from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
@@ -50,7 +51,7 @@ RECOMMENDED: dict[str, Any] = {
 """Default settings of :func:`edit_model`: those of ``configs/emmet.yaml``."""
 
 SETTINGS = {
-    "method": Method,
+    "method": EditMethod,
     "values": ValueSettings,
     "moments": MomentSettings,
     "contexts": ContextSettings,
@@ -163,7 +164,7 @@ def edit_model(
     _check_run(seed, folder)
     chosen = layers if isinstance(layers, str) else list(layers)
     name = {"language_model": model.config.name_or_path or type(model).__name__}
-    editor = SequentialEditor(layers=chosen, **{**name, **RECOMMENDED, **settings})
+    editor = SequentialEditor(layers=chosen, **{**name, **_defaults(settings), **settings})
     data = EditDataModule(batch_size=batch_size, keep="all", shuffle=False, joint=joint)
     data.candidates = _facts(facts, subject)
     generators = rng_state()
@@ -226,10 +227,16 @@ def _check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         )
     for name, kind in SETTINGS.items():
         if name in settings and not isinstance(settings[name], kind):
-            example = "EMMET" if kind is Method else kind.__name__
+            example = "EMMET" if kind is EditMethod else kind.__name__
             raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {example}().")
     if isinstance(step := settings.get("post_steps"), PostStep):
         raise UserError(f"The setting post_steps is {step!r}: give a list, such as [{step!r}].")
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recommended settings, as far as the method has a use for them."""
+    solves = settings.get("method", RECOMMENDED["method"]).solves
+    return RECOMMENDED if solves else {name: RECOMMENDED[name] for name in ("method", "values")}
 
 
 def _check_run(seed: int, folder: str | Path | None) -> None:

@@ -24,10 +24,12 @@ from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.requirements import require_compatible
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.trained_batch import solver_of
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.known import holds_truth
+from editlab.evaluation.retrieval import memory_of
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, second_moments
@@ -38,7 +40,8 @@ from editlab.runs.step_metrics import step_metrics
 from editlab.runs.summary import finish_run, summarize
 from editlab.runs.watching import log_numbers, require_logged, require_watchable
 from editlab.runs.workplace import enter_folder, leave_folder
-from editlab.solver.methods import EMMET, Method
+from editlab.solver.base import EditMethod
+from editlab.solver.methods import EMMET
 from editlab.solver.post_steps import PostStep
 from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
@@ -48,13 +51,15 @@ from editlab.values.spread import EACH, Targets, distinct, find_targets, sites_o
 
 
 class SequentialEditor(MeasuredModel):
-    """Edits facts in a causal language model; each training step is one closed-form update for a batch of facts.
+    """Edits facts in a causal language model; each training step is one update for a batch of facts.
 
     Args:
         language_model: ``smollm2-135m`` (built in), a transformers hub id, or a folder.
         layers: blocks whose MLP output projection is edited; ``values.spread`` says how they share an edit (default:
             as MEMIT does). ``auto`` chooses them by trying (:mod:`editlab.edits.layer_search`).
-        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit, BetaEdit or UltraEdit.
+        method: metric and slack of the closed form: ROME, MEMIT, EMMET, AlphaEdit, BetaEdit or UltraEdit; or a control
+            without one: FineTune, LoRAOnly or Retrieval, for which ``values``, ``moments`` and ``contexts`` have no
+            effect.
         values: how the values v* are found.
         moments: the text that the second moments C0 are computed from.
         contexts: prefixes in which values (and, depending on ``keys``, keys) are averaged.
@@ -92,7 +97,7 @@ class SequentialEditor(MeasuredModel):
         self,
         language_model: str = "smollm2-135m",
         layers: list[int] | Literal["auto"] = [4, 5, 6],  # noqa: B006 - shown as the default, and copied
-        method: Method = EMMET(),  # noqa: B008 - frozen
+        method: EditMethod = EMMET(),  # noqa: B008 - frozen
         values: ValueSettings = ValueSettings(),  # noqa: B008 - read only
         moments: MomentSettings = MomentSettings(),  # noqa: B008
         contexts: ContextSettings = ContextSettings(),  # noqa: B008
@@ -128,6 +133,7 @@ class SequentialEditor(MeasuredModel):
         self.unmoved = UnmovedFacts()
         self.resumed: dict[str, Any] | None = None
         self.evaluation = Evaluation(evaluation)
+        self.evaluation.memory = memory_of(self.method, lambda: self.ledger.standing)
         self.metric_groups = self.evaluation.collections  # a submodule: Lightning moves the metrics' states
 
     # ---- setting up -------------------------------------------------------------------------------------------
@@ -152,6 +158,7 @@ class SequentialEditor(MeasuredModel):
     def configure_optimizers(self) -> ClosedFormOptimizer:
         """The optimizer whose step runs the solve; with ``layers: auto`` the layers are chosen first."""
         if not self.layer_numbers:  # neither a setting nor a checkpoint, and the model is on its device by now
+            self.method.require_closed_form("model.layers auto", "it compares layers by edits of the closed form")
             self.edit_at(self.find_layers(self.trainer.datamodule.facts_to_try(2 * FACTS)))  # type: ignore[attr-defined]
         return ClosedFormOptimizer(self.layers)
 
@@ -162,7 +169,7 @@ class SequentialEditor(MeasuredModel):
         return choose_layers(setup, facts)
 
     @property
-    def method(self) -> Method:
+    def method(self) -> EditMethod:
         """The editing method."""
         return self.solve_settings.method
 
@@ -199,15 +206,16 @@ class SequentialEditor(MeasuredModel):
         resume.prepare_folder(self.trainer, self.resumed["table"] if self.resumed else {}, self.edits)
 
     def prepare_solver(self) -> None:
-        """Makes solver and value source; contexts (if no checkpoint gave them) and C0 are of the unedited model."""
+        """Makes solver and value source; for the closed form also contexts (if no checkpoint gave them) and C0."""
         with self.unedited():
-            if not self.contexts:
+            if not self.contexts and self.method.solves:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
             sites = sites_of(self.lm, self.layer_numbers, self.values.spread, self.site_setting)
-            self.solver = BatchSolver(
+            self.solver = solver_of(self.method)(
                 self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts, carried=self.carried
             )
-            self.solver.set_moments(self._second_moments())
+            if self.method.solves:
+                self.solver.set_moments(self._second_moments())
         self.source = make_source(
             self.lm, self.model_key, self.contexts, self.values, self.unedited,
             reserved=lambda: self.solver.metric_bytes(self.lm.device),
@@ -263,7 +271,12 @@ class SequentialEditor(MeasuredModel):
             getattr(callback, event)(self.trainer, self, subject)
 
     def find_targets(self, facts: Sequence[Fact]) -> Targets:
-        """Targets of facts at the sites of the edited layers, on the weights that ``values.reference`` names."""
+        """Targets of facts at the sites of the edited layers, on the weights that ``values.reference`` names.
+
+        Without a closed form there is nothing to find, and they have [n, 0] numbers.
+        """
+        if not self.method.solves:
+            return Targets(facts, {self.layer_numbers[-1]: torch.zeros(len(facts), 0)})
         current = self.values.reference == "current"
         with nullcontext() if current else self.unedited():
             in_turn = self.source.find if current and self.values.spread == EACH else None
@@ -329,6 +342,8 @@ class SequentialEditor(MeasuredModel):
             "modules": [self.lm.anatomy.edit_name(layer) for layer in self.layer_numbers],
             "adapted": sum(layer.adapter is not None for layer in self.changed_layers),
             "independent": self.restore_between_batches,
+            "method": type(self.method).__name__,
+            "changes_weights": self.method.changes_weights,
             "ledger": self.ledger.state_dict(),
             "carried": self.carried.state_dict(),
             "contexts": self.contexts,

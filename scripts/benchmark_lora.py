@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from callbacks.lora.adapter import Adapter, find_targets, parameters
-from callbacks.lora.objective import Objective, distributions, edit_rows, prompt_rows
+from callbacks.lora.objective import Objective, distributions, prompt_rows
+from callbacks.lora.targets import find_targets
 from callbacks.lora.training import Training
 from editlab.data import EditDataModule
 from editlab.lm.language_model import LanguageModel
 from editlab.runs.summary import peak_memory_mb
+from editlab.training.adapter import Adapter, parameters
+from editlab.training.rows import edit_rows
 
 KINDS = ("lora", "full")
 

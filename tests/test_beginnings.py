@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from callbacks.lora.objective import distributions, edit_rows, prompt_rows, short_windows, text_rows
+from callbacks.lora.objective import distributions, prompt_rows, short_windows, text_rows
 from callbacks.trust.probes import TEXT_WINDOW, measure_heldout, sentences_of_facts, sentences_of_text
 from editlab.data.fact import Fact, Neighbor
 from editlab.editor import SequentialEditor
@@ -32,6 +32,7 @@ from editlab.lm.generate import answer
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import cut, read_ids, read_windows, sample_text, self_text, text_key
 from editlab.lm.tokens import tokenizer_fingerprint
+from editlab.training.rows import edit_rows
 from editlab.utils.disk_cache import key_of
 from editlab.values.cache import name_of
 from editlab.values.loss import rows_of

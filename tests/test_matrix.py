@@ -19,6 +19,7 @@ from editlab import edit_model
 from editlab.keys.moments import MomentSettings
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, BetaEdit, UltraEdit
 from editlab.solver.post_steps import PRUNE, RECT, REVIVE, SPHERE
+from editlab.training.methods import FineTune, LoRAOnly
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS
 from tests.harness import stand_in
@@ -103,6 +104,15 @@ def check(family, method, make, **changes):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_with_every_callback(method, callbacks, text):
     check("llama", METHODS[method], lambda: CALLBACKS[callbacks](text))
+
+
+@pytest.mark.parametrize("method", [FineTune(lr=1e-2, epochs=3, mini_batch=1), LoRAOnly(lr=2e-2, epochs=3, rank=2)])
+def test_methods_that_train_with_callbacks(method, text):
+    def callbacks():
+        return [LoRAAdjust(**_LORA), TrustRollback(heldout=text, granularity="edit", action="search"),
+                MemoryReplay(sampling="loss", **_REPLAY), ForgettingCurve(every_n_edits=2)]  # fmt: skip
+
+    check("llama", method, callbacks if isinstance(method, FineTune) else list)
 
 
 @pytest.mark.parametrize("method", ["emmet", "memit"])

@@ -15,19 +15,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from callbacks.lora.adapter import Adapter, find_targets, parameters, size_of_adapter
 from callbacks.lora.guard import Adjustment, Guard
 from callbacks.lora.objective import (
     WINDOW,
     Objective,
     distributions,
     draw_edits,
-    edit_rows,
     loss_weights,
     prompt_rows,
     short_windows,
     text_rows,
 )
+from callbacks.lora.targets import find_targets
 from callbacks.lora.training import Training, Unfinished
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
@@ -39,6 +38,8 @@ from editlab.lm.fingerprint import fingerprint
 from editlab.lm.matmul import MATMULS, products_above
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
+from editlab.training.adapter import Adapter, parameters, size_of_adapter
+from editlab.training.rows import edit_rows
 from editlab.utils.rng import private_draws
 from editlab.utils.validation import above_zero, at_least_one, not_negative, one_of
 
@@ -114,8 +115,7 @@ class LoRAAdjust(EditCallback):
         seed: int = 0,
     ) -> None:
         where = "LoRAAdjust"
-        counts = {"rank": rank, "steps": steps, "batch_size": batch_size, "every_n_batches": every_n_batches}
-        at_least_one(where, **counts)
+        at_least_one(where, rank=rank, steps=steps, batch_size=batch_size, every_n_batches=every_n_batches)
         above_zero(where, alpha=alpha, lr=lr)
         not_negative(where, replayed=replayed, text_tokens=text_tokens, prompts=prompts)
         not_negative(where, probes=probes, tolerance=tolerance)
@@ -132,8 +132,7 @@ class LoRAAdjust(EditCallback):
         self.targets, self.layers = targets, layers
         self.every_n_batches, self.at_end = every_n_batches, at_end
         self.training = Training(steps, lr, batch_size)
-        self.replayed, self.probes = replayed, probes
-        self.tolerance = tolerance
+        self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
         self.weights = loss_weights(f"{where}.weights", weights or {})
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul, self.mode, self.seed = matmul, mode, seed
@@ -160,6 +159,7 @@ class LoRAAdjust(EditCallback):
             raise UserError(
                 "LoRAAdjust has nothing to adjust with model.restore_between_batches: remove one of the two."
             )
+        editor.method.require_changed_weights("LoRAAdjust", "it adjusts edited weights")
         # Opened here, because a resumed run that was finished never starts its training.
         self._events = EventLog(run_folder(trainer) / EVENTS)
         self._unfinished = run_folder(trainer) / UNFINISHED

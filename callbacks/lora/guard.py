@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from callbacks.lora.adapter import Adapter, between
-from callbacks.lora.objective import Row
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits.snapshot import Snapshot
 from editlab.evaluation.scoring import score_facts
 from editlab.lm.language_model import LanguageModel
+from editlab.training.adapter import Adapter, between
+from editlab.training.rows import Row
 
 FRACTIONS = (1.0, 0.5, 0.25)
 """Fractions of an adjustment that are tried, the largest first. Half of it does about a quarter of the harm elsewhere

@@ -8,45 +8,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from editlab.data.fact import Fact
 from editlab.errors import UserError
-from editlab.lm.forward import logits_only_at
 from editlab.lm.language_model import LanguageModel
-from editlab.lm.packing import lay_out
-from editlab.lm.prefix_cache import PrefixCache
 from editlab.lm.text import cut, read_file, read_ids, scored, self_text, text_of
+from editlab.training.rows import Row, logits_of
 from editlab.utils.validation import not_negative
 
 LOSSES = {"edits": 1.0, "before": 2.0, "unedited": 0.0}
 """Parts of the loss -> their default weights."""
 WINDOW = 32
 """Tokens in a window of the text whose likelihood should not change."""
-
-
-class Row(NamedTuple):
-    """Token ids, and the positions whose next-token predictions count."""
-
-    ids: tuple[int, ...]
-    indices: tuple[int, ...]
-    """the positions"""
-    following: tuple[int, ...]
-    """the token after each position"""
-
-
-def edit_rows(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Row]:
-    """Each fact's question in each context, up to the last token of its new target; the target's tokens count."""
-    rows = []
-    for fact in facts:
-        for context in contexts:
-            encoding, start = lm.encode_pair(lm.in_context(context, fact.question), fact.target_new)
-            indices = tuple(range(start - 1, len(encoding.ids) - 1))
-            rows.append(Row(tuple(encoding.ids[:-1]), indices, tuple(encoding.ids[start:])))
-    return rows
 
 
 def prompt_rows(lm: LanguageModel, facts: Sequence[Fact]) -> list[Row]:
@@ -85,18 +61,6 @@ def text_rows(lm: LanguageModel, windows: Sequence[Sequence[int]]) -> list[Row]:
         for w, some in zip(windows, indices, strict=True)
         if some
     ]
-
-
-def logits_of(lm: LanguageModel, rows: Sequence[Row]) -> Tensor:
-    """Float32 logits at the rows' positions, one row after the other, [positions, vocabulary], with gradients.
-
-    Rows are packed if the model supports it.
-    """
-    layout = lay_out(lm, [row.ids for row in rows], PrefixCache.empty(len(rows)))
-    index = torch.tensor([(r, i) for r, row in enumerate(rows) for i in row.indices], device=lm.device)
-    with logits_only_at(lm.anatomy.head, *layout.locate(index[:, 0], index[:, 1])):
-        logits: Tensor = layout.run().logits[0].float()
-    return logits
 
 
 @torch.no_grad()

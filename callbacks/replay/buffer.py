@@ -41,7 +41,8 @@ class Memory:
     """keys of its prompt's context tokens, [m, d_k]; only if keys are cached and context keys are preserved"""
 
     def __post_init__(self) -> None:
-        self.value = self.value.view(-1, self.value.shape[-1])  # checkpoints of older versions hold [d_v]
+        if self.value.dim() == 1:  # checkpoints of older versions hold [d_v]
+            self.value = self.value[None]
         if self.replayed < 0:
             self.replayed = self.step
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys
 from callbacks.replay.refresh import Refresh
+from callbacks.replay.trained import add_facts, require_for_training
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -24,6 +25,7 @@ from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
 from editlab.keys.subject_keys import CachedKey
 from editlab.lm.precision import widened
+from editlab.solver.methods import Method
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero, decays, fractions, one_of
 from editlab.values.sources import NOT_AGAIN
@@ -68,7 +70,7 @@ class MemoryReplay(EditCallback):
         refresh_every: number of batches between two measurements of loss, or of drift if that takes a forward pass.
         refresh: ``values`` recomputes the values of replayed facts on the current weights; ``none`` keeps them.
         cache_keys: use the keys from the time of the edit; exact only if nothing below the layer changes.
-        memory: ``sampled``, ``consolidated`` or ``both``.
+        memory: ``sampled``, ``consolidated`` or ``both``; with methods that train ``sampled``: further facts to train.
         past_weight: weight of each past key in the metric; default: 1 / slack of the method (1 if that is 0).
         forget: factor on the past keys in the metric after each batch, 0 to 1; 1 forgets nothing.
         seed: seed of sampling and eviction.
@@ -147,13 +149,14 @@ class MemoryReplay(EditCallback):
                 f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
                 f"{editor.solve_settings.key_mode}: set it to bare."
             )
+        require_for_training(editor.method, self)
         if self.samples and editor.solve_settings.bare_denominator:
             raise UserError(
                 "MemoryReplay adds constraints to a solve, and with ROME's published conventions it has one: set "
                 "MemoryReplay.memory to consolidated, or model.conventions to own."
             )
         self.reset_for_new_run(editor, self._initial_state)
-        if self.samples:
+        if self.samples and editor.method.solves:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + (1 + len(editor.sites)) * anatomy.value_size(top)
             log.info("Replay buffer: at most %d edits in %.1f MiB", self.buffer.capacity,
@@ -165,7 +168,7 @@ class MemoryReplay(EditCallback):
         if self.refresh == "values" and not pl_module.source.repeatable:
             raise UserError(NOT_AGAIN)
         self._bare_metric = {**pl_module.solver.preservation, **self.refreshed.metrics(pl_module)}
-        if self.past_weight is None:
+        if self.past_weight is None and isinstance(pl_module.method, Method):
             self.past.weight = 1 / pl_module.method.slack if pl_module.method.slack else 1.0
         self._set_metric(pl_module)
 
@@ -254,6 +257,9 @@ class MemoryReplay(EditCallback):
 
     def _remember(self, editor: SequentialEditor, outcome: EditOutcome) -> None:
         plan, top = outcome.plan, editor.layer_numbers[-1]
+        if not editor.method.solves:
+            add_facts(self.buffer, plan.facts, plan.step)
+            return
         keys = outcome.keys[top]
         count = len(plan.facts)
         device = keys.keys.device
@@ -274,7 +280,7 @@ class MemoryReplay(EditCallback):
     def on_edit_done(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """After an adjustment, updates the memories to the adjusted model, so that replay does not undo it."""
         before, memories = outcome.before_adjustment, self.buffer.memories
-        if before is None or not memories:
+        if before is None or not memories or not editor.method.solves:
             return
         facts, top = [memory.fact for memory in memories], editor.layer_numbers[-1]
         now = Snapshot(editor.changed_layers)

@@ -113,6 +113,7 @@ class TrustRollback(EditCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the event log. It is done here because a resumed run that was finished never starts its training."""
         assert isinstance(pl_module, SequentialEditor)
+        pl_module.method.require_changed_weights("TrustRollback", "it judges changes of weights")
         self.reset_for_new_run(pl_module, self._initial_state)
         self._events = EventLog(run_folder(trainer) / EVENTS)
 

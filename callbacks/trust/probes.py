@@ -229,8 +229,9 @@ class Probes:
             confidence_shift=self._heldout_after.confidence - self._heldout.confidence,
             update_norm=_largest(outcome, "update_norm"),
             singular_growth=max(after / before - 1 for before, after in singular),
-            gram_condition=math.log10(min(LARGEST, _largest(outcome, "gram_condition"))),
-            effective_weight=_largest(outcome, "effective_weight"),
+            # A method that trains has neither Gram matrix nor constraints: condition 1, weight 0.
+            gram_condition=math.log10(min(LARGEST, _largest(outcome, "gram_condition", 1.0))),
+            effective_weight=_largest(outcome, "effective_weight", 0.0),
             attribution_focus_delta=self._focus - self._attribution(editor),
         )
         for name, value in asdict(metrics).items():
@@ -239,9 +240,11 @@ class Probes:
         return metrics
 
     def measure_facts(self, outcome: EditOutcome) -> list[TrustMetrics]:
-        """Return the signals of each fact: gain, flip of its neighbor, and residual norm over the batch's median."""
-        assert outcome.residual_norm is not None  # it was solved
-        norms = outcome.residual_norm.tolist()
+        """Return the signals of each fact: gain, flip of its neighbor, and residual norm over the batch's median.
+
+        Facts of a method that trains have no residual; each counts as the median.
+        """
+        norms = [1.0] * len(outcome.plan.facts) if outcome.residual_norm is None else outcome.residual_norm.tolist()
         median = max(median_low(norms), 1e-12)
         flipped = self._before.neighbor_right & ~self._after.neighbor_right
         with_flip = set(self._before.neighbor_of[flipped].tolist())
@@ -278,5 +281,7 @@ class Probes:
         return values
 
 
-def _largest(outcome: EditOutcome, name: str) -> float:
-    return max(value for key, value in outcome.diagnostics.items() if key.endswith(f"/{name}"))
+def _largest(outcome: EditOutcome, name: str, default: float | None = None) -> float:
+    """The largest of the layers' numbers of this name; the default if the batch was trained, and has none."""
+    found = [value for key, value in outcome.diagnostics.items() if key.endswith(f"/{name}")]
+    return max(found) if found or default is None else default

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 
 from editlab.data.formats import FactFormat
 from editlab.errors import causes
-from editlab.solver.methods import Method
+from editlab.solver.base import EditMethod
 from editlab.solver.post_steps import PostStep
 
 _NO_TRAINER = re.compile(
@@ -23,7 +23,7 @@ _NO_TRAINER = re.compile(
 )
 """Beginnings of the Trainer's plain errors about its arguments."""
 
-_NAMED_IN_YAML: tuple[type, ...] = (Method, PostStep, FactFormat, Callback, Logger)
+_NAMED_IN_YAML: tuple[type, ...] = (EditMethod, PostStep, FactFormat, Callback, Logger)
 
 
 def explain(error: Exception) -> str | None:

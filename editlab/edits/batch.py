@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import spare_gpu_memory
 from editlab.lm.precision import rounding, widened
 from editlab.solver.bare_denominator import exact_at
+from editlab.solver.base import EditMethod
 from editlab.solver.closed_form import Solution, diagnostics, effective_weight, solve
 from editlab.solver.compensation import solve_from
 from editlab.solver.constraints import Constraints, duplicate_tolerance
@@ -34,6 +35,14 @@ from editlab.values.spread import RESIDUAL, distinct, sites_of
 log = logging.getLogger(__name__)
 
 
+SETTINGS = {
+    "key_mode": "keys",
+    "context_key_weight": "preserve_prompt_tokens",
+    "device": "solver_device",
+}
+"""Fields of :class:`SolveSettings` -> their names in the section ``model`` of a recipe, where these differ."""
+
+
 @dataclass(frozen=True)
 class SolveSettings:
     """The settings of a solve that do not depend on which layers are edited.
@@ -42,8 +51,8 @@ class SolveSettings:
         UserError: A setting is out of range.
     """
 
-    method: Method
-    """metric and slack of the closed form"""
+    method: EditMethod
+    """metric and slack of the closed form, or a method that solves none: the other settings then have no use"""
     key_mode: str = "bare"
     """how keys are read (:func:`~editlab.keys.subject_keys.read_keys`)"""
     context_key_weight: float = 0.0
@@ -81,6 +90,10 @@ class SolveSettings:
                 f"model.post_steps act on the whole update of a batch, and with model.passes {self.passes} each pass "
                 "adds a part of it: set passes to 1, or remove the post-steps."
             )
+        for setting in fields(self)[1:]:
+            if setting.default is not MISSING and getattr(self, setting.name) != setting.default:
+                name = SETTINGS.get(setting.name, setting.name)
+                self.method.require_closed_form(f"model.{name}", "it is a setting of the closed form's solve")
 
 
 @dataclass
@@ -126,6 +139,13 @@ class BatchSolver:
         return cls(lm, settings, sites_of(lm, layers, spread, settings.site), edited, contexts)
 
     @property
+    def method(self) -> Method:
+        """The method of the closed form."""
+        method = self.settings.method
+        assert isinstance(method, Method)
+        return method
+
+    @property
     def device(self) -> torch.device:
         """Device of keys, residuals, metrics and the solve (:func:`choose_device`)."""
         sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
@@ -136,16 +156,16 @@ class BatchSolver:
 
         Each matrix is freed once its metric is computed: those of an 8B model have 1.6 GB each.
         """
-        device, method = self.device, self.settings.method
+        device = self.device
         for layer in list(moments):
             c0 = moments.pop(layer)
-            self.preservation[layer] = method.preservation(c0, device)
-            if method.edits_between_refreshes:
+            self.preservation[layer] = self.method.preservation(c0, device)
+            if self.method.edits_between_refreshes:
                 self.moments[layer] = c0
 
     def refreshed_metric(self, layer: int, past: Tensor, edits: int) -> Preservation:
         """The metric of a layer as it has to be after some edits (:meth:`~editlab.solver.methods.Method.refreshed`)."""
-        return self.settings.method.refreshed(self.moments[layer], past, edits, self.device)
+        return self.method.refreshed(self.moments[layer], past, edits, self.device)
 
     def metric_bytes(self, device: torch.device) -> int:
         """Bytes of the metrics that lie on a device."""
@@ -172,7 +192,7 @@ class BatchSolver:
         Args:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
-        system = _System.of(outcome.plan, self.settings.method.slack)
+        system = _System.of(outcome.plan, self.method.slack)
         for index in range(self.settings.passes):
             carried = self.carried.parts if index == 0 else {}
             for number, layer in self.layers.items():
@@ -201,7 +221,7 @@ class BatchSolver:
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
-        measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
+        measured["effective_weight"] = effective_weight(own, self.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
         if cut is not None:
             outcome.cut[number] = cut.to(layer.total.dtype)

@@ -19,7 +19,8 @@ from typing import Any
 
 from editlab.errors import UserError
 from editlab.keys.subject_keys import MLP
-from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, Method
+from editlab.solver.base import EditMethod
+from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 from editlab.utils.validation import one_of
 from editlab.values.loss import PROMPT, SUBJECT
 
@@ -42,7 +43,7 @@ class Conventions:
 
     @classmethod
     def of(
-        cls, name: str, method: Method, keys: str | None = None, site: str | None = None, kl_at: str | None = None
+        cls, name: str, method: EditMethod, keys: str | None = None, site: str | None = None, kl_at: str | None = None
     ) -> Conventions:
         """The conventions of this name for a method, changed by each further setting that is not None.
 
@@ -63,7 +64,7 @@ class Conventions:
 
 _OF_MEMIT = Conventions(kl_at=SUBJECT, keys="templates")
 
-OF_CODES: dict[type[Method], Conventions] = {
+OF_CODES: dict[type[EditMethod], Conventions] = {
     ROME: Conventions(kl_at=SUBJECT, keys="mean", site=MLP, bare_denominator=True),
     MEMIT: _OF_MEMIT,
     EMMET: _OF_MEMIT,

@@ -10,7 +10,6 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation.bystanders import bystander_accuracy, prompts_of_bystanders
@@ -25,6 +24,7 @@ from editlab.evaluation.generation import (
 from editlab.evaluation.judge import JudgeSettings
 from editlab.evaluation.language import GATHERED, LanguageMeter
 from editlab.evaluation.portability import portability_accuracy, questions
+from editlab.evaluation.retrieval import FactMemory, as_read
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.evaluation.scoring import FactScores, score_facts
 from editlab.evaluation.settings import TWO_STAGE, EvaluationSettings
@@ -66,6 +66,8 @@ class Evaluation:
         self.bystanders: list[Fact] = []
         self.generated: dict[str, list[Generated]] = {}
         """what the model said freely, by group: ``before`` and ``retained``"""
+        self.memory: FactMemory | None = None
+        """edits that are put before the prompts of all groups but ``before``; None for methods that change weights"""
         self.costs: dict[str, float] = {}
         """seconds that were spent on each part of the measuring"""
         self._part = EditMetrics(**GATHERED)
@@ -88,7 +90,7 @@ class Evaluation:
 
     def measure(self, lm: LanguageModel, facts: Sequence[Fact], title: str = "") -> dict[str, float]:
         """ES, PS, NS, S, accuracies and magnitudes of facts on the weights as they are, without a group; not kept."""
-        return self._measure(self._score(lm, facts, 0, title))
+        return self._measure(self._score(lm, as_read(lm, facts, self.memory), 0, title))
 
     def update(
         self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
@@ -107,6 +109,7 @@ class Evaluation:
         series = self._series.setdefault(group, {})
         first = max(series, default=0)
         every_prompt = group != IMMEDIATE or self.settings.immediate == "all"
+        facts = as_read(lm, facts, None if group == BEFORE else self.memory)
         scores = self._score(lm, facts, first, every_prompt=every_prompt, cache=cache)
         found = add_group(group, self._measure(scores))
         if scores:
@@ -165,7 +168,6 @@ class Evaluation:
         every_prompt: bool = True,
         cache: ScoreCache | None = None,
     ) -> list[FactScores]:
-        facts = as_evaluated(facts, lm.chat)
         neighbors = self.settings.neighbors if every_prompt else 0
         starts = range(0, len(facts), CHUNK)
         bar = progress(starts, desc=title, unit="chunk", disable=not title or len(facts) <= CHUNK)
@@ -205,11 +207,11 @@ class Evaluation:
     def snapshot(self, lm: LanguageModel, facts: Sequence[Fact]) -> dict[str, float]:
         """A point of a forgetting curve: scores of facts, answers for some of them, and the language; not kept."""
         found = self.measure(lm, facts) if facts else {}
-        facts = as_evaluated(facts, lm.chat)
         answered = self.settings.answered
         count = self.settings.snapshot_generation
         with self._timed("generation"):
-            sample = fixed_sample(facts, count if answered is None else min(count, answered))
+            sample = fixed_sample(as_read(lm, facts), count if answered is None else min(count, answered))
+            facts = as_read(lm, facts, self.memory)
             answers = self._answers(lm, prompts_of_edits(facts, sample, self.settings.neighbors))
         return found | generation_metrics(answers, **GATHERED) | self.language(lm, snapshot=True)
 
@@ -250,7 +252,7 @@ class Evaluation:
             oldest.
         """
         if self._measured_at != edits:
-            scores = self._score(lm, facts, 0, "All edits")
+            scores = self._score(lm, as_read(lm, facts, self.memory), 0, "All edits")
             self.begin(RETAINED)
             self._add(RETAINED, scores)
             others = self._asked(RETAINED, lm, facts) | self.language(lm) | self._by_age(scores)
@@ -268,15 +270,15 @@ class Evaluation:
         self, group: str, lm: LanguageModel, facts: Sequence[Fact], cache: ScoreCache | None = None
     ) -> dict[str, float]:
         """Free answers, portability and bystanders; the answers are kept in :attr:`generated`."""
-        settings, others = self.settings, as_evaluated(self.bystanders, lm.chat)
-        facts = as_evaluated(facts, lm.chat)
+        settings, memory = self.settings, None if group == BEFORE else self.memory
+        sample = fixed_sample(as_read(lm, facts), settings.answered)
+        facts, others = as_read(lm, facts, memory), as_read(lm, self.bystanders, memory)
         found: dict[str, float] = {}
         with self._timed("portability"), self.products(lm):
             found |= portability_accuracy(lm, facts, cache, **GATHERED)
         with self._timed("bystanders"), self.products(lm):
             found |= bystander_accuracy(lm, others, cache)
         with self._timed("generation"):
-            sample = fixed_sample(facts, settings.answered)
             asked = [*prompts_of_edits(facts, sample, settings.neighbors), *questions(facts, sample)]
             if settings.generation:
                 asked += prompts_of_bystanders(others)

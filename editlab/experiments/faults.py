@@ -68,6 +68,8 @@ class InjectFaults(EditCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the batches that get a fault."""
+        assert isinstance(pl_module, SequentialEditor)
+        pl_module.method.require_closed_form("InjectFaults", "its faults are of keys and values")
         batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         draw = random.Random(self.seed)
         count = round(self.share * batches)

@@ -73,6 +73,11 @@ class Delta:
         """
         checkpoint = read_checkpoint(path)
         saved = checkpoint[KEY]
+        if not saved.get("changes_weights", True):
+            raise UserError(
+                f"The run of the checkpoint {path} had the method {saved.get('method')}, which changes no weight: "
+                "measure it by editlab validate, or give a run with another method."
+            )
         if "modules" not in saved:
             raise UserError(f"The checkpoint {path} was written by an editlab too old to export from: run it again.")
         totals = {

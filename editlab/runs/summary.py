@@ -196,7 +196,8 @@ def finish_run(
         with atomic_file(folder / "summary.json") as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
             Path(temporary).write_text(content + "\n", encoding="utf-8")
-    log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer)))
+    changed = evaluation.memory is None
+    log.info("%s", render(summary, title, trainer, folder, _checkpoint(trainer), exports=changed))
 
 
 def save_outcomes(trainer: Trainer, ledger: Ledger, evaluation: Evaluation) -> None:
@@ -275,8 +276,10 @@ def selected(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None) -> str:
-    """The summary as text of at most one screen."""
+def render(
+    summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, checkpoint: str | None, exports: bool = True
+) -> str:
+    """The summary as text of at most one screen; ``exports``: whether weights have changed that can be exported."""
     undone = "".join(f", {summary[k]} {k.replace('_', ' ')}" for k in ("rolled_back", "superseded") if summary[k])
     lines = [
         "",
@@ -300,7 +303,7 @@ def render(summary: dict[str, Any], title: str, trainer: Trainer, folder: Path, 
         *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if logged else []),
         f"tables       {', '.join(tables)} in {where}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
-        *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint else []),
+        *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint and exports else []),
         "",
     ]
     return "\n".join(lines)

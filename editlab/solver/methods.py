@@ -7,20 +7,24 @@ and s; values, memory and everything around the solve do not depend on it.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from editlab.errors import UserError
+from editlab.solver.base import EditMethod
 from editlab.solver.preservation import Preservation
 from editlab.utils.validation import above_zero, at_least_one, not_negative
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """An editing method: its metric (how much is preserved) and its slack (how strictly an edit is enforced)."""
+class Method(EditMethod):
+    """A method of the closed form: a metric (how much is preserved) and a slack (how strictly an edit is enforced)."""
+
+    solves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         weights = ("covariance_weight", "threshold", "ridge")
@@ -42,21 +46,6 @@ class Method(ABC):
     def weight(self) -> float:
         """Lambda, the factor of C0 in the metric; 1 if C0 is not part of it."""
         return float(getattr(self, "covariance_weight", 1.0))
-
-    @property
-    def largest_batch(self) -> int | None:
-        """Largest number of facts that one step of this method may edit; None for no limit."""
-        return None
-
-    @property
-    def needs_moments(self) -> bool:
-        """Whether the metric depends on C0; if not, C0 is not computed, and the metric gets a tensor without data."""
-        return True
-
-    @property
-    def edits_between_refreshes(self) -> int:
-        """Number of edits after which :meth:`refreshed` has to give a new metric; 0 if the metric never changes."""
-        return 0
 
     def refreshed(self, moments: Tensor, past: Tensor, edits: int, device: torch.device | None = None) -> Preservation:
         """Return the metric without past keys, as it has to be after some edits; by default it stays what it was.

@@ -19,7 +19,7 @@ from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
-from editlab.solver.methods import Method
+from editlab.solver.base import EditMethod
 from editlab.utils.progress import progress
 from editlab.values.anchor import anchor_of, anchored, parts_of
 from editlab.values.cache import ValueCache
@@ -224,7 +224,7 @@ NOT_AGAIN = (
 )
 
 
-def require_combination(settings: ValueSettings, method: Method, search_layers: bool, independent: bool) -> None:
+def require_combination(settings: ValueSettings, method: EditMethod, search_layers: bool, independent: bool) -> None:
     """Refuses the gradient source where it has no meaning.
 
     Args:

@@ -13,6 +13,8 @@ from tests.pretend.editing import difference, on_device
 from tests.runs.test_resume import RECIPES, SAME_PARTS, last, outcome, same, shrunk
 
 pytestmark = on_device
+ON_CUDA = [recipe for recipe in RECIPES if recipe.stem not in {*SAME_PARTS, "lora_only", "retrieval"}]
+"""All recipes but those that run nothing on the device that other recipes do not run there too."""
 WITHOUT_FLOAT64 = ("alphaedit", "memit_consolidated", "rome", "emmet_replay_trust_lora")
 """Recipes that together use every code path to a float64 tensor."""
 
@@ -46,6 +48,8 @@ def small(recipe, folder, tiny, kind="mps"):
             callback["init_args"] |= {"text": "moments.txt", "text_tokens": 32}
             if kind == "cuda":
                 config["trainer"]["precision"] = "64-true"
+    if config["model"]["method"]["class_path"] == "FineTune":  # Adam, as above
+        config["trainer"]["precision"] = "64-true"
     path.write_text(yaml.safe_dump(config))
     return arguments
 
@@ -65,8 +69,7 @@ def run(arguments, folder, monkeypatch, kind="cpu"):
 
 @pytest.mark.parametrize(
     ("recipe", "kind"),
-    [(r, "cuda") for r in RECIPES if r.stem not in SAME_PARTS]
-    + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
+    [(r, "cuda") for r in ON_CUDA] + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
     ids=lambda x: getattr(x, "stem", x),
 )
 def test_a_recipe_gives_the_results_of_the_cpu(recipe, kind, tiny_folder, tmp_path, monkeypatch):

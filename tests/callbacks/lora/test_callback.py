@@ -14,13 +14,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks.lora.callback
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
-from callbacks.lora.adapter import Adapter, between
 from callbacks.lora.callback import EVENTS, UNFINISHED
 from callbacks.lora.guard import Health
-from callbacks.lora.objective import Objective, edit_rows
+from callbacks.lora.objective import Objective
 from editlab.callback import EditCallback
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
+from editlab.training.adapter import Adapter, between
+from editlab.training.rows import edit_rows
 from tests.test_editor import Spy, editor, fit, site_now
 from tests.tiny import tiny_model, tiny_tokenizer
 

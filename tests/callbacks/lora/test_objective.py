@@ -8,16 +8,14 @@ import torch
 from callbacks.lora.objective import (
     LOSSES,
     Objective,
-    Row,
     distributions,
     divergence,
-    edit_rows,
-    logits_of,
     loss_weights,
     prompt_rows,
     text_rows,
 )
 from editlab.lm.language_model import LanguageModel
+from editlab.training.rows import Row, edit_rows, logits_of
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
