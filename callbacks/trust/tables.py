@@ -23,6 +23,7 @@ from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_ban
 Labelled = Mapping[str, tuple[list[Batch], list[bool]]]
 """kind of label -> batches, and whether each was bad"""
 
+EVENTS = "trust_events.jsonl"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 LABELLED = ("faulty_gate", "clean_gate", "beyond_gate")
 """Cases whose batches have labels."""
@@ -54,7 +55,7 @@ def effect(runs: Sequence[Run]) -> list[Row]:
         found = json.loads((run.folder / FAULTS).read_text(encoding="utf-8"))
         before = run.metrics.get("before/perplexity", math.nan)
         points = [point["perplexity"] / before - 1 for point in found["curve"].values()] or [math.nan]
-        spent = sum(e["seconds"] for e in EventLog(run.folder / "trust_events.jsonl").read() if e["kind"] == "batch")
+        spent = sum(e["seconds"] for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch")
         good = set(range(found["batches"])) - {int(step) for step in found["faults"]}
         rows.append(
             {"case": run.case.name, "seed": run.seed, "good/accuracy": found["good"]["accuracy"],
@@ -65,6 +66,30 @@ def effect(runs: Sequence[Run]) -> list[Row]:
              "gate_seconds": spent, **provenance_of(run)}
         )  # fmt: skip
     return [_rounded(row) for row in rows]
+
+
+def labelled_batches(runs: Sequence[Run]) -> list[Row]:
+    """One row for each batch with a fork: its signals in full precision, its fault, its losses, and whether it is bad.
+
+    A batch is bad if accepting it loses more than any batch of the runs without faults does
+    (:func:`~callbacks.trust.labels.taus`).
+    """
+    by_case = {name: [run for run in runs if run.case.name == name] for name in LABELLED}
+    tau = taus([batch for run in by_case["clean_gate"] for batch in read_batches(run.folder)], 0)
+    rows: list[Row] = []
+    for name, of_case in by_case.items():
+        for run in of_case:
+            events = {e["step"]: e for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch"}
+            for batch in read_batches(run.folder):
+                if 0 not in batch.losses or not (signals := events[batch.step]["signals"]):
+                    continue
+                rows.append(
+                    {"case": name, "seed": run.seed, "step": batch.step, "fault": batch.fault or "",
+                     "bad": int(is_bad(batch, tau, 0)), **signals, "score": events[batch.step]["score"],
+                     **{f"loss_{loss}": round(value, 5) for loss, value in batch.losses[0].items()},
+                     **provenance_of(run)}
+                )  # fmt: skip
+    return rows
 
 
 def rates_of_gates(runs: Sequence[Run]) -> list[Row]:
