@@ -41,6 +41,8 @@ class _Released(NamedTuple):
     """long [n]: number of batches kept since the one that edited the fact before"""
     indices: Tensor
     """long [n]: index in the batch of each key's fact"""
+    fractions: Tensor
+    """float64 [n]: fraction of the past keys' weight that each was added with"""
 
 
 class MemoryReplay(EditCallback):
@@ -116,6 +118,7 @@ class MemoryReplay(EditCallback):
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
         self._released: dict[int, _Released] = {}
+        self._fractions: dict[int, dict[int, float]] = {}  # number of a firm batch -> layer -> PastKeys.fraction
         self._initial_state = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
@@ -203,7 +206,9 @@ class MemoryReplay(EditCallback):
         for layer in editor.layer_numbers:
             keys = editor.solver.read_keys(again, layer)
             which = keys.fact.cpu()
-            self._released[layer] = _Released(keys.keys, ages[which], torch.tensor(indices)[which])
+            of_batch = [self._fractions.get(batches[fact.slot], {}).get(layer, 1.0) for fact in again]
+            fractions = torch.tensor(of_batch, dtype=torch.float64)[which]
+            self._released[layer] = _Released(keys.keys, ages[which], torch.tensor(indices)[which], fractions)
         self._remove_released(())
         self._set_metric(editor)
 
@@ -212,7 +217,8 @@ class MemoryReplay(EditCallback):
         self.past.moments = dict(self._before[1])
         for layer, released in self._released.items():
             edited = torch.tensor([int(index) not in dropped for index in released.indices])
-            self.past.remove(layer, released.keys[:, edited.to(released.keys.device)], released.ages[edited])
+            keys = released.keys[:, edited.to(released.keys.device)]
+            self.past.remove(layer, keys, released.ages[edited], released.fractions[edited].tolist())
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Remembers the batch if it was kept; otherwise restores the state from before the batch was planned."""
@@ -229,7 +235,10 @@ class MemoryReplay(EditCallback):
             count = len(outcome.plan.facts)
             for layer, keys in outcome.keys.items():
                 own = keys.keys[:, keys.fact < count], keys.context_keys[:, keys.context_fact < count]
-                self.past.add(layer, *own, editor.solve_settings.context_key_weight)
+                fraction = self.past.fraction(outcome.firm_slack.get(layer, 0.0))
+                if fraction < 1:
+                    self._fractions.setdefault(outcome.plan.step, {})[layer] = fraction
+                self.past.add(layer, *own, editor.solve_settings.context_key_weight, fraction)
             self._set_metric(editor)
         if self.samples:
             outcome.measured["replay/buffer"] = float(len(self.buffer))
@@ -309,12 +318,14 @@ class MemoryReplay(EditCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the past keys, for a checkpoint."""
-        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict()}
+        fractions = {batch: dict(of_layers) for batch, of_layers in self._fractions.items()}
+        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict(), "fractions": fractions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
         self.buffer.load_state_dict(state_dict["buffer"])
         self.past.load_state_dict(state_dict["past"])
+        self._fractions = {batch: dict(of_layers) for batch, of_layers in state_dict.get("fractions", {}).items()}
 
 
 def _drift(memories: Sequence[Memory], now: Tensor) -> Tensor:

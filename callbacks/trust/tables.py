@@ -71,24 +71,20 @@ def effect(runs: Sequence[Run]) -> list[Row]:
 def labelled_batches(runs: Sequence[Run]) -> list[Row]:
     """One row for each batch with a fork: its signals in full precision, its fault, its losses, and whether it is bad.
 
-    A batch is bad if accepting it loses more than any batch of the runs without faults does
-    (:func:`~callbacks.trust.labels.taus`).
+    A batch is bad if accepting it loses more than any batch without a fault does, in whichever of the runs.
     """
-    by_case = {name: [run for run in runs if run.case.name == name] for name in LABELLED}
-    tau = taus([batch for run in by_case["clean_gate"] for batch in read_batches(run.folder)], 0)
+    found = [(run, batch) for run in runs for batch in read_batches(run.folder) if 0 in batch.losses]
+    tau = taus([batch for _, batch in found if batch.fault is None], 0)
     rows: list[Row] = []
-    for name, of_case in by_case.items():
-        for run in of_case:
-            events = {e["step"]: e for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch"}
-            for batch in read_batches(run.folder):
-                if 0 not in batch.losses or not (signals := events[batch.step]["signals"]):
-                    continue
-                rows.append(
-                    {"case": name, "seed": run.seed, "step": batch.step, "fault": batch.fault or "",
-                     "bad": int(is_bad(batch, tau, 0)), **signals, "score": events[batch.step]["score"],
-                     **{f"loss_{loss}": round(value, 5) for loss, value in batch.losses[0].items()},
-                     **provenance_of(run)}
-                )  # fmt: skip
+    for run, batch in found:
+        (event,) = [e for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch" and e["step"] == batch.step]
+        if event["signals"]:
+            rows.append(
+                {"case": run.case.name, "seed": run.seed, "step": batch.step, "fault": batch.fault or "",
+                 "bad": int(is_bad(batch, tau, 0)), **event["signals"], "score": event["score"],
+                 **{f"loss_{loss}": round(value, 5) for loss, value in batch.losses[0].items()},
+                 **provenance_of(run)}
+            )  # fmt: skip
     return rows
 
 

@@ -123,16 +123,45 @@ class BatchSolver:
         Args:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
+        outcome.lowest_keys = None
+        self._solve(outcome)
+
+    @torch.no_grad()
+    def solve_again(self, outcome: EditOutcome, before: Snapshot, firmness: float) -> None:
+        """Solves the batch again with another firmness, on the weights of ``before``.
+
+        The keys of the lowest layer are those that the solve before has read. Keys of the layers above depend on the
+        updates below them and are read again, so the result is, to the bit, that of a plan with this firmness.
+
+        Args:
+            outcome: a batch that was solved on the weights of ``before``; its results are replaced.
+            before: the state before the batch.
+            firmness: how much the update is held back; 0: not at all.
+        """
+        before.restore_weights()
+        outcome.plan.firmness = firmness
+        outcome.clear()
+        self._solve(outcome)
+
+    def _solve(self, outcome: EditOutcome) -> None:
         system = _System.of(outcome.plan, self.settings.method.slack)
         for _ in range(self.settings.passes):
             for index, (number, layer) in enumerate(self.layers.items()):
                 update = self._solve_layer(outcome, system, number, len(self.layers) - index)
                 layer.add(update)
 
+    def _read(self, outcome: EditOutcome, system: _System, number: int) -> Keys:
+        """The keys to read of a batch at a layer; those that no update has changed since they were read are reused."""
+        if outcome.updates:
+            return self.read_keys(system.to_read, number)
+        if outcome.lowest_keys is None:
+            outcome.lowest_keys = self.read_keys(system.to_read, number)
+        return outcome.lowest_keys
+
     def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, layers_left: int) -> Tensor:
         """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
         plan, layer, facts = outcome.plan, self.layers[number], len(outcome.plan.facts)
-        keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
+        keys = self._read(outcome, system, number).plus(system.cached, layer.total)
         if outcome.residual_norm is None:  # later layers and passes see what remains of it
             now = keys.current[:, :facts].T
             outcome.residual_norm = (widened(plan.targets, now.device) - now).norm(dim=1)
@@ -144,7 +173,8 @@ class BatchSolver:
         if self.settings.context_key_weight:
             preservation = preservation.plus(keys.context_keys, self.settings.context_key_weight)
         same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
-        solution = solve(constraints, preservation, self.settings.condition_limit, same_key=same_key)
+        limit = self.settings.condition_limit
+        solution = solve(constraints, preservation, limit, same_key=same_key, firmness=plan.firmness)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
         update = solution.delta.to(layer.total.dtype).to(layer.total.device)  # the device may lack float64
@@ -152,7 +182,9 @@ class BatchSolver:
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
-        measured["effective_weight"] = effective_weight(own, self.settings.method.weight)
+        if plan.firmness:
+            outcome.firm_slack[number] = measured["firm_slack"] = solution.firm_slack
+        measured["effective_weight"] = effective_weight(own + solution.firm_slack, self.settings.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update

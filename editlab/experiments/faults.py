@@ -137,7 +137,7 @@ class InjectFaults(EditCallback):
 def inject(plan: EditPlan, kind: str, seed: int, lm: LanguageModel | None = None) -> None:
     """Change the facts or targets of a plan in place.
 
-    A batch of one fact has no other fact whose value or target could be taken, so it stays as it is where one is needed.
+    A batch of one fact has no other fact whose value or target could be taken, so it stays as it is then.
 
     Args:
         plan: the plan.
