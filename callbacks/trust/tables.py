@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from callbacks.trust.labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, taus
+from callbacks.trust.labels import GATES, Batch, areas, is_bad, paired_difference, rates, read_batches, taus
 from editlab.experiments.csv_files import Row
 from editlab.experiments.faults import FILE as FAULTS
 from editlab.experiments.plan import Run
@@ -27,6 +27,8 @@ EVENTS = "trust_events.jsonl"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 LABELLED = ("faulty_gate", "clean_gate", "beyond_gate")
 """Cases whose batches have labels."""
+NORM = "norm only"
+"""The gate that others are compared with."""
 DRAWN = ("injected", "fork")
 """Kinds of labels that have an ROC curve."""
 
@@ -98,9 +100,13 @@ def rates_of_labels(labels: Labelled) -> list[Row]:
     """:func:`rates_of_gates` of labelled batches; a baseline's threshold makes it reject as many batches as trust."""
     rows: list[dict[str, Any]] = []
     for kind, (batches, bad) in labels.items():
-        for name in SIGNALS:
+        for name in GATES:
             suspicion = [batch.suspicion[name] for batch in batches]
             whole = {"labels": kind, "gate": name, "batches": len(batches), **areas(suspicion, bad)}
+            over = None if name == NORM else paired_difference(batches, bad, name, NORM)
+            if over is not None:
+                whole |= {"PR_AUC_over_norm": over.difference, "over_norm_low": over.low, "over_norm_high": over.high,
+                          "over_norm_p": over.p}  # fmt: skip
             for threshold in THRESHOLDS:
                 trust = [batch.suspicion["trust"] for batch in batches]
                 rejected = sum(s > 1 - threshold for s in trust)
@@ -121,7 +127,7 @@ def points_of_labels(labels: Labelled) -> list[Row]:
     """:func:`roc_points` of labelled batches."""
     rows: list[Row] = []
     for kind, (batches, bad) in labels.items():
-        for name in SIGNALS if kind in DRAWN else ():
+        for name in GATES if kind in DRAWN else ():
             suspicion = [batch.suspicion[name] for batch in batches]
             for limit in (*sorted(set(suspicion), reverse=True), -math.inf):
                 found = rates(suspicion, bad, limit)

@@ -163,7 +163,7 @@ def test_few_bad_batches_have_an_exact_interval_and_no_fork_later_no_label():
 
 def test_the_points_of_a_curve_have_its_area():
     suspicion, bad = [0.9, 0.8, 0.7, 0.2, 0.1], [True, False, True, False, False]
-    batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.SIGNALS, s), None, {})
+    batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.GATES, s), None, {})
                for i, s in enumerate(suspicion)]  # fmt: skip
     rows = [r for r in trust_tables.points_of_labels({"injected": (batches, bad)}) if r["gate"] == "trust"]
     assert rows[0] == {"labels": "injected", "gate": "trust", "false_positive_rate": 0, "recall": 0, "precision": 0}
@@ -177,7 +177,7 @@ def test_the_points_of_a_curve_have_its_area():
 
 def test_the_table_gives_baselines_as_many_rejections():
     batches = [
-        trust_labels.Batch("run", i, {"trust": t, "norm only": n, "perplexity only": 0.0}, None, {})
+        trust_labels.Batch("run", i, {**dict.fromkeys(trust_labels.GATES, 0.0), "trust": t, "norm only": n}, None, {})
         for i, (t, n) in enumerate([(0.9, 1.0), (0.1, 9.0), (0.2, 2.0), (0.05, 3.0)])
     ]
     rows = trust_tables.rates_of_labels({"injected": (batches, [True, False, False, False])})
@@ -233,7 +233,7 @@ def test_tables_and_figures_of_finished_runs(tmp_path):
     whole = {(r["labels"], r["gate"]): r["ROC_AUC"] for r in tables["trust_eval"] if r["gate"] != "always accept"}
     assert whole["injected", "trust"] == whole["fork", "trust"] == "1.0"
     assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
-        (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.SIGNALS
+        (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.GATES
     }
     assert len(EventLog(results / "trust_events.jsonl").read()) == 4
     figures = {path.name for path in (tmp_path / "out" / "figs").iterdir()}
