@@ -21,7 +21,7 @@ from tests.facts import FACTS, write_counterfact
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
+SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora", "emmet_trust_firm"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
 KILLS = 4
 

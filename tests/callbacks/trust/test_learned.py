@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from callbacks import TrustRollback
 from callbacks.trust.learned import LIMIT, SHIPPED, LearnedScorer, features, replayed
 from callbacks.trust.score import GAIN, PENALTIES, SCALES, TrustMetrics
+from callbacks.trust.training import fit_score
 from editlab.errors import EditLabError, UserError
 
 
@@ -76,3 +78,23 @@ def test_errors_of_settings():
         TrustRollback(score="learned", weights={GAIN: 1.0})
     with pytest.raises(UserError, match="score is 'oracle'"):
         TrustRollback(score="oracle")
+
+
+def test_the_fit_keeps_what_tells_bad_batches_apart():
+    # Made up: bad batches have a norm of .5 in place of .2, all else is noise; the condition is always the same.
+    pytest.importorskip("sklearn", exc_type=ImportError)
+    draw = random.Random(0)
+    rows = []
+    for step in range(40):
+        bad = step > 4 and step % 4 == 0
+        noise = {name: draw.gauss(0, 0.01) for name in ("heldout_ppl_delta", "confidence_shift", "singular_growth")}
+        noise["update_norm"] = (0.5 if bad else 0.2) + draw.gauss(0, 0.02)
+        rows.append({"case": "made up", "seed": "1", "bad": int(bad), "score": 0.9, "gram_condition": 1.0, GAIN: 5.0,
+                     "certainty": 0.9, **noise})  # fmt: skip
+    found = fit_score(rows)
+    assert found["weights"]["update_norm"] > 0
+    assert "gram_condition" not in found["weights"]
+    assert (found["trained_on"]["batches"], found["trained_on"]["bad"]) == (36, 8)  # four calibrate
+    assert found["trained_on"]["areas"]["norm only"]["ROC_AUC"] == 1.0
+    with pytest.raises(UserError, match=r"0 of 1 batches are bad: run more of .*trust_labels\.yaml"):
+        fit_score(rows[:5])
