@@ -6,14 +6,14 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
-from callbacks.replay.past_keys import PastKeys
+from callbacks.replay.past_keys import PastKeys, Released
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -30,19 +30,6 @@ log = logging.getLogger(__name__)
 
 KINDS = ("sampled", "consolidated", "both")
 REFRESH = ("none", "values")
-
-
-class _Released(NamedTuple):
-    """Keys at one layer of facts that this batch edits again."""
-
-    keys: Tensor
-    """the keys, [d_k, n]"""
-    ages: Tensor
-    """long [n]: number of batches kept since the one that edited the fact before"""
-    indices: Tensor
-    """long [n]: index in the batch of each key's fact"""
-    fractions: Tensor
-    """float64 [n]: fraction of the past keys' weight that each was added with"""
 
 
 class MemoryReplay(EditCallback):
@@ -117,7 +104,7 @@ class MemoryReplay(EditCallback):
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
-        self._released: dict[int, _Released] = {}
+        self._released: dict[int, Released] = {}
         self._fractions: dict[int, dict[int, float]] = {}  # number of a firm batch -> layer -> PastKeys.fraction
         self._initial_state = self.state_dict()
 
@@ -208,7 +195,7 @@ class MemoryReplay(EditCallback):
             which = keys.fact.cpu()
             of_batch = [self._fractions.get(batches[fact.slot], {}).get(layer, 1.0) for fact in again]
             fractions = torch.tensor(of_batch, dtype=torch.float64)[which]
-            self._released[layer] = _Released(keys.keys, ages[which], torch.tensor(indices)[which], fractions)
+            self._released[layer] = Released(keys.keys, ages[which], torch.tensor(indices)[which], fractions)
         self._remove_released(())
         self._set_metric(editor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from editlab.utils.validation import above_zero, decays
 
 TINY = 1e-9
 """Fraction of the largest eigenvalue under which an eigenvalue counts as 0."""
+
+
+class Released(NamedTuple):
+    """Keys at one layer of facts that a batch edits again, which leave the past keys."""
+
+    keys: Tensor
+    """the keys, [d_k, n]"""
+    ages: Tensor
+    """long [n]: number of batches kept since the one that edited the fact before"""
+    indices: Tensor
+    """long [n]: index in the batch of each key's fact"""
+    fractions: Tensor
+    """float64 [n]: fraction of the past keys' weight that each was added with"""
 
 
 class PastKeys:
