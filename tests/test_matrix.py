@@ -49,6 +49,7 @@ CALLBACKS = {
     "trust rollback": lambda text: [TrustRollback(heldout=text)],
     "trust scale": lambda text: [TrustRollback(heldout=text, action="scale")],
     "trust search, by edit": lambda text: [TrustRollback(heldout=text, action="search", granularity="edit")],
+    "trust firm": lambda text: [TrustRollback(heldout=text, action="firm", perplexity_budget=1.05, score="learned")],
     "lora merged": lambda text: [LoRAAdjust(**_LORA)],
     "lora adapter": lambda text: [LoRAAdjust(mode="adapter", **_LORA)],
     "everything": lambda text: [

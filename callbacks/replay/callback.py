@@ -6,14 +6,14 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from callbacks.replay.buffer import Memory, ReplayBuffer
-from callbacks.replay.past_keys import PastKeys
+from callbacks.replay.past_keys import PastKeys, Released
 from callbacks.replay.refresh import Refresh
 from callbacks.replay.trained import add_facts, require_for_training
 from editlab.callback import EditCallback
@@ -34,17 +34,6 @@ log = logging.getLogger(__name__)
 
 KINDS = ("sampled", "consolidated", "both")
 REFRESH = ("none", "values")
-
-
-class _Released(NamedTuple):
-    """Keys at one layer of facts that this batch edits again."""
-
-    keys: Tensor
-    """the keys, [d_k, n]"""
-    ages: Tensor
-    """long [n]: number of batches kept since the one that edited the fact before"""
-    indices: Tensor
-    """long [n]: index in the batch of each key's fact"""
 
 
 class MemoryReplay(EditCallback):
@@ -122,7 +111,8 @@ class MemoryReplay(EditCallback):
         self.buffer = ReplayBuffer(capacity, sampling, eviction, seed)
         self._bare_metric: dict[int, Preservation] = {}
         self._before: tuple[dict[str, Any], dict[int, Tensor]] = ({}, {})
-        self._released: dict[int, _Released] = {}
+        self._released: dict[int, Released] = {}
+        self._fractions: dict[int, dict[int, float]] = {}  # number of a firm batch -> layer -> PastKeys.fraction
         self._initial_state = self.state_dict()
 
     # ---- setting up -------------------------------------------------------------------------------------------
@@ -218,7 +208,9 @@ class MemoryReplay(EditCallback):
         for layer in editor.layer_numbers:
             keys = editor.solver.read_keys(again, layer)
             which = keys.fact.cpu()
-            self._released[layer] = _Released(keys.keys, ages[which], torch.tensor(indices)[which])
+            of_batch = [self._fractions.get(batches[fact.slot], {}).get(layer, 1.0) for fact in again]
+            fractions = torch.tensor(of_batch, dtype=torch.float64)[which]
+            self._released[layer] = Released(keys.keys, ages[which], torch.tensor(indices)[which], fractions)
         self._remove_released(())
         self._set_metric(editor)
 
@@ -227,7 +219,8 @@ class MemoryReplay(EditCallback):
         self.past.moments = dict(self._before[1])
         for layer, released in self._released.items():
             edited = torch.tensor([int(index) not in dropped for index in released.indices])
-            self.past.remove(layer, released.keys[:, edited.to(released.keys.device)], released.ages[edited])
+            keys = released.keys[:, edited.to(released.keys.device)]
+            self.past.remove(layer, keys, released.ages[edited], released.fractions[edited].tolist())
 
     def on_edit_settled(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
         """Remembers the batch if it was kept; otherwise restores the state from before the batch was planned."""
@@ -244,7 +237,10 @@ class MemoryReplay(EditCallback):
             count = len(outcome.plan.facts)
             for layer, keys in outcome.keys.items():
                 own = keys.keys[:, keys.fact < count], keys.context_keys[:, keys.context_fact < count]
-                self.past.add(layer, *own, editor.solve_settings.context_key_weight)
+                fraction = self.past.fraction(outcome.firm_slack.get(layer, 0.0))
+                if fraction < 1:
+                    self._fractions.setdefault(outcome.plan.step, {})[layer] = fraction
+                self.past.add(layer, *own, editor.solve_settings.context_key_weight, fraction)
             if outcome.factor < 1 and editor.solve_settings.compensate:
                 editor.solver.carried.complete(outcome)
             if self.refreshed.due(editor):
@@ -332,13 +328,18 @@ class MemoryReplay(EditCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The buffer and the past keys, for a checkpoint."""
-        refreshed = self.refreshed.state_dict()
-        return {"buffer": self.buffer.state_dict(), "past": self.past.state_dict(), "refreshed": refreshed}
+        return {
+            "buffer": self.buffer.state_dict(),
+            "past": self.past.state_dict(),
+            "fractions": {batch: dict(of_layers) for batch, of_layers in self._fractions.items()},
+            "refreshed": self.refreshed.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` returned."""
         self.buffer.load_state_dict(state_dict["buffer"])
         self.past.load_state_dict(state_dict["past"])
+        self._fractions = {batch: dict(of_layers) for batch, of_layers in state_dict.get("fractions", {}).items()}
         self.refreshed.load_state_dict(state_dict.get("refreshed", Refresh().state_dict()))
 
 

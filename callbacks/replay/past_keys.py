@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,19 @@ from editlab.utils.validation import above_zero, decays
 
 TINY = 1e-9
 """Fraction of the largest eigenvalue under which an eigenvalue counts as 0."""
+
+
+class Released(NamedTuple):
+    """Keys at one layer of facts that a batch edits again, which leave the past keys."""
+
+    keys: Tensor
+    """the keys, [d_k, n]"""
+    ages: Tensor
+    """long [n]: number of batches kept since the one that edited the fact before"""
+    indices: Tensor
+    """long [n]: index in the batch of each key's fact"""
+    fractions: Tensor
+    """float64 [n]: fraction of the past keys' weight that each was added with"""
 
 
 class PastKeys:
@@ -36,7 +49,15 @@ class PastKeys:
         self.forget = forget
         self.moments: dict[int, Tensor] = {}
 
-    def add(self, layer: int, keys: Tensor, context_keys: Tensor, context_weight: float) -> None:
+    def fraction(self, firm_slack: float) -> float:
+        """The fraction of its weight with which a batch enters whose solve added ``firm_slack`` to each slack.
+
+        A past key of weight w stands for a constraint of slack 1 / w. With slack ``1 / w + firm_slack`` its weight is
+        ``w / (1 + w firm_slack)``, at which a sequence of batches remains one joint batch.
+        """
+        return 1 / (1 + self.weight * firm_slack)
+
+    def add(self, layer: int, keys: Tensor, context_keys: Tensor, context_weight: float, fraction: float = 1.0) -> None:
         """Adds one batch.
 
         Args:
@@ -44,14 +65,17 @@ class PastKeys:
             keys: keys of the batch's facts, [d_k, n].
             context_keys: keys of the context tokens of their prompts, [d_k, m].
             context_weight: weight of each context key.
+            fraction: factor on the weight of the facts' keys (:meth:`fraction`).
         """
         # On the CPU, as in a resumed run: on another device the next removal might round differently.
-        new = _symmetric(self.weight * keys @ keys.T + context_weight * context_keys @ context_keys.T).cpu()
+        new = _symmetric(self.weight * fraction * keys @ keys.T + context_weight * context_keys @ context_keys.T).cpu()
         past = self.moments.get(layer)
         self.moments[layer] = new if past is None else self.forget * past + new
 
-    def remove(self, layer: int, keys: Tensor, ages: Tensor) -> None:
+    def remove(self, layer: int, keys: Tensor, ages: Tensor, fractions: Sequence[float] | None = None) -> None:
         """Removes keys [d_k, n] that were added ``ages`` [n] batches before the last one.
+
+        ``fractions`` are those that they were added with; default: 1.
 
         A key may have moved since then if layers below are edited. So in its direction as much is removed as leaves
         ``P`` positive semidefinite, and at most what was added. It costs one eigendecomposition of ``P``.
@@ -59,7 +83,8 @@ class PastKeys:
         past = self.moments.get(layer)
         if past is None or not keys.numel():
             return
-        weights = [self.weight * self.forget**age for age in ages.tolist()]
+        parts = fractions or [1.0] * len(ages)
+        weights = [self.weight * part * self.forget**age for part, age in zip(parts, ages.tolist(), strict=True)]
         self.moments[layer] = past - _symmetric(_removable(past, keys.to(past), weights))
 
     def state_dict(self) -> dict[int, Tensor]:

@@ -12,15 +12,20 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.trust.probes import Probes, sentences_of_facts, sentences_of_text
+from callbacks.trust.budget import PerplexityBudget
+from callbacks.trust.firm import firmness
+from callbacks.trust.learned import LearnedScorer
+from callbacks.trust.probes import Probes, Sentence, measure_heldout, sentences_of_facts, sentences_of_text
 from callbacks.trust.score import HarmBudget, Threshold, TrustScorer
-from callbacks.trust.verdict import ACTIONS, GRANULARITIES, Judge, Verdict
+from callbacks.trust.verdict import ACTIONS, FIRM, GRANULARITIES, Judge, Verdict
 from editlab.callback import EditCallback
 from editlab.distributed import ranks
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
 from editlab.errors import EditLabError, UserError
-from editlab.lm.matmul import MATMULS
+from editlab.evaluation.language import BUILTIN_TEXT
+from editlab.lm.matmul import MATMULS, products_above
 from editlab.lm.text import read_file
 from editlab.runs.event_log import EventLog
 from editlab.runs.summary import run_folder
@@ -29,26 +34,32 @@ from editlab.utils.validation import at_least_one, one_of
 log = logging.getLogger(__name__)
 
 EVENTS = "trust_events.jsonl"
+SCORES = ("hand", "learned")
+BUILTIN = "builtin"
+"""Name of the built-in text as held-out text."""
 
 
 class TrustRollback(EditCallback):
     """Scores each batch after its solve, and scales it or rolls it back if the score is low.
 
     The score is that of :class:`~callbacks.trust.score.TrustScorer`: gain minus penalties, 0 to 1. A batch under the
-    threshold is rolled back bit for bit, or scaled down. A batch that cannot be measured is kept, and its event says
-    so.
+    threshold is rolled back bit for bit, scaled down, or solved again so that its update is held back. A batch that
+    cannot be measured is kept, and its event says so.
 
     Args:
         enable: False keeps every edit and measures nothing.
         threshold: score under which a batch is not kept whole.
         weights: weights of the signals; default: :data:`~callbacks.trust.score.WEIGHTS`.
+        score: ``hand``: the weighted gain minus the weighted penalties; ``learned``: a logistic regression on the
+            signals, fitted on batches whose harm is known (:mod:`callbacks.trust.learned`).
         heldout_samples: number of true statements of facts that this run does not edit (or of windows of ``heldout``).
-        heldout: a text file to use in place of such statements.
+        heldout: a text file to use in place of such statements, or ``builtin``: the end of the built-in text.
         neighbor_samples: neighbor statements measured in each batch, one for each fact: its last neighbor.
         granularity: ``batch``, or ``edit``: first the facts that score low are dropped and the batch is solved again.
-        action: what is done with a batch under the threshold: ``rollback``; ``scale``: its update is scaled linearly
-            from 1 at the threshold to 0 at half of it; ``search``: the largest of 1/2, 1/4, 1/8 of the update that
-            scores high enough; if none does, a rollback.
+        action: what is done with a batch under the threshold or over a budget: ``rollback``; ``scale``: its update is
+            scaled linearly from 1 at the threshold to 0 at half of it; ``search``: the largest of 1/2, 1/4, 1/8 of the
+            update to which nothing objects; ``firm``: the least firm solve to which nothing objects
+            (:mod:`callbacks.trust.firm`). If there is none, a rollback.
         calibrate: number of first batches from which those scales are computed that ``scales`` does not give; 0 keeps
             the built-in ones.
         scales: signal -> ``[free, half]``: a penalty is 0 up to ``free`` and 1/2 at ``free + half``.
@@ -57,13 +68,18 @@ class TrustRollback(EditCallback):
         window: number of scores that the moving threshold is computed from.
         budget: ``[allowance, limit]`` in nats of held-out log-perplexity: the harm that every batch may do, and how
             far a run may exceed it in total; null sets no budget.
+        perplexity_budget: largest perplexity on the held-out text after all edits of the run, over that of the unedited
+            model: 1.1 is 10% more. The batches get equal parts of it by their number of edits
+            (:class:`~callbacks.trust.budget.PerplexityBudget`), and ``budget`` is not used. If ``heldout`` is not given
+            it is ``builtin``. Default: none.
         attribution: also measure how much attribution the subject's last token loses; two backward passes for each
             fact.
         matmul: how the probes multiply above the edited layers: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on
             CPUs with instructions for it, which halves the gate's time.
 
     Raises:
-        UserError: A setting is out of range, or a signal or name is unknown.
+        UserError: A setting is out of range, a signal or name is unknown, or ``score: learned`` is combined with what
+            it has no fit for: single facts, or weights.
     """
 
     priority = 50
@@ -85,24 +101,39 @@ class TrustRollback(EditCallback):
         budget: list[float] | None = [0.03, 0.1],  # noqa: B006 - jsonargparse shows it as the default; only read
         attribution: bool = False,
         matmul: str = "auto",
+        score: str = "hand",
+        perplexity_budget: float | None = None,
     ) -> None:
         where = "TrustRollback"
         one_of(where, GRANULARITIES, granularity=granularity)
         one_of(where, ACTIONS, action=action)
         one_of(where, MATMULS, matmul=matmul)
+        one_of(where, SCORES, score=score)
+        if score == "learned" and granularity != "batch":
+            raise UserError(
+                "TrustRollback.score is learned, which was fitted on whole batches: set granularity: batch, or "
+                "score: hand."
+            )
+        if score == "learned" and weights:
+            raise UserError("TrustRollback.weights are those of score: hand: remove them, or set score: hand.")
         at_least_one(where, heldout_samples=heldout_samples, neighbor_samples=neighbor_samples)
         if budget is not None and len(budget) != 2:
             raise UserError(f"TrustRollback.budget is {budget}: give [allowance, limit], or null.")
         self.enable = enable
         self.heldout_samples = heldout_samples
-        self.heldout_path = heldout
+        self.heldout_path = BUILTIN if heldout is None and perplexity_budget is not None else heldout
         self.neighbor_samples = neighbor_samples
         self.matmul = matmul
         self.attribution = attribution or bool((weights or {}).get("attribution_focus_delta"))
-        self.scorer = TrustScorer(weights, scales, calibrate)
+        self.scorer = (
+            LearnedScorer(scales=scales, calibrate=calibrate)
+            if score == "learned"
+            else TrustScorer(weights, scales, calibrate)
+        )
         self.threshold = Threshold(threshold, quantile, window)
-        self.budget = HarmBudget(*budget) if budget else None
-        self.judge = Judge(self.scorer, self.threshold, self.budget, granularity, action)
+        self.perplexity = None if perplexity_budget is None else PerplexityBudget(perplexity_budget)
+        self.budget = HarmBudget(*budget) if budget and not self.perplexity else None
+        self.judge = Judge(self.scorer, self.threshold, self.budget, granularity, action, perplexity=self.perplexity)
         self.decisions: Counter[str] = Counter()
         self.probes: Probes | None = None
         self._singular: dict[int, Tensor] = {}
@@ -121,19 +152,19 @@ class TrustRollback(EditCallback):
         """Chooses the held-out sentences, and removes events after the checkpoint, which a resumed run writes again.
 
         Raises:
-            UserError: There is nothing to hold out.
+            UserError: There is nothing to hold out, or batches are independent, so that a run has no perplexity.
         """
         if not self.enable:
             return
         assert isinstance(pl_module, SequentialEditor)
+        if self.perplexity and pl_module.restore_between_batches:
+            raise UserError(
+                "TrustRollback.perplexity_budget is for the edits of a sequence, and model.restore_between_batches "
+                "removes each batch before the next: remove one of the two."
+            )
         if trainer.is_global_zero:
             self._events.resume(trainer.global_step)
-        lm, count = pl_module.lm, self.heldout_samples
-        sentences = (
-            sentences_of_text(lm, read_file(self.heldout_path), count)
-            if self.heldout_path is not None
-            else sentences_of_facts(lm, trainer.datamodule.spare_facts(count), count)  # type: ignore[attr-defined]
-        )
+        sentences = self._sentences(trainer, pl_module)
         if not sentences:
             raise UserError(
                 "TrustRollback finds no statement to hold out: name a text file in TrustRollback.heldout, or, in a "
@@ -141,16 +172,32 @@ class TrustRollback(EditCallback):
             )
         self.probes = Probes(sentences, self.neighbor_samples, self.attribution, self.matmul)
         self.probes.singular_vectors = dict(self._singular)
+        if self.perplexity:
+            self.perplexity.edits = len(trainer.datamodule.facts)  # type: ignore[attr-defined]
+            if self.perplexity.unedited is None:
+                with pl_module.unedited(), products_above(pl_module.lm, pl_module.layer_numbers[-1], self.matmul):
+                    self.perplexity.unedited = measure_heldout(pl_module.lm, sentences).nll
+
+    def _sentences(self, trainer: Trainer, editor: SequentialEditor) -> list[Sentence]:
+        lm, count = editor.lm, self.heldout_samples
+        if self.heldout_path is None:
+            return sentences_of_facts(lm, trainer.datamodule.spare_facts(count), count)  # type: ignore[attr-defined]
+        builtin = self.heldout_path == BUILTIN
+        text = read_file(str(BUILTIN_TEXT) if builtin else self.heldout_path)
+        return sentences_of_text(lm, text, count, last=builtin)
 
     # ---- the events of an edit --------------------------------------------------------------------------------
 
     def on_edit_planned(self, trainer: Trainer, editor: SequentialEditor, plan: EditPlan) -> None:
-        """Measures the model before the batch."""
+        """Measures the model before the batch, which is first solved as firmly as the last one had to be."""
         self._verdict: Verdict | None = None
         self.judge.fact_events = []
         self._error: str | None = None
         self._seconds = 0.0
         if self.probes is not None:
+            if self.judge.action == FIRM:
+                plan.firmness = firmness(self.judge.level)
+                self.judge.before = Snapshot(editor.layers)
             self._try(self.probes.measure_before, editor, plan.facts)
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
@@ -178,6 +225,7 @@ class TrustRollback(EditCallback):
             self.scorer.observe(verdict.metrics)
         if self.budget:
             self.budget.spend(verdict.harm * outcome.factor)
+        self.judge.before = None
         if verdict.score is not None and outcome.factor == 1:  # else the weights are not those last measured
             self.probes.reuse_heldout()
         self._record(trainer, editor, outcome, verdict)
@@ -216,6 +264,10 @@ class TrustRollback(EditCallback):
         batches = sum(self.decisions.values())
         numbers = {"factor": outcome.factor, "dropped": float(len(outcome.dropped)), "seconds": self._seconds}
         numbers |= {f"{name}_rate": self.decisions[name] / batches for name in ("rollback", "scale")}
+        if self.judge.action == FIRM:
+            numbers |= {"firm_rate": self.decisions["firm"] / batches, "firmness": outcome.plan.firmness}
+        if self.perplexity and verdict.score is not None:
+            numbers["room"] = self.judge.room
         if verdict.score is not None:
             numbers |= {"score": verdict.score, "threshold": verdict.threshold}
         if verdict.metrics is not None:
@@ -233,6 +285,7 @@ class TrustRollback(EditCallback):
             {**common, "kind": "batch", "signals": asdict(verdict.metrics) if verdict.metrics else None,
              "score": verdict.score, "threshold": verdict.threshold, "decision": verdict.decision,
              "reason": verdict.reason, "factor": outcome.factor, "dropped": sorted(outcome.dropped),
+             "firmness": outcome.plan.firmness, "room": numbers.get("room"),
              "budget_queue": self.budget.queue if self.budget else None, "seconds": round(self._seconds, 4)}
         )  # fmt: skip
 
@@ -248,6 +301,8 @@ class TrustRollback(EditCallback):
             "calibration": self.scorer.state_dict(),
             "scores": list(self.threshold.scores),
             "queue": self.budget.queue if self.budget else 0.0,
+            "level": self.judge.level,
+            "perplexity": self.perplexity.state_dict() if self.perplexity else {},
             "decisions": dict(self.decisions),
             "singular": dict(self.probes.singular_vectors) if self.probes else {},
         }
@@ -259,5 +314,8 @@ class TrustRollback(EditCallback):
         self.threshold.scores.extend(state_dict["scores"])
         if self.budget:
             self.budget.queue = state_dict["queue"]
+        self.judge.level = state_dict.get("level", 0)
+        if self.perplexity and state_dict.get("perplexity"):
+            self.perplexity.load_state_dict(state_dict["perplexity"])
         self.decisions = Counter(state_dict["decisions"])
         self._singular = dict(state_dict["singular"])

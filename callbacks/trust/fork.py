@@ -98,10 +98,10 @@ class ForkLabels(EditCallback):
         stream = trainer.datamodule.facts  # type: ignore[attr-defined]
         size = trainer.datamodule.batch_size  # type: ignore[attr-defined]
         self._intended = stream[plan.step * size : (plan.step + 1) * size]
-        self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.unsolved())
+        self._plan = EditPlan(plan.step, list(plan.facts), plan.targets.unsolved(), firmness=plan.firmness)
 
     def on_edit_applied(self, trainer: Trainer, editor: SequentialEditor, outcome: EditOutcome) -> None:
-        """Keeps the whole update, before a verdict changes it."""
+        """Keeps the whole update, before a verdict scales it or rolls it back; a firm one is that which was solved."""
         if not outcome.dropped:
             self._updates = [outcome.updates[number] for number in editor.layer_numbers]
 

@@ -13,15 +13,19 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from editlab.experiments.statistics import quantiles, roc_area
+from callbacks.trust.learned import LearnedScorer, replayed
+from editlab.experiments.statistics import Difference, quantiles, roc_area
 from editlab.runs.event_log import EventLog
 
 LOSSES = ("facts", "NS", "nll")
 """The quantities that a batch may harm: right facts, neighbors, and the mean negative log-probability of a text."""
 ENOUGH = 5
 """Least number of bad batches for which intervals are computed."""
-SIGNALS = {"trust": "score", "norm only": "update_norm", "perplexity only": "heldout_ppl_delta"}
-"""gate -> the signal of ``trust_events.jsonl`` that it rejects batches by"""
+SIGNALS = {"norm only": ("update_norm", 1.0), "perplexity only": ("heldout_ppl_delta", 1.0),
+           "gain only": ("edit_success_gain", -1.0), "certainty only": ("certainty", -1.0)}  # fmt: skip
+"""gate -> the one signal of ``trust_events.jsonl`` that it rejects batches by, and its sign"""
+GATES = ("trust", "learned", *SIGNALS)
+"""``trust`` is the score that the run's own gate recorded, ``learned`` the shipped learned score of its signals."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,13 @@ def read_batches(folder: Path) -> list[Batch]:
     for event in EventLog(folder / "fork.jsonl").read():
         forks.setdefault(event["step"], {})[min(event["later"], 1)] = losses(event)
     batches = []
-    for event in EventLog(folder / "trust_events.jsonl").read():
-        if event["kind"] == "batch" and (event["signals"] or event["decision"] == "rollback"):
-            found = dict.fromkeys(SIGNALS, math.inf)
-            if event["signals"]:
-                found = {name: event["signals"].get(key, 0.0) for name, key in SIGNALS.items()}
-                found["trust"] = 1.0 - event["score"]
+    events = [event for event in EventLog(folder / "trust_events.jsonl").read() if event["kind"] == "batch"]
+    for event, learned in zip(events, replayed(events, LearnedScorer()), strict=True):
+        if event["signals"] or event["decision"] == "rollback":
+            found = dict.fromkeys(GATES, math.inf)
+            if learned is not None:
+                found |= {name: sign * event["signals"].get(key, 0.0) for name, (key, sign) in SIGNALS.items()}
+                found |= {"trust": 1.0 - event["score"], "learned": 1.0 - learned}
             step = event["step"]
             batches.append(Batch(str(folder), step, found, faults.get(step), forks.get(step, {})))
     return batches
@@ -134,6 +139,49 @@ def areas(suspicion: Sequence[float], bad: Sequence[bool], resamples: int = 1000
     if exact.method == "exact":
         found |= {"ROC_AUC_low": exact.low, "ROC_AUC_high": exact.high}
     return found | {"ROC_AUC_interval": "exact" if exact.method == "exact" else "bootstrap"}
+
+
+def paired_difference(
+    batches: Sequence[Batch], bad: Sequence[bool], gate: str, baseline: str, resamples: int = 1000, seed: int = 0
+) -> Difference | None:
+    """The difference of two gates' PR-AUC on the same batches, by a paired bootstrap over runs and their batches.
+
+    Each draw takes as many runs as there are, with replacement, and in each of them as many batches as it has, with
+    replacement; both gates are read at the same batches. Draws without a bad or without a good batch are left out.
+    The interval and p are those of :func:`editlab.experiments.statistics.paired_bootstrap`.
+
+    Args:
+        batches: the batches of all runs.
+        bad: whether each was bad.
+        gate: name in :data:`GATES`.
+        baseline: name of the gate that is subtracted.
+        resamples: number of draws.
+        seed: seed of the draws.
+
+    Returns:
+        The difference; None with fewer than :data:`ENOUGH` bad batches.
+    """
+    labels = torch.tensor(list(bad)).long()
+    if labels.sum() < ENOUGH:
+        return None
+    own, other = (ranks([batch.suspicion[name] for batch in batches]) for name in (gate, baseline))
+
+    def difference(at: Tensor) -> float:
+        return float(binary_average_precision(own[at], labels[at]) - binary_average_precision(other[at], labels[at]))
+
+    runs = list(dict.fromkeys(batch.run for batch in batches))
+    of_run = [torch.tensor([i for i, batch in enumerate(batches) if batch.run == run]) for run in runs]
+    draw = torch.Generator().manual_seed(seed)
+    found: list[float] = []
+    for _ in range(resamples):
+        chosen = [of_run[i] for i in torch.randint(len(of_run), (len(of_run),), generator=draw).tolist()]
+        at = torch.cat([some[torch.randint(len(some), (len(some),), generator=draw)] for some in chosen])
+        if 0 < labels[at].sum() < len(at):
+            found.append(difference(at))
+    low, high = quantiles(found)
+    ends = [(1 + sum(side * value <= 0 for value in found)) / (1 + len(found)) for side in (1, -1)]
+    observed = difference(torch.arange(len(labels)))
+    return Difference(observed, low, high, min(1.0, 2 * min(ends)), len(runs), len(batches))
 
 
 def ranks(values: Sequence[float]) -> Tensor:

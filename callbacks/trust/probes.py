@@ -76,9 +76,18 @@ def sentences_of_facts(lm: LanguageModel, facts: Sequence[Fact], count: int) -> 
     return [Sentence(tuple(encoding.ids), start, encoding.beginning) for encoding, start in encoded]
 
 
-def sentences_of_text(lm: LanguageModel, text: str, count: int) -> list[Sentence]:
-    """Up to ``count`` windows of a text; confidence is measured at the last token of each."""
-    windows = cut(lm, first_ids(lm, text, count * TEXT_WINDOW), TEXT_WINDOW)
+def sentences_of_text(lm: LanguageModel, text: str, count: int, last: bool = False) -> list[Sentence]:
+    """Up to ``count`` windows of a text; confidence is measured at the last token of each.
+
+    Args:
+        lm: the model.
+        text: the text.
+        count: largest number of windows.
+        last: take the text's last windows, as a run's perplexity is measured from the text's beginning on.
+    """
+    tokens = count * TEXT_WINDOW
+    ids = first_ids(lm, text, len(text))[-tokens:] if last else first_ids(lm, text, tokens)
+    windows = cut(lm, ids, TEXT_WINDOW)
     return [Sentence(tuple(w), len(w) - 1, len(lm.beginning)) for w in windows if scored(lm, w)]
 
 
@@ -167,6 +176,18 @@ def largest_singular_value(layer: EditedLayer, start: Tensor, iterations: int) -
     return float(value), vector
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the probes found after an update; it is put back if that update stays after others were tried."""
+
+    answers: BatchAnswers
+    """of the batch"""
+    heldout: HeldOut
+    """of the held-out sentences"""
+    weights: Sequence[Tensor]
+    """the weights that it was measured on"""
+
+
 class Probes:
     """Measures the model before and after each batch, and computes the trust signals.
 
@@ -186,7 +207,15 @@ class Probes:
         self.attribution = attribution
         self.singular_vectors: dict[int, Tensor] = {}
         self._heldout: HeldOut | None = None
-        self._weights: list[Tensor] = []
+        self.latest: Measured | None = None
+        """what :meth:`measure_after` found last; the one of the update that stays, once a search has ended"""
+        self._weights: Sequence[Tensor] = []
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-probability per token of the held-out sentences before the batch."""
+        assert self._heldout is not None
+        return self._heldout.nll
 
     def measure_before(self, editor: SequentialEditor, facts: Sequence[Fact]) -> None:
         """Measure the model before the batch; held-out sentences are measured only if the weights have changed."""
@@ -213,20 +242,20 @@ class Probes:
         """
         assert self._heldout is not None
         with products_above(editor.lm, editor.layer_numbers[-1], self.matmul):
-            self._after = measure_batch(editor.lm, self._facts, self.neighbors)
-            self._heldout_after = measure_heldout(editor.lm, self.sentences)
-        self._weights_after = [layer.weight.clone() for layer in editor.changed_layers]
+            after = measure_batch(editor.lm, self._facts, self.neighbors)
+            heldout = measure_heldout(editor.lm, self.sentences)
+        self.latest = Measured(after, heldout, [layer.weight.clone() for layer in editor.changed_layers])
         was_finite = math.isfinite(self._heldout.nll) and bool(self._before.target.isfinite().all())
-        if was_finite and not (math.isfinite(self._heldout_after.nll) and bool(self._after.target.isfinite().all())):
+        if was_finite and not (math.isfinite(heldout.nll) and bool(after.target.isfinite().all())):
             return None
         remaining = outcome.remaining
         singular = zip(self._singular, self._singular_values(editor), strict=True)
         metrics = TrustMetrics(
-            edit_success_gain=float((self._after.target - self._before.target)[remaining].mean()),
-            certainty=float(self._after.target[remaining].exp().mean()),
-            heldout_ppl_delta=math.expm1(min(LARGEST_RISE, self._heldout_after.nll - self._heldout.nll)),
-            neighbor_flip_rate=flip_rate(self._before, self._after),
-            confidence_shift=self._heldout_after.confidence - self._heldout.confidence,
+            edit_success_gain=float((after.target - self._before.target)[remaining].mean()),
+            certainty=float(after.target[remaining].exp().mean()),
+            heldout_ppl_delta=math.expm1(min(LARGEST_RISE, heldout.nll - self._heldout.nll)),
+            neighbor_flip_rate=flip_rate(self._before, after),
+            confidence_shift=heldout.confidence - self._heldout.confidence,
             update_norm=_largest(outcome, "update_norm"),
             singular_growth=max(after / before - 1 for before, after in singular),
             # A method that trains has neither Gram matrix nor constraints: condition 1, weight 0.
@@ -244,12 +273,14 @@ class Probes:
 
         Facts of a method that trains have no residual; each counts as the median.
         """
+        assert self.latest is not None
+        after = self.latest.answers
         norms = [1.0] * len(outcome.plan.facts) if outcome.residual_norm is None else outcome.residual_norm.tolist()
         median = max(median_low(norms), 1e-12)
-        flipped = self._before.neighbor_right & ~self._after.neighbor_right
+        flipped = self._before.neighbor_right & ~after.neighbor_right
         with_flip = set(self._before.neighbor_of[flipped].tolist())
-        gains = (self._after.target - self._before.target).tolist()
-        certainty = self._after.target.exp().tolist()
+        gains = (after.target - self._before.target).tolist()
+        certainty = after.target.exp().tolist()
         return [
             TrustMetrics(gain, sure, neighbor_flip_rate=float(index in with_flip), update_norm=norm / median)
             for index, (gain, sure, norm) in enumerate(zip(gains, certainty, norms, strict=True))
@@ -257,7 +288,8 @@ class Probes:
 
     def reuse_heldout(self) -> None:
         """Reuse the last measurement of the held-out sentences in the next batch, if the weights are still the same."""
-        self._heldout, self._weights = self._heldout_after, self._weights_after
+        if self.latest is not None:
+            self._heldout, self._weights = self.latest.heldout, self.latest.weights
 
     def clear(self) -> None:
         """Discard all measurements: if one rank failed, the other ranks may have measured more."""

@@ -153,6 +153,18 @@ class TrustScorer:
         """Trust in one fact of a batch, by its own gain, neighbor and residual."""
         return self._score(metrics, {**self.scales, **FACT_SCALES}, tuple(FACT_SCALES))
 
+    def ceiling(self, metrics: TrustMetrics) -> float:
+        """The score that a batch which learns as much would have if it did no harm."""
+        gain = max(self.scales[GAIN](metrics.edit_success_gain), metrics.certainty)
+        return min(1.0, self.weights[GAIN] * gain)
+
+    def costliest(self, metrics: TrustMetrics) -> str:
+        """The signal that lowers a batch's score the most."""
+        lost = {name: self.weights[name] * self.scales[name](getattr(metrics, name)) for name in self.scales}
+        gain = max(self.scales[GAIN](metrics.edit_success_gain), metrics.certainty)
+        lost[GAIN] = self.weights[GAIN] * (1 - gain)
+        return max(lost, key=lambda name: lost[name])
+
     def _score(self, metrics: TrustMetrics, scales: Mapping[str, Scale], names: Sequence[str] = PENALTIES) -> float:
         gain = max(scales[GAIN](metrics.edit_success_gain), metrics.certainty)
         penalty = sum(self.weights[name] * scales[name](getattr(metrics, name)) for name in names)

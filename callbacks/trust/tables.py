@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from callbacks.trust.labels import SIGNALS, Batch, areas, is_bad, rates, read_batches, taus
+from callbacks.trust.labels import GATES, Batch, areas, is_bad, paired_difference, rates, read_batches, taus
 from editlab.experiments.csv_files import Row
 from editlab.experiments.faults import FILE as FAULTS
 from editlab.experiments.plan import Run
@@ -23,9 +23,12 @@ from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_ban
 Labelled = Mapping[str, tuple[list[Batch], list[bool]]]
 """kind of label -> batches, and whether each was bad"""
 
+EVENTS = "trust_events.jsonl"
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 LABELLED = ("faulty_gate", "clean_gate", "beyond_gate")
 """Cases whose batches have labels."""
+NORM = "norm only"
+"""The gate that others are compared with."""
 DRAWN = ("injected", "fork")
 """Kinds of labels that have an ROC curve."""
 
@@ -54,7 +57,7 @@ def effect(runs: Sequence[Run]) -> list[Row]:
         found = json.loads((run.folder / FAULTS).read_text(encoding="utf-8"))
         before = run.metrics.get("before/perplexity", math.nan)
         points = [point["perplexity"] / before - 1 for point in found["curve"].values()] or [math.nan]
-        spent = sum(e["seconds"] for e in EventLog(run.folder / "trust_events.jsonl").read() if e["kind"] == "batch")
+        spent = sum(e["seconds"] for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch")
         good = set(range(found["batches"])) - {int(step) for step in found["faults"]}
         rows.append(
             {"case": run.case.name, "seed": run.seed, "good/accuracy": found["good"]["accuracy"],
@@ -67,6 +70,26 @@ def effect(runs: Sequence[Run]) -> list[Row]:
     return [_rounded(row) for row in rows]
 
 
+def labelled_batches(runs: Sequence[Run]) -> list[Row]:
+    """One row for each batch with a fork: its signals in full precision, its fault, its losses, and whether it is bad.
+
+    A batch is bad if accepting it loses more than any batch without a fault does, in whichever of the runs.
+    """
+    found = [(run, batch) for run in runs for batch in read_batches(run.folder) if 0 in batch.losses]
+    tau = taus([batch for _, batch in found if batch.fault is None], 0)
+    rows: list[Row] = []
+    for run, batch in found:
+        (event,) = [e for e in EventLog(run.folder / EVENTS).read() if e["kind"] == "batch" and e["step"] == batch.step]
+        if event["signals"]:
+            rows.append(
+                {"case": run.case.name, "seed": run.seed, "step": batch.step, "fault": batch.fault or "",
+                 "bad": int(is_bad(batch, tau, 0)), **event["signals"], "score": event["score"],
+                 **{f"loss_{loss}": round(value, 5) for loss, value in batch.losses[0].items()},
+                 **provenance_of(run)}
+            )  # fmt: skip
+    return rows
+
+
 def rates_of_gates(runs: Sequence[Run]) -> list[Row]:
     """One row for each kind of label, gate and threshold: error rates and areas."""
     labels = labelled(runs)
@@ -77,9 +100,13 @@ def rates_of_labels(labels: Labelled) -> list[Row]:
     """:func:`rates_of_gates` of labelled batches; a baseline's threshold makes it reject as many batches as trust."""
     rows: list[dict[str, Any]] = []
     for kind, (batches, bad) in labels.items():
-        for name in SIGNALS:
+        for name in GATES:
             suspicion = [batch.suspicion[name] for batch in batches]
             whole = {"labels": kind, "gate": name, "batches": len(batches), **areas(suspicion, bad)}
+            over = None if name == NORM else paired_difference(batches, bad, name, NORM)
+            if over is not None:
+                whole |= {"PR_AUC_over_norm": over.difference, "over_norm_low": over.low, "over_norm_high": over.high,
+                          "over_norm_p": over.p}  # fmt: skip
             for threshold in THRESHOLDS:
                 trust = [batch.suspicion["trust"] for batch in batches]
                 rejected = sum(s > 1 - threshold for s in trust)
@@ -100,7 +127,7 @@ def points_of_labels(labels: Labelled) -> list[Row]:
     """:func:`roc_points` of labelled batches."""
     rows: list[Row] = []
     for kind, (batches, bad) in labels.items():
-        for name in SIGNALS if kind in DRAWN else ():
+        for name in GATES if kind in DRAWN else ():
             suspicion = [batch.suspicion[name] for batch in batches]
             for limit in (*sorted(set(suspicion), reverse=True), -math.inf):
                 found = rates(suspicion, bad, limit)

@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from callbacks.trust.probes import Probes
+from callbacks.trust.budget import PerplexityBudget
+from callbacks.trust.firm import Finding, firmness, least_firm
+from callbacks.trust.probes import Measured, Probes
 from callbacks.trust.score import FACT_SCALES, GAIN, HarmBudget, Threshold, TrustMetrics, TrustScorer
 from editlab.editor import SequentialEditor
 from editlab.edits.plan import EditOutcome
+from editlab.edits.snapshot import Snapshot
 
-ACTIONS = ("rollback", "scale", "search")
+FIRM = "firm"
+ACTIONS = ("rollback", "scale", "search", FIRM)
 GRANULARITIES = ("batch", "edit")
 FACT_SIGNALS = (GAIN, "certainty", *FACT_SCALES)
 FACTORS = (0.5, 0.25, 0.125)
@@ -40,11 +44,15 @@ class Verdict:
     fraction of the harm"""
     low: tuple[int, ...] = ()
     """indices in the batch of facts to drop; the batch is solved again and judged once more"""
+    firmness: float = 0.0
+    """how much the update in the weights is held back"""
 
     @property
     def decision(self) -> str:
-        """``keep``, ``scale`` or ``rollback``."""
-        return "keep" if self.factor == 1 else "scale" if self.factor else "rollback"
+        """``keep``, ``firm``, ``scale`` or ``rollback``."""
+        if self.factor == 1:
+            return "firm" if self.firmness else "keep"
+        return "scale" if self.factor else "rollback"
 
 
 @dataclass
@@ -57,13 +65,24 @@ class Judge:
     granularity: str
     """``batch``, or ``edit``: facts that score low are dropped first"""
     action: str
-    """action on a batch under the threshold: ``rollback``, ``scale`` or ``search``"""
+    """action on a batch under the threshold or over the perplexity budget: ``rollback``, ``scale``, ``search`` or
+    ``firm``"""
+    perplexity: PerplexityBudget | None = None
+    """the perplexity that the whole run may cost"""
+    level: int = 0
+    """level of firmness at which the next batch is solved first (:func:`~callbacks.trust.firm.firmness`)"""
+    before: Snapshot | None = None
+    """the state before the present batch, from which firmer updates are solved"""
+    room: float = math.inf
+    """nats of held-out log-perplexity that the present batch may cost"""
     fact_events: list[dict[str, Any]] = field(default_factory=list)
     """one event for each fact, if the facts of the present batch were scored; cleared before each batch"""
 
     def decide(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome) -> Verdict:
         """The verdict on a batch whose update is in the weights; the outcome does not change."""
         threshold = self.threshold.value
+        if self.perplexity:
+            self.room = self.perplexity.room(probes.nll, editor.edits + len(outcome.plan.facts))
         if not all(bool(torch.isfinite(update).all()) for update in outcome.updates.values()):
             return Verdict("the update is not finite", 0.0, None, threshold, 0.0)
         metrics = probes.measure_after(editor, outcome)
@@ -93,25 +112,74 @@ class Judge:
 
     def _judge(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> Verdict:
         """The verdict on a whole batch by its signals."""
-        score, threshold = self.scorer.score(metrics), self.threshold.value
+        if self.action == FIRM:
+            return self._firm(probes, editor, outcome, metrics)
+        score, threshold, reason = self.scorer.score(metrics), self.threshold.value, self._objection(metrics)
         harm = math.log1p(metrics.heldout_ppl_delta)
+        factor = 0.0 if reason else 1.0
         if self.budget and self.budget.refuses(harm):
-            reason = f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
-            return Verdict(reason, score, metrics, threshold, 0.0, harm)
-        if score >= threshold:
-            return Verdict("", score, metrics, threshold, 1.0, harm)
-        reason = f"score {score:.2f} is under {threshold:.2f} ({_costliest_signal(self.scorer, metrics)})"
-        factor = 0.0
-        if self.action == "scale":
-            factor = max(0.0, 2 * score / max(threshold, 1e-12) - 1)
-        elif self.action == "search":
-            factor, harm = self._search(probes, editor, outcome, threshold)
+            pass  # rolled back, whatever the action
+        elif reason and self.action == "scale":
+            factor = min(1.0, max(0.0, 2 * score / max(threshold, 1e-12) - 1), self.room / max(harm, 1e-12))
+        elif reason and self.action == "search":
+            factor, harm = self._search(probes, editor, outcome)
         return Verdict(reason, score, metrics, threshold, factor, harm)
 
-    def _search(
-        self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, threshold: float
-    ) -> tuple[float, float]:
-        """The largest factor that scores high enough, and the harm measured there over the factor; else (0, 0)."""
+    def _objection(self, metrics: TrustMetrics) -> str:
+        """Why the update should not stay as it is; "" if nothing speaks against it."""
+        harm, score, threshold = math.log1p(metrics.heldout_ppl_delta), self.scorer.score(metrics), self.threshold.value
+        if self.budget and self.budget.refuses(harm):
+            return f"harm {harm:.3f} while {self.budget.queue:.3f} is over the budget of {self.budget.limit}"
+        if harm > self.room:
+            return f"harm {harm:.4f} is over the {self.room:.4f} nats that the perplexity budget leaves"
+        if score < threshold:
+            signal = self.scorer.costliest(metrics)
+            return f"score {score:.2f} is under {threshold:.2f} ({signal} {getattr(metrics, signal):.3g})"
+        return ""
+
+    def _firm(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome, metrics: TrustMetrics) -> Verdict:
+        """The verdict with the least firm update to which nothing objects, which is then in the weights.
+
+        Without such an update the batch is rolled back, and the next one starts at the level that this one did.
+        """
+        assert self.before is not None
+        before, start, first = self.before, self.level, self._objection(metrics)
+        tried: dict[int, tuple[TrustMetrics, Measured | None]] = {start: (metrics, probes.latest)}
+        reason = first
+
+        def measure(level: int) -> Finding:
+            nonlocal reason
+            if level not in tried:
+                editor.solver.solve_again(outcome, before, firmness(level))
+                found = probes.measure_after(editor, outcome)
+                if found is None:
+                    return Finding.TOO_LOOSE
+                tried[level] = found, probes.latest
+            found = tried[level][0]
+            objection = self._objection(found)
+            reason = objection or reason
+            if not objection:
+                return Finding.GOOD
+            return Finding.TOO_FIRM if self.scorer.ceiling(found) < self.threshold.value else Finding.TOO_LOOSE
+
+        try:
+            best = least_firm(start, measure)
+        except Exception:  # the batch is kept as it was solved first
+            editor.solver.solve_again(outcome, before, firmness(start))
+            raise
+        if best is None:
+            harm = math.log1p(metrics.heldout_ppl_delta)
+            return Verdict(first, self.scorer.score(metrics), metrics, self.threshold.value, 0.0, harm)
+        if outcome.plan.firmness != firmness(best):  # a looser one was tried after it
+            editor.solver.solve_again(outcome, before, firmness(best))
+        metrics, probes.latest = tried[best]
+        self.level = best
+        score, harm = self.scorer.score(metrics), math.log1p(metrics.heldout_ppl_delta)
+        reason = reason if best else ""
+        return Verdict(reason, score, metrics, self.threshold.value, 1.0, harm, firmness=firmness(best))
+
+    def _search(self, probes: Probes, editor: SequentialEditor, outcome: EditOutcome) -> tuple[float, float]:
+        """The largest factor to which nothing objects, and the harm measured there over the factor; else (0, 0)."""
         totals = [layer.total.clone() for layer in editor.layers]
         try:
             for factor in FACTORS:
@@ -121,17 +189,10 @@ class Judge:
                 if metrics is None:
                     continue  # a smaller fraction may leave the model finite
                 metrics = replace(metrics, update_norm=factor * metrics.update_norm)
-                if self.scorer.score(metrics) >= threshold:
-                    return factor, math.log1p(metrics.heldout_ppl_delta) / factor
+                harm = math.log1p(metrics.heldout_ppl_delta)
+                if self.scorer.score(metrics) >= self.threshold.value and harm <= self.room:
+                    return factor, harm / factor
             return 0.0, 0.0
         finally:
             for layer, total in zip(editor.layers, totals, strict=True):
                 layer.restore(total)
-
-
-def _costliest_signal(scorer: TrustScorer, metrics: TrustMetrics) -> str:
-    """Name and value of the signal that lowers a batch's score the most."""
-    lost = {name: scorer.weights[name] * scorer.scales[name](getattr(metrics, name)) for name in scorer.scales}
-    lost[GAIN] = scorer.weights[GAIN] * (1 - max(scorer.scales[GAIN](metrics.edit_success_gain), metrics.certainty))
-    name = max(lost, key=lambda n: lost[n])
-    return f"{name} {getattr(metrics, name):.3g}"

@@ -192,11 +192,41 @@ class BatchSolver:
         Args:
             outcome: its plan is solved; it gets the updates of all passes, and keys and diagnostics of the last pass.
         """
+        outcome.lowest_keys = None
+        self._solve(outcome)
+
+    @torch.no_grad()
+    def solve_again(self, outcome: EditOutcome, before: Snapshot, firmness: float) -> None:
+        """Solves the batch again with another firmness, on the weights of ``before``.
+
+        The keys of the lowest layer are those that the solve before has read. Keys of the layers above depend on the
+        updates below them and are read again, so the result is, to the bit, that of a plan with this firmness.
+
+        Args:
+            outcome: a batch that was solved on the weights of ``before``; its results are replaced.
+            before: the state before the batch.
+            firmness: how much the update is held back; 0: not at all.
+        """
+        before.restore_weights()
+        outcome.plan.firmness = firmness
+        outcome.plan.targets = outcome.plan.targets.unsolved()
+        outcome.clear()
+        self._solve(outcome)
+
+    def _solve(self, outcome: EditOutcome) -> None:
         system = _System.of(outcome.plan, self.method.slack)
         for index in range(self.settings.passes):
             carried = self.carried.parts if index == 0 else {}
             for number, layer in self.layers.items():
                 layer.add(self._solve_layer(outcome, system, number, carried.get(number)))
+
+    def _read(self, outcome: EditOutcome, system: _System, number: int) -> Keys:
+        """The keys to read of a batch at a layer; those that no update has changed since they were read are reused."""
+        if outcome.updates:
+            return self.read_keys(system.to_read, number)
+        if outcome.lowest_keys is None:
+            outcome.lowest_keys = self.read_keys(system.to_read, number)
+        return outcome.lowest_keys
 
     def _solve_layer(self, outcome: EditOutcome, system: _System, number: int, carried: Tensor | None) -> Tensor:
         """The update [d_v, d_k] of one layer, which takes its part of the residual; the weights do not change."""
@@ -204,7 +234,7 @@ class BatchSolver:
         site = self.sites[number].layer
         layers_left = sum(other >= number and self.sites[other].layer == site for other in self.layers)
         targets = system.targets(plan, site)
-        keys = self.read_keys(system.to_read, number).plus(system.cached, layer.total)
+        keys = self._read(outcome, system, number).plus(system.cached, layer.total)
         if outcome.residual_norm is None:  # later layers and passes see what remains of it
             now = keys.current[:, :facts].T
             outcome.residual_norm = (widened(targets[:facts], now.device) - now).norm(dim=1)
@@ -212,7 +242,7 @@ class BatchSolver:
         residuals = (widened(targets.T, keys.current.device) - keys.current) * repair / layers_left
         slack = system.slack[keys.fact.cpu()]
         constraints = Constraints(keys.keys, residuals[:, keys.fact], slack.to(keys.keys), keys.fact >= facts)
-        solution = self._solution(constraints, number, keys, carried)
+        solution = self._solution(constraints, number, keys, carried, plan.firmness)
         for note in solution.notes:
             log.info("Batch %d, layer %d: %s", plan.step, number, note)
         delta, cut = self._after_post_steps(solution.delta, number)
@@ -221,7 +251,9 @@ class BatchSolver:
         outcome.keys[number], outcome.updates[number], outcome.last_updates[number] = keys, whole, update
         measured = diagnostics(solution)
         own = slack[keys.fact.cpu() < facts]
-        measured["effective_weight"] = effective_weight(own, self.method.weight)
+        if plan.firmness:
+            outcome.firm_slack[number] = measured["firm_slack"] = solution.firm_slack
+        measured["effective_weight"] = effective_weight(own + solution.firm_slack, self.method.weight)
         measured["update_norm"] = float(whole.norm() / layer.original.float().norm())
         if cut is not None:
             outcome.cut[number] = cut.to(layer.total.dtype)
@@ -229,21 +261,20 @@ class BatchSolver:
         outcome.diagnostics |= {f"layer_{number}/{name}": value for name, value in measured.items()}
         return update
 
-    def _solution(self, constraints: Constraints, number: int, keys: Keys, carried: Tensor | None) -> Solution:
+    def _solution(
+        self, constraints: Constraints, number: int, keys: Keys, carried: Tensor | None, firmness: float
+    ) -> Solution:
         """The solution of a layer's system, which starts from what was cut off from earlier updates."""
-        metric, limit, weight = (
-            self.preservation[number],
-            self.settings.condition_limit,
-            self.settings.context_key_weight,
-        )
+        metric, weight = self.preservation[number], self.settings.context_key_weight
+        limit = self.settings.condition_limit
         same_key = duplicate_tolerance(rounding(self.lm.model.dtype, self.lm.device))
         if self.settings.bare_denominator:
             _require_one_constraint(constraints, carried)
         if carried is not None:
-            return solve_from(carried, constraints, metric, limit, same_key, keys.context_keys, weight)
+            return solve_from(carried, constraints, metric, limit, same_key, firmness, keys.context_keys, weight)
         if weight:
             metric = metric.plus(keys.context_keys, weight)
-        solution = solve(constraints, metric, limit, same_key=same_key)
+        solution = solve(constraints, metric, limit, same_key, firmness)
         if self.settings.bare_denominator and keys.bare is not None:
             solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
         return solution

@@ -41,6 +41,8 @@ class EditPlan:
     """values v* of the facts at the site that each layer works towards"""
     additions: list[Addition] = field(default_factory=list)
     """constraints that callbacks added"""
+    firmness: float = 0.0
+    """how much the solve holds the update back (:func:`editlab.solver.closed_form.solve`); 0: not at all"""
 
     def add(self, additions: Sequence[Addition]) -> None:
         """Adds constraints to the batch; if the system is ill-conditioned, they are dropped before the batch's own."""
@@ -54,14 +56,18 @@ class EditOutcome:
     plan: EditPlan
     updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the update that was added to its weight, float32 [d_v, d_k]"""
-    cut: dict[int, Tensor] = field(default_factory=dict)
-    """layer -> the part of the solved update that post-steps cut off, float32 [d_v, d_k]; empty without post-steps"""
     diagnostics: dict[str, float] = field(default_factory=dict)
     """numbers of the solve to log, such as ``layer_6/gram_condition``"""
     keys: dict[int, Keys] = field(default_factory=dict)
     """layer -> keys of the plan's facts followed by its additions, as the last pass read them"""
     last_updates: dict[int, Tensor] = field(default_factory=dict)
     """layer -> the part of its update that the last pass added, after those keys were read"""
+    firm_slack: dict[int, float] = field(default_factory=dict)
+    """layer -> number that the plan's firmness added to each slack in the last pass; only if it is firm"""
+    lowest_keys: Keys | None = None
+    """keys of the plan's facts at the lowest layer before the batch, which no update of the batch changes"""
+    cut: dict[int, Tensor] = field(default_factory=dict)
+    """layer -> the part of the solved update that post-steps cut off, float32 [d_v, d_k]; empty without post-steps"""
     residual_norm: Tensor | None = None
     """norm of each fact's residual at the lowest site before the solve, [n]; set by the solve"""
     measured: dict[str, float] = field(default_factory=dict)
@@ -138,5 +144,10 @@ class EditOutcome:
         rows = [row for row, index in enumerate(self._planned) if index not in self.dropped]
         self._planned = [self._planned[row] for row in rows]
         self.plan = replace(self.plan, facts=[self.plan.facts[row] for row in rows], targets=self.plan.targets.of(rows))
+        self.lowest_keys = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Clears the results of the last solve, apart from the keys of the lowest layer, which no solve changes."""
         self.updates, self.last_updates, self.keys, self.diagnostics, self.residual_norm = {}, {}, {}, {}, None
-        self.cut = {}
+        self.firm_slack, self.cut = {}, {}

@@ -33,6 +33,8 @@ class Solution:
     """Condition number of the system that was solved"""
     raised_slack: float = 0.0
     """Number added to every slack so that the system could be solved"""
+    firm_slack: float = 0.0
+    """Number added to every slack to hold the update back (``firmness``)"""
     dropped: int = 0
     """Number of optional (replayed) constraints that were dropped for the same reason"""
     merged: int = 0
@@ -50,8 +52,15 @@ def solve(
     metric: Preservation,
     condition_limit: float = 1e10,
     same_key: float = DUPLICATE_TOLERANCE,
+    firmness: float = 0.0,
 ) -> Solution:
     """Computes the update ``R (K^T C^-1 K + diag(s))^-1 K^T C^-1``, on the metric's device.
+
+    A firm solve holds the update back as Levenberg and Marquardt's damping does (Marquardt 1963): it adds ``firmness``
+    times the mean diagonal of ``K^T C^-1 K`` to every slack. As the firmness grows, the update's norm in the metric C
+    falls from that of the plain solve towards 0, and if all slacks are equal, no other update of the same norm leaves a
+    smaller residual ``sum_i ||delta k_i - r_i||^2``: it is a trust region. For one fact without slack the update is
+    divided by ``1 + firmness``.
 
     Constraints on the same key are merged first. If the condition number of ``K^T C^-1 K + diag(s)`` is then above the
     limit, all slacks are raised: first by 1e-10 of the mean diagonal of ``K^T C^-1 K``, then tenfold each time, up to
@@ -63,6 +72,7 @@ def solve(
         metric: the preservation metric C.
         condition_limit: largest acceptable condition number.
         same_key: fraction of its norm by which a key may differ from another and still count as the same.
+        firmness: how much the update is held back, at least 0; 0 is the plain solve.
 
     Raises:
         EditLabError: Keys or residuals are not finite.
@@ -76,7 +86,7 @@ def solve(
         zero = constraints.residuals.new_zeros(constraints.residuals.shape[0], constraints.keys.shape[0])
         return Solution(zero.double(), condition=1.0)
     system = constraints.merged(same_key)
-    solution = _solve_merged(system, metric, condition_limit)
+    solution = _solve_merged(system, metric, condition_limit, firmness)
     solution.merged = len(constraints) - len(system)
     if solution.merged:
         solution.notes.append(
@@ -88,24 +98,25 @@ def solve(
     return solution
 
 
-def _solve_merged(system: Constraints, metric: Preservation, limit: float) -> Solution:
+def _solve_merged(system: Constraints, metric: Preservation, limit: float, firmness: float) -> Solution:
     assert system.optional is not None
     whitened = metric.whiten(system.keys)
     corrected = metric.correct(whitened)
     gram = whitened.T @ corrected
-    matrix = (gram + gram.T) / 2 + torch.diag(system.slack.double())
+    scale = float(gram.diagonal().mean())
+    firm = firmness * scale
+    matrix = (gram + gram.T) / 2 + torch.diag(system.slack.double() + firm)
     residuals = system.residuals.double()
     direction = metric.unwhiten(corrected.contiguous()).T  # (C^-1 K)^T
     eigenvalues = torch.linalg.eigvalsh(matrix)
-    scale = float(gram.diagonal().mean())
     for raised in (0.0, *(scale * 10.0**power for power in range(-10, -3))):
         condition = _condition(eigenvalues + raised)
         if condition <= limit:
             inner = torch.linalg.solve(_with_diagonal(matrix, raised), residuals.T).T
             notes = [f"slack raised by {raised:.2e} for the condition number"] if raised else []
-            return Solution(inner @ direction, condition, raised_slack=raised, notes=notes)
+            return Solution(inner @ direction, condition, raised_slack=raised, firm_slack=firm, notes=notes)
     if bool(system.optional.any()) and not bool(system.optional.all()):
-        solution = _solve_merged(system.subset(~system.optional), metric, limit)
+        solution = _solve_merged(system.subset(~system.optional), metric, limit, firmness)
         solution.dropped = int(system.optional.sum())
         solution.notes.append(f"{solution.dropped} replayed constraints dropped: the system was ill-conditioned")
         return solution
@@ -113,6 +124,7 @@ def _solve_merged(system: Constraints, metric: Preservation, limit: float) -> So
     return Solution(
         inner @ direction,
         _condition(eigenvalues),
+        firm_slack=firm,
         least_squares=True,
         notes=["the system stayed ill-conditioned: minimum-norm least squares used"],
     )

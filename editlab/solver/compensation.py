@@ -31,6 +31,7 @@ def solve_from(
     metric: Preservation,
     condition_limit: float = 1e10,
     same_key: float = DUPLICATE_TOLERANCE,
+    firmness: float = 0.0,
     context_keys: Tensor | None = None,
     context_weight: float = 0.0,
 ) -> Solution:
@@ -42,6 +43,7 @@ def solve_from(
         metric: the metric G.
         condition_limit: as for :func:`~editlab.solver.closed_form.solve`.
         same_key: as for :func:`~editlab.solver.closed_form.solve`.
+        firmness: as for :func:`~editlab.solver.closed_form.solve`; it holds back what is added to X, and not X.
         context_keys: keys at which the present outputs are to be preserved in this solve alone, [d_k, m].
         context_weight: their weight in the metric.
 
@@ -57,6 +59,6 @@ def solve_from(
         start = start - context_weight * (start @ context_keys) @ metric.inverse_times(context_keys).T
     constraints = constraints.to(metric.device)
     remaining = replace(constraints, residuals=constraints.residuals.double() - start @ constraints.keys.double())
-    solution = solve(remaining, metric, condition_limit, same_key)
+    solution = solve(remaining, metric, condition_limit, same_key, firmness)
     solution.delta = solution.delta + start
     return solution

@@ -11,10 +11,50 @@ import torch
 
 from callbacks import MemoryReplay
 from editlab.callback import EditCallback
-from editlab.edits.plan import Addition
+from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.plan import Addition, EditOutcome, EditPlan
+from editlab.edits.snapshot import Snapshot
+from editlab.lm.language_model import LanguageModel
+from editlab.solver.methods import EMMET
 from editlab.values.optimize import ValueSettings
 from tests.facts import FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize(("layers", "passes", "reads"), [([2], 1, 0), ([1, 2], 1, 1), ([1, 2], 2, 3)])
+def test_a_batch_solved_again_is_that_of_a_plan_with_this_firmness(monkeypatch, layers, passes, reads):
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    targets = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+    def solver():
+        found = BatchSolver.at(lm, layers, [""], SolveSettings(EMMET(gram_ridge=0.5), passes=passes))
+        found.set_moments({layer: torch.eye(48, dtype=torch.float64) for layer in layers})
+        return found
+
+    def bits(found, outcome):
+        totals = [layer.total.clone() for layer in found.layers.values()]
+        assert all(torch.equal(outcome.updates[n], t) for n, t in zip(layers, totals, strict=True)) or passes > 1
+        return totals
+
+    expected = {}
+    for firmness in (0.0, 0.5):
+        fresh = solver()
+        outcome = EditOutcome(EditPlan(0, FACTS[:3], targets, firmness=firmness))
+        fresh.solve(outcome)
+        expected[firmness] = bits(fresh, outcome)
+        for layer in fresh.layers.values():
+            layer.restore(torch.zeros_like(layer.total))
+    again = solver()
+    before, outcome = Snapshot(list(again.layers.values())), EditOutcome(EditPlan(0, FACTS[:3], targets))
+    again.solve(outcome)
+    calls, plain = [], again.read_keys
+    monkeypatch.setattr(again, "read_keys", lambda *a: calls.append(1) or plain(*a))
+    for firmness in (0.5, 0.0):
+        again.solve_again(outcome, before, firmness)
+        assert all(map(torch.equal, bits(again, outcome), expected[firmness]))
+        assert (outcome.firm_slack.keys() == set(layers)) == (firmness > 0)
+    assert len(calls) == 2 * reads  # the keys of the lowest layer in the first pass are not read again
 
 
 class Verdict(EditCallback):

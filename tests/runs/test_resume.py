@@ -22,7 +22,7 @@ from tests.facts import FACTS, write_counterfact
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora"}
+SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora", "emmet_trust_firm"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
 STATELESS = {"finetune", "lora_only", "retrieval"}
 """Recipes whose methods keep nothing between batches but sums and ledger; test_trained_batch.py resumes such runs."""

@@ -144,6 +144,51 @@ def test_emmet_with_a_slack_is_memit_at_slack_times_lambda():
     close(solve(soft, emmet.preservation(c0)).delta, solve(ones, memit.preservation(c0)).delta)
 
 
+@pytest.mark.parametrize("firmness", [1 / 64, 1.0, 1024.0])
+@pytest.mark.parametrize("slack", [0.0, 2.0])
+def test_a_firm_solve_is_the_dense_one_with_the_slack_raised(slack, firmness):
+    c0, some = problem(5, slack=slack)
+    inverse = torch.linalg.inv(c0)
+    gram = some.keys.T @ inverse @ some.keys
+    raised = firmness * gram.diagonal().mean()
+    system = gram + (slack + raised) * torch.eye(5, dtype=torch.float64)
+    expected = some.residuals @ torch.linalg.inv(system) @ some.keys.T @ inverse
+    found = solve(some, MEMIT(covariance_weight=1.0, ridge=1e-15).preservation(c0), firmness=firmness)
+    close(found.delta, expected, 1e-11)
+    assert found.firm_slack == pytest.approx(float(raised))
+
+
+def test_of_all_updates_of_its_norm_a_firm_one_leaves_the_least_residual():
+    # Scaling the plain update to the same norm in the metric leaves more; and one fact is divided by 1 + firmness.
+    c0, some = problem(5)
+    metric = MEMIT(covariance_weight=1.0, ridge=1e-15).preservation(c0)
+    plain, firm = solve(some, metric).delta, solve(some, metric, firmness=0.5).delta
+    norms = [float(torch.trace(delta @ c0 @ delta.T).sqrt()) for delta in (plain, firm)]
+    scaled = plain * norms[1] / norms[0]
+    left = [float((delta @ some.keys - some.residuals).norm()) for delta in (firm, scaled)]
+    assert norms[1] < norms[0]
+    assert left[0] < left[1]
+    c0, one = problem(1)
+    metric = ROME(ridge=1e-15).preservation(c0)
+    close(solve(one, metric, firmness=3.0).delta, solve(one, metric).delta / 4)
+
+
+def test_a_sequence_with_a_firm_batch_is_one_joint_batch():
+    # The second batch was firm, so its past keys weigh 1 / (slack + what was added); then the third is solved.
+    c0, some = problem(9, slack=1.0)
+    metric = MEMIT(covariance_weight=1.0, ridge=1e-15).preservation(c0)
+    total, slack, past = torch.zeros(D_V, D_K, dtype=torch.float64), some.slack.clone(), metric
+    for start, firmness in ((0, 0.0), (3, 2.0), (6, 0.0)):
+        keys = some.keys[:, start : start + 3]
+        own = Constraints(keys, some.residuals[:, start : start + 3] - total @ keys, torch.ones(3).double())
+        found = solve(own, past, firmness=firmness)
+        total = total + found.delta
+        slack[start : start + 3] += found.firm_slack
+        past = past.plus(keys, 1 / (1 + found.firm_slack))
+    joint = solve(Constraints(some.keys, some.residuals, slack), metric).delta
+    close(total, joint, 1e-10)
+
+
 @pytest.mark.parametrize("slack", [0.0, 2.0])
 def test_a_hard_replayed_constraint_gives_way_to_an_edit_of_its_key(slack):
     c0, batch = problem(3, slack=slack)

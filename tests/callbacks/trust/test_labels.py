@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,18 +16,21 @@ from callbacks.trust import tables as trust_tables
 from callbacks.trust.fork import ForkLabels
 from editlab.data.fact import Neighbor
 from editlab.edits.plan import EditPlan
+from editlab.errors import UserError
 from editlab.experiments.csv_files import read_rows
 from editlab.experiments.drawing import draw_all
-from editlab.experiments.faults import KINDS, InjectFaults, about_last_word, inject
+from editlab.experiments.faults import GRADED, KINDS, InjectFaults, about_last_word, inject, one_token_off
 from editlab.experiments.plan import finished as finished_runs
 from editlab.experiments.plan import planned
 from editlab.experiments.spec import load_experiment
 from editlab.experiments.writing import Results
+from editlab.lm.language_model import LanguageModel
 from editlab.runs.event_log import EventLog
 from editlab.values.spread import Targets
 from tests.experiments.made_up import finish, options
 from tests.facts import FACTS, write_counterfact
 from tests.test_editor import editor, fit
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def plan():
@@ -50,6 +54,37 @@ def test_faults_by_hand():
     assert about_last_word(FACTS[7]).subject_span == (len(FACTS[7].question) - 2, len(FACTS[7].question))
     with pytest.raises(ValueError, match="not a kind of fault"):
         inject(plan(), "typo", 0)
+
+
+def test_graded_faults_by_hand():
+    plain, lm = plan().targets.first, LanguageModel(tiny_model("llama"), tiny_tokenizer())
+    for kind in GRADED[:5]:
+        noisy = plan()
+        inject(noisy, kind, seed=1)
+        fraction = (noisy.targets.first - plain).norm(dim=1) / plain.norm(dim=1)
+        assert fraction.tolist() == pytest.approx([float(kind[-3:])] * 4)
+    wrong, twice, span = plan(), plan(), plan()
+    for each, kind in ((wrong, "wrong_fact"), (twice, "duplicate"), (span, "wrong_span")):
+        inject(each, kind, seed=1, lm=lm)
+    (moved,) = [i for i in range(4) if not torch.equal(wrong.targets.first[i], plain[i])]
+    assert any(torch.equal(wrong.targets.first[moved], plain[i]) for i in range(4) if i != moved)
+    # The second edit of a fact has another fact's target and stands where that fact stood, so its value is that one's.
+    assert len({fact.slot for fact in twice.facts}) == 3
+    assert [fact.target_new for fact in twice.facts] == [fact.target_new for fact in FACTS[:4]]
+    assert torch.equal(twice.targets.first, plain)
+    assert [fact.question for fact in span.facts] == [fact.question for fact in FACTS[:4]]
+    # "France" is one token, so its key is read one token late; "Fr|ance and Norway" ends one token early.
+    assert span.facts[0].subject == "France is"
+    assert one_token_off(lm, FACTS[7]).subject == "France and"
+    alone = replace(FACTS[0], subject="is", prompt="{}")
+    assert one_token_off(lm, alone) == alone  # its question has no other token
+
+
+def test_errors_of_faults():
+    with pytest.raises(UserError, match="kinds has 'typo': the kinds are noise, norm"):
+        InjectFaults(kinds=["noise", "typo"])
+    with pytest.raises(ValueError, match="not a kind of fault"):
+        inject(plan(), "wrong_span", 0)  # it needs the model
 
 
 def run(tmp_path, tiny_folder, name, *callbacks, text=None):
@@ -165,7 +200,7 @@ def test_few_bad_batches_have_an_exact_interval_and_no_fork_later_no_label():
 
 def test_the_points_of_a_curve_have_its_area():
     suspicion, bad = [0.9, 0.8, 0.7, 0.2, 0.1], [True, False, True, False, False]
-    batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.SIGNALS, s), None, {})
+    batches = [trust_labels.Batch("run", i, dict.fromkeys(trust_labels.GATES, s), None, {})
                for i, s in enumerate(suspicion)]  # fmt: skip
     rows = [r for r in trust_tables.points_of_labels({"injected": (batches, bad)}) if r["gate"] == "trust"]
     assert rows[0] == {"labels": "injected", "gate": "trust", "false_positive_rate": 0, "recall": 0, "precision": 0}
@@ -179,7 +214,7 @@ def test_the_points_of_a_curve_have_its_area():
 
 def test_the_table_gives_baselines_as_many_rejections():
     batches = [
-        trust_labels.Batch("run", i, {"trust": t, "norm only": n, "perplexity only": 0.0}, None, {})
+        trust_labels.Batch("run", i, {**dict.fromkeys(trust_labels.GATES, 0.0), "trust": t, "norm only": n}, None, {})
         for i, (t, n) in enumerate([(0.9, 1.0), (0.1, 9.0), (0.2, 2.0), (0.05, 3.0)])
     ]
     rows = trust_tables.rates_of_labels({"injected": (batches, [True, False, False, False])})
@@ -188,6 +223,35 @@ def test_the_table_gives_baselines_as_many_rejections():
     assert at["norm only"]["rollback_rate"] == 0.25  # the longest one, which is the wrong one
     assert at["norm only"]["recall"] == 0
     assert math.isclose(next(row for row in rows if row["gate"] == "always accept")["balanced_accuracy"], 0.5)
+
+
+def test_the_paired_difference_of_two_gates_by_hand():
+    # Gate a ranks the bad batches first, gate b last, so PR-AUC is 1 and what ranking them last gives; in both runs the
+    # same, so every draw shows a difference.
+    bad = [True] * 3 + [False] * 3
+    scores = [0.9, 0.8, 0.7, 0.3, 0.2, 0.1]
+    batches = [trust_labels.Batch(run, i, {"a": s, "b": -s, "c": s}, None, {})
+               for run in ("one", "two") for i, s in enumerate(scores)]  # fmt: skip
+    found = trust_labels.paired_difference(batches, bad * 2, "a", "b", resamples=200)
+    # Under b the bad ones come last, each twice: 2 of 8, 4 of 10 and 6 of 12.
+    assert found.difference == pytest.approx(1 - (2 / 8 + 4 / 10 + 6 / 12) / 3, abs=1e-6)
+    assert 0 < found.low < found.difference < found.high
+    assert found.p == pytest.approx(2 / 201)
+    same = trust_labels.paired_difference(batches, bad * 2, "a", "c", resamples=20)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert trust_labels.paired_difference(batches[:6], bad, "a", "b") is None  # too few bad ones
+
+
+def test_labelled_batches_by_hand(tmp_path):
+    finished(tmp_path / "v", {"1": "noise"})
+    case = SimpleNamespace(name="faulty_gate")
+    run = SimpleNamespace(folder=tmp_path / "v", case=case, seed=3, recipe="r", summary={})
+    rows = trust_tables.labelled_batches([run])
+    # Only the batch with a fault loses neighbors, .6 of them; the others lose nothing, which is the limit.
+    assert [(row["step"], row["fault"], row["bad"], row["loss_NS"]) for row in rows] == [
+        (0, "", 0, 0.0), (1, "noise", 1, 0.6), (2, "", 0, 0.0), (3, "", 0, 0.0)
+    ]  # fmt: skip
+    assert rows[2]["update_norm"] == 0.2
 
 
 def finished(folder, faults):
@@ -235,7 +299,7 @@ def test_tables_and_figures_of_finished_runs(tmp_path):
     whole = {(r["labels"], r["gate"]): r["ROC_AUC"] for r in tables["trust_eval"] if r["gate"] != "always accept"}
     assert whole["injected", "trust"] == whole["fork", "trust"] == "1.0"
     assert {(row["labels"], row["gate"]) for row in tables["trust_roc"]} == {
-        (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.SIGNALS
+        (kind, gate) for kind in ("injected", "fork") for gate in trust_labels.GATES
     }
     assert len(EventLog(results / "trust_events.jsonl").read()) == 4
     figures = {path.name for path in (tmp_path / "out" / "figs").iterdir()}

@@ -9,6 +9,8 @@ import torch
 
 from callbacks.trust.probes import (
     BatchAnswers,
+    HeldOut,
+    Measured,
     Probes,
     Sentence,
     attribution_focus,
@@ -182,14 +184,15 @@ def test_gain_is_that_of_the_facts_that_stay(lm):
     outcome.drop({1}, "no gain")
     editor.layers[0].add(0.1 * torch.ones_like(editor.layers[0].total))
     metrics = probes.measure_after(editor, outcome)
-    change = (probes._after.target - probes._before.target).tolist()
+    change = (probes.latest.answers.target - probes._before.target).tolist()
     assert metrics.edit_success_gain == pytest.approx((change[0] + change[2]) / 2)
 
 
 def test_signals_of_facts_by_hand(lm):
     probes = Probes([Sentence((5, 6, 7), 2)], 2, False)
     probes._before = BatchAnswers(torch.tensor([-3.0, -2.0, -1.0]), torch.tensor([True, True]), torch.tensor([0, 2]))
-    probes._after = BatchAnswers(torch.tensor([-1.0, -2.5, 0.0]), torch.tensor([True, False]), torch.tensor([0, 2]))
+    after = BatchAnswers(torch.tensor([-1.0, -2.5, 0.0]), torch.tensor([True, False]), torch.tensor([0, 2]))
+    probes.latest = Measured(after, HeldOut(1.0, 0.5), [])
     plan = EditPlan(0, FACTS[:3], Targets(FACTS[:3], {1: torch.zeros(3, 2)}))
     outcome = EditOutcome(plan, {}, {}, residual_norm=torch.tensor([2.0, 1, 10]))
     first, second, third = probes.measure_facts(outcome)
