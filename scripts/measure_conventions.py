@@ -62,9 +62,12 @@ CASES: dict[str, dict[str, Any]] = {
     "rome_mlp": _ROME | {"site": "mlp"},
     "rome_one_key": _ROME | {"keys": "mean", "site": "mlp"} | SUBJECT,
     "rome_published": _ROME | _PAPER,
+    "rome_published_clamp_4": _ROME | _PAPER | {"clamp": 4.0},
 }
-"""Case -> arguments of :func:`editlab.edit_model`, and ``kl_at`` of the values. ``rome_one_key`` has every published
-convention but the denominator, which is the mean key's as in r-ROME."""
+"""Case -> arguments of :func:`editlab.edit_model`, and ``kl_at`` and ``clamp`` of the values.
+
+``rome_one_key`` has every published convention but the denominator, which is the mean key's as in r-ROME.
+``rome_published_clamp_4`` has the ball of the authors' settings too."""
 
 METRICS = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS")
 
@@ -84,7 +87,8 @@ def find_values(editor: SequentialEditor, facts: Sequence[Fact], size: int) -> N
 def measure(name: str, model: Any, tokenizer: Any, facts: Sequence[Fact], size: int) -> tuple[Row, Mapping[str, Any]]:
     """Edits the facts as a case says: its metrics, and metric -> fact -> value. The model is as before afterwards."""
     settings = {"layers": [4, 5, 6], "batch_size": size, **CASES[name]}
-    values = ValueSettings(reference="original", kl_at=settings.pop("kl_at", None))
+    changed = {part: settings.pop(part) for part in ("kl_at", "clamp") if part in settings}
+    values = ValueSettings(reference="original", **changed)
     if settings["batch_size"] == 1:
         editing = {key: value for key, value in settings.items() if key != "batch_size"}
         editor = SequentialEditor(values=values, **editing)

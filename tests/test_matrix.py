@@ -29,7 +29,7 @@ METHODS = {
     "emmet": EMMET(),
     "emmet exact": EMMET(gram_ridge=0.0),
     "memit": MEMIT(covariance_weight=10.0),
-    "alphaedit": AlphaEdit(threshold=1e9),  # keys of a random model have a scale of their own
+    "alphaedit": AlphaEdit(threshold=1e9, l2=1.0),  # keys of a random model have a scale of their own
 }
 FRACTIONS = {"ES", "PS", "NS", "S", "accuracy", "paraphrase_accuracy", "neighbor_accuracy"}
 _REPLAY = {"rate": 1.0, "capacity": 4}

@@ -15,6 +15,7 @@ the collapse of long sequences of edits to this; their r-ROME uses one key.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from editlab.errors import UserError
 from editlab.keys.subject_keys import MLP
@@ -56,7 +57,7 @@ class Conventions:
                 f"{known}): set model.keys, model.site and model.values.kl_at instead."
             )
         base = OF_CODES[type(method)] if name == PUBLISHED else cls()
-        given = {"keys": keys, "site": site, "kl_at": kl_at}
+        given: dict[str, Any] = {"keys": keys, "site": site, "kl_at": kl_at}
         return replace(base, **{setting: value for setting, value in given.items() if value is not None})
 
 

@@ -32,7 +32,7 @@ class Site:
     the stream, and the residual can be spread over several layers below it (MEMIT). If a norm comes between (Gemma 2
     and 3), the target has to be an output of the projection itself. ROME's authors choose the MLP's output in any model
     (Meng et al. 2022, arXiv:2202.05262, section 3.1); the ball and the weight decay of a value are then relative to the
-    norm of that output, which is smaller than the stream's.
+    norm of that output.
     """
 
     layer: int
