@@ -48,7 +48,8 @@ def test_the_key_holds_all_that_a_value_depends_on():
         cache(early_stop=2),
     ]
     assert len({c.folder for c in [cache(), *others]}) == 13
-    assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
+    assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache(anchor_facts=2).folder
+    assert cache(anchor_facts=2).folder == cache().folder
     assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
 
 
