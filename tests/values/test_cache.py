@@ -50,7 +50,8 @@ def test_the_key_holds_all_that_a_value_depends_on():
     assert len({c.folder for c in [cache(), *others]}) == 13
     assert len({cache(kl_at=kl_at).folder for kl_at in (None, "prompt", "subject")}) == 2
     assert "kl_at" not in ValueSettings(kl_at="prompt").cache_key()  # older versions' caches stay valid
-    assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache().folder
+    assert cache(batch_tokens=7).folder == cache(reference="original").folder == cache(anchor_facts=2).folder
+    assert cache(anchor_facts=2).folder == cache().folder
     assert len({name_of(fact) for fact in FACTS}) == len(FACTS)
 
 

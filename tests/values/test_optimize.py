@@ -172,7 +172,7 @@ def test_bad_inputs():
         ValueSettings(kl_factor=-1)
     with pytest.raises(UserError, match=r"one of current, original"):
         ValueSettings(reference="base")
-    with pytest.raises(UserError, match=r"one of adam, gradient"):
+    with pytest.raises(UserError, match=r"one of optimize, gradient"):
         ValueSettings(source="sgd")
     with pytest.raises(UserError, match="one of auto, float32, bfloat16"):
         ValueSettings(matmul="float16")

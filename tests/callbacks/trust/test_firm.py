@@ -22,6 +22,7 @@ from editlab.lm.language_model import LanguageModel
 from editlab.runs.event_log import EventLog
 from editlab.solver.methods import EMMET, MEMIT
 from editlab.values.optimize import ValueSettings
+from editlab.values.spread import Targets
 from tests import ranked
 from tests.callbacks.trust.test_callback import TEXT, Spoil
 from tests.facts import FACTS
@@ -100,7 +101,7 @@ def solved():
     solver.set_moments({layer: torch.eye(48, dtype=torch.float64) for layer in (1, 2)})
     before = Snapshot(list(solver.layers.values()))
     targets = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    outcome = EditOutcome(EditPlan(0, FACTS[:3], Targets(FACTS[:3], {LAYER: targets})))
+    outcome = EditOutcome(EditPlan(0, FACTS[:3], Targets(FACTS[:3], {2: targets})))
     solver.solve(outcome)
     layers = list(solver.layers.values())
     return SimpleNamespace(solver=solver, layers=layers, layer_numbers=[1, 2], edits=0), outcome, before
