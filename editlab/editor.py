@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact, latest
 from editlab.data.stream import FactBatch
 from editlab.distributed import ranks
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.carried import Carried
 from editlab.edits.conventions import OWN, Conventions
 from editlab.edits.edited_layer import ClosedFormOptimizer
@@ -24,6 +22,7 @@ from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.requirements import require_compatible
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.solve_settings import SolveSettings
 from editlab.edits.trained_batch import solver_of
 from editlab.edits.unmoved import UnmovedFacts
 from editlab.errors import UserError
@@ -32,7 +31,7 @@ from editlab.evaluation.known import holds_truth
 from editlab.evaluation.retrieval import memory_of
 from editlab.evaluation.score_cache import ScoreCache
 from editlab.keys.contexts import ContextSettings, sample_contexts
-from editlab.keys.moments import MomentSettings, second_moments
+from editlab.keys.moments import MomentSettings
 from editlab.keys.subject_keys import Site, too_long
 from editlab.runs import resume
 from editlab.runs.measured_model import MeasuredModel, in_float32
@@ -46,8 +45,9 @@ from editlab.solver.post_steps import PostStep
 from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
 from editlab.values.optimize import ValueSettings
-from editlab.values.sources import ValueSource, make_source, require_combination
-from editlab.values.spread import EACH, Targets, distinct, find_targets, sites_of
+from editlab.values.sources import make_source, require_combination
+from editlab.values.spread import Targets, distinct, sites_of
+from editlab.values.targets import TargetFinder
 
 
 class SequentialEditor(MeasuredModel):
@@ -90,7 +90,7 @@ class SequentialEditor(MeasuredModel):
 
     solver: BatchSolver
     """solves the batches; set when the fit starts"""
-    source: ValueSource
+    targets: TargetFinder
     """finds the values v*; set when the fit starts"""
 
     def __init__(
@@ -215,21 +215,15 @@ class SequentialEditor(MeasuredModel):
                 self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts, carried=self.carried
             )
             if self.method.solves:
-                self.solver.set_moments(self._second_moments())
-        self.source = make_source(
+                self.solver.read_moments(self.moments, self.language_model)
+        source = make_source(
             self.lm, self.model_key, self.contexts, self.values, self.unedited,
             reserved=lambda: self.solver.metric_bytes(self.lm.device),
             first=lambda count: self.trainer.datamodule.facts[:count],  # type: ignore[attr-defined]
         )  # fmt: skip
         if self.resumed is not None:
-            self.source.load_state_dict(self.resumed.get("values", {}))
-
-    def _second_moments(self) -> dict[int, Tensor]:
-        """C0 of each layer, float64 [d_k, d_k]; tensors without data if the method's metric does not depend on it."""
-        if not self.method.needs_moments:
-            sizes = {layer: self.lm.anatomy.key_size(layer) for layer in self.layer_numbers}
-            return {layer: torch.empty(size, size, device="meta") for layer, size in sizes.items()}
-        return second_moments(self.lm, self.layer_numbers, self.moments, self.language_model, self.solver.device)
+            source.load_state_dict(self.resumed.get("values", {}))
+        self.targets = TargetFinder(self.lm, self.values, source, self.sites, self.unedited)
 
     def on_train_start(self) -> None:
         """Sets a resumed run's random generators to the checkpoint's states, now that the set-up draws no more."""
@@ -245,8 +239,9 @@ class SequentialEditor(MeasuredModel):
         if self.restore_between_batches:
             for layer in self.layers:
                 layer.restore(torch.zeros_like(layer.total))
-        before, source_before = Snapshot(self.layers), self.source.state_dict()
-        plan = EditPlan(self.global_step, facts, self.find_targets(facts))
+        before, source_before = Snapshot(self.layers), self.targets.source.state_dict()
+        targets = self.targets.find(facts) if self.method.solves else Targets.none(facts)
+        plan = EditPlan(self.global_step, facts, targets)
         self._notify("on_edit_planned", plan)
         outcome = EditOutcome(plan)
         self.optimizers().step(lambda: self.solver.solve(outcome))  # type: ignore[union-attr]
@@ -257,7 +252,7 @@ class SequentialEditor(MeasuredModel):
             self._notify("on_edit_applied", outcome)
         self.solver.apply_verdict(outcome, before)
         if not outcome.kept:
-            self.source.load_state_dict(source_before)
+            self.targets.source.load_state_dict(source_before)
         factors = dict(zip((fact.slot for fact in facts), outcome.factors, strict=True))
         self.ledger.add(batch.facts, plan.step, [factors[fact.slot] for fact in batch.facts])
         for event in ("on_edit_settled", "on_edit_adjust", "on_edit_done"):
@@ -269,22 +264,6 @@ class SequentialEditor(MeasuredModel):
         listeners = [c for c in self.trainer.callbacks if hasattr(c, event)]  # type: ignore[attr-defined]
         for callback in sorted(listeners, key=lambda c: (getattr(c, "priority", 0), c.state_key)):
             getattr(callback, event)(self.trainer, self, subject)
-
-    def find_targets(self, facts: Sequence[Fact]) -> Targets:
-        """Targets of facts at the sites of the edited layers, on the weights that ``values.reference`` names.
-
-        Without a closed form there is nothing to find, and they have [n, 0] numbers.
-        """
-        if not self.method.solves:
-            return Targets(facts, {self.layer_numbers[-1]: torch.zeros(len(facts), 0)})
-        current = self.values.reference == "current"
-        with nullcontext() if current else self.unedited():
-            in_turn = self.source.find if current and self.values.spread == EACH else None
-            return find_targets(self.lm, self.values.spread, self.sites, facts, self.source.find, in_turn)
-
-    def find_values_now(self, facts: Sequence[Fact]) -> Tensor:
-        """Values of facts at all sites, float32 [n, sites, d_v], on the weights as they are."""
-        return find_targets(self.lm, self.values.spread, self.sites, facts, self.source.find_now).stacked()
 
     def _log_step(self, facts: Sequence[Fact], outcome: EditOutcome) -> None:
         with self.unedited():
@@ -348,7 +327,7 @@ class SequentialEditor(MeasuredModel):
             "carried": self.carried.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
-            "values": self.source.state_dict(),
+            "values": self.targets.source.state_dict(),
         }
         resume.save(checkpoint, self.trainer, self.identity, state)
 

@@ -25,7 +25,7 @@ TRAINER = cast(Any, None)
 def step(editor: SequentialEditor, replay: MemoryReplay, number: int, facts: Any) -> tuple[float, EditOutcome]:
     """Edits one batch as the editor does, up to the verdict; returns its duration in seconds and its outcome."""
     start = time.perf_counter()
-    plan = EditPlan(number, facts, editor.find_targets(facts))
+    plan = EditPlan(number, facts, editor.targets.find(facts))
     replay.on_edit_planned(TRAINER, editor, plan)
     outcome = EditOutcome(plan)
     editor.solver.solve(outcome)

@@ -23,14 +23,15 @@ import torch
 from editlab import edit_model
 from editlab.data import Fact
 from editlab.data.files import read_facts
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.edited_layer import unedited
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.edits.solve_settings import SolveSettings
 from editlab.evaluation.settings import EvaluationSettings
 from editlab.experiments.csv_files import Row, kept_rows, read_rows, write_rows
 from editlab.experiments.provenance import made_here
 from editlab.keys.contexts import ContextSettings, sample_contexts
-from editlab.keys.moments import MomentSettings, second_moments
+from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.loading.load import load
 from editlab.solver.methods import MEMIT, Method, UltraEdit
@@ -84,12 +85,7 @@ class Timed:
         self.solver = BatchSolver.at(
             lm, case.layers, contexts, SolveSettings(case.method, context_key_weight=case.context_keys)
         )
-        moments = MomentSettings()
-        if case.method.needs_moments:
-            self.solver.set_moments(second_moments(lm, case.layers, moments, name))
-        else:
-            sizes = {layer: lm.anatomy.key_size(layer) for layer in case.layers}
-            self.solver.set_moments({layer: torch.empty(n, n, device="meta") for layer, n in sizes.items()})
+        self.solver.read_moments(MomentSettings(), name)
         self.edited = list(self.solver.layers.values())
         anew = replace(case.values, reference="current")
         self.source = make_source(lm, "", contexts, anew, lambda: unedited(self.edited), lambda: 0, lambda count: [])

@@ -155,7 +155,7 @@ class MemoryReplay(EditCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Past keys of a resumed run enter the metric."""
         assert isinstance(pl_module, SequentialEditor)
-        if self.refresh == "values" and not pl_module.source.repeatable:
+        if self.refresh == "values" and not pl_module.targets.source.repeatable:
             raise UserError(NOT_AGAIN)
         self._bare_metric = {**pl_module.solver.preservation, **self.refreshed.metrics(pl_module)}
         if self.past_weight is None and isinstance(pl_module.method, Method):
@@ -182,7 +182,7 @@ class MemoryReplay(EditCallback):
             m for m in self.buffer.sample(count, exclude=plan.facts, step=plan.step) if self._weight(m, plan.step)
         ]
         if self.refresh == "values" and memories:
-            for memory, value in zip(memories, editor.find_values_now([m.fact for m in memories]), strict=True):
+            for memory, value in zip(memories, editor.targets.find_now([m.fact for m in memories]), strict=True):
                 memory.value = value.clone()
         plan.add([self._addition(memory, plan.step) for memory in memories])
 

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from editlab.data.fact import Fact
 from editlab.distributed import ranks
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.solve_settings import SolveSettings
 from editlab.evaluation.scoring import score_pairs
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, text_windows

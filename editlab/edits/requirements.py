@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from editlab.edits.batch import SolveSettings
+from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import UserError
 
 

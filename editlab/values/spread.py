@@ -79,6 +79,11 @@ class Targets:
         self.facts, self.given, self.sites, self.find = facts, given, sites, find
         self._found: dict[int, Tensor] = {}
 
+    @classmethod
+    def none(cls, facts: Sequence[Fact]) -> Targets:
+        """Targets of facts whose method solves no closed form: [n, 0] at one site."""
+        return cls(facts, {0: torch.zeros(len(facts), 0)})
+
     @property
     def layers(self) -> list[int]:
         """Layers of the sites, from the lowest up."""

@@ -11,9 +11,10 @@ import torch
 
 from callbacks import MemoryReplay
 from editlab.callback import EditCallback
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import Addition, EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.solve_settings import SolveSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET
 from editlab.values.optimize import ValueSettings

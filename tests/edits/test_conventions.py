@@ -9,9 +9,10 @@ from callbacks import MemoryReplay
 from editlab import edit_model
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.conventions import Conventions
 from editlab.edits.plan import Addition, EditOutcome, EditPlan
+from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import EditLabError, UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel

@@ -10,7 +10,7 @@ from editlab.callback import EditCallback
 from editlab.data import EditDataModule
 from editlab.editor import SequentialEditor
 from editlab.edits import trained_batch
-from editlab.edits.batch import SolveSettings
+from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import UserError
 from editlab.evaluation.retrieval import Retrieval
 from editlab.evaluation.scoring import score_pairs

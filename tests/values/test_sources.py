@@ -93,7 +93,7 @@ def test_a_resumed_run_with_gradients_ends_in_the_same_bits(tiny_folder, tmp_pat
         torch.equal(a.total, b.total) and a.total.any() for a, b in zip(resumed.layers, whole.layers, strict=True)
     )
     # Two facts in each of three batches; those of the rolled-back one left no trace in the statistics.
-    assert [one["count"] for one in resumed.source.state_dict()["moments"].values()] == [4]
+    assert [one["count"] for one in resumed.targets.source.state_dict()["moments"].values()] == [4]
     assert all(bool(layer.total.any()) for layer in whole.layers)
 
 

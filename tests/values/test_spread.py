@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from editlab.data.fact import Fact
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import Addition, EditOutcome, EditPlan
+from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site, locate, read_keys, read_outputs
 from editlab.lm.language_model import LanguageModel

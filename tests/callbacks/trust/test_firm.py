@@ -14,9 +14,10 @@ from callbacks.trust.probes import measure_heldout
 from callbacks.trust.score import Threshold, TrustMetrics, TrustScorer
 from callbacks.trust.verdict import Judge
 from editlab.callback import EditCallback
-from editlab.edits.batch import BatchSolver, SolveSettings
+from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
+from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import UserError
 from editlab.lm.language_model import LanguageModel
 from editlab.runs.event_log import EventLog
