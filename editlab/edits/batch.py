@@ -230,7 +230,7 @@ class BatchSolver:
             metric = metric.plus(keys.context_keys, weight)
         solution = solve(constraints, metric, limit, same_key, firmness)
         if self.settings.bare_denominator and keys.bare is not None:
-            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0])
+            solution = exact_at(solution, keys.bare[:, 0], constraints.residuals[:, 0] / (1 + firmness))
         return solution
 
     def _after_post_steps(self, solved: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
