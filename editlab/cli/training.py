@@ -24,6 +24,7 @@ from editlab.errors import UserError
 from editlab.runs.progress_bar import with_progress_bar
 from editlab.runs.trainer import TRAINER_DEFAULTS
 from editlab.runs.workplace import abandon_folder
+from editlab.solver.base import EditMethod
 from editlab.utils import compat
 from editlab.utils.files import require_end
 from editlab.utils.progress import bars, speaks
@@ -72,7 +73,8 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
                 path = value if equals else "".join(words[index + 1 : index + 2])
                 require_end(Path(path), f"The configuration {path}")
         try:
-            super().parse_arguments(parser, args)
+            with compat.arguments_of_one_class(EditMethod):
+                super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save the file in UTF-8.") from error
 

@@ -22,7 +22,10 @@ from editlab.runs.figures import save_figure
 FIGURES = "figures"
 """Name of the last step, which draws the figures."""
 
-ORDER = ("baselines", "slack_dial", "replay_ablation", "lora_ablation", "trust_eval", "forgetting", "batch_experiments")
+ORDER = (
+    "baselines", "slack_dial", "replay_ablation", "lora_ablation", "trust_eval", "trust_labels", "trust_graded",
+    "trust_budget", "targets", "forgetting", "batch_experiments",
+)  # fmt: skip
 """Experiments that come first, in this order; others follow by name."""
 
 

@@ -71,6 +71,33 @@ def read_attribute_docstrings(wanted: bool = True) -> None:
         jsonargparse.set_docstring_parse_options(attribute_docstrings=wanted)
 
 
+@contextmanager
+def arguments_of_one_class(kind: type) -> Iterator[None]:
+    """Let a setting of type ``kind`` that gets another class start with that class's defaults, inside the ``with``.
+
+    jsonargparse takes over the arguments of the class before, defaults included, if both classes have them. MEMIT would
+    get lambda 1 from EMMET, which is the default method, in place of its own 15,000.
+    """
+    from jsonargparse import _typehints
+
+    plain = _typehints.discard_init_args_on_class_path_change
+
+    def discard(action: Any, before: Any, now: Any) -> None:
+        if before and "init_args" in before and before["class_path"] != now["class_path"]:
+            known = _typehints.import_object(now["class_path"])
+            if isinstance(known, type) and issubclass(known, kind):
+                arguments = before["init_args"]
+                for name in list(arguments.keys()):
+                    del arguments[name]
+        plain(action, before, now)
+
+    _typehints.discard_init_args_on_class_path_change = discard
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = plain
+
+
 # ---- Lightning: checkpoints, loggers, strategies, modules ---------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def test_the_short_help_has_our_settings_and_the_most_used_ones_of_the_trainer(h
     assert {name for name in named if name.startswith("trainer.")} == set(SHOWN)
     assert "--help=all" in helps["short"]
     assert helps["short"].startswith("usage: editlab fit ")
-    assert len(helps["short"].splitlines()) < 300
+    assert len(helps["short"].splitlines()) < 350
 
 
 def test_the_whole_help_has_everything(helps):
@@ -56,7 +56,7 @@ def test_the_whole_help_has_everything(helps):
 
 
 def test_one_sentence_in_the_short_help_and_all_of_them_in_the_other(helps):
-    first, second = "as in the authors' codes of ROME and MEMIT", "Adam moves all coordinates by similar amounts"
+    first, second = "optimization of a fact ends too", "gives values closer to the original"
     flat = {kind: " ".join(text.split()) for kind, text in helps.items()}
     assert (first in flat["short"], second in flat["short"]) == (True, False)
     assert (first in flat["all"], second in flat["all"]) == (True, True)

@@ -105,6 +105,27 @@ def test_another_source_has_its_own_step_size(recipe, capsys):
 VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "weight"),
+    [
+        ([], 1.0),  # of EMMET, the default method
+        (["--model.method", "MEMIT"], 15000.0),
+        (["--config", "one.yaml"], 15000.0),  # MEMIT without arguments
+        (["--config", "emmet.yaml", "--config", "one.yaml"], 15000.0),  # a recipe with lambda 3000, and another method
+        (["--config", "emmet.yaml", "--model.method", "EMMET"], 3000.0),  # the same method keeps what the recipe says
+    ],
+)
+def test_another_method_starts_with_its_own_defaults(arguments, weight, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    emmet = {"class_path": "EMMET", "init_args": {"covariance_weight": 3000}}
+    for name, method in (("one", {"class_path": "MEMIT"}), ("emmet", emmet)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": {"method": method}}))
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["model"]["method"]
+    assert method["init_args"]["covariance_weight"] == weight
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_has_its_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:

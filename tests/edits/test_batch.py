@@ -18,6 +18,7 @@ from editlab.edits.solve_settings import SolveSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET
 from editlab.values.optimize import ValueSettings
+from editlab.values.spread import Targets
 from tests.facts import FACTS, capital, write_counterfact
 from tests.test_editor import Spy, editor, fit, site_now
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -26,7 +27,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 @pytest.mark.parametrize(("layers", "passes", "reads"), [([2], 1, 0), ([1, 2], 1, 1), ([1, 2], 2, 3)])
 def test_a_batch_solved_again_is_that_of_a_plan_with_this_firmness(monkeypatch, layers, passes, reads):
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
-    targets = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    targets = Targets(FACTS[:3], {max(layers): values})
 
     def solver():
         found = BatchSolver.at(lm, layers, [""], SolveSettings(EMMET(gram_ridge=0.5), passes=passes))

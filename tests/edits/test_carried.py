@@ -5,12 +5,13 @@ import torch
 
 from editlab.edits.carried import Carried
 from editlab.edits.plan import EditOutcome, EditPlan
+from editlab.values.spread import Targets
 from tests.facts import FACTS
 
 
 def outcome(factor, updates, cut):
     """A solved batch: layer -> a number, of which its update, or what was cut off from it, is a matrix."""
-    made = EditOutcome(EditPlan(0, FACTS[:2], torch.zeros(2, 3)))
+    made = EditOutcome(EditPlan(0, FACTS[:2], Targets(FACTS[:2], {1: torch.zeros(2, 3)})))
     made.updates = {layer: torch.full((1, 2), number) for layer, number in updates.items()}
     made.cut = {layer: torch.full((1, 2), number) for layer, number in cut.items()}
     made.scale(factor, "so says the test")

@@ -14,6 +14,8 @@ from editlab.experiments.spec import load_experiment
 PROJECT = Path(__file__).parents[2]
 SPECS = {spec.file: spec for file in experiment_files(PROJECT) for spec in load_experiment(file).figures
          if not isinstance(spec, RunsFigureSpec)}  # fmt: skip
+NOT_RUN = {"trust_graded_roc"}
+"""Figures of experiments that were not run yet, as docs/experiment_scripts.md says."""
 
 
 def write(path, rows):
@@ -40,9 +42,10 @@ def test_each_figure_comes_from_its_table(tmp_path, capsys):
           [{"method": "ROME", "effective_weight": "0.0", "way": "sequential", **row}])  # fmt: skip
     write(results / "replay_ablation.csv", [{"case": case, **row} for case in ("none", "joint")])
     write(results / "slack_dial.csv", [{"case": "memory_0", "retained/paraphrase_accuracy": 0.5, **row}])
-    write(results / "trust_roc.csv",
-          [{"labels": "injected", "gate": "trust", "false_positive_rate": x, "recall": x, "precision": 0.1}
-           for x in (0, 1)])  # fmt: skip
+    for table in ("trust_roc", "trust_graded_roc"):
+        write(results / f"{table}.csv",
+              [{"labels": "injected", "gate": "trust", "false_positive_rate": x, "recall": x, "precision": 0.1}
+               for x in (0, 1)])  # fmt: skip
     assert draw_figures(PROJECT, ["--out", str(tmp_path)]) == 0
     assert "skipped" not in capsys.readouterr().out
     drawn = {path.name for path in (tmp_path / "figs").iterdir()}
@@ -101,7 +104,10 @@ def test_curves_are_means_over_seeds():
 
 
 def test_the_committed_tables_have_the_columns_that_figures_name():
-    for spec in SPECS.values():
+    for name, spec in SPECS.items():
+        if name in NOT_RUN:
+            assert not (PROJECT / "results" / spec.table).exists()
+            continue
         assert isinstance(draw_from_table(spec, PROJECT), Figure), spec.file
         with (PROJECT / "results" / spec.table).open() as file:
             header = next(csv.reader(file))

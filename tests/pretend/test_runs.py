@@ -28,8 +28,11 @@ def small(recipe, folder, tiny, kind="mps"):
     path = folder / recipe.name
     config = yaml.safe_load(path.read_text())
     config["trainer"]["accelerator"] = "auto"
-    config["data"] |= {"limit": 2, "batch_size": 1}
-    config["model"]["values"]["steps"] = 2
+    if config["model"]["values"].get("source") == "gradient":  # needs a deviation over the facts of a batch
+        config["data"] |= {"limit": 4, "batch_size": 2}
+    else:
+        config["data"] |= {"limit": 2, "batch_size": 1}
+        config["model"]["values"]["steps"] = 2
     (folder / "moments.txt").write_text("The capital of France is Paris. Oslo lies in Norway. " * 20)
     config["model"]["moments"] = {"text": "moments.txt", "tokens": 128}  # sampling it takes a pass a token
     config["model"]["evaluation"] = {

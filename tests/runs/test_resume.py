@@ -39,9 +39,12 @@ def shrunk(recipe, folder, tiny, **changes):
     if "trust" not in recipe.stem:
         text = "text.txt"
         (folder / text).write_text("The capital of France is Paris. Oslo lies in Norway, and Lima lies in Peru. " * 20)
+    values = config["model"].get("values", {})
+    if values.get("source") != "gradient":  # which searches nothing
+        values["steps"] = 3
     config["model"] |= {
         "language_model": str(tiny), "layers": [1, 2] if len(config["model"]["layers"]) > 1 else [1],
-        "values": {**config["model"].get("values", {}), "steps": 3}, "moments": {"text": text, "tokens": 128},
+        "values": values, "moments": {"text": text, "tokens": 128},
         "contexts": {"count": 1, "length": 3},
         "evaluation": {
             "heldout_tokens": 64, "generated_texts": 1, "generated_tokens": 4, "generation": 2,

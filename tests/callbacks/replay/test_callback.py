@@ -172,7 +172,7 @@ def joint_by_hand(module, facts, targets):
 def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monkeypatch):
     # Recursive least squares: with soft constraints, one layer and the same targets, batch after batch with all past
     # keys in the metric lands where one solve over all facts does.
-    from editlab import editor as module_under_test
+    from editlab.edits import batch as module_under_test
 
     plain = module_under_test.second_moments
     seen = {}
@@ -194,7 +194,7 @@ def test_past_keys_make_the_sequence_one_joint_batch(tiny_folder, tmp_path, monk
 def test_later_batches_complete_a_scaled_one(tiny_folder, tmp_path, monkeypatch):
     # Half of the first batch stays, while the memory preserves its outputs as if they were its values. Without
     # compensation it never gets further; with it the second batch ends at the joint solve of all four facts.
-    from editlab import editor as module_under_test
+    from editlab.edits import batch as module_under_test
 
     plain = module_under_test.second_moments
     seen = {}
@@ -207,7 +207,7 @@ def test_later_batches_complete_a_scaled_one(tiny_folder, tmp_path, monkeypatch)
         replay = MemoryReplay(memory="consolidated")
         fit(tmp_path, module, callbacks=[replay, spy], limit=4, name=f"compensate_{compensate}")
         module.c0 = seen["c0"][1]
-        targets = torch.cat([plan.targets for plan in spy.plans])
+        targets = torch.cat([plan.targets.first for plan in spy.plans])
         joint = joint_by_hand(module, FACTS[:4], targets)
         gaps[compensate] = float((module.layers[0].total - joint).norm() / joint.norm())
         with module.unedited():

@@ -5,7 +5,7 @@ import torch
 
 from callbacks.replay.callback import MemoryReplay
 from callbacks.replay.refresh import Refresh
-from editlab import editor as module_under_test
+from editlab.edits import batch as module_under_test
 from editlab.solver.methods import BetaEdit
 from editlab.solver.post_steps import RECT, SPHERE
 from editlab.values.optimize import ValueSettings
