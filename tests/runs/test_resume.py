@@ -24,6 +24,14 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 SAME_PARTS = {"memit", "memit_replay", "memit_trust", "memit_lora", "emmet_trust_firm"}
 """Recipes with the callbacks of an ``emmet`` recipe, which is killed in their place."""
+SAME_STATE = {
+    "encore": "memit_consolidated",
+    "rlsedit": "memit_consolidated",
+    "prune": "rect",
+    "revive": "rect",
+    "sphere": "rect",
+}
+"""Recipes -> the recipe with the same state between batches, which is killed in their place."""
 STATELESS = {"finetune", "lora_only", "retrieval"}
 """Recipes whose methods keep nothing between batches but sums and ledger; test_trained_batch.py resumes such runs."""
 KILLS = 4
@@ -183,7 +191,9 @@ def test_the_facts_begin_with_those_edited():
 
 
 @needs_sigkill
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem not in SAME_PARTS | STATELESS], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.stem not in {*SAME_PARTS, *SAME_STATE, *STATELESS}], ids=lambda p: p.stem
+)
 def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     from tests import killed
 
