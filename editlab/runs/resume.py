@@ -127,38 +127,23 @@ class RunIdentity:
         Raises:
             UserError: One of them differs.
         """
-        if self.precision is not None and self.precision != run.precision:
-            raise UserError(
-                f"The checkpoint's run had trainer.precision {self.precision} and this one has {run.precision}: set it "
-                "to the checkpoint's, or start a new run without --ckpt_path."
-            )
         if self.batch_size != run.batch_size:
             raise UserError(
                 f"The checkpoint's batches are of {self.batch_size} facts and this run's of {run.batch_size}: set "
                 "data.batch_size to the checkpoint's."
             )
-        if self.split != run.split:
-            raise UserError(
-                f"The checkpoint's run had data.split {self.split} and this one has {run.split}: set it to the "
-                "checkpoint's, or start a new run without --ckpt_path."
-            )
-        if self.joint != run.joint:
-            raise UserError(
-                f"The checkpoint's run had data.joint {self.joint} and this one has {run.joint}: set it to the "
-                "checkpoint's, or start a new run without --ckpt_path."
-            )
-        for name, own in self.conventions.items():
-            other = run.conventions.get(name, own)
-            if own != other:
+        pairs = {
+            "trainer.precision": (self.precision, run.precision),
+            "data.split": (self.split, run.split),
+            "data.joint": (self.joint, run.joint),
+            "model.values.spread": (self.spread, run.spread),
+        } | {CONVENTIONS[name]: (own, run.conventions.get(name, own)) for name, own in self.conventions.items()}
+        for setting, (own, other) in pairs.items():
+            if own is not None and own != other:
                 raise UserError(
-                    f"The checkpoint's run had {CONVENTIONS[name]} {own} and this one has {other}: set it to the "
-                    "checkpoint's, or start a new run without --ckpt_path."
+                    f"The checkpoint's run had {setting} {own} and this one has {other}: set it to the checkpoint's, "
+                    "or start a new run without --ckpt_path."
                 )
-        if self.spread != run.spread:
-            raise UserError(
-                f"The checkpoint's run had model.values.spread {self.spread} and this one has {run.spread}: set it to "
-                "the checkpoint's, or start a new run without --ckpt_path."
-            )
 
 
 def _as_edited(fact: Fact) -> Fact:
