@@ -171,8 +171,8 @@ def main() -> None:
     earlier = kept_rows(read_rows(given.results)) if given.results.exists() else []
     rows = [row for row in earlier if row["measured"] != given.what or row["case"] not in found]
     for key, row in found.items():
-        described = {"case": key, "measured": given.what, **CASES[key].described, "model": given.model, **row}
-        rows.append(described | made_here(ROOT, described) | {"date": datetime.date.today().isoformat()})
+        settings = {"case": key, "measured": given.what, **CASES[key].described, "model": given.model}
+        rows.append(settings | row | made_here(ROOT, settings) | {"date": datetime.date.today().isoformat()})
         print(rows[-1], flush=True)
     write_rows(rows, given.results)
 
