@@ -72,7 +72,7 @@ CASES = {
 
 
 class Timed:
-    """A case whose rounds are timed; values are found anew, and not read from the cache.
+    """A case whose rounds are timed; values are searched for each time, and not read from the cache.
 
     Args:
         lm: the model.
