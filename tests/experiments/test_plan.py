@@ -32,7 +32,7 @@ def write(folder, text):
 
 @pytest.mark.parametrize(("name", "runs"), [
     ("baselines", 10), ("replay_ablation", 111), ("lora_ablation", 42), ("forgetting", 72), ("batch_experiments", 228),
-    ("trust_eval", 33), ("trust_graded", 24), ("trust_budget", 27), ("trust_labels", 4),
+    ("trust_eval", 33), ("trust_graded", 24), ("trust_budget", 27), ("trust_labels", 4), ("tuning", 173),
 ])  # fmt: skip
 def test_the_experiments_have_their_cases_and_seeds(name, runs):
     assert len(planned(load(name), Options(work=PROJECT))) == runs
