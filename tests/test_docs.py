@@ -142,3 +142,10 @@ def test_the_readme_is_short_and_has_the_command_that_ci_runs():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     assert sum(line.endswith("&& pytest") for line in lines) == 1
+
+
+def test_the_tests_that_the_theory_names_exist():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "theory.md").read_text(encoding="utf-8")))
+    assert len(named) > 10
+    assert {name for name in named if f"def {name}(" not in tests} == set()
