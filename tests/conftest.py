@@ -14,11 +14,18 @@ REAL_CACHE = cache_dir()
 """The user's cache, where the built-in model lies; only tests marked ``real`` see it."""
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="also run tests marked thorough (before a release)")
+
+
+def pytest_collection_modifyitems(config, items):
     """Tests of the real model go to one worker: it is fetched once, and lies in memory once."""
+    later = pytest.mark.skip(reason="thorough: run with pytest --thorough, as before a release")
     for item in items:
         if "real" in item.keywords:
             item.add_marker(pytest.mark.xdist_group("real"))
+        if "thorough" in item.keywords and not config.getoption("--thorough"):
+            item.add_marker(later)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,10 @@ from editlab.data.fact import Fact
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("32-true", torch.float32),
+    pytest.param("bf16-true", torch.bfloat16, marks=pytest.mark.thorough),
+])  # fmt: skip
 def test_the_built_in_model_learns_and_keeps_facts(tmp_path, monkeypatch, precision, dtype):
     monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "real.yaml"

@@ -99,7 +99,9 @@ def test_the_settings_of_a_class_are_explained():
 # ---- completion ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shell", completion.SHELLS)
+@pytest.mark.parametrize(
+    "shell", [pytest.param(s, marks=() if s == "bash" else pytest.mark.thorough) for s in completion.SHELLS]
+)
 def test_the_completion_of_a_shell_has_all_verbs_and_settings(shell, capsys, tmp_path):
     pytest.importorskip("shtab")
     assert main(["completion", shell]) == 0

@@ -111,7 +111,7 @@ def test_the_command_starts_its_ranks(tiny_folder, tmp_path):
 
 
 @needs_gloo
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_killed_and_resumed_on_two_ranks(rank, tiny_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = prepared(whole, tiny_folder, "emmet_replay", data={"batch_size": 2})

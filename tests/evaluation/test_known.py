@@ -117,6 +117,7 @@ def test_counts_agree_with_the_single_facts(lm, facts, monkeypatch, tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.thorough
 def test_the_built_in_facts_are_known_by_transformers_alone():
     """The model's own generate, one prompt at a time, says the truth of each of the first 50 built-in facts."""
     lm = LanguageModel.from_name("smollm2-135m", torch.float32)

@@ -34,6 +34,8 @@ SAME_STATE = {
 """Recipes -> the recipe with the same state between batches, which is killed in their place."""
 STATELESS = {"finetune", "lora_only", "retrieval"}
 """Recipes whose methods keep nothing between batches but sums and ledger; test_trained_batch.py resumes such runs."""
+IN_SHORT = {"emmet_replay_trust_lora", "memit_consolidated", "betaedit", "rect", "ultraedit"}
+"""Recipes that are killed in every test run: they have every kind of state; the others with ``--thorough``."""
 KILLS = 4
 
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -192,7 +194,12 @@ def test_the_facts_begin_with_those_edited():
 
 @needs_sigkill
 @pytest.mark.parametrize(
-    "recipe", [r for r in RECIPES if r.stem not in {*SAME_PARTS, *SAME_STATE, *STATELESS}], ids=lambda p: p.stem
+    "recipe",
+    [
+        pytest.param(r, id=r.stem, marks=() if r.stem in IN_SHORT else pytest.mark.thorough)
+        for r in RECIPES
+        if r.stem not in {*SAME_PARTS, *SAME_STATE, *STATELESS}
+    ],
 )
 def test_killed_anywhere_and_resumed(recipe, tiny_folder, tmp_path):
     from tests import killed

@@ -233,6 +233,7 @@ def test_messages_are_restored_after_the_conversion():
 
 
 @pytest.mark.real
+@pytest.mark.thorough
 def test_the_built_in_models_own_file_gives_the_built_in_model(tmp_path, monkeypatch):
     """All files of the folder are the same to the last byte, and so is everything that a run makes of them."""
     expected = builtin.smollm2_folder()
