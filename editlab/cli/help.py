@@ -21,7 +21,7 @@ TEXTS = {
     "config": "YAML file of settings, a recipe, or the name of one that ships (editlab ls). Of several files, and of the options after them, the last one counts.",
     "seed_everything": "Seed of all random draws of a run; true draws a seed, false sets none.",
     "trainer.accelerator": "Device of the model: cpu, gpu, cuda, mps, or auto, which takes a GPU if there is one.",
-    "trainer.strategy": "auto for one process; editlab_ddp shares each edit among several processes.",
+    "trainer.strategy": "Sharing of a run: auto for one process; editlab_ddp shares each edit among several processes.",
     "trainer.devices": "Number of devices, a list of their numbers, or auto.",
     "trainer.precision": "Type of the weights and of the model's computations: 32-true, or bf16-true for half the "
     "memory. Values, scores and solves keep their full width.",

@@ -182,11 +182,11 @@ class _ParsersAlone(_WithFullHelp):
         raise self.Stop(self.found)
 
 
-def trainer_parsers() -> dict[str, LightningArgumentParser]:
-    """The parsers of the Trainer's verbs by name, for shell completion."""
+def trainer_parsers(verb: str | None = None) -> dict[str, LightningArgumentParser]:
+    """The parsers of the Trainer's verbs by name, or that of one verb alone; for what lists all settings."""
     compat.read_attribute_docstrings()
     try:
-        create(_ParsersAlone, [])
+        create(_ParsersAlone.for_verb(verb) if verb else _ParsersAlone, [])
     except _ParsersAlone.Stop as stop:
         found: dict[str, LightningArgumentParser] = stop.args[0]
         return found

@@ -51,7 +51,19 @@ def validate(files: Sequence[str], overrides: Sequence[str] = ()) -> str:
     configs = [word for file in files for word in ("--config", file)]
     with _without_news_of_lightning():
         cli = create(_Settings.for_verb("fit"), ["fit", *configs, *overrides])
-    editor, data, callbacks = cli.model, cli.datamodule, cli.trainer.callbacks
+    editor, data, callbacks = cli.model, cli.datamodule, cli.trainer.callbacks  # type: ignore[attr-defined]
+    assert isinstance(editor, SequentialEditor)
+    assert isinstance(data, EditDataModule)
+    check(editor, data, callbacks)
+    return _plan(editor, data, callbacks, _folder(cli))
+
+
+def check(editor: SequentialEditor, data: EditDataModule, callbacks: Sequence[Callback]) -> None:
+    """Make sure that the parts of a run fit each other, as ``fit`` does once it has a model.
+
+    Raises:
+        UserError: They do not, or a file is missing that the run would read.
+    """
     require_watchable(callbacks)
     require_batch_size(editor.method, data.batch_size)
     require_compatible(editor.solve_settings, editor.restore_between_batches, callbacks)
@@ -59,7 +71,6 @@ def validate(files: Sequence[str], overrides: Sequence[str] = ()) -> str:
         if isinstance(callback, EditCallback):
             callback.require_settings(editor)
     _require_files(editor, data)
-    return _plan(editor, data, callbacks, _folder(cli))
 
 
 @contextmanager
