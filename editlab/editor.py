@@ -25,7 +25,6 @@ from editlab.edits.snapshot import Snapshot
 from editlab.edits.solve_settings import SolveSettings
 from editlab.edits.trained_batch import solver_of
 from editlab.edits.unmoved import UnmovedFacts
-from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.known import holds_truth
 from editlab.evaluation.retrieval import memory_of

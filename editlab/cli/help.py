@@ -18,7 +18,8 @@ ALL = "all"
 """The value of ``--help`` that shows every setting."""
 
 TEXTS = {
-    "config": "YAML file of settings, a recipe, or the name of one that ships (editlab ls). Of several files, and of the options after them, the last one counts.",
+    "config": "YAML file of settings, a recipe, or the name of one that ships (editlab ls). Of several files, and of "
+    "the options after them, the last one counts.",
     "seed_everything": "Seed of all random draws of a run; true draws a seed, false sets none.",
     "trainer.accelerator": "Device of the model: cpu, gpu, cuda, mps, or auto, which takes a GPU if there is one.",
     "trainer.strategy": "Sharing of a run: auto for one process; editlab_ddp shares each edit among several processes.",

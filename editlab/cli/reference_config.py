@@ -106,9 +106,9 @@ def reference_config() -> str:
     for setting in settings_of(parser):
         *path, name = setting.name.split(".")
         whole.section(path).below[name] = setting
-    for name, group in parser.groups.items():
+    for name, group in (parser.groups or {}).items():
         if name.partition(".")[0] in SECTIONS:
-            whole.section(name.split(".")).title = plain(group.title)
+            whole.section(name.split(".")).title = plain(group.title or "")
     whole.section(["trainer"]).title = TRAINER
     return "\n".join([HEADER.format(lightning=minor_version()), *_lines(whole)]) + "\n"
 
@@ -134,7 +134,8 @@ def classes_of(name: str) -> list[type]:
 
     def below(base: type) -> Iterator[type]:
         yield base
-        for sub in base.__subclasses__():
+        subclasses: list[type] = base.__subclasses__()
+        for sub in subclasses:
             yield from below(sub)
 
     found = {cls for cls in below(CLASSES[name]) if cls.__module__.partition(".")[0] in PACKAGES}

@@ -150,7 +150,7 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
 
 
 def create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
-    """Makes a command line of this class, with editlab's settings of it, which parses the arguments and runs the verb."""
+    """Makes a command line of this class with editlab's settings, which parses the arguments and runs the verb."""
     return cls(
         SequentialEditor,
         EditDataModule,

@@ -112,9 +112,7 @@ def _folder(cli: EditLabCLI) -> Path | None:
     return None if cli.trainer.loggers else Path(root)
 
 
-def _plan(
-    editor: SequentialEditor, data: EditDataModule, callbacks: Sequence[Callback], folder: Path | None
-) -> str:
+def _plan(editor: SequentialEditor, data: EditDataModule, callbacks: Sequence[Callback], folder: Path | None) -> str:
     """Return what a run would do, as a sentence."""
     facts = "all facts" if data.limit is None else f"at most {data.limit} fact{'s' if data.limit > 1 else ''}"
     kept = {KNOWN: " that the model knows", PREFERRED: " whose truth the model prefers"}.get(data.keep, "")
@@ -123,6 +121,6 @@ def _plan(
     parts = f", with {' and '.join(names)}" if names else ""
     where = f"; the run would go to {folder}" if folder is not None else ""
     return (
-        f"edits {facts} of {data.path}{kept} in batches of {data.batch_size}, in {editor.language_model}, layers {layers}, "
-        f"by {type(editor.method).__name__}{parts}{where}"
+        f"edits {facts} of {data.path}{kept} in batches of {data.batch_size}, in {editor.language_model}, "
+        f"layers {layers}, by {type(editor.method).__name__}{parts}{where}"
     )

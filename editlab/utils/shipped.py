@@ -1,8 +1,8 @@
 """The recipes, presets and experiments that ship with editlab: which there are, and finding one by its name.
 
-They lie in ``configs/`` at the top of the repository, and in a wheel in ``editlab/configs/``. A name is that of the file
-without its folders and ending (``emmet_replay``, ``gpt2-xl``); ``models/gpt2-xl`` and ``configs/models/gpt2-xl.yaml``
-name the same file.
+They lie in ``configs/`` at the top of the repository, and in a wheel in ``editlab/configs/``. A name is that of the
+file without its folders and ending (``emmet_replay``, ``gpt2-xl``); ``models/gpt2-xl`` and
+``configs/models/gpt2-xl.yaml`` name the same file.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ def copy(name: str, target: str | Path = ".", force: bool = False) -> Path:
 
 
 def about(text: str) -> str:
-    """Return what a recipe is: the first sentence of its opening comment that is not a command.
+    r"""Return what a recipe is: the first sentence of its opening comment that is not a command.
 
-    >>> about("# editlab fit --config configs/rome.yaml\\n#\\n# ROME: one fact a step. It is\\n# slow.\\nmodel: {}")
+    >>> about("# editlab fit --config configs/rome.yaml\n#\n# ROME: one fact a step. It is\n# slow.\nmodel: {}")
     'ROME: one fact a step.'
     """
     comment = re.match(r"(?:#.*\n?)*", text)

@@ -1,6 +1,7 @@
 """configs/reference.yaml: up to date, complete, and a valid recipe that changes nothing."""
 
 import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -56,16 +57,16 @@ def test_every_setting_is_there_once_with_its_comment():
     lines = TEXT.splitlines()
     # The line above a setting, or above what is commented out, is a comment; that of a class is its setting's.
     bare = [
-        line for above, line in zip(lines, lines[1:], strict=False)
+        line for above, line in itertools.pairwise(lines)
         if re.match(r" *\w+:", line) and not above.lstrip().startswith("#")
         and not re.match(r" *(class_path|init_args):", line)
     ]  # fmt: skip
     assert bare == []
 
 
-def block(name, cls):
+def block(cls):
     """The commented-out settings of a class, as YAML; None for the class that is the default."""
-    found = re.search(rf"^( *)# (?:  - |  )class_path: {cls.__name__}\n((?:\1#   (?!  - | - |- ).*\n)*)", TEXT, re.MULTILINE)
+    found = re.search(rf"^( *)# (?:  - |  )class_path: {cls.__name__}\n((?:\1#   (?!- ).*\n)*)", TEXT, re.MULTILINE)
     return found and yaml.safe_load("\n".join(line.strip()[2:] for line in found[2].splitlines()))
 
 
@@ -73,10 +74,8 @@ def block(name, cls):
 def test_every_class_is_there_with_its_settings(name, cls):
     section, setting = name.split(".")
     default = yaml.safe_load(TEXT)[section][setting]
-    if isinstance(default, dict) and default["class_path"] == cls.__name__:
-        content = default
-    else:
-        content = block(name, cls)
+    chosen = isinstance(default, dict) and default["class_path"] == cls.__name__
+    content = default if chosen else block(cls)
     signature = inspect.signature(cls).parameters.values()
     wanted = {one.name: one.default for one in signature if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
     given = (content or {}).get("init_args", {})

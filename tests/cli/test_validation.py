@@ -43,7 +43,7 @@ def test_own_facts_are_not_read(folder):
     (folder / "mine.yaml").write_text(WITH_FACTS)
     (folder / "facts.csv").write_text("no,facts\n")
     said = validate(["mine"], ["--model.layers", "auto", "--trainer.logger", "false"])
-    assert said.startswith("edits all facts of facts.csv in batches of 16, in x, layers found by trying, by EMMET; the ")
+    assert said.startswith("edits all facts of facts.csv in batches of 16, in x, layers found by trying, by EMMET; ")
     assert said.endswith("lightning_logs/mine")
     assert sorted(path.name for path in folder.iterdir()) == ["facts.csv", "mine.yaml"]
 

@@ -62,7 +62,7 @@ def test_each_mistake_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_missing_file():
-    with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': editlab ls lists those that ship"):
+    with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': editlab ls lists those"):
         load_experiment("nowhere.yaml")
 
 

@@ -1,4 +1,4 @@
-"""What ships with editlab: each file has a name of its own and says what it is; names become paths; copies are whole."""
+"""What ships with editlab: each file has a name of its own and says what it is; names become paths."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,19 @@ import pytest
 from editlab.errors import EditLabError, UserError
 from editlab.utils import shipped as module
 from editlab.utils.shipped import (
-    EXPERIMENTS, KINDS, MODELS, RECIPES, SETTINGS, about, chosen, copy, find, resolve, shipped, shipped_folder, unknown,
+    EXPERIMENTS,
+    KINDS,
+    MODELS,
+    RECIPES,
+    SETTINGS,
+    about,
+    chosen,
+    copy,
+    find,
+    resolve,
+    shipped,
+    shipped_folder,
+    unknown,
 )  # fmt: skip
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -148,7 +160,7 @@ def test_what_cannot_be_copied(folder):
 
 
 def test_the_first_sentence_of_a_comment_that_is_no_command():
-    assert about("# editlab fit --config x\n# editlab fit\n#\n# A, e.g. b. More\n# text.\nmodel: {}\n# C.") == "A, e.g. b."
+    assert about("# editlab fit -c x\n# editlab fit\n#\n# A, e.g. b. C\n# d.\nmodel: {}\n# E.") == "A, e.g. b."
     assert about("# A\n# b.\n#\n#   editlab sweep x\n") == "A b."
     assert about("model: {}\n# A.") == ""
 
