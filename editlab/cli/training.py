@@ -128,7 +128,8 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     for index, word in enumerate(words):
         option, equals, value = word.partition("=")
-        if option not in ("--config", "-c") or not (equals or index + 1 < len(words)):
+        abbreviated = len(option) > len("--c") and "--config".startswith(option)  # as argparse takes it
+        if not (abbreviated or option == "-c") or not (equals or index + 1 < len(words)):
             continue
         path = find(value if equals else words[index + 1])
         require_end(Path(path), f"The configuration {path}")

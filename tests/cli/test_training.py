@@ -23,6 +23,7 @@ def test_names_after_config_become_paths():
     assert with_paths(given) == [
         "fit", "--config", ROME, "-c", GPT2, f"--config={GPT2}", f"-c={ROME}", "--data.path", "rome",
     ]  # fmt: skip
+    assert with_paths(["fit", "--conf", "rome", "--c", "rome"]) == ["fit", "--conf", ROME, "--c", "rome"]
     assert with_paths(["fit", "--config"]) == ["fit", "--config"]
     assert with_paths(["fit", "--config", "targets"]) == ["fit", "--config", "targets"]  # an experiment
 
