@@ -147,11 +147,10 @@ def run_trainer(arguments: list[str]) -> EditLabCLI:
         compat.read_attribute_docstrings()  # parsing the sources for them takes a second
     # Without a request for the short help nothing is left out: config.yaml lacks the settings that the help lacks.
     cls: type[EditLabCLI] = _WithFullHelp if wanted in (ALL, None) else EditLabCLI
-    return create(cls.for_verb(arguments[0]) if arguments[:1] and arguments[0] in TRAINER_VERBS else cls, arguments)
+    return _create(cls.for_verb(arguments[0]) if arguments[:1] and arguments[0] in TRAINER_VERBS else cls, arguments)
 
 
-def create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
-    """Makes a command line of this class with editlab's settings, which parses the arguments and runs the verb."""
+def _create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
     return cls(
         SequentialEditor,
         EditDataModule,
@@ -167,6 +166,18 @@ def create(cls: type[EditLabCLI], arguments: list[str]) -> EditLabCLI:
 
 class _WithFullHelp(EditLabCLI):
     full_help = True
+
+
+class _WithoutRun(_WithFullHelp):
+    """The command line up to the point where the run would start."""
+
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        """Does nothing."""
+
+
+def without_run(arguments: Sequence[str]) -> EditLabCLI:
+    """Parses the arguments of ``fit`` and makes the editor, the data module and the Trainer, and does not run them."""
+    return _create(_WithoutRun.for_verb("fit"), ["fit", *arguments])
 
 
 class _ParsersAlone(_WithFullHelp):
@@ -187,7 +198,7 @@ def trainer_parsers(verb: str | None = None) -> dict[str, LightningArgumentParse
     """The parsers of the Trainer's verbs by name, or that of one verb alone; for what lists all settings."""
     compat.read_attribute_docstrings()
     try:
-        create(_ParsersAlone.for_verb(verb) if verb else _ParsersAlone, [])
+        _create(_ParsersAlone.for_verb(verb) if verb else _ParsersAlone, [])
     except _ParsersAlone.Stop as stop:
         found: dict[str, LightningArgumentParser] = stop.args[0]
         return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Callback
 
 from editlab.callback import EditCallback
-from editlab.cli.training import EditLabCLI, create
+from editlab.cli.training import EditLabCLI, without_run
 from editlab.data import EditDataModule
 from editlab.data.datamodule import KNOWN, PREFERRED, WORLDFACTS
 from editlab.data.files import require_file
@@ -21,15 +21,6 @@ from editlab.runs.watching import require_watchable
 
 BUILTIN = "builtin"
 """Name of the held-out text that ships with editlab."""
-
-
-class _Settings(EditLabCLI):
-    """``editlab fit`` up to the point where the run would start."""
-
-    full_help = True
-
-    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
-        """Does nothing."""
 
 
 def validate(files: Sequence[str], overrides: Sequence[str] = ()) -> str:
@@ -50,7 +41,7 @@ def validate(files: Sequence[str], overrides: Sequence[str] = ()) -> str:
     """
     configs = [word for file in files for word in ("--config", file)]
     with _without_news_of_lightning():
-        cli = create(_Settings.for_verb("fit"), ["fit", *configs, *overrides])
+        cli = without_run([*configs, *overrides])
     editor, data, callbacks = cli.model, cli.datamodule, cli.trainer.callbacks  # type: ignore[attr-defined]
     assert isinstance(editor, SequentialEditor)
     assert isinstance(data, EditDataModule)
