@@ -60,8 +60,12 @@ class DownstreamEval(EditCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier run in which the object was used."""
         assert isinstance(pl_module, SequentialEditor)
-        pl_module.method.require_changed_weights("DownstreamEval", "its tasks measure the weights")
+        self.require_settings(pl_module)
         self.reset_for_new_run(pl_module, self._initial_state)
+
+    def require_settings(self, editor: SequentialEditor) -> None:
+        """Checks that the editor's method changes the weights, which are what the tasks measure."""
+        editor.method.require_changed_weights("DownstreamEval", "its tasks measure the weights")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the unedited model."""

@@ -45,6 +45,15 @@ class EditCallback(Callback):
     charts: Mapping[str, Sequence[str]] = {}
     """Charts of what the callback logs, for TensorBoard's custom scalars: title -> patterns of the names in a chart."""
 
+    def require_settings(self, editor: SequentialEditor) -> None:
+        """Refuses settings of the editor that the callback cannot work with; to be called in ``on_fit_start``.
+
+        ``editlab validate-config`` calls it too, with an editor that has no model yet.
+
+        Raises:
+            UserError: for such a setting.
+        """
+
     def reset_for_new_run(self, editor: SequentialEditor, initial_state: Mapping[str, Any]) -> None:
         """Forgets an earlier run in which the same object was used; to be called in ``on_fit_start``.
 

@@ -20,12 +20,11 @@ from editlab.edits.edited_layer import ClosedFormOptimizer
 from editlab.edits.layer_search import FACTS, SearchSetup, choose_layers
 from editlab.edits.ledger import Ledger
 from editlab.edits.plan import EditOutcome, EditPlan
-from editlab.edits.requirements import require_compatible
+from editlab.edits.requirements import require_batch_size, require_compatible
 from editlab.edits.snapshot import Snapshot
 from editlab.edits.solve_settings import SolveSettings
 from editlab.edits.trained_batch import solver_of
 from editlab.edits.unmoved import UnmovedFacts
-from editlab.errors import UserError
 from editlab.evaluation.evaluator import Evaluation, EvaluationSettings
 from editlab.evaluation.known import holds_truth
 from editlab.evaluation.retrieval import memory_of
@@ -188,10 +187,7 @@ class SequentialEditor(MeasuredModel):
         self.evaluation.start_clock()
         require_watchable(self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if (largest := self.method.largest_batch) is not None and data.batch_size > largest:
-            raise UserError(
-                f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
-            )
+        require_batch_size(self.method, data.batch_size)
         require_compatible(self.solve_settings, self.restore_between_batches, self.trainer.callbacks)  # type: ignore[attr-defined]
         with self.unedited():
             self.prepare_solver()

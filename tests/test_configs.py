@@ -10,7 +10,7 @@ from editlab.lm.language_model import LanguageModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = sorted(CONFIGS.glob("*.yaml"))
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "reference")
 PRESETS = sorted((CONFIGS / "models").glob("*.yaml"))
 FAMILY = {"gpt2-xl": ("gpt2", "n_layer"), "gpt-j-6b": ("gptj", "n_layer"), "llama-2-7b": ("llama", "num_hidden_layers"),
           "llama-3-8b": ("llama", "num_hidden_layers")}  # fmt: skip

@@ -148,18 +148,10 @@ class LoRAAdjust(EditCallback):
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the linear maps that get the adapter, and logs its number of parameters.
-
-        Raises:
-            UserError: There are no such maps, or batches are independent.
-        """
+        """Finds the linear maps that get the adapter, and logs its number of parameters."""
         editor = pl_module
         assert isinstance(editor, SequentialEditor)
-        if editor.restore_between_batches:
-            raise UserError(
-                "LoRAAdjust has nothing to adjust with model.restore_between_batches: remove one of the two."
-            )
-        editor.method.require_changed_weights("LoRAAdjust", "it adjusts edited weights")
+        self.require_settings(editor)
         # Opened here, because a resumed run that was finished never starts its training.
         self._events = EventLog(run_folder(trainer) / EVENTS)
         self._unfinished = run_folder(trainer) / UNFINISHED
@@ -167,6 +159,14 @@ class LoRAAdjust(EditCallback):
         self._load_adapter(editor)
         weights = [editor.changed_layer(path).weight for path in self.paths]
         log.info("%s", size_of_adapter(self.rank, weights, editor.lm.model))
+
+    def require_settings(self, editor: SequentialEditor) -> None:
+        """Refuses independent batches, and a method that changes no weights."""
+        if editor.restore_between_batches:
+            raise UserError(
+                "LoRAAdjust has nothing to adjust with model.restore_between_batches: remove one of the two."
+            )
+        editor.method.require_changed_weights("LoRAAdjust", "it adjusts edited weights")
 
     def _load_adapter(self, editor: SequentialEditor) -> None:
         """Puts the adapter of a checkpoint on top of the weights."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from callbacks.replay.buffer import Memory, ReplayBuffer
 from callbacks.replay.past_keys import PastKeys, Released
 from callbacks.replay.refresh import Refresh
-from callbacks.replay.trained import add_facts, require_for_training
+from callbacks.replay.requirements import require_settings
+from callbacks.replay.trained import add_facts
 from editlab.callback import EditCallback
 from editlab.data.fact import Fact
 from editlab.editor import SequentialEditor
@@ -118,39 +119,20 @@ class MemoryReplay(EditCallback):
     # ---- setting up -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the settings against the editor's, and logs how large the memory may grow.
-
-        Raises:
-            UserError: Keys would be cached although they change, or batches are independent.
-        """
+        """Checks the settings against the editor's, and logs how large the memory may grow."""
         editor = pl_module
         assert isinstance(editor, SequentialEditor)
-        if editor.restore_between_batches:
-            raise UserError(
-                "MemoryReplay has nothing to remember with model.restore_between_batches: remove one of the two."
-            )
-        if self.cache_keys and len(editor.layer_numbers) > 1:
-            raise UserError(
-                f"MemoryReplay.cache_keys cannot be used with layers {editor.layer_numbers}: an edit of a lower layer "
-                "changes the keys of the higher ones. Edit one layer, or remove cache_keys."
-            )
-        if self.cache_keys and editor.solve_settings.key_mode != "bare":
-            raise UserError(
-                f"MemoryReplay.cache_keys keeps one key for each fact, and model.keys is "
-                f"{editor.solve_settings.key_mode}: set it to bare."
-            )
-        require_for_training(editor.method, self)
-        if self.samples and editor.solve_settings.bare_denominator:
-            raise UserError(
-                "MemoryReplay adds constraints to a solve, and with ROME's published conventions it has one: set "
-                "MemoryReplay.memory to consolidated, or model.conventions to own."
-            )
+        self.require_settings(editor)
         self.reset_for_new_run(editor, self._initial_state)
         if self.samples and editor.method.solves:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + (1 + len(editor.sites)) * anatomy.value_size(top)
             log.info("Replay buffer: at most %d edits in %.1f MiB", self.buffer.capacity,
                      self.buffer.capacity * numbers * 4 / 2**20)  # fmt: skip
+
+    def require_settings(self, editor: SequentialEditor) -> None:
+        """Checks the settings against the editor's (:func:`~callbacks.replay.requirements.require_settings`)."""
+        require_settings(editor, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Past keys of a resumed run enter the metric."""

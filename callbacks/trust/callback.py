@@ -144,24 +144,32 @@ class TrustRollback(EditCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the event log. It is done here because a resumed run that was finished never starts its training."""
         assert isinstance(pl_module, SequentialEditor)
-        pl_module.method.require_changed_weights("TrustRollback", "it judges changes of weights")
+        self.require_settings(pl_module)
         self.reset_for_new_run(pl_module, self._initial_state)
         self._events = EventLog(run_folder(trainer) / EVENTS)
+
+    def require_settings(self, editor: SequentialEditor) -> None:
+        """Checks the settings against the editor's.
+
+        Raises:
+            UserError: The method changes no weights, or batches are independent, so that a run has no perplexity.
+        """
+        editor.method.require_changed_weights("TrustRollback", "it judges changes of weights")
+        if self.enable and self.perplexity and editor.restore_between_batches:
+            raise UserError(
+                "TrustRollback.perplexity_budget is for the edits of a sequence, and model.restore_between_batches "
+                "removes each batch before the next: remove one of the two."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the held-out sentences, and removes events after the checkpoint, which a resumed run writes again.
 
         Raises:
-            UserError: There is nothing to hold out, or batches are independent, so that a run has no perplexity.
+            UserError: There is nothing to hold out.
         """
         if not self.enable:
             return
         assert isinstance(pl_module, SequentialEditor)
-        if self.perplexity and pl_module.restore_between_batches:
-            raise UserError(
-                "TrustRollback.perplexity_budget is for the edits of a sequence, and model.restore_between_batches "
-                "removes each batch before the next: remove one of the two."
-            )
         if trainer.is_global_zero:
             self._events.resume(trainer.global_step)
         sentences = self._sentences(trainer, pl_module)

@@ -11,15 +11,18 @@ from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Iterable, Sequence
 
 from editlab.cli.commands import TRAINER_VERBS
+from editlab.utils import compat
+from editlab.utils.shipped import first_sentence
 
 ALL = "all"
 """The value of ``--help`` that shows every setting."""
 
 TEXTS = {
-    "config": "YAML file of settings, a recipe. Of several files, and of the options after them, the last one counts.",
+    "config": "YAML file of settings, a recipe, or the name of one that ships (editlab ls). Of several files, and of "
+    "the options after them, the last one counts.",
     "seed_everything": "Seed of all random draws of a run; true draws a seed, false sets none.",
     "trainer.accelerator": "Device of the model: cpu, gpu, cuda, mps, or auto, which takes a GPU if there is one.",
-    "trainer.strategy": "auto for one process; editlab_ddp shares each edit among several processes.",
+    "trainer.strategy": "Sharing of a run: auto for one process; editlab_ddp shares each edit among several processes.",
     "trainer.devices": "Number of devices, a list of their numbers, or auto.",
     "trainer.precision": "Type of the weights and of the model's computations: 32-true, or bf16-true for half the "
     "memory. Values, scores and solves keep their full width.",
@@ -71,6 +74,9 @@ SHOWN = (
 
 _HIDDEN = ("weights_only", "print_shtab")
 
+_OF_A_WHOLE_SECTION = "Path to a configuration file."
+"""The parser's help of an option that reads a whole section, such as ``--model.values FILE``."""
+
 USAGE = "editlab {verb} [-c RECIPE.yaml] [--SECTION.NAME VALUE ...] [--ckpt_path PATH]"
 
 
@@ -116,21 +122,26 @@ def arrange(verb: str, parser: ArgumentParser, actions: Iterable[Action], everyt
     for action in actions:
         action.help = texts.get(action.dest, action.help)
         if not everything:
-            action.help = SUPPRESS if _is_hidden(action.dest) else _first_sentence(action.help)
+            action.help = SUPPRESS if _is_hidden(action) else action.help and first_sentence(action.help)
+            # For the Trainer's settings Lightning has dozens of classes, and none is listed.
+            compat.change_class_list(action, _no_classes if action.dest.startswith("trainer.") else own_classes)
 
 
-def _is_hidden(name: str) -> bool:
+def _is_hidden(action: Action) -> bool:
+    name = action.dest
     of_trainer = name.startswith("trainer.") and name not in SHOWN
-    return of_trainer or name in _HIDDEN or name.endswith(".help")
+    return of_trainer or name in _HIDDEN or name.endswith(".help") or action.help == _OF_A_WHOLE_SECTION
 
 
-def _first_sentence(text: str | None) -> str | None:
-    """Return a text up to the first full stop that ends a sentence.
+def _no_classes(text: str) -> str:
+    return ""
 
-    >>> _first_sentence("Seeds, e.g. 3. They are drawn.")
-    'Seeds, e.g. 3.'
+
+def own_classes(text: str) -> str:
+    """Return editlab's classes in the parser's list of classes by the names that YAML takes, as the end of a help text.
+
+    >>> own_classes(", known subclasses: editlab.solver.methods.EMMET, lightning.Callback")
+    ', classes: EMMET'
     """
-    if not text or text == SUPPRESS:
-        return text
-    found = re.match(r".*?[^.]\.(?=\s+[A-Z`])", text, re.DOTALL)
-    return found.group() if found else text
+    names = re.findall(r"\b(?:editlab|callbacks)\.(?:\w+\.)*(\w+)", text)
+    return f", classes: {', '.join(names)}" if names else ""

@@ -17,6 +17,7 @@ from editlab.data.formats import FactFormat
 from editlab.errors import causes
 from editlab.solver.base import EditMethod
 from editlab.solver.post_steps import PostStep
+from editlab.utils.shipped import SETTINGS, unknown
 
 _NO_TRAINER = re.compile(
     r"You selected an invalid (accelerator|strategy)|Precision .* is invalid|The strategy `\w+` requires"
@@ -146,7 +147,8 @@ _SENTENCES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
      lambda m: "data.only_known is now data.keep: preferred in place of true (the model finds the truth likelier than "
                "the new target), all in place of false, or known (the model itself says the truth)."),
     (r'"config": File does not exist: \'([^\']+)\'',
-     lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config."),
+     lambda m: f"The configuration file {m.group(1)!r} does not exist: check --config; "
+               f"{unknown(m.group(1), SETTINGS)}"),
     (r"Unexpected config: ", lambda m: "The configuration is not a mapping: write sections, such as model: and data:."),
     (r"Problems parsing config: (.*)", lambda m: f"The configuration is not valid YAML: {_line(m.group(1))}."),
     (r"Problem with given class_path '([^']+)':\s*Option '([^']+)' is not accepted", _wrong_argument),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from editlab.solver.base import EditMethod
 from editlab.utils import compat
 from editlab.utils.files import require_end
 from editlab.utils.progress import bars, speaks
+from editlab.utils.shipped import chosen, resolve
 
 
 class EditLabCLI(compat.CommandHooks, LightningCLI):
@@ -61,17 +62,13 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         parser.set_defaults({"trainer.logger": {"class_path": "RunLogger", "init_args": {}}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Reads the recipe.
+        """Reads the recipe; a name of one that ships with editlab stands for its path.
 
         Raises:
             UserError: The file is not text in UTF-8, or no regular file.
         """
-        words = [str(word) for word in args or ()]
-        for index, word in enumerate(words):
-            name, equals, value = word.partition("=")
-            if name in ("--config", "-c"):
-                path = value if equals else "".join(words[index + 1 : index + 2])
-                require_end(Path(path), f"The configuration {path}")
+        if isinstance(args, list):
+            args = with_paths([str(word) for word in args])
         try:
             with compat.arguments_of_one_class(EditMethod):
                 super().parse_arguments(parser, args)
@@ -120,6 +117,29 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         return trainer
 
 
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Returns arguments in which the names of recipes and presets after ``--config`` have become paths.
+
+    Raises:
+        UserError: A file is a device or a socket.
+    """
+    # The message would be in the configuration that is printed.
+    find = chosen if any(word.startswith("--print_config") for word in arguments) else resolve
+    words = list(arguments)
+    for index, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        abbreviated = len(option) > len("--c") and "--config".startswith(option)  # as argparse takes it
+        if not (abbreviated or option == "-c") or not (equals or index + 1 < len(words)):
+            continue
+        path = find(value if equals else words[index + 1])
+        require_end(Path(path), f"The configuration {path}")
+        if equals:
+            words[index] = f"{option}={path}"
+        else:
+            words[index + 1] = path
+    return words
+
+
 def run_trainer(arguments: list[str]) -> EditLabCLI:
     """Runs one of the Trainer's verbs (``fit``, ``validate``, ``test``) and returns the CLI."""
     arguments, wanted = help_wanted(arguments)
@@ -148,6 +168,18 @@ class _WithFullHelp(EditLabCLI):
     full_help = True
 
 
+class _WithoutRun(_WithFullHelp):
+    """The command line up to the point where the run would start."""
+
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        """Does nothing."""
+
+
+def without_run(arguments: Sequence[str]) -> EditLabCLI:
+    """Parses the arguments of ``fit`` and makes the editor, the data module and the Trainer, and does not run them."""
+    return _create(_WithoutRun.for_verb("fit"), ["fit", *arguments])
+
+
 class _ParsersAlone(_WithFullHelp):
     """The command line without a run: it stops where the arguments would be parsed."""
 
@@ -162,11 +194,11 @@ class _ParsersAlone(_WithFullHelp):
         raise self.Stop(self.found)
 
 
-def trainer_parsers() -> dict[str, LightningArgumentParser]:
-    """The parsers of the Trainer's verbs by name, for shell completion."""
+def trainer_parsers(verb: str | None = None) -> dict[str, LightningArgumentParser]:
+    """The parsers of the Trainer's verbs by name, or that of one verb alone; for what lists all settings."""
     compat.read_attribute_docstrings()
     try:
-        _create(_ParsersAlone, [])
+        _create(_ParsersAlone.for_verb(verb) if verb else _ParsersAlone, [])
     except _ParsersAlone.Stop as stop:
         found: dict[str, LightningArgumentParser] = stop.args[0]
         return found

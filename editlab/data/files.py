@@ -174,12 +174,26 @@ def _parsed(text: str) -> Any:
     return json.loads(text, parse_constant=lambda _: None)
 
 
+def require_file(path: str) -> None:
+    """Make sure that a fact file exists, without reading it.
+
+    Raises:
+        UserError: It does not exist.
+    """
+    if not Path(path).expanduser().exists():
+        raise _missing(path)
+
+
+def _missing(name: str) -> UserError:
+    return UserError(f"The fact file {name} does not exist: check the path.")
+
+
 def _read(path: Path, name: str) -> str:
     try:
         require_end(path, f"The fact file {name}")
         return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark before the text
     except FileNotFoundError as error:
-        raise UserError(f"The fact file {name} does not exist: check the path.") from error
+        raise _missing(name) from error
     except (OSError, ValueError) as error:  # a ValueError is about the encoding, or a path with a null character
         raise UserError(f"The fact file {name} cannot be read ({error}): give a UTF-8 file of JSON or CSV.") from error
 

@@ -7,6 +7,17 @@ from typing import Any
 
 from editlab.edits.solve_settings import SolveSettings
 from editlab.errors import UserError
+from editlab.solver.base import EditMethod
+
+
+def require_batch_size(method: EditMethod, size: int) -> None:
+    """Makes sure that a method can edit batches of this size.
+
+    Raises:
+        UserError: The size is above the method's largest.
+    """
+    if (largest := method.largest_batch) is not None and size > largest:
+        raise UserError(f"{type(method).__name__} edits {largest} fact a step: set data.batch_size to {largest}.")
 
 
 def require_compatible(settings: SolveSettings, independent: bool, callbacks: Iterable[Any]) -> None:

@@ -29,6 +29,7 @@ from editlab.errors import UserError
 from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec, FrontierSpec
 from editlab.experiments.schema import build
 from editlab.runs.outcomes import MEASURES
+from editlab.utils.shipped import EXPERIMENTS, RECIPES, find, in_checkout, resolve, shipped_folder, unknown
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class Experiment:
     """A whole experiment; ``None`` leaves a setting as the recipe has it."""
 
     recipe: str
-    """its recipe, relative to the experiment's folder or one above it, or else to the current folder"""
+    """its recipe, relative to the experiment's folder or one above it, or else to the current folder; or the name of a
+    recipe that ships with editlab"""
     cases: Mapping[str, CaseSpec] = field(default_factory=dict)
     """name -> case, the ones that matter most first"""
     grids: tuple[GridSpec, ...] = ()
@@ -163,13 +165,16 @@ class Experiment:
 def load_experiment(path: str | Path) -> Experiment:
     """Reads and checks an experiment's file.
 
+    Args:
+        path: the file, or the name of an experiment that ships with editlab, whose runs start in the current folder.
+
     Raises:
         UserError: if it does not exist, is no valid YAML, has a wrong key, type or value, or names a recipe that does
             not exist.
     """
-    file = Path(path).expanduser()
+    file = Path(resolve(str(path), (EXPERIMENTS,), "Experiment")).expanduser()
     if not file.is_file():
-        raise UserError(f"There is no experiment file {str(path)!r}: name one, such as configs/experiments/trust.yaml.")
+        raise UserError(f"There is no experiment file {str(path)!r}: {unknown(str(path), (EXPERIMENTS,))}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -177,21 +182,27 @@ def load_experiment(path: str | Path) -> Experiment:
         where = "" if line is None else f" (see line {line + 1})"
         raise UserError(f"{path} is not valid YAML{where}: correct it.") from error
     experiment = build(Experiment, content, str(path))
+    one = find(str(path), (EXPERIMENTS,))
+    by_name = one is not None and file == one.path != Path(path).expanduser()
     file = file.resolve()
     object.__setattr__(experiment, "path", file)
-    object.__setattr__(experiment, "project", _project(experiment.recipe, file, str(path)))
+    object.__setattr__(experiment, "project", _project(experiment.recipe, file, str(path), by_name))
     _check(experiment, str(path))
     return experiment
 
 
-def _project(recipe: str, file: Path, where: str) -> Path:
-    """The folder that the recipe's path counts from."""
-    for folder in (*file.parents, Path.cwd()):
-        if (folder / recipe).is_file():
+def _project(recipe: str, file: Path, where: str, by_name: bool) -> Path:
+    """The folder that the recipe's path counts from, and that runs start in."""
+    # One that ships belongs to no project, unless it is named by its path in a checkout.
+    travels = file.is_relative_to(shipped_folder()) and (by_name or not in_checkout())
+    for folder in () if travels else (*file.parents, Path.cwd()):
+        if (folder / recipe).is_file() or (folder / f"{recipe}.yaml").is_file():
             return folder
+    if find(recipe, (RECIPES,)) is not None:
+        return Path.cwd() if travels else file.parent
     raise UserError(
         f"{where}: there is no recipe {recipe!r} in {file.parent}, in a folder above it, or in the current folder: "
-        "correct its path."
+        "correct its path, or name one that editlab ls recipes lists."
     )
 
 

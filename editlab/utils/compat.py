@@ -71,6 +71,21 @@ def read_attribute_docstrings(wanted: bool = True) -> None:
         jsonargparse.set_docstring_parse_options(attribute_docstrings=wanted)
 
 
+def change_class_list(argument: Any, change: Callable[[str], str]) -> None:
+    """Replace the list of classes at the end of a parser argument's help by ``change`` of it; "" hides it.
+
+    jsonargparse puts it together while it formats the help, and documents no way to leave it out.
+    """
+    if hasattr(argument, "extra_help"):  # only an argument with a type hint has a list
+        text = change(argument.extra_help())
+        argument.extra_help = lambda: text
+
+
+def arguments_of(parser: Any) -> list[Any]:
+    """Return the arguments of a parser, which argparse has no public way to list."""
+    return list(parser._actions)
+
+
 @contextmanager
 def arguments_of_one_class(kind: type) -> Iterator[None]:
     """Let a setting of type ``kind`` that gets another class start with that class's defaults, inside the ``with``.

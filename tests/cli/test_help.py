@@ -45,7 +45,7 @@ def test_the_short_help_has_our_settings_and_the_most_used_ones_of_the_trainer(h
     assert {name for name in named if name.startswith("trainer.")} == set(SHOWN)
     assert "--help=all" in helps["short"]
     assert helps["short"].startswith("usage: editlab fit ")
-    assert len(helps["short"].splitlines()) < 350
+    assert len(helps["short"].splitlines()) < 300
 
 
 def test_the_whole_help_has_everything(helps):

@@ -5,10 +5,10 @@ import torch
 
 from callbacks import ForgettingCurve, LoRAAdjust, MemoryReplay
 from editlab.edits.batch import SolveSettings, _require_one_constraint
-from editlab.edits.requirements import require_compatible
+from editlab.edits.requirements import require_batch_size, require_compatible
 from editlab.errors import UserError
 from editlab.solver.constraints import Constraints
-from editlab.solver.methods import MEMIT, BetaEdit
+from editlab.solver.methods import MEMIT, ROME, BetaEdit
 from editlab.solver.post_steps import RECT
 
 
@@ -24,6 +24,13 @@ from editlab.solver.post_steps import RECT
 def test_errors_of_what_cannot_work_together(settings, independent, callbacks, message):
     with pytest.raises(UserError, match=message):
         require_compatible(SolveSettings(**settings), independent, callbacks)
+
+
+def test_a_batch_larger_than_the_method_takes():
+    with pytest.raises(UserError, match=r"^ROME edits 1 fact a step: set data\.batch_size to 1\.$"):
+        require_batch_size(ROME(), 2)
+    require_batch_size(ROME(), 1)
+    require_batch_size(MEMIT(), 1000)
 
 
 def test_what_can_work_together():

@@ -1,5 +1,6 @@
 """The schema of experiments: all committed ones are valid, and each mistake is one sentence that says how to fix it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from editlab.errors import UserError
 from editlab.experiments.plan import Options, cases
 from editlab.experiments.spec import load_experiment
+from editlab.utils.shipped import copy
 
 PROJECT = Path(__file__).parents[2]
 FILES = sorted((PROJECT / "configs" / "experiments").glob("*.yaml"))
@@ -62,7 +64,7 @@ def test_each_mistake_is_one_sentence(tmp_path, text, message):
 
 
 def test_a_missing_file():
-    with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': name one"):
+    with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': editlab ls lists those"):
         load_experiment("nowhere.yaml")
 
 
@@ -114,3 +116,28 @@ figures: [{kind: curves, file: f, table: t.csv, rows: [{a: {label: A}}]}]
     assert experiment.seeds == (1, 2, 3)
     (figure,) = experiment.figures
     assert figure.rows[0]["a"].color == "black"
+
+
+def test_a_shipped_experiment_starts_its_runs_where_the_user_stands(tmp_path, monkeypatch):
+    """Only its path in a checkout means that project; a copy belongs to its own folder."""
+    monkeypatch.chdir(tmp_path)
+    shipped = PROJECT / "configs" / "experiments" / "targets.yaml"
+    assert load_experiment("targets").project == tmp_path
+    assert load_experiment("configs/experiments/targets.yaml").project == tmp_path
+    assert load_experiment(shipped).project == PROJECT
+    copied = copy("targets", "mine")
+    assert load_experiment(copied).project == tmp_path / "mine"
+    monkeypatch.setattr("editlab.experiments.spec.in_checkout", lambda: False)  # as from a wheel
+    assert load_experiment(shipped).project == tmp_path
+
+
+def test_a_recipe_may_be_a_name_that_ships(tmp_path):
+    assert load(tmp_path, "recipe: rome\ncases: {a: {}}", recipe=False).project == tmp_path
+
+
+@pytest.mark.parametrize(("name", "end"), [
+    ("target", "did you mean targets?"), ("rome", "rome is the name of a recipe, for editlab fit --config rome."),
+])  # fmt: skip
+def test_an_unknown_name_of_an_experiment(name, end):
+    with pytest.raises(UserError, match=f"There is no experiment file '{name}': {re.escape(end)}"):
+        load_experiment(name)

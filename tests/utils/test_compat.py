@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -262,3 +263,16 @@ def test_calls_are_not_compiled_inside_the_block_alone():
     with compat.calls_not_compiled(model):
         assert model[0]._compiled_call_impl is None
     assert model[0]._compiled_call_impl is call
+
+
+def test_the_list_of_classes_in_a_help_can_be_changed(capsys):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--optimizer", type=torch.optim.Optimizer, help="One of them.")
+    parser.add_argument("--count", type=int)
+    for argument in compat.arguments_of(parser):
+        compat.change_class_list(argument, lambda text: ", SGD and others" if "torch.optim.SGD" in text else text)
+    parser.print_help()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default: null, SGD and others)" in shown
+    assert "Adagrad" not in shown
+    assert [argument.dest for argument in compat.arguments_of(parser)][-2:] == ["optimizer", "count"]

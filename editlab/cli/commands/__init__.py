@@ -32,7 +32,7 @@ class Verb:
     """A verb as ``editlab --help`` lists it."""
 
     name: str
-    """the word after ``editlab``, and the name of its file"""
+    """the word after ``editlab``, and the name of its file, with _ for -"""
     help: str
     """its help, in one sentence"""
     needs_model: bool = True
@@ -40,7 +40,7 @@ class Verb:
 
     def load(self) -> Command:
         """Imports the verb's file and returns its command."""
-        command: Command = import_module(f"{__name__}.{self.name}").COMMAND
+        command: Command = import_module(f"{__name__}.{self.name.replace('-', '_')}").COMMAND
         return command
 
 
@@ -56,6 +56,9 @@ VERBS: dict[str, Verb] = {
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),
         Verb("facts", "Check files of facts.", needs_model=False),
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
+        Verb("ls", "List the recipes, presets and experiments that ship with editlab.", needs_model=False),
+        Verb("cp", "Copy a recipe, preset or experiment that ships with editlab.", needs_model=False),
+        Verb("validate-config", "Check a recipe as fit would, without loading a model or facts."),
         Verb("completion", "Write a script that completes the command in a shell."),
     )
 }

@@ -24,7 +24,7 @@ QUICK_FLAGS = {"model.evaluation.heldout_tokens": "512"}
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("experiment", type=str, help="YAML file of the experiment, such as configs/experiments/replay_ablation.yaml.")
+    add("experiment", type=str, help="YAML file of the experiment, or the name of one that ships.")
     add("--only", nargs="+", type=str, help="Names of the cases to run. Default: all.")
     add("--where", nargs="+", type=str, metavar="COLUMN=VALUE[,VALUE]", help="Labels of the cases to run, such as "
         "batch_size=32,128.")  # fmt: skip
