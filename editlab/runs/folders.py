@@ -162,12 +162,12 @@ def find_runs(folders: Iterable[str]) -> list[RunFolder]:
             raise UserError(
                 f"There is no folder {given!r}: name a run's folder, such as lightning_logs/emmet/version_0."
             )
-        folders = measured_folders(root)
-        if not folders:
+        measured = measured_folders(root)
+        if not measured:
             raise UserError(
                 f"{given} has no run in it (no {SUMMARY} or {TABLE}): name a run's folder, or a parent of some."
             )
-        for folder in folders:
+        for folder in measured:
             found.setdefault(folder.resolve(), RunFolder(folder))
     return list(found.values())
 

@@ -23,7 +23,7 @@ from editlab.runs.figures import BLUE, ORANGE
 from editlab.runs.folders import RunFolder
 from editlab.runs.outcome_table import outcome_table
 from editlab.runs.tables import STYLE, Table, metric_table
-from editlab.view.contents import KINDS, Panel, chosen, decisions_in, outcomes_of, panels
+from editlab.view.contents import ALL, KINDS, Panel, chosen, decisions_in, outcomes_of, panels
 from editlab.view.listing import RUNNING, ListedRun, list_runs, runs_table, states_of
 from editlab.view.prompt_box import PromptBox, checkpoints_in
 
@@ -71,7 +71,7 @@ def show(folder: Path, device: str = "cpu", base: str | None = None) -> None:
     path = next(run.path for run in runs if run.name == name)
     with tabs[TABS.index(shown)]:
         if shown == "Ask":
-            box = st.cache_resource(PromptBox, show_spinner=False)(base, device_named(device))
+            box = st.cache_resource(show_spinner=False)(PromptBox)(base, device_named(device))
             _ask(box, path)
         else:
             st.fragment(_live, run_every=EVERY)(folder, path, shown)
@@ -178,7 +178,7 @@ def _facts(run: ListedRun) -> None:
     left, right = st.columns(2)
     kind = left.selectbox("Facts", KINDS, key="kind")
     words = right.text_input("Words in the prompt, the targets or the answers", key="words")
-    found = chosen(rows, kind, words)
+    found = chosen(rows, kind or ALL, words or "")
     pages = max(1, -(-len(found) // ROWS))
     number = int(st.number_input(f"Page of {pages}", 1, pages, key="page")) if pages > 1 else 1
     _say(f"{len(found)} of {len(rows)} facts, the worst first.")
@@ -218,9 +218,10 @@ def _ask(box: PromptBox, path: Path) -> None:
         return
     checkpoint = checkpoints[0]
     if len(checkpoints) > 1:
-        checkpoint = st.selectbox("Checkpoint", checkpoints, format_func=lambda file: file.stem, key="checkpoint")
+        names = {file.stem: file for file in checkpoints}
+        checkpoint = names.get(st.selectbox("Checkpoint", list(names), key="checkpoint") or "", checkpoint)
     with st.form("ask"):
-        prompt = st.text_input("Prompt", placeholder="The Eiffel Tower is located in the city of", key="prompt")
+        prompt = st.text_input("Prompt", placeholder="The Eiffel Tower is located in the city of", key="prompt") or ""
         new_tokens = st.slider("New tokens", 1, 64, 20, key="new_tokens")
         sent = st.form_submit_button("Ask")
     if sent:
