@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from editlab.errors import UserError
@@ -82,34 +83,33 @@ def _folders(root: Path) -> list[Path]:
 
 def run_in(folder: Path, root: Path) -> ListedRun:
     """The run in a folder, as the list of the runs in ``root`` shows it."""
-    run = RunFolder(folder)
     name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
-    changed = max((file.stat().st_mtime for file in map(folder.joinpath, _WATCHED) if file.exists()), default=0.0)
+    files = [file.stat() if file.exists() else None for file in map(folder.joinpath, _WATCHED)]
+    stamps = tuple((file.st_mtime_ns, file.st_size) if file else (0, 0) for file in files)
+    changed = max(written for written, _ in stamps) / 1e9
     try:
-        state, edits, metrics = _state(run), max(run.curve, default=None), _last(run)
+        edits, metrics = _measured(folder, stamps)
     except UserError as error:
         return ListedRun(name, folder, DAMAGED, changed=changed, problem=str(error))
-    return ListedRun(name, folder, state, edits, metrics, changed)
+    locked = is_locked(folder)
+    ended = FINISHED if (folder / SUMMARY).exists() else UNKNOWN if locked is None else KILLED
+    return ListedRun(name, folder, RUNNING if locked else ended, edits, metrics, changed)
 
 
 _WATCHED = (CONFIG, TABLE, SUMMARY)
 
 
-def _state(run: RunFolder) -> str:
-    locked = is_locked(run.path)
-    if locked:
-        return RUNNING
-    if run.summary is not None:
-        return FINISHED
-    return UNKNOWN if locked is None else KILLED
+@lru_cache(maxsize=1024)
+def _measured(folder: Path, stamps: tuple[tuple[int, int], ...]) -> tuple[int | None, dict[str, float]]:
+    """Number of edits, and each metric at the last point where it was measured; those of a summary take precedence.
 
-
-def _last(run: RunFolder) -> dict[str, float]:
-    """The metrics of the summary; of a run without one, each metric at the last point where it was measured."""
+    A folder of many runs is read every few seconds, so each file is read again only when its stamp has changed.
+    """
+    run = RunFolder(folder)
     found = {name: value for _, row in sorted(run.curve.items()) for name, value in row.items()}
     if run.summary is not None:
         found |= {name: value for name, value in run.summary["metrics"].items() if value is not None}
-    return found
+    return max(run.curve, default=None), found
 
 
 def runs_table(runs: Sequence[ListedRun], now: float | None = None) -> Table:

@@ -180,7 +180,10 @@ def _facts(run: ListedRun) -> None:
     words = right.text_input("Words in the prompt, the targets or the answers", key="words")
     found = chosen(rows, kind or ALL, words or "")
     pages = max(1, -(-len(found) // ROWS))
-    number = int(st.number_input(f"Page of {pages}", 1, pages, key="page")) if pages > 1 else 1
+    number = 1
+    if pages > 1:
+        st.session_state["page"] = min(int(st.session_state.get("page", 1)), pages)  # there may be fewer pages by now
+        number = int(st.number_input(f"Page of {pages}", 1, pages, key="page"))
     _say(f"{len(found)} of {len(rows)} facts, the worst first.")
     if found:
         _table(outcome_table(found[(number - 1) * ROWS : number * ROWS]))
