@@ -36,10 +36,12 @@ TABS = ("Runs", "Curves", "Facts", "Decisions", "Ask")
 _STYLE = (
     STYLE
     + """
+.stApp { --better: light-dark(#006b4d, #4fd1a5); --worse: light-dark(#a63c00, #ff9a5c); }
 .running { color: var(--better); font-weight: 600; } .stopped { color: var(--worse); }
 p.sub { opacity: .75; font-size: .9rem; }
 p.said { overflow-wrap: anywhere; margin: 0 0 .5rem; }
 [data-testid="InputInstructions"] { display: none; }
+.stColumn:has(.stVegaLiteChart) { min-width: min(19rem, 100%); }
 .stMainBlockContainer { padding-top: 2rem; max-width: 80rem; }
 """
 )

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from editlab.errors import UserError
+from editlab.runs.figures import BLUE, SKY
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ OPTIONS = {
     "client.showErrorLinks": "false",
     "logger.hideWelcomeMessage": "true",
     "runner.magicEnabled": "false",
-    "theme.primaryColor": "#0072B2",
+    "theme.light.primaryColor": BLUE,
+    "theme.dark.primaryColor": SKY,
 }
 """Settings of streamlit, which take precedence over the user's own."""
 
