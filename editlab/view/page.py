@@ -156,7 +156,15 @@ def _chart(panel: Panel) -> Any:
     colors, dashes = zip(*(_GROUPS[group] for group in groups), strict=True)
     scale = alt.Scale(domain=[-0.03, 1.03], nice=False) if panel.fraction else alt.Scale(zero=False)
     ticks = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format=".2~f") if panel.fraction else alt.Axis()
-    legend = alt.Legend(orient="bottom", title=None, symbolType="stroke", symbolStrokeWidth=2, symbolSize=300)
+    legend = alt.Legend(
+        orient="bottom",
+        title=None,
+        labelFontSize=12,
+        columnPadding=8,
+        symbolType="stroke",
+        symbolStrokeWidth=2,
+        symbolSize=250,
+    )
     return (
         alt.Chart(pd.DataFrame(panel.points, columns=["edits", "group", "value"]), title=panel.title, height=300)
         .mark_line(point=alt.OverlayMarkDef(size=20))
