@@ -10,6 +10,7 @@ from pathlib import Path
 
 from editlab.errors import UserError
 from editlab.runs.figures import BLUE, SKY
+from editlab.utils import compat
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def serve(folder: Path, port: int = PORT, device: str = "cpu", base: str | None 
     port = free_port(port)
     from streamlit.web import cli
 
+    compat.set_own_addresses(HOST)
     log.info("%s is at http://%s:%d (only on this machine); Ctrl-C ends it.", folder, HOST, port)
     cli.main(command_line(folder, port, device, base), standalone_mode=False)
 

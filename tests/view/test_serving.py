@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from editlab.errors import UserError
+from editlab.utils import compat
 from editlab.view import serving
 
 
@@ -40,6 +41,15 @@ def test_streamlit_has_these_settings():
     config = pytest.importorskip("streamlit.config", reason="streamlit is not installed (editlab[view])")
     for name in (*serving.OPTIONS, "server.allowedHosts"):
         config.get_option(name)  # raises for one that does not exist
+
+
+def test_refusing_another_site_asks_no_server(monkeypatch):
+    util = pytest.importorskip("streamlit.net_util", reason="streamlit is not installed (editlab[view])")
+    for name in ("_external_ip", "_internal_ip"):
+        monkeypatch.setattr(util, name, None)
+    monkeypatch.setattr(util, "_make_blocking_http_get", lambda *_, **__: pytest.fail("a server was asked"))
+    compat.set_own_addresses(serving.HOST)
+    assert util.get_external_ip() == util.get_internal_ip() == serving.HOST
 
 
 def test_the_missing_extra(monkeypatch):
