@@ -279,7 +279,7 @@ def gguf_without_bars() -> Iterator[None]:
         reader.tqdm = before
 
 
-# ---- streamlit: the page of editlab view (an extra, whose versions setup.cfg bounds) ----------------------------------
+# ---- streamlit: the page of editlab view, an extra whose versions setup.cfg bounds ---------------------------------
 
 
 def set_own_addresses(address: str) -> None:
