@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,25 @@ class Delta:
         """
         for name, total in self.totals.items():
             EditedLayer(*_target(model, name, total)).restore(total)
+
+    @contextmanager
+    def lent_to(self, model: PreTrainedModel) -> Iterator[None]:
+        """Have the sums on the weights of ``model`` inside the ``with``; afterwards the weights have their old bits.
+
+        The old weights of the changed modules are kept for that time.
+
+        Raises:
+            UserError: As for :meth:`put_on`.
+        """
+        layers = {name: EditedLayer(*_target(model, name, total)) for name, total in self.totals.items()}
+        try:
+            for name, layer in layers.items():
+                layer.restore(self.totals[name])
+            yield
+        finally:
+            for layer in layers.values():
+                layer.set_aside = True
+                layer.write()
 
 
 def _digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor]) -> dict[str, str]:

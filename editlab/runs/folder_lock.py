@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 NAME = ".lock"
 """Name of the lock file; it stays when a run ends, and it is the operating system's lock on it that counts."""
 
+_PATIENCE = 0.25
+"""Seconds to wait for a lock: :func:`is_locked` of another process may hold it for an instant."""
+
 _held: dict[Path, FileLock] = {}
 """Folder -> its lock, for the folders that this process has locked."""
 
@@ -41,7 +44,7 @@ def lock_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / NAME)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE)
     except Timeout as error:
         raise UserError(
             f"Another process is writing into the run's folder {folder}: wait until it ends or stop it, or start a new "
@@ -51,6 +54,29 @@ def lock_folder(folder: Path) -> None:
         log.warning("The file system of %s has no locks: do not resume a run twice at the same time.", folder)
         return
     _held[folder] = lock
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Tell whether a process, this one included, is writing into a run's folder; nothing is written for the answer.
+
+    Returns:
+        None if that cannot be known, because the lock file is not ours to lock, or the file system has no locks.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return True
+    if not (folder / NAME).is_file():
+        return False
+    lock = FileLock(folder / NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return None
+    with suppress(OSError):
+        lock.release(force=True)
+    return False
 
 
 def unlock_folder(folder: Path) -> None:

@@ -162,14 +162,20 @@ def find_runs(folders: Iterable[str]) -> list[RunFolder]:
             raise UserError(
                 f"There is no folder {given!r}: name a run's folder, such as lightning_logs/emmet/version_0."
             )
-        files = [file for name in (SUMMARY, TABLE) for file in root.rglob(name) if _is_ours(file)]
-        if not files:
+        measured = measured_folders(root)
+        if not measured:
             raise UserError(
                 f"{given} has no run in it (no {SUMMARY} or {TABLE}): name a run's folder, or a parent of some."
             )
-        for folder in sorted({file.parent for file in files}):
+        for folder in measured:
             found.setdefault(folder.resolve(), RunFolder(folder))
     return list(found.values())
+
+
+def measured_folders(root: Path) -> list[Path]:
+    """The folders in and below ``root`` that hold a summary or a table of metrics of editlab, sorted."""
+    files = [file for name in (SUMMARY, TABLE) for file in root.rglob(name) if _is_ours(file)]
+    return sorted({file.parent for file in files})
 
 
 def flat_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,24 +11,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from editlab.metrics.names import BEFORE, IMMEDIATE, RETAINED, TABLE_GROUPS, full_name
+from editlab.metrics.names import BEFORE
 from editlab.runs.figures import Series, forgetting_figure, perplexity_of_curve
+from editlab.runs.outcome_table import outcome_table, worst_first
 from editlab.runs.summary import counted
+from editlab.runs.tables import STYLE as TABLE_STYLE
 from editlab.runs.tables import Table, metric_table
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --better: #006b4d; --worse: #a63c00; }
-@media (prefers-color-scheme: dark) { :root { --better: #4fd1a5; --worse: #ff9a5c; } }
+STYLE = (
+    TABLE_STYLE
+    + """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 p.sub { margin-top: 0; opacity: .75; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.better { color: var(--better); } .worse { color: var(--worse); }
-td.better::after { content: " \\2713"; } td.worse::after { content: " \\2717"; }
 figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem; }
 figure svg { width: 100%; height: auto; display: block; }
 figure.narrow { display: none; }
@@ -37,17 +32,11 @@ pre { background: var(--soft); padding: .8rem; border-radius: 6px; overflow-x: a
 summary { cursor: pointer; }
 @media (max-width: 40rem) {
   figure.wide { display: none; } figure.narrow { display: block; }
-  th, td { padding-right: .5rem; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-  table.cards, table.cards tbody, table.cards tr, table.cards td { display: block; }
-  table.cards thead { display: none; }
-  table.cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .3rem .6rem; }
-  table.cards td { text-align: left; border: 0; padding: .1rem 0; overflow-wrap: anywhere; }
-  table.cards td:empty { display: none; }
-  table.cards td::before { content: attr(data-label) "  "; opacity: .65; font-size: .8rem; }
 }
 @media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
 """
+)
 
 
 PAGE = """<!DOCTYPE html>
@@ -63,13 +52,6 @@ PAGE = """<!DOCTYPE html>
 
 OUTCOMES = 200
 """Largest number of edits in the table of outcomes, so that the page of a long run opens quickly."""
-OUTCOME_COLUMNS = (
-    "edit", "prompt", "target", "status", "P before", "P after its step", "P now", "paraphrases", "neighbors",
-    "generated",
-)  # fmt: skip
-"""Columns of that table; those without any value are left out."""
-TEXT_COLUMNS = ("prompt", "target", "status", "generated")
-NOW = OUTCOME_COLUMNS.index("P now")
 
 
 @dataclass(frozen=True)
@@ -229,24 +211,14 @@ class Page:
     def _outcomes(self) -> Iterable[str]:
         if not self.outcomes:
             return
-        shown = sorted(self.outcomes, key=_badness)[:OUTCOMES]
+        shown = worst_first(self.outcomes)[:OUTCOMES]
         yield f"<h2>{'Every edit' if len(shown) == len(self.outcomes) else f'{len(shown)} edits'}, the worst first</h2>"
         yield (
             "<p>P is the mean probability of a token of the target: on the unedited model, right after the edit's own "
             "step, and at the end. Paraphrases and neighbors are those whose answer is right at every token. Edits "
             "that are not in the weights come last.</p>"
         )
-        rows = [_outcome(row) for row in shown]
-        names = [*OUTCOME_COLUMNS]
-        kept = [i for i, name in enumerate(names) if any(row[i] for row in rows)]
-        held = {
-            (number, kept.index(NOW)): "better" if row[full_name(RETAINED, "hit")] else "worse"
-            for number, row in enumerate(shown)
-            if full_name(RETAINED, "hit") in row
-        }
-        numbers = [place for place, i in enumerate(kept) if names[i] not in TEXT_COLUMNS]
-        table = Table([names[i] for i in kept], [[row[i] for i in kept] for row in rows], numbers, held)
-        yield f"<details><summary>Table of edits</summary>{table.to_html()}</details>"
+        yield f"<details><summary>Table of edits</summary>{outcome_table(shown).to_html()}</details>"
 
     def _fates(self) -> Iterable[str]:
         counts = Counter(" ".join(fate.split()[:2]) if fate != "kept" else fate for fate in self.fates)
@@ -254,31 +226,6 @@ class Page:
             yield "<h2>What became of the edits</h2>"
             rows = [[fate.removesuffix(" by").removesuffix(" to"), str(count)] for fate, count in counts.most_common()]
             yield Table(["", "edits"], rows, numbers=(1,)).to_html()
-
-
-def _badness(row: Mapping[str, Any]) -> tuple[float, ...]:
-    """Sort key: edits that are not held, then those that are, each from the least likely; the others last."""
-    for group in (RETAINED, IMMEDIATE):
-        if (hit := row.get(full_name(group, "hit"))) is not None:
-            return float(group != RETAINED), hit, row[full_name(group, "logp_new")]
-    return 2.0, 0.0, 0.0
-
-
-def _outcome(row: Mapping[str, Any]) -> list[str]:
-    """The cells of an edit, for :data:`OUTCOME_COLUMNS`."""
-
-    def probability(group: str) -> str:
-        logp = row.get(full_name(group, "logp_new"))
-        return "" if logp is None else f"{math.exp(logp):.3f}"
-
-    def of(hits: str, count: str) -> str:
-        number = row.get(full_name(RETAINED, count))
-        return "" if number is None else f"{row.get(full_name(RETAINED, hits), 0)} of {number}"
-
-    prompt = str(row["prompt"]).replace("{}", str(row.get("subject", "")))
-    texts = [str(row["edit"]), prompt, str(row["target_new"]), str(row["status"])]
-    hits = [of("paraphrase_hits", "paraphrases"), of("neighbor_hits", "neighbors")]
-    return [*texts, *map(probability, TABLE_GROUPS), *hits, str(row.get(full_name(RETAINED, "generated"), ""))]
 
 
 def _svg(figure: Figure, kind: str) -> str:

@@ -27,6 +27,28 @@ WIDEST = 4
 """Number of columns that fit on the screen of a phone."""
 
 
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; --better: #006b4d; --worse: #a63c00; }
+@media (prefers-color-scheme: dark) { :root { --better: #4fd1a5; --worse: #ff9a5c; } }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.better { color: var(--better); } .worse { color: var(--worse); }
+td.better::after { content: "\\00a0\\2713"; } td.worse::after { content: "\\00a0\\2717"; }
+@media (max-width: 40rem) {
+  th, td { padding-right: .5rem; }
+  table.cards, table.cards tbody, table.cards tr, table.cards td { display: block; }
+  table.cards thead { display: none; }
+  table.cards tr { border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; padding: .3rem .6rem; }
+  table.cards td { text-align: left; border: 0; padding: .1rem 0; overflow-wrap: anywhere; }
+  table.cards td:empty { display: none; }
+  table.cards td::before { content: attr(data-label) "  "; opacity: .65; font-size: .8rem; }
+}
+"""
+"""Style sheet of a page with tables, for wide and for narrow screens, in light and in dark colors."""
+
+
 @dataclass(frozen=True)
 class Table:
     """A table of texts.
@@ -42,6 +64,16 @@ class Table:
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int] = ()
     classes: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+    def without_empty(self) -> Table:
+        """The same table without the columns in which no row has a text."""
+        kept = [i for i in range(len(self.header)) if any(row[i] for row in self.rows)]
+        return Table(
+            [self.header[i] for i in kept],
+            [[row[i] for i in kept] for row in self.rows],
+            [new for new, old in enumerate(kept) if old in self.numbers],
+            {(row, kept.index(i)): name for (row, i), name in self.classes.items() if i in kept},
+        )
 
     def to_text(self, missing: str = "-") -> str:
         """Aligned columns for a terminal; missing numbers are shown as ``missing``."""

@@ -292,3 +292,14 @@ def gguf_without_bars() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = before
+
+
+# ---- streamlit: the page of editlab view, an extra whose versions setup.cfg bounds ---------------------------------
+
+
+def set_own_addresses(address: str) -> None:
+    """Tell streamlit this machine's addresses; it would ask a server for them before it refuses another site's page."""
+    from streamlit import net_util
+
+    util: Any = net_util
+    util._external_ip = util._internal_ip = address

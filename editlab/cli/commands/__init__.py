@@ -54,6 +54,7 @@ VERBS: dict[str, Verb] = {
         Verb("evaluate", "Run tasks of lm-evaluation-harness on the edited model of a checkpoint."),
         Verb("compare", "Compare several runs in one table and one figure."),
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),
+        Verb("view", "Serve a page to look at runs while they go."),
         Verb("facts", "Check files of facts.", needs_model=False),
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
         Verb("ls", "List the recipes, presets and experiments that ship with editlab.", needs_model=False),
