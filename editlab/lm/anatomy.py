@@ -61,7 +61,10 @@ class Anatomy:
             UserError: There is no such layer, or its block has no such map.
         """
         if not 0 <= layer < len(self.blocks):
-            raise UserError(f"there is no layer {layer}: the model's layers are 0 to {len(self.blocks) - 1}")
+            raise UserError(
+                f"there is no layer {layer}: the model's layers are 0 to {len(self.blocks) - 1}; name others in "
+                "model.layers, or set it to auto"
+            )
         module = linear_maps(self.blocks[layer]).get(self.edit_path)
         if module is None:
             raise UserError(
