@@ -188,13 +188,13 @@ class SequentialEditor(MeasuredModel):
     def on_fit_start(self) -> None:
         """Prepares the solver, selects the facts to edit, and measures the unedited model."""
         self.evaluation.start_clock()
-        require_watchable(self.trainer.callbacks)  # type: ignore[attr-defined]
+        require_watchable(callbacks := self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if (largest := self.method.largest_batch) is not None and data.batch_size > largest:
             raise UserError(
                 f"{type(self.method).__name__} edits {largest} fact a step: set data.batch_size to {largest}."
             )
-        require_compatible(self.solve_settings, self.restore_between_batches, self.trainer.callbacks)  # type: ignore[attr-defined]
+        require_compatible(self.solve_settings, self.restore_between_batches, callbacks, bool(self.lm.anatomy.joint))
         with self.unedited():
             self.prepare_solver()
             with self.evaluation.products(self.lm):
