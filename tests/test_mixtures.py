@@ -50,7 +50,9 @@ def test_the_whole_path(tmp_path):
     """The exported model is the base plus the sums in the checkpoint, whose columns belong to the experts in turn."""
     text = tmp_path / "text.txt"
     text.write_text("The capital of France is Paris. Oslo lies in Norway, and Lima lies in Peru. " * 20)
-    run = edited(tmp_path, "qwen3_moe", layers=[0, 1], moments={"text": str(text), "tokens": 256})
+    measured = {"heldout_tokens": 0, "generation": 0, "bystanders": 0}
+    moments = {"text": str(text), "tokens": 64}
+    run = edited(tmp_path, "qwen3_moe", layers=[0, 1], moments=moments, evaluation=measured)
     assert json.loads((run.folder / "summary.json").read_text())["edits"] == 6  # a batch of two is rolled back
     out = tmp_path / "out"
     assert main(["export", "--ckpt_path", str(run.folder), "--out", str(out)]) == 0

@@ -21,6 +21,7 @@ from editlab.lm.chat import MODES, NONE, Chat
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.joints import AUTO as AUTO_JOINT
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.quantized import in_full_precision, is_quantized
 from editlab.utils import compat
 from editlab.utils.validation import one_of
 
@@ -113,6 +114,8 @@ class EditedModel(lightning.LightningModule):
         """
         self._require_kind(lm)
         self.lm = lm
+        if is_quantized(lm.model):  # the fingerprint is that of the weights as they were loaded
+            self.fingerprint = fingerprint(lm.model)
         if self.layer_numbers:
             self.edit_at(self.layer_numbers)
 
@@ -163,7 +166,7 @@ class EditedModel(lightning.LightningModule):
             return self.edited[str(paths[path])]  # type: ignore[return-value]
         key = path.replace(".", "/")  # a module's name cannot contain a dot
         if key not in self.adjusted:
-            module = self.lm.model.get_submodule(path)
+            module = in_full_precision(self.lm.model, path)
             self.adjusted[key] = EditedLayer(module, isinstance(module, Conv1D))
         return self.adjusted[key]  # type: ignore[return-value]
 

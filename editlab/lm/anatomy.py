@@ -125,8 +125,8 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
 
     Raises:
         UserError: The model has no list of blocks or no output embeddings; a block has no single MLP output
-            projection, as in a mixture of experts; ``edit_module`` is not a linear map onto the residual stream;
-            or the weights are quantized.
+            projection and no experts that are one linear map; or ``edit_module`` is not a linear map onto the residual
+            stream.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -139,12 +139,6 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
         path = _named(edit_module, block_path, blocks, width)
     joint = _joint_maps(blocks, path, width)
     block = next(block for number, block in enumerate(blocks) if number in joint or path in linear_maps(block))
-    dtype = next(iter(joint.values()), linear_maps(block).get(path)).weight.dtype  # type: ignore[union-attr]
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise UserError(
-            f"the weights of {path} are quantized ({dtype}), and an update is smaller than their steps: load an "
-            "unquantized model, or keep these maps in full precision (llm_int8_skip_modules of BitsAndBytesConfig)"
-        )
     return Anatomy(blocks, block_path, path, head, _is_additive(model, block, path), joint)
 
 

@@ -22,6 +22,7 @@ from editlab.lm.experts import JointMap, joint_map
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.loading.load import load
 from editlab.lm.precision import dtype_name, dtype_named
+from editlab.lm.quantized import in_full_precision
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
 from editlab.runs.resume import KEY, adjusted_path, require_finite, sums
@@ -224,6 +225,8 @@ def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool
     module = dict(model.named_modules()).get(name)
     if isinstance(module, nn.Module) and not hasattr(module, "weight"):
         module = joint_map(module, len(total))
+    elif module is not None:
+        module = in_full_precision(model, name)
     weight = getattr(module, "weight", None)
     if module is None or weight is None:
         raise UserError(

@@ -266,15 +266,6 @@ def test_state_space_models_are_rejected():
         read_anatomy(AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_quantized_weights_are_rejected():
-    model = tiny_model("llama")
-    for block in model.model.layers:
-        block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
-        block.mlp.down_proj.forward = lambda x: x[..., :32]
-    with pytest.raises(UserError, match=r"weights of mlp\.down_proj are quantized \(torch\.int8\)"):
-        read_anatomy(model, "mlp.down_proj")
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", EXPECTED)
 def test_the_model_is_left_unchanged(family, training):
