@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from editlab.distributed import ranks
 from editlab.lm.experts import JointMap
 from editlab.lm.placement import load_offloaded
-from editlab.lm.quantized import in_full_precision
+from editlab.lm.quantized import has_narrow_weight, in_full_precision
 from editlab.lm.runner import ModelRunner
 
 
@@ -47,7 +47,7 @@ class EditedLayer(nn.Module):
     @classmethod
     def of(cls, lm: ModelRunner, layer: int) -> EditedLayer:
         """The MLP output projection of a model's layer; a quantized one gets full precision first."""
-        if layer not in lm.anatomy.joint:
+        if has_narrow_weight(lm.anatomy.edit_module(layer)):
             in_full_precision(lm.model, lm.anatomy.edit_name(layer))
         return cls(lm.anatomy.edit_module(layer), lm.anatomy.transposed(layer))
 

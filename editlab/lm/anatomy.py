@@ -202,7 +202,7 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
     if len(found) == 1 and not unused and not stacks:
         return found[0]
     raise UserError(
-        f"{type(model).__name__} has no single MLP output projection in a block (like mixtures of experts): "
+        f"{type(model).__name__} has no single MLP output projection in a block, nor experts that are one linear map: "
         f"{_HOW_TO_NAME}; the maps onto the residual stream are {_listed(block, width)}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     All files have the permissions that the umask gives.
     """
     # Transformers 5 cannot undo the conversion by which it has read 4- and 8-bit weights, and need not.
-    as_loaded = {"save_original_format": False} if is_quantized(model) else {}
+    as_loaded: dict[str, Any] = {"save_original_format": False} if is_quantized(model) else {}
     model.save_pretrained(folder, max_shard_size=max_shard_size, **as_loaded)
     tokenizer.save_pretrained(folder)
     # safetensors makes its files readable by the owner only, whatever the umask.

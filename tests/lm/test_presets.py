@@ -49,8 +49,16 @@ def built(family: str, depth: int) -> LanguageModel:
     return LanguageModel(tiny_model(family, **{name: depth}), tiny_tokenizer())
 
 
-def test_every_preset_is_tested():
+def test_every_preset_is_tested_and_listed_in_the_docs():
     assert {path.stem for path in PRESETS} == KINDS.keys()
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for path in PRESETS:
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{path.stem}` |"))
+        layers = model_settings(path)["layers"]
+        shown = f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
+        assert row.split("|")[3].strip() == shown
+        assert row.split("|")[2].strip().split(", ")[1].split()[0] == str(KINDS[path.stem][1])
+        assert ("guess" in row) == (path.stem in GUESSED)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
