@@ -100,16 +100,16 @@ class JointMap(nn.Module):
         """
         keys = hidden.new_zeros(len(hidden), self.count, self.features)
         rows = torch.arange(len(hidden), device=hidden.device)
-        zero = self.as_weight(self.weight.new_zeros(self.out_features, self.in_features))
+        zero = torch.zeros_like(self.weight) if self._constant else None
         for start in range(0, self.features, self.out_features):
             size = min(self.out_features, self.features - start)
-            units = self.weight.new_zeros(self.out_features, self.count, self.features)
-            units[:size, :, start : start + size] = torch.eye(size, device=units.device, dtype=units.dtype)[:, None]
-            weight = self.as_weight(units.flatten(1))
+            units = torch.zeros_like(self.weight)  # they make these features of an expert its output
+            there = units.mT if self.transposed else units
+            there[:, :size, start : start + size] = torch.eye(size, device=units.device, dtype=units.dtype)
             for choice in range(chosen.shape[1]):  # the experts' own forward would add them up
                 tokens = (hidden, chosen[:, choice : choice + 1], gates[:, choice : choice + 1])
-                features = self._output(weight, *tokens)
-                if self._constant:
+                features = self._output(units, *tokens)
+                if zero is not None:
                     features = features - self._output(zero, *tokens)
                 keys[rows, chosen[:, choice], start : start + size] += features[:, :size].to(keys)
         return keys.flatten(1)
