@@ -82,6 +82,7 @@ class SequentialEditor(MeasuredModel):
         post_steps: what is done with each layer's update before it is added: SPHERE, REVIVE, PRUNE, RECT, in order.
         compensate: carry what post-steps cut off from an update into the next solve, and what a scaling by trust cut
             off while a consolidated memory holds the batch's keys.
+        made_for: entries of the model's configuration that the settings were chosen for; other models are refused.
 
     Raises:
         UserError: The layers, keys or weights are not valid.
@@ -114,8 +115,9 @@ class SequentialEditor(MeasuredModel):
         site: str | None = None,
         post_steps: list[PostStep] = [],  # noqa: B006 - shown as the default, and copied
         compensate: bool = True,
+        made_for: dict[str, int | str] | None = None,
     ) -> None:
-        super().__init__(language_model, layers, edit_module, device_map, chat_template)
+        super().__init__(language_model, layers, edit_module, device_map, chat_template, made_for)
         settled = Conventions.of(conventions, method, keys, site, values.kl_at)
         self.solve_settings = SolveSettings(
             method, settled.keys, preserve_prompt_tokens, passes, condition_limit, solver_device, settled.site,
@@ -185,10 +187,10 @@ class SequentialEditor(MeasuredModel):
     def on_fit_start(self) -> None:
         """Prepares the solver, selects the facts to edit, and measures the unedited model."""
         self.evaluation.start_clock()
-        require_watchable(self.trainer.callbacks)  # type: ignore[attr-defined]
+        require_watchable(callbacks := self.trainer.callbacks)  # type: ignore[attr-defined]
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         require_batch_size(self.method, data.batch_size)
-        require_compatible(self.solve_settings, self.restore_between_batches, self.trainer.callbacks)  # type: ignore[attr-defined]
+        require_compatible(self.solve_settings, self.restore_between_batches, callbacks, bool(self.lm.anatomy.joint))
         with self.unedited():
             self.prepare_solver()
             with self.evaluation.products(self.lm):

@@ -122,16 +122,18 @@ def test_half_precision_gives_the_bits_of_the_command(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_an_8_bit_model_whose_edited_layers_are_left_in_full_precision(tmp_path, left):
-    """With bitsandbytes where it is installed, which editlab does not ask for."""
+def test_an_8_bit_model(tmp_path, left):
+    """Its edited maps are left in full precision, or get it; with bitsandbytes where it is installed."""
     pytest.importorskip("bitsandbytes")
     tiny_model("llama").save_pretrained(tmp_path)
     how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["down_proj", "lm_head"] if left else None)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=how)
     before = weights(model)
     if not left:
-        with pytest.raises(UserError, match=r"weights of mlp\.down_proj are quantized \(torch\.int8\)"):
-            edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+        _, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)
+        edited = [path for path, part in model.named_modules() if type(part) is torch.nn.Linear and path != "lm_head"]
+        assert edited == [f"model.layers.{n}.mlp.down_proj" for n in (1, 2)]
+        result.revert()
         return
     assert {parameter.dtype for parameter in model.parameters()} == {torch.int8, torch.float32}
     _, result = edit_model(model, tiny_tokenizer(), PLAIN, **SMALL)

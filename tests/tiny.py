@@ -53,6 +53,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Structures that :data:`FAMILIES` lacks; too many for every test."""
 
+_MIXTURE: dict[str, Any] = {**_LLAMA_LIKE, "num_hidden_layers": 3, "num_experts_per_tok": 2}
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {**_MIXTURE, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True,
+                                     "moe_intermediate_size": 16}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 16,
+                                     "shared_expert_intermediate_size": 16}),  # and an expert of every token
+    "olmoe": ("OlmoeConfig", {**_MIXTURE, "num_experts": 4}),
+    "phimoe": ("PhimoeConfig", {**_MIXTURE, "num_local_experts": 4}),
+    "granitemoe": ("GraniteMoeConfig", {**_MIXTURE, "num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {**_MIXTURE, "num_local_experts": 4, "layer_types": ["full_attention"] * 3,
+                                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+}  # fmt: skip
+"""Mixtures of experts; those of GPT-OSS have biases and store their weights transposed."""
+
 
 def tiny_tokenizer(
     *, bos: bool = False, padding_side: str = "right", texts: Sequence[str] = TEXT, vocabulary: int = 400
@@ -81,8 +97,8 @@ def tiny_tokenizer(
 
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
-    """A random 4-layer model of ``family`` (in :data:`FAMILIES` or :data:`OTHERS`), float32, in eval mode."""
-    config_name, settings = {**FAMILIES, **OTHERS}[family]
+    """A random small model of ``family`` (in :data:`FAMILIES`, :data:`OTHERS` or :data:`MIXTURES`), in eval mode."""
+    config_name, settings = {**FAMILIES, **OTHERS, **MIXTURES}[family]
     config = getattr(transformers, config_name)(
         **{"vocab_size": 400, "bos_token_id": 1, "eos_token_id": 2, **settings, **changes}
     )

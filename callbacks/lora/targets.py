@@ -22,8 +22,14 @@ def find_targets(anatomy: Anatomy, targets: str, layers: Sequence[int]) -> list[
         layers: blocks, counted from 0.
 
     Raises:
-        UserError: A layer does not exist, the regular expression is invalid, or it matches nothing.
+        UserError: A layer does not exist, the regular expression is invalid, or it matches nothing; or the MLPs are
+            mixtures of experts.
     """
+    if anatomy.joint and targets in ("edited", "mlp"):
+        raise UserError(
+            f"LoRAAdjust.targets is {targets!r}, and the edited layers are mixtures of experts, whose weights are no "
+            "linear maps that an adapter could be added to: set attention, or a regular expression."
+        )
     mlp = anatomy.edit_path.rpartition(".")[0]
     found: list[str] = []
     for layer in layers:

@@ -87,11 +87,11 @@ class BatchSolver:
     @property
     def device(self) -> torch.device:
         """Device of keys, residuals, metrics and the solve (:func:`choose_device`)."""
-        sizes = [self.lm.anatomy.key_size(layer) for layer in self.layers]
-        return choose_device(self.settings.device, self.lm.device, sizes, spare_gpu_memory(self.lm.model))
+        shapes = [self.lm.anatomy.moments_shape(layer) for layer in self.layers]
+        return choose_device(self.settings.device, self.lm.device, shapes, spare_gpu_memory(self.lm.model))
 
     def set_moments(self, moments: dict[int, Tensor]) -> None:
-        """Computes each layer's metric from its second moments C0, float64 [d_k, d_k], and empties the dict.
+        """Computes each layer's metric from its second moments C0, and empties the dict.
 
         Each matrix is freed once its metric is computed: those of an 8B model have 1.6 GB each.
         """
@@ -118,8 +118,8 @@ class BatchSolver:
         if self.method.needs_moments:
             self.set_moments(second_moments(self.lm, list(self.layers), settings, name, self.device))
             return
-        sizes = {layer: self.lm.anatomy.key_size(layer) for layer in self.layers}
-        self.set_moments({layer: torch.empty(size, size, device="meta") for layer, size in sizes.items()})
+        shapes = {layer: self.lm.anatomy.moments_shape(layer) for layer in self.layers}
+        self.set_moments({layer: torch.empty(shape, device="meta") for layer, shape in shapes.items()})
 
     def metric_bytes(self, device: torch.device) -> int:
         """Bytes of the metrics that lie on a device."""
@@ -238,8 +238,7 @@ class BatchSolver:
         if not self.settings.post_steps:
             return solved, None
         layer = self.layers[number]
-        original = layer.original.T if layer.transposed else layer.original
-        original, total = (widened(matrix, solved.device) for matrix in (original, layer.total))
+        original, total = (widened(matrix, solved.device) for matrix in (layer.original_matrix, layer.total))
         weight = EditedWeight(original, total, self._computed.setdefault(number, {}))
         applied = apply_all(self.settings.post_steps, solved, weight)
         return applied, solved - applied

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from editlab.distributed import ranks
+from editlab.lm.experts import JointMap
 from editlab.lm.placement import load_offloaded
+from editlab.lm.quantized import has_narrow_weight, in_full_precision
 from editlab.lm.runner import ModelRunner
 
 
@@ -22,7 +24,7 @@ class EditedLayer(nn.Module):
     on top of the sum; it is not saved with this layer but by the callback that set it.
 
     Args:
-        module: a Linear or GPT-2's Conv1D; its weight is written in place.
+        module: a Linear, GPT-2's Conv1D or the joint map of experts; its weight is written in place.
         transposed: whether the module stores [d_k, d_v].
     """
 
@@ -33,9 +35,9 @@ class EditedLayer(nn.Module):
         super().__init__()
         self._modules_outside = (module,)  # in a tuple, so that it is not registered here as well
         self.transposed = transposed
-        load_offloaded(module)
+        load_offloaded(self.owner)
         weight = self.weight.detach()
-        shape = weight.T.shape if transposed else weight.shape
+        shape = self._matrix(weight).shape
         self.register_buffer("total", torch.zeros(shape, dtype=torch.float32, device=weight.device))
         self.register_buffer("original", weight.clone(), persistent=False)
         self.adapter: Tensor | None = None
@@ -44,7 +46,9 @@ class EditedLayer(nn.Module):
 
     @classmethod
     def of(cls, lm: ModelRunner, layer: int) -> EditedLayer:
-        """The MLP output projection of a model's layer."""
+        """The MLP output projection of a model's layer; a quantized one gets full precision first."""
+        if has_narrow_weight(lm.anatomy.edit_module(layer)):
+            in_full_precision(lm.model, lm.anatomy.edit_name(layer))
         return cls(lm.anatomy.edit_module(layer), lm.anatomy.transposed(layer))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EditedLayer:
@@ -62,9 +66,25 @@ class EditedLayer(nn.Module):
         return self._modules_outside[0]
 
     @property
+    def owner(self) -> nn.Module:
+        """The module of the model that has the weight: the linear map, or the module of the experts."""
+        return self.module.experts if isinstance(self.module, JointMap) else self.module
+
+    @property
     def weight(self) -> Tensor:
         """The weight parameter of the module."""
         return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def original_matrix(self) -> Tensor:
+        """The original weight as a matrix [d_v, d_k]."""
+        return self._matrix(self.original)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the module's layout as a matrix [d_v, d_k]."""
+        if isinstance(self.module, JointMap):
+            return self.module.as_matrix(weight)
+        return weight.T if self.transposed else weight
 
     @property
     def edited(self) -> bool:
@@ -81,7 +101,10 @@ class EditedLayer(nn.Module):
         if not self.edited:
             return self.original  # a sum would turn -0.0 into 0.0
         total = self.total if self.adapter is None else self.total + self.adapter
-        total = total.T if self.transposed else total
+        if isinstance(self.module, JointMap):
+            total = self.module.as_weight(total)
+        elif self.transposed:
+            total = total.T
         # The wider of the two types: a 16-bit original is summed in float32, a float64 one keeps its digits.
         return (self.original + total).to(self.weight.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Final, Literal
@@ -21,6 +21,7 @@ from editlab.lm.chat import MODES, NONE, Chat
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.joints import AUTO as AUTO_JOINT
 from editlab.lm.language_model import LanguageModel
+from editlab.lm.quantized import in_full_precision, is_quantized
 from editlab.utils import compat
 from editlab.utils.validation import one_of
 
@@ -41,6 +42,8 @@ class EditedModel(lightning.LightningModule):
         device_map: transformers' ``device_map``; the Trainer then does not move the model.
         chat_template: where prompts go through the tokenizer's chat template: ``none``, ``edit``, ``evaluate``,
             ``both``.
+        made_for: entries of the model's configuration that the settings were chosen for, such as ``model_type`` and
+            ``num_hidden_layers``; the presets in ``configs/models`` set it.
 
     Raises:
         UserError: ``layers`` is empty or has a layer twice, or there is no such use of the template.
@@ -53,6 +56,7 @@ class EditedModel(lightning.LightningModule):
         edit_module: str | None,
         device_map: str | dict[str, int | str] | None,
         chat_template: str = NONE,
+        made_for: dict[str, int | str] | None = None,
     ) -> None:
         super().__init__()
         self.site_setting: str | None = None
@@ -65,6 +69,7 @@ class EditedModel(lightning.LightningModule):
         self.edit_module = edit_module
         self.device_map = device_map
         self.chat_template = chat_template
+        self.made_for = made_for or {}
         self.strict_loading = False
         self.edited: nn.ModuleDict = nn.ModuleDict()
         self.adjusted: nn.ModuleDict = nn.ModuleDict()
@@ -104,11 +109,25 @@ class EditedModel(lightning.LightningModule):
         """Sets the model to edit; :meth:`configure_model` does this with the model that it loads.
 
         Raises:
-            UserError: The model does not have these layers, or an edit cannot be spread over them.
+            UserError: The settings were made for another kind of model; the model does not have these layers, or an
+                edit cannot be spread over them.
         """
+        self._require_kind(lm)
         self.lm = lm
+        if is_quantized(lm.model):  # the fingerprint is that of the weights as they were loaded
+            self.fingerprint = fingerprint(lm.model)
         if self.layer_numbers:
             self.edit_at(self.layer_numbers)
+
+    def _require_kind(self, lm: LanguageModel) -> None:
+        config = lm.model.config.get_text_config(decoder=True)
+        found = {name: getattr(config, name, None) for name in self.made_for}
+        if found != self.made_for:
+            raise UserError(
+                f"The settings were chosen for a model with {_listed(self.made_for)} (model.made_for), and "
+                f"{self.language_model} has {_listed(found)}: use the preset of this model, if configs/models has one, "
+                "or set model.made_for to null and model.layers to auto."
+            )
 
     def edit_at(self, layers: Sequence[int]) -> None:
         """Sets the layers to edit; raises as :meth:`use` does."""
@@ -147,7 +166,7 @@ class EditedModel(lightning.LightningModule):
             return self.edited[str(paths[path])]  # type: ignore[return-value]
         key = path.replace(".", "/")  # a module's name cannot contain a dot
         if key not in self.adjusted:
-            module = self.lm.model.get_submodule(path)
+            module = in_full_precision(self.lm.model, path)
             self.adjusted[key] = EditedLayer(module, isinstance(module, Conv1D))
         return self.adjusted[key]  # type: ignore[return-value]
 
@@ -165,3 +184,7 @@ class EditedModel(lightning.LightningModule):
     def unedited(self) -> AbstractContextManager[None]:
         """Puts the original weights in place inside the ``with``."""
         return unedited(self.changed_layers)
+
+
+def _listed(entries: Mapping[str, object]) -> str:
+    return " and ".join(f"{name} {value}" for name, value in entries.items())

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from editlab.edits.edited_layer import EditedLayer
 
 _STANDING: WeakKeyDictionary[nn.Module, list[ref[EditedLayer]]] = WeakKeyDictionary()
-"""Linear map -> its edited layers, oldest first, as long as their runs' results are referenced. It is not a cache:
-neither the model nor a run knows which runs have edited the model."""
+"""Owner of a weight -> its edited layers, oldest first, as long as their runs' results are referenced. It is not a
+cache: neither the model nor a run knows which runs have edited the model."""
 
 
 def record(layers: Iterable[EditedLayer]) -> None:
     """Record that the edits of a finished run are in the weights of these layers."""
     for layer in layers:
-        _STANDING.setdefault(layer.module, []).append(ref(layer))
+        _STANDING.setdefault(layer.owner, []).append(ref(layer))
 
 
 def remove(layers: Iterable[EditedLayer]) -> None:
@@ -33,11 +33,11 @@ def remove(layers: Iterable[EditedLayer]) -> None:
     otherwise they are so up to rounding. Layers that were removed before are ignored.
     """
     for layer in layers:
-        standing = [other for one in _STANDING.get(layer.module, []) if (other := one()) is not None]
+        standing = [other for one in _STANDING.get(layer.owner, []) if (other := one()) is not None]
         index = next((i for i, other in enumerate(standing) if other is layer), None)
         if index is not None:
             _remove(layer, standing[index + 1 :])
-            _STANDING[layer.module] = [ref(other) for other in standing if other is not layer]
+            _STANDING[layer.owner] = [ref(other) for other in standing if other is not layer]
 
 
 @torch.no_grad()

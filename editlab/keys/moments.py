@@ -1,5 +1,10 @@
 """Second moments C0 = E[k k^T] of the keys of ordinary text, whose outputs an edit should not change.
 
+For a mixture of experts C0 keeps only its blocks on the diagonal, E[g_e^2 h_e h_e^T] for each expert e, because the
+whole matrix of the joint keys (:mod:`editlab.lm.experts`) fits into no memory. A token goes to k experts, so the blocks
+bound what an update does to ordinary text: by the inequality of Cauchy and Schwarz ``||delta k||^2 <= k sum_e ||delta_e
+g_e h_e||^2``, which says that k times the blocks minus C0 is positive semidefinite.
+
 Text is read in windows (:mod:`editlab.lm.text`), without the keys of the special tokens before it. Sums are in float64.
 Blocks above the highest of the layers do not run. Several ranks share the passes. The result is cached under a
 fingerprint of the weights, the layers and the text.
@@ -32,6 +37,8 @@ log = logging.getLogger(__name__)
 
 ROWS = 32
 """Number of windows in a forward pass."""
+FEWEST_ROWS = 4
+"""Number of windows in a forward pass of a mixture of many experts, whose joint keys take much memory."""
 KEYS_A_FEATURE = 2
 """Number of keys for each feature that are read before new keys are compared with the tolerance."""
 PROBED = 16
@@ -66,7 +73,7 @@ def second_moments(
     name: str,
     device: torch.device | None = None,
 ) -> dict[int, Tensor]:
-    """C0 of each layer, float64 [d_k, d_k] on the CPU; read from the cache if it is there.
+    """C0 of each layer, float64 on the CPU; read from the cache if it is there.
 
     Args:
         lm: the unedited model.
@@ -98,8 +105,8 @@ def second_moments(
 
     found: dict[int, Tensor] = {}
     for layer in ranks.on_first(look):
-        size = lm.anatomy.key_size(layer)
-        found[layer] = ranks.read_on_first(partial(read.__getitem__, layer), (size, size), dtype=torch.float64)
+        shape = lm.anatomy.moments_shape(layer)
+        found[layer] = ranks.read_on_first(partial(read.__getitem__, layer), shape, dtype=torch.float64)
     missing = [layer for layer in layers if layer not in found]
     if missing:
         if settings.tolerance:
@@ -136,7 +143,9 @@ def text_windows(lm: LanguageModel, settings: MomentSettings, name: str) -> list
 def accumulate(
     lm: LanguageModel, layers: Sequence[int], windows: Sequence[Sequence[int]], device: torch.device | None = None
 ) -> dict[int, Tensor]:
-    """Second moments of the layers' keys at the tokens of text in windows, float64 [d_k, d_k] on the CPU.
+    """Second moments of the layers' keys at the tokens of text in windows, float64 on the CPU.
+
+    They are [d_k, d_k], or for a mixture of experts [experts, features, features].
 
     Each pass adds one float64 product for each layer to a sum that stays on one device until the end.
 
@@ -151,19 +160,35 @@ def accumulate(
     where = device or (lm.device if has_float64(lm.device) else torch.device("cpu"))
     before = len(lm.beginning)
 
+    shapes = [lm.anatomy.moments_shape(layer) for layer in layers]
+    together = max(FEWEST_ROWS, min(ROWS // shape[0] if len(shape) == 3 else ROWS for shape in shapes))
+
     def add_up(starts: Sequence[int]) -> list[Tensor]:
-        sizes = [lm.anatomy.key_size(layer) for layer in layers]
-        sums = [torch.zeros(size, size, dtype=torch.float64, device=where) for size in sizes]
+        sums = [torch.zeros(shape, dtype=torch.float64, device=where) for shape in shapes]
         for start in progress(starts, desc="Second moments", unit="pass"):
-            seen = lm.read(windows[start : start + ROWS], modules, stop=max(layers))
+            seen = lm.read(windows[start : start + together], modules, stop=max(layers))
             for layer, total in zip(layers, sums, strict=True):
-                keys = widened(torch.cat([window.pop(layer)[before:] for window in seen]), where)
-                total.addmm_(keys.T, keys)
+                _add_products(total, torch.cat([window.pop(layer)[before:] for window in seen]))
         return [total.cpu() for total in sums]
 
-    totals = ranks.summed(range(0, len(windows), ROWS), add_up)
+    totals = ranks.summed(range(0, len(windows), together), add_up)
+    for layer, total in zip(layers, totals, strict=True):
+        if total.dim() == 3 and (unused := int((total.flatten(1).abs().amax(1) == 0).sum())):
+            log.warning("Layer %d: no token of the text went to %d of %d experts, so their outputs are not preserved: "
+                        "raise model.moments.tokens", layer, unused, len(total))  # fmt: skip
     count = _tokens(lm, windows)
     return {layer: total.div_(count) for layer, total in zip(layers, totals, strict=True)}
+
+
+def _add_products(total: Tensor, keys: Tensor) -> None:
+    """Add ``sum k k^T`` over keys [tokens, d_k] to a sum, or its blocks on the diagonal to one for each expert."""
+    if total.dim() == 2:
+        keys = widened(keys, total.device)
+        total.addmm_(keys.T, keys)
+        return
+    for block, part in zip(total, keys.split(total.shape[-1], dim=1), strict=True):
+        there = widened(part[(part != 0).any(1)], total.device)  # the tokens that went to this expert
+        block.addmm_(there.T, there)
 
 
 def accumulate_until(
@@ -222,8 +247,8 @@ def excess(moments: Tensor, keys: Tensor) -> float:
     moments (by the mean of an inverse Wishart matrix).
 
     Args:
-        moments: second moments C, [d_k, d_k].
+        moments: second moments C, [d_k, d_k], or the blocks of experts.
         keys: keys that the moments were not computed from, [m, d_k].
     """
     whitened = Preservation.from_moments(moments).whiten(keys.T)
-    return float(whitened.square().sum(0).mean()) / len(moments) - 1
+    return float(whitened.square().sum(0).mean()) / keys.shape[1] - 1

@@ -11,6 +11,9 @@ observed change is a direct effect:
   tokens: a shift of the values at the first token changes it at a later token. No shift changes an MLP's input at a
   later token.
 
+A block with a mixture of experts has no such map. There the edited map is the output projections of its experts side by
+side (:mod:`editlab.lm.experts`).
+
 Shapes are not sufficient: an attention's output is as wide as an MLP's, and all maps of a block may be square. A table
 of names is not sufficient either: PEFT's covers about thirty model types. It agrees with the probe on them (a test
 checks this), but importing it takes more than a second, and the probe takes a tenth of a second.
@@ -18,19 +21,23 @@ checks this), but importing it takes more than a second, and the probe takes a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
+from editlab.lm.experts import JointMap, experts_of, joint_map
 from editlab.lm.precision import rounding
 from editlab.lm.probe import TOKENS, LinearMap, linear_maps, random_signs, run_block
 
 _LATER = range(1, TOKENS)
 _SAME = 0.05
 """Relative error up to which a shift counts as unchanged; bfloat16 rounding changes it less, and a norm more."""
+EditedMap = LinearMap | JointMap
+"""A map whose weight may be edited."""
 _HOW_TO_NAME = "name the linear map to edit with model.edit_module, as a path inside a block"
 
 
@@ -48,21 +55,27 @@ class Anatomy:
     """The output embeddings: from the last hidden state to the logits."""
     additive: bool
     """Whether adding x to the edited map's output adds x to the block's output (not if a norm follows it)."""
+    joint: Mapping[int, JointMap] = field(default_factory=dict)
+    """Number of a block -> the joint map of its experts; empty if the edited map is a linear map."""
 
     @property
     def editable(self) -> list[int]:
         """Numbers of the blocks that have the edited map."""
-        return [number for number, block in enumerate(self.blocks) if self.edit_path in linear_maps(block)]
+        plain = [number for number, block in enumerate(self.blocks) if self.edit_path in linear_maps(block)]
+        return sorted(self.joint) or plain
 
-    def edit_module(self, layer: int) -> LinearMap:
+    def edit_module(self, layer: int) -> EditedMap:
         """Return the edited map of block ``layer``, counted from 0.
 
         Raises:
             UserError: There is no such layer, or its block has no such map.
         """
         if not 0 <= layer < len(self.blocks):
-            raise UserError(f"there is no layer {layer}: the model's layers are 0 to {len(self.blocks) - 1}")
-        module = linear_maps(self.blocks[layer]).get(self.edit_path)
+            raise UserError(
+                f"there is no layer {layer}: the model's layers are 0 to {len(self.blocks) - 1}; name others in "
+                "model.layers, or set it to auto"
+            )
+        module = self.joint.get(layer) or linear_maps(self.blocks[layer]).get(self.edit_path)
         if module is None:
             raise UserError(
                 f"layer {layer} has no linear map {self.edit_path} (layers {self.editable} have): {_HOW_TO_NAME}"
@@ -72,6 +85,13 @@ class Anatomy:
     def transposed(self, layer: int) -> bool:
         """Return whether the weight is stored as ``[d_k, d_v]`` (GPT-2's Conv1D) and not as ``[d_v, d_k]``."""
         return is_transposed(self.edit_module(layer))
+
+    def moments_shape(self, layer: int) -> tuple[int, ...]:
+        """Return the shape of C0: [d_k, d_k], or one block [features, features] for each expert of a joint map."""
+        module = self.edit_module(layer)
+        if isinstance(module, JointMap):
+            return module.count, module.features, module.features
+        return self.key_size(layer), self.key_size(layer)
 
     def edit_name(self, layer: int) -> str:
         """Return the path of the edited map of block ``layer`` in the whole model."""
@@ -105,8 +125,8 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
 
     Raises:
         UserError: The model has no list of blocks or no output embeddings; a block has no single MLP output
-            projection, as in a mixture of experts; ``edit_module`` is not a linear map onto the residual stream;
-            or the weights are quantized.
+            projection and no experts that are one linear map; or ``edit_module`` is not a linear map onto the residual
+            stream.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -117,14 +137,21 @@ def read_anatomy(model: PreTrainedModel, edit_module: str | None = None) -> Anat
         path = _find_mlp_output(model, blocks[0], width)
     else:
         path = _named(edit_module, block_path, blocks, width)
-    block = next(block for block in blocks if path in linear_maps(block))
-    dtype = linear_maps(block)[path].weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise UserError(
-            f"the weights of {path} are quantized ({dtype}), and an update is smaller than their steps: load an "
-            "unquantized model, or keep these maps in full precision (llm_int8_skip_modules of BitsAndBytesConfig)"
-        )
-    return Anatomy(blocks, block_path, path, head, _is_additive(model, block, path))
+    joint = _joint_maps(blocks, path, width)
+    block = next(block for number, block in enumerate(blocks) if number in joint or path in linear_maps(block))
+    return Anatomy(blocks, block_path, path, head, _is_additive(model, block, path), joint)
+
+
+def _joint_maps(blocks: nn.ModuleList, path: str, width: int) -> dict[int, JointMap]:
+    """Number of a block -> the joint map of its experts at ``path``; the first shows which parameter holds them."""
+    found: dict[int, JointMap] = {}
+    for number, block in enumerate(blocks):
+        experts = dict(experts_of(block)).get(path)
+        if experts is not None:
+            first = next(iter(found.values()), None) or joint_map(experts, width)
+            if first is not None:
+                found[number] = first.like(experts)
+    return found
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -146,6 +173,9 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> str:
     """Find the MLP's output projection of ``block`` by the method in this module's docstring."""
+    stacks = dict(experts_of(block))
+    if len(stacks) == 1 and joint_map(next(iter(stacks.values())), width) is not None:
+        return next(iter(stacks))
     maps = linear_maps(block)
     row = {path: number for number, path in enumerate(maps, start=1)}  # row 0 is left undisturbed
 
@@ -169,10 +199,10 @@ def _find_mlp_output(model: PreTrainedModel, block: nn.Module, width: int) -> st
         if _widths(maps[path])[1] == width and writes_to_the_stream(path) and not reads_a_mixture(path)
     ]
     unused = {path for path in maps if path not in trace.inputs and _widths(maps[path])[1] == width}
-    if len(found) == 1 and not unused and not _has_stacks(block):
+    if len(found) == 1 and not unused and not stacks:
         return found[0]
     raise UserError(
-        f"{type(model).__name__} has no single MLP output projection in a block (like mixtures of experts): "
+        f"{type(model).__name__} has no single MLP output projection in a block, nor experts that are one linear map: "
         f"{_HOW_TO_NAME}; the maps onto the residual stream are {_listed(block, width)}"
     )
 
@@ -185,16 +215,11 @@ def _moved(x: Tensor, row: int, token: int) -> bool:
     return ((disturbed - clean).abs() > tolerance * clean.abs()).float().mean().item() > 0.5
 
 
-def _has_stacks(block: nn.Module) -> bool:
-    """Return whether ``block`` has stacked weight matrices, as mixtures of experts do."""
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    owners = (part for part in block.modules() if not isinstance(part, convolutions))
-    return any(weight.squeeze().dim() > 2 for owner in owners for weight in owner.parameters(recurse=False))
-
-
 def _named(edit_module: str, block_path: str, blocks: nn.ModuleList, width: int) -> str:
     """Resolve the user's ``edit_module`` to a path inside a block."""
     path = edit_module.removeprefix(f"{block_path}.{{}}.")
+    if _joint_maps(blocks, path, width):
+        return path
     if not any(path in linear_maps(block) and _widths(linear_maps(block)[path])[1] == width for block in blocks):
         raise UserError(
             f"model.edit_module: {edit_module!r} is not a linear map onto the residual stream; in a block of "
@@ -215,7 +240,7 @@ def _is_additive(model: PreTrainedModel, block: nn.Module, path: str) -> bool:
         shift.append((shifted[1] - output[0]).float())
         return shifted
 
-    trace = run_block(model, block, 2, shift_one_row)
+    trace = run_block(model, block, 2, shift_one_row, dict(experts_of(block)))
     if path not in trace.inputs:  # an expert's output is weighted, and is used for some of the tokens only
         return False
     arrived = (trace.output[1] - trace.output[0]).float()
@@ -223,9 +248,9 @@ def _is_additive(model: PreTrainedModel, block: nn.Module, path: str) -> bool:
     return ((arrived - shift[0]).abs() / shift[0].abs()).median().item() < _SAME
 
 
-def _widths(module: LinearMap) -> tuple[int, int]:
+def _widths(module: EditedMap) -> tuple[int, int]:
     """Return the widths of a map's input and output."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | JointMap):
         return module.in_features, module.out_features
     return module.weight.shape[0], module.weight.shape[1]
 

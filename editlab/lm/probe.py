@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,12 +51,19 @@ def random_signs(like: Tensor) -> Tensor:
     return (2 * drawn - 1).to(like)
 
 
-def run_block(model: PreTrainedModel, block: nn.Module, rows: int, alter: Alter) -> Trace:
+def run_block(
+    model: PreTrainedModel,
+    block: nn.Module,
+    rows: int,
+    alter: Alter,
+    others: Mapping[str, nn.Module] | None = None,
+) -> Trace:
     """Run ``model`` on ``rows`` copies of a dummy text up to the end of ``block``, altering its linear maps.
 
     ``alter(path, output, scale)`` receives the output ``[rows, TOKENS, width]`` of each linear map and returns its
     replacement; ``scale`` is the size of a detectable shift (the RMS of this output or of the block's input, whichever
-    is larger). Weights, modes, hooks, gradients and random states of the model are not changed.
+    is larger). ``others`` are modules by path whose outputs are altered, too. Weights, modes, hooks, gradients and
+    random states of the model are not changed.
 
     Raises:
         UserError: The model does not run through ``block``.
@@ -73,7 +80,7 @@ def run_block(model: PreTrainedModel, block: nn.Module, rows: int, alter: Alter)
         raise _BlockDoneError
 
     handles = [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
-    for path, part in linear_maps(block).items():
+    for path, part in {**linear_maps(block), **(others or {})}.items():
         handles.append(part.register_forward_hook(_altering(path, rows, alter, trace, stream)))
     ids = _dummy_text(model).expand(rows, -1).contiguous()
     try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from editlab.lm.anatomy import Anatomy, read_anatomy
 from editlab.lm.placement import runs_on
+from editlab.lm.quantized import is_quantized
 
 
 class ModelRunner(nn.Module):
@@ -30,13 +31,14 @@ class ModelRunner(nn.Module):
 
     def __init__(self, model: PreTrainedModel, edit_module: str | None = None, placed: bool = False) -> None:
         super().__init__()
-        self.placed = placed or getattr(model, "hf_device_map", None) is not None
+        self.placed = placed or getattr(model, "hf_device_map", None) is not None or is_quantized(model)
         self.model = model
         self.anatomy: Anatomy = read_anatomy(model, edit_module)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def _apply(self, fn: Any, recurse: bool = True) -> ModelRunner:
-        # The Trainer moves its module to one device; a model that a device_map has placed stays where it is.
+        # The Trainer moves its module to one device and type; a model that a device_map has placed stays where it is,
+        # and so does a quantized one, which transformers puts on its device when it is loaded.
         return self if self.placed else super()._apply(fn, recurse)
 
     @property

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.edits.edited_layer import EditedLayer
 from editlab.errors import UserError
 from editlab.lm.anatomy import is_transposed
+from editlab.lm.experts import JointMap, joint_map
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.loading.load import load
 from editlab.lm.precision import dtype_name, dtype_named
+from editlab.lm.quantized import in_full_precision
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
 from editlab.runs.resume import KEY, adjusted_path, require_finite, sums
@@ -241,6 +243,10 @@ def _require_finite(totals: Mapping[str, Tensor], source: str) -> None:
 def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
     """Return the module that a sum belongs to, and whether it stores its weight transposed."""
     module = dict(model.named_modules()).get(name)
+    if isinstance(module, nn.Module) and not hasattr(module, "weight"):
+        module = joint_map(module, len(total))
+    elif module is not None:
+        module = in_full_precision(model, name)
     weight = getattr(module, "weight", None)
     if module is None or weight is None:
         raise UserError(
@@ -248,6 +254,8 @@ def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool
         )
     transposed = is_transposed(module)
     shape = tuple(weight.T.shape if transposed else weight.shape)
+    if isinstance(module, JointMap):
+        shape = (module.out_features, module.in_features)
     if tuple(total.shape) != shape or total.dtype != torch.float32:
         raise UserError(
             f"The delta for {name} is {dtype_name(total.dtype)} {list(total.shape)} and must be float32 "

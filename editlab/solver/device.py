@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,9 @@ def require_setting(setting: str) -> None:
         raise UserError(f"model.solver_device is {setting!r}: set it to auto, cpu, or a CUDA device such as cuda:0.")
 
 
-def choose_device(setting: str, model_device: torch.device, key_sizes: Sequence[int], room: int | None) -> torch.device:
+def choose_device(
+    setting: str, model_device: torch.device, shapes: Sequence[Sequence[int]], room: int | None
+) -> torch.device:
     """The device of keys, residuals and metrics.
 
     ``auto`` is the model's device, or the CPU if that device has no float64 (Apple's MPS), multiplies float64 slowly
@@ -44,7 +47,7 @@ def choose_device(setting: str, model_device: torch.device, key_sizes: Sequence[
     Args:
         setting: ``model.solver_device``.
         model_device: device of the model's inputs.
-        key_sizes: d_k of each edited layer.
+        shapes: shape of C0 of each edited layer, [d_k, d_k] or [experts, features, features].
         room: bytes of the model's devices that its weights leave free; None if unknown.
     """
     if setting != AUTO:
@@ -53,13 +56,13 @@ def choose_device(setting: str, model_device: torch.device, key_sizes: Sequence[
     if model_device.type != "cuda" or _float64_units(model_device) < FEWEST_UNITS:
         return cpu
     # Half of the room: values and evaluations need the rest.
-    fits = room is None or metric_bytes(key_sizes) + _SPARE * metric_bytes([max(key_sizes)]) <= room // 2
+    fits = room is None or metric_bytes(shapes) + _SPARE * max(metric_bytes([shape]) for shape in shapes) <= room // 2
     return model_device if fits else cpu
 
 
-def metric_bytes(key_sizes: Sequence[int]) -> int:
-    """Bytes of one float64 matrix [d_k, d_k] for each layer."""
-    return sum(8 * size * size for size in key_sizes)
+def metric_bytes(shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes of one float64 tensor for each layer."""
+    return sum(8 * math.prod(shape) for shape in shapes)
 
 
 def _float64_units(device: torch.device) -> int:

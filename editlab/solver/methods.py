@@ -35,7 +35,10 @@ class Method(EditMethod):
 
     @abstractmethod
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return the preservation metric for second moments C0 of keys, [d_k, d_k], on ``device``; default: theirs."""
+        """Return the preservation metric for second moments C0 of keys on ``device``; default: theirs.
+
+        C0 is [d_k, d_k], or has a block for each expert, [experts, features, features].
+        """
 
     @property
     @abstractmethod
@@ -246,9 +249,10 @@ class UltraEdit(Method):
         above_zero("UltraEdit", mu=self.mu)
 
     def preservation(self, moments: Tensor, device: torch.device | None = None) -> Preservation:
-        """Return the metric ``mu I``; only the size of ``moments`` matters."""
+        """Return the metric ``mu I``; only the shape of ``moments`` matters."""
         device = device or (torch.device("cpu") if moments.is_meta else moments.device)
-        return Preservation(self.mu**0.5 * torch.eye(len(moments), dtype=torch.float64, device=device))
+        identity = torch.eye(moments.shape[-1], dtype=torch.float64, device=device)
+        return Preservation(self.mu**0.5 * identity.expand(moments.shape))
 
     @property
     def slack(self) -> float:

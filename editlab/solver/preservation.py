@@ -22,11 +22,15 @@ class Preservation:
 
     ``columns`` are whitened extra keys ``B`` that were added since the factor was computed, so that the metric is
     ``C`` plus a weighted sum of ``k k^T``. By Woodbury's identity they cost an m x m solve and no new factorization.
+
+    A metric of several blocks is block-diagonal, and its factor holds one matrix for each block. With ``d`` features in
+    a block, the d_k features of a key are those of the first block, then those of the second, and so on.
     """
 
     factor: Tensor
     """Lower Cholesky factor L of C, or a basis U of a subspace (then T = U^T), float64 [d_k, r]. The basis is
-    orthonormal if the metric is the identity on the subspace."""
+    orthonormal if the metric is the identity on the subspace. Of a metric of blocks it is [blocks, d, d], where columns
+    of 0 stand for directions outside a basis."""
     is_basis: bool = False
     """Whether ``factor`` is a basis (AlphaEdit's null space) rather than a Cholesky factor."""
     columns: Tensor | None = None
@@ -62,7 +66,7 @@ class Preservation:
         metric is computed on the CPU and stays there.
 
         Args:
-            moments: second moments of keys C0 = E[k k^T], [d_k, d_k], symmetric.
+            moments: second moments of keys C0 = E[k k^T], [d_k, d_k], symmetric; or those of blocks, [blocks, d, d].
             weight: lambda, the number of ordinary tokens that C0 counts as.
             ridge: fraction of the mean eigenvalue that is added to the diagonal, so that the metric is positive
                 definite in directions that the text never used.
@@ -86,7 +90,8 @@ class Preservation:
             raise EditLabError(
                 "The second moments hold values that are not finite: delete the cached file, and they are recomputed."
             )
-        c.diagonal().add_(ridge * c.diagonal().mean() + identity)
+        diagonal = c.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(ridge * diagonal.mean() + identity)
         factor, failed = _cholesky_in_place(c)
         if failed:
             raise EditLabError(
@@ -119,29 +124,36 @@ class Preservation:
     @classmethod
     def _null_space(cls, moments: Tensor, threshold: float, identity: float, device: torch.device) -> Preservation:
         values, vectors = torch.linalg.eigh(widened(moments, device))
-        basis = vectors[:, values < threshold]
-        if basis.shape[1] == 0:
+        inside = values < threshold
+        if not bool(inside.any()):
             raise UserError(
                 f"No eigenvalue of the second moments is under {threshold:g}, so the null space is empty: raise the "
-                f"threshold (they run from {values[0]:.3g} to {values[-1]:.3g})."
+                f"threshold (they run from {float(values.min()):.3g} to {float(values.max()):.3g})."
             )
+        # Blocks have null spaces of different dimensions, so theirs keep the other directions, as columns of 0.
+        basis = vectors[:, inside] if moments.dim() == 2 else vectors * inside[:, None]
         return cls(basis.contiguous().div_(identity**0.5), is_basis=True)
 
     def whiten(self, keys: Tensor) -> Tensor:
         """Whitened keys ``T K`` of keys ``K``: [d_k, n] -> [r, n], float64, on the metric's device."""
-        keys = widened(keys, self.device)
+        keys = self._in_blocks(widened(keys, self.device))
         if self.is_basis:
-            return self.factor.T @ keys
-        return torch.linalg.solve_triangular(self.factor, keys, upper=False)
+            return _flat(self.factor.mT @ keys)
+        return _flat(torch.linalg.solve_triangular(self.factor, keys, upper=False))
 
     def unwhiten(self, whitened: Tensor) -> Tensor:
         """``T^T A`` of whitened keys ``A``: [r, n] -> [d_k, n].
 
         ``unwhiten(whiten(K))`` is ``C^-1 K`` if no columns were added.
         """
+        whitened = self._in_blocks(whitened)
         if self.is_basis:
-            return self.factor @ whitened
-        return torch.linalg.solve_triangular(self.factor.T, whitened, upper=True)
+            return _flat(self.factor @ whitened)
+        return _flat(torch.linalg.solve_triangular(self.factor.mT, whitened, upper=True))
+
+    def _in_blocks(self, rows: Tensor) -> Tensor:
+        """Rows [d_k or r, n] as the factor's blocks multiply them: [blocks, d, n], or unchanged."""
+        return rows if self.factor.dim() == 2 else rows.reshape(*self.factor.shape[:2], -1)
 
     def inverse_times(self, keys: Tensor) -> Tensor:
         """``C^-1 K`` of keys ``K`` with the added columns accounted for: [d_k, n] -> [d_k, n], float64."""
@@ -151,7 +163,8 @@ class Preservation:
         """The metric ``C + sum_i weight_i k_i k_i^T`` for keys [d_k, m], as a new object.
 
         Once there are more columns than half the dimension, they are folded into a new factor, so that memory and time
-        stay bounded however long the sequence of edits is.
+        stay bounded however long the sequence of edits is. A metric of blocks keeps all columns: a sum of ``k k^T``
+        couples blocks, so it does not fit into their factors.
         """
         if keys.shape[1] == 0:
             return self
@@ -159,7 +172,7 @@ class Preservation:
         columns = self.whiten(keys) * scale
         if self.columns is not None:
             columns = torch.cat([self.columns, columns], dim=1)
-        if columns.shape[1] <= self.factor.shape[1] // 2:
+        if self.factor.dim() == 3 or columns.shape[1] <= self.factor.shape[1] // 2:
             return Preservation(self.factor, self.is_basis, columns)
         return self._folded(columns @ columns.T)
 
@@ -174,6 +187,7 @@ class Preservation:
         return _where_it_fits(self.device, lambda there: self.to(there)._plus_moments(moments))
 
     def _plus_moments(self, moments: Tensor) -> Preservation:
+        assert self.factor.dim() == 2  # a consolidated memory is refused for a metric of blocks
         extra = self.whiten(moments)
         extra = self.whiten(extra.T)  # the name is reused, so that the first product is freed
         if self.columns is not None:
@@ -203,6 +217,11 @@ class Preservation:
         return whitened - b @ torch.linalg.solve(small, b.T @ whitened)
 
 
+def _flat(rows: Tensor) -> Tensor:
+    """Rows of all blocks, [blocks, d, n] -> [blocks d, n]; a matrix is returned as it is."""
+    return rows if rows.dim() == 2 else rows.flatten(0, 1)
+
+
 def _where_it_fits(device: torch.device, make: Callable[[torch.device], Preservation]) -> Preservation:
     """The metric that ``make`` returns for the device, or for the CPU if the device lacks memory."""
     try:
@@ -223,6 +242,6 @@ def _copied(matrix: Tensor, device: torch.device) -> Tensor:
 
 def _cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
     """The lower Cholesky factor in the matrix's own memory, and whether the factorization failed."""
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
-    return factor, info.item() != 0
+    return factor, bool(info.any())

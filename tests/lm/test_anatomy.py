@@ -201,21 +201,7 @@ class TestNamedByTheUser:
 
 
 class TestMixturesOfExperts:
-    """No single projection acts on every token, unless the user names one."""
-
-    @pytest.mark.parametrize(
-        "config",
-        [
-            transformers.MixtralConfig(**TINY, num_local_experts=4),
-            transformers.PhimoeConfig(**TINY, num_local_experts=4),
-            transformers.Qwen2MoeConfig(**TINY, num_experts=4, moe_intermediate_size=16,
-                                        shared_expert_intermediate_size=16),
-        ],
-        ids=lambda config: config.model_type,
-    )  # fmt: skip
-    def test_the_error_asks_for_a_name(self, config):
-        with pytest.raises(UserError, match=r"no single MLP output projection .* with model\.edit_module"):
-            read_anatomy(AutoModelForCausalLM.from_config(config).eval())
+    """Experts that are separate modules are no single map; those that are stacked are in tests/lm/test_experts.py."""
 
     @pytest.mark.parametrize("shared", [False, True])
     def test_experts_kept_as_separate_maps(self, shared):
@@ -278,15 +264,6 @@ def test_state_space_models_are_rejected():
     config = transformers.MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, state_size=4)
     with pytest.raises(UserError, match=r"no single MLP output projection .*mixer\.out_proj"):
         read_anatomy(AutoModelForCausalLM.from_config(config).eval())
-
-
-def test_quantized_weights_are_rejected():
-    model = tiny_model("llama")
-    for block in model.model.layers:
-        block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
-        block.mlp.down_proj.forward = lambda x: x[..., :32]
-    with pytest.raises(UserError, match=r"weights of mlp\.down_proj are quantized \(torch\.int8\)"):
-        read_anatomy(model, "mlp.down_proj")
 
 
 @pytest.mark.parametrize("training", [False, True])

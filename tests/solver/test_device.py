@@ -9,7 +9,7 @@ from editlab.errors import UserError
 from editlab.solver.device import AUTO, choose_device, metric_bytes, require_setting
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda:0", "mps:0"))
-SIZES = [14336] * 5  # Llama-3-8B: five factors of 1.64 GB
+SHAPES = [(14336, 14336)] * 5  # Llama-3-8B: five factors of 1.64 GB
 
 
 @pytest.fixture
@@ -23,8 +23,9 @@ def gpu(monkeypatch):
     return describe
 
 
-def test_a_metric_is_a_square_of_eight_byte_numbers():
-    assert metric_bytes([3, 2]) == 8 * (9 + 4)
+def test_a_metric_has_numbers_of_eight_bytes():
+    """A matrix [d_k, d_k], and one block for each of five experts."""
+    assert metric_bytes([(3, 3), (5, 2, 2)]) == 8 * (9 + 20)
 
 
 @pytest.mark.parametrize(
@@ -39,17 +40,17 @@ def test_a_metric_is_a_square_of_eight_byte_numbers():
 )
 def test_auto_weighs_speed_and_memory_of_a_gpu(gpu, capability, units, room, expected):
     gpu(*capability, units)
-    assert choose_device(AUTO, CUDA, SIZES, room) == expected
+    assert choose_device(AUTO, CUDA, SHAPES, room) == expected
 
 
 def test_auto_is_the_cpu_without_float64():
-    assert choose_device(AUTO, MPS, [8], None) == choose_device(AUTO, CPU, [8], None) == CPU
+    assert choose_device(AUTO, MPS, [(8, 8)], None) == choose_device(AUTO, CPU, [(8, 8)], None) == CPU
 
 
 @pytest.mark.parametrize("setting", ["cpu", "cuda:0"])
 def test_a_given_device_is_used(setting):
     require_setting(setting)
-    assert choose_device(setting, MPS, [8], 0) == torch.device(setting)
+    assert choose_device(setting, MPS, [(8, 8)], 0) == torch.device(setting)
 
 
 @pytest.mark.parametrize("setting", ["mps", "toaster", ""])

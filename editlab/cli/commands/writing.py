@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.errors import UserError
 from editlab.lm.placement import device_named
 from editlab.lm.precision import WEIGHTS, dtype_name, dtype_named
-from editlab.lm.save import SHARD, cast, save
+from editlab.lm.save import SHARD, cast, move, save
 from editlab.runs.delta import Delta
 from editlab.runs.model_card import edited_card, reverted_card
 from editlab.utils.files import atomic_folder
@@ -100,13 +100,13 @@ class Writing:
         # Computed now, because the working directory itself may be replaced by the folder.
         shown = os.path.relpath(self.out)
         model, tokenizer = delta.base(base)
-        model.to(self.device)  # type: ignore[arg-type]
+        move(model, self.device)
         dtype = self.dtype or delta.dtype
         # Updates are added in the wider of the two types, and the sum is rounded once.
         cast(model, torch.promote_types(delta.dtype, dtype))
         change(model)
         cast(model, dtype)
-        model.to("cpu")  # type: ignore[arg-type]  # where the writer of safetensors copies each tensor anyway
+        move(model, "cpu")  # where the writer of safetensors copies each tensor anyway
         with atomic_folder(self.out) as folder:
             save(model, tokenizer, folder, self.max_shard_size)
             (folder / "README.md").write_text(card(delta, dtype_name(dtype)), encoding="utf-8")

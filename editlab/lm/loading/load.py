@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from editlab.lm.loading.causal import require_causal
 from editlab.lm.loading.gguf import gguf_folder, is_gguf
 from editlab.lm.memory import require_memory, weight_bytes
 from editlab.lm.placement import DeviceMap
+from editlab.lm.quantized import keep_layout
 
 _LEAST_VOCABULARY = 16
+BITSANDBYTES = "bitsandbytes"
+"""Package and name of the quantization whose models can be edited."""
 
 BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
 """Models that need no hub: name -> function that downloads the model and returns its folder."""
@@ -42,7 +46,8 @@ def load(
     ``name`` is the name of a built-in model (:data:`BUILTIN`), the path of a folder that ``save_pretrained``
     wrote or of a GGUF file, or an id on the Hugging Face hub. Code that comes with a model is never run.
     ``device_map`` is passed to transformers, for a model that does not fit on one device. Otherwise the model is loaded
-    into the CPU's memory and later moved to ``device``, so it must fit into both.
+    into the CPU's memory and later moved to ``device``, so it must fit into both. Of a model with 4- or 8-bit weights
+    of bitsandbytes, ``dtype`` is the type of the others.
 
     Raises:
         UserError: There is no such model; its folder or file is incomplete; it is gated, or not a causal
@@ -53,10 +58,10 @@ def load(
     with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     require_causal(name, config)
-    _require_unquantized(name, config)
+    narrow = _has_narrow_weights(name, config)
     if device_map is None:
         with _explained(name):
-            needed = weight_bytes(config, dtype)
+            needed = weight_bytes(config, torch.int8 if narrow else dtype)
         for target in dict.fromkeys([torch.device("cpu"), device or torch.device("cpu")]):
             require_memory(repr(name), needed, dtype, target)
     with _explained(name):
@@ -67,6 +72,7 @@ def load(
     if report["missing_keys"]:
         one = sorted(report["missing_keys"])[0]
         raise UserError(f"the weights of {name!r} are incomplete ({one} is missing): get the whole model again")
+    keep_layout(model)
     return model.eval().requires_grad_(False), _load_tokenizer(name, source)
 
 
@@ -92,15 +98,24 @@ def _source(name: str) -> str:
     return name
 
 
-def _require_unquantized(name: str, config: PretrainedConfig) -> None:
-    """Reject 4- or 8-bit weights, because an edit needs full precision in layers that are known only after loading."""
+def _has_narrow_weights(name: str, config: PretrainedConfig) -> bool:
+    """Return whether a model has 4- or 8-bit weights that bitsandbytes can read; reject other quantizations."""
     how = getattr(config, "quantization_config", None)
-    if how is not None:
-        how = how if isinstance(how, dict) else how.to_dict()
+    if how is None:
+        return False
+    how = how if isinstance(how, dict) else how.to_dict()
+    method = how.get("quant_method", "by an unnamed method")
+    if method != BITSANDBYTES:
         raise UserError(
-            f"the weights of {name!r} are quantized ({how.get('quant_method', 'by an unnamed method')}), and an update "
-            "is smaller than their steps: name the model in full precision, or a GGUF file of it, which is dequantized"
+            f"the weights of {name!r} are quantized ({method}), and an update is smaller than their steps: name the "
+            f"model in full precision, in 4 or 8 bits of {BITSANDBYTES}, or a GGUF file of it, which is dequantized"
         )
+    if any(find_spec(package) is None for package in (BITSANDBYTES, "accelerate")):
+        raise UserError(
+            f"{name!r} has 4- or 8-bit weights, which need the packages {BITSANDBYTES} and accelerate: pip install "
+            "'editlab[quantized]'"
+        )
+    return True
 
 
 def _load_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:

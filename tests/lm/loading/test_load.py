@@ -153,7 +153,6 @@ def test_other_kinds_are_rejected_before_their_weights_are_read(tmp_path, config
 @pytest.mark.parametrize(
     ("quantization", "kind"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"bits": 3}, "by an unnamed method"),
     ],
