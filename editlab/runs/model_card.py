@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from editlab.lm.gguf.export import FILE as GGUF
 from editlab.lm.loading.load import BUILTIN
 from editlab.lm.precision import dtype_name
 from editlab.runs.delta import FILE, ORIENTATION, Delta
@@ -23,12 +24,36 @@ tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
 ```
 """
 
+_USE_GGUF = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER", gguf_file="{GGUF}", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER", gguf_file="{GGUF}")
+```
+"""
+
 
 def edited_card(delta: Delta, dtype: str) -> str:
     """The card of a folder with the edited model, whose weights are in ``dtype``."""
     base = f"`{delta.language_model}` with {_count(delta.history)}"
     opening = f"{base}; it loads with transformers alone, its weights in {dtype}.\n\n{_USE}"
     return "\n".join([_front(delta, "transformers"), "# Edited model\n", opening, *_sections(delta)])
+
+
+def gguf_card(delta: Delta, dtype: str, copied: bool) -> str:
+    """The card of a folder with the edited model as a GGUF file.
+
+    Args:
+        delta: the edits.
+        dtype: type of the tensors that were written.
+        copied: whether the tensors that were not edited are those of the base model's own GGUF file.
+    """
+    types = f"the edited tensors in {dtype}, all others as in the base model's file" if copied else f"in {dtype}"
+    opening = (
+        f"`{delta.language_model}` with {_count(delta.history)} as a GGUF file, {types}. It loads with llama.cpp "
+        f"(`llama-cli -m {GGUF}`) and with transformers:\n\n{_USE_GGUF}"
+    )
+    return "\n".join([_front(delta, "gguf"), "# Edited model\n", opening, *_sections(delta)])
 
 
 def delta_card(delta: Delta) -> str:
