@@ -44,7 +44,10 @@ def compare(
         UserError: They differ, or memory is insufficient.
     """
     require_memory(f"{file.name}, which is read back", 4 * model.num_parameters(), torch.float32, torch.device("cpu"))
-    read, vocabulary = read_gguf(file)
+    try:
+        read, vocabulary = read_gguf(file)
+    except (UserError, RuntimeError) as error:  # the latter where a weight has another shape than its settings say
+        raise _differs("the whole of it") from error
     found, written = read.state_dict(), model.state_dict()
     lost = [name for name, weight in written.items() if name not in found or found[name].shape != weight.shape]
     wrong = lost or [name for name in written if not expected(name, found[name])]
