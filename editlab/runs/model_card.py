@@ -16,19 +16,25 @@ from editlab.runs.history import Edit, History
 from editlab.runs.summary import versions
 from editlab.runs.tables import Table, metric_table
 
-_USE = """```python
+PLACE = "PATH OF THIS FOLDER"
+"""Stands in a card for the place of the model; a card that is pushed to the hub has its repository there."""
+
+TAGS = "tags: [knowledge-editing, editlab]"
+"""A line of every card."""
+
+_USE = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
 ```
 """
 
 _USE_GGUF = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER", gguf_file="{GGUF}", dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER", gguf_file="{GGUF}")
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", gguf_file="{GGUF}", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}", gguf_file="{GGUF}")
 ```
 """
 
@@ -79,7 +85,7 @@ def reverted_card(delta: Delta, dtype: str) -> str:
 
 
 def _front(delta: Delta, library: str) -> str:
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [knowledge-editing, editlab]"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", TAGS]
     if _on_the_hub(delta.language_model):
         lines.insert(0, f"base_model: {delta.language_model}")
     return "\n".join(["---", *lines, "---", ""])

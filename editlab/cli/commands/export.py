@@ -67,5 +67,5 @@ def write_delta(delta: Delta, out: Path) -> None:
 
 
 COMMAND = Command(
-    "export", "Write the edited model of a checkpoint as a folder that transformers loads.", _add_arguments, _export
+    "export", "Write the edited model of a checkpoint for transformers or for llama.cpp.", _add_arguments, _export
 )
