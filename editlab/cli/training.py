@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
@@ -73,7 +74,7 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
                 path = value if equals else "".join(words[index + 1 : index + 2])
                 require_end(Path(path), f"The configuration {path}")
         try:
-            with compat.arguments_of_one_class(EditMethod):
+            with compat.arguments_of_one_class(EditMethod, Logger):
                 super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save the file in UTF-8.") from error
