@@ -59,7 +59,9 @@ class Export:
             raise UserError(f"{folder} holds no model and no delta: give a folder that editlab export has written.")
         card = folder / CARD
         if not card.is_file() or TAGS not in card.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{folder} has no model card of editlab's ({CARD}), which names the edits: export it again.")
+            raise UserError(
+                f"{folder} has no model card of editlab's ({CARD}), which names the edits: export it again."
+            )
         return cls(folder, tuple(names), tuple(name for name in found if name not in names))
 
     def operations(self, repo: str) -> list[CommitOperationAdd]:

@@ -36,7 +36,6 @@ class RunTable:
 
     root_dir: str
     log_dir: str
-    name: str | None
     _number: int | str | None
     _rows: dict[int, dict[str, float]] | None = None
     _read_at: int | None = None

@@ -146,7 +146,6 @@ def test_the_table_alone(fit, tmp_path, capsys):
     assert fit("CSVRunLogger", "--ckpt_path", "last", verb="validate") == 0
     assert (run / "metrics.csv").read_bytes() == before  # all was measured already
     assert fit("RunLogger", "--trainer.max_steps", "1") == 0
-    assert (folder(tmp_path, 1) / "metrics.csv").read_text().splitlines()[0] == before.decode().splitlines()[0]
     # What report and compare read of a run:
     assert RunFolder(run).curve.keys() == {2, 4}
     assert {"retained/accuracy", "edits", "seconds"} <= RunFolder(run).measures().keys()
@@ -217,6 +216,7 @@ def test_a_logger_alone(tmp_path):
         CSVRunLogger(str(tmp_path / "file")).version  # noqa: B018
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages themselves
 @pytest.mark.skipif(not wandb._WANDB_AVAILABLE, reason="the package wandb is not installed")
 def test_the_real_weights_and_biases_offline(fit, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -226,6 +226,7 @@ def test_the_real_weights_and_biases_offline(fit, tmp_path, monkeypatch):
     assert read_table(folder(tmp_path) / "metrics.csv")
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages themselves
 @pytest.mark.skipif(not mlflow._MLFLOW_AVAILABLE, reason="the package mlflow is not installed")
 def test_the_real_ml_flow_in_a_file(fit, tmp_path):
     assert fit({"class_path": "MLFlowLogger", "init_args": {"tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}}) == 0

@@ -82,9 +82,7 @@ def write_copy(
             weight = stored(replaced[tensor.name], tensor.name, STORED.get(name), model.config)
             _add(writer, tensor.name, weight, KINDS[dtype])
         else:
-            writer.add_tensor(
-                tensor.name, tensor.data, raw_dtype=tensor.tensor_type, tensor_endianess=reader.endianess
-            )
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type, tensor_endianess=reader.endianess)
     _finish(writer)
 
 

@@ -1,7 +1,6 @@
-"""``export --format gguf``: what the verb writes of a run on a folder and of one on a GGUF file, and what it refuses."""
+"""``export --format gguf``: what is written of a run on a folder and of one on a GGUF file, and what is refused."""
 
 from __future__ import annotations
-
 
 import gguf
 import pytest

@@ -15,7 +15,7 @@ from editlab.cli.main import main
 from editlab.runs import hub
 from editlab.runs.model_card import PLACE, TAGS
 
-CARD = f"---\n{TAGS}\n---\nmodel = AutoModelForCausalLM.from_pretrained(\"{PLACE}\")\n"
+CARD = f'---\n{TAGS}\n---\nmodel = AutoModelForCausalLM.from_pretrained("{PLACE}")\n'
 
 
 class Hub(ThreadingHTTPServer):
@@ -32,6 +32,8 @@ class Hub(ThreadingHTTPServer):
 
 
 class Answers(BaseHTTPRequestHandler):
+    """What the stand-in answers."""
+
     def do_GET(self):
         self.answer({})
 
@@ -153,8 +155,7 @@ def test_what_is_refused(stub, edited, tmp_path, monkeypatch, capsys):
         (strange / name).write_bytes((edited / name).read_bytes())
     for folder, repo, message in (
         (tmp_path / "none", "me/edited", "There is no folder"),
-        (run, "me/edited", f"is a run's folder, whose checkpoints hold only updates: export it first, by `editlab export "
-         f"--ckpt_path {run} --out edited`"),
+        (run, "me/edited", f"only updates: export it first, by `editlab export --ckpt_path {run} --out edited`"),
         (empty, "me/edited", "holds no model and no delta"),
         (strange, "me/edited", "has no model card of editlab's"),
         (edited, "me/my/edited", "'me/my/edited' is no name of a repository"),

@@ -125,9 +125,7 @@ class TestCopies:
         model.to(torch.bfloat16)
         model.get_parameter(self.CHANGED).data += 0.125
         changed = model.get_parameter(self.CHANGED).detach().clone()
-        export_gguf(
-            tmp_path / "a.gguf", model, tokenizer, Origin(source, [self.CHANGED], torch.bfloat16), "x", PROMPTS
-        )
+        export_gguf(tmp_path / "a.gguf", model, tokenizer, Origin(source, [self.CHANGED], torch.bfloat16), "x", PROMPTS)
         found = tensors(tmp_path / "a.gguf")
         assert {t.tensor_type.name for n, t in found.items() if "norm" not in n} == {"Q8_0", "BF16"}
         ((again, _),) = read_back
@@ -137,7 +135,7 @@ class TestCopies:
         source = self.source(tmp_path)
         model, tokenizer = read_gguf(source)
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(400))
-        with pytest.raises(UserError, match="has no tensor output.bias"):
+        with pytest.raises(UserError, match=r"has no tensor output\.bias"):
             export_gguf(tmp_path / "a.gguf", model, tokenizer, Origin(source, ["lm_head.bias"], torch.float32), "")
 
 
