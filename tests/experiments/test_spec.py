@@ -64,7 +64,7 @@ def test_each_mistake_is_one_sentence(tmp_path, text, message):
 @pytest.mark.parametrize("logger", ["WandbLogger", "[RunLogger]", "{class_path: MLFlowLogger}", "false"])
 def test_a_recipe_with_another_logger_is_refused(tmp_path, logger):
     (tmp_path / "recipe.yaml").write_text(f"trainer: {{logger: {logger}}}")
-    with pytest.raises(UserError, match="by one RunLogger or CSVRunLogger: leave trainer.logger out of the recipe"):
+    with pytest.raises(UserError, match=r"by one RunLogger or CSVRunLogger: leave trainer\.logger out of the recipe"):
         load(tmp_path, CASES, recipe=False)
     for own in ("editlab.runs.logger.RunLogger", "{class_path: CSVRunLogger}", "null"):
         (tmp_path / "recipe.yaml").write_text(f"trainer: {{logger: {own}}}")
