@@ -23,6 +23,7 @@ import editlab.edits.edited_layer
 import editlab.runs.checkpoint
 import editlab.runs.event_log
 import editlab.runs.logger
+import editlab.runs.run_table
 import editlab.values.sources
 from editlab.runs.figures import new_figure
 from tests import forked
@@ -80,7 +81,7 @@ def _child(arguments: list[str], folder: str, cache: str, die_at: int | None, co
     clock.around(editlab.values.sources, "optimize_values")
     clock.around(editlab.editor.SequentialEditor, "_log_step")
     clock.around(editlab.runs.logger.RunLogger, "log_metrics")
-    clock.around(editlab.runs.logger, "_write")
+    clock.around(editlab.runs.run_table, "_write")
     clock.around(editlab.runs.event_log.EventLog, "append")
     callbacks.lora.training.SECONDS = 0.0  # an adjustment is kept after each step
     clock.around(callbacks.lora.objective.Objective, "loss")  # in the middle of an adjustment

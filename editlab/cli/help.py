@@ -27,7 +27,8 @@ TEXTS = {
     "trainer.precision": "Type of the weights and of the model's computations: 32-true, or bf16-true for half the "
     "memory. Values, scores and solves keep their full width.",
     "trainer.logger": "Where numbers are logged. RunLogger writes TensorBoard files and metrics.csv into the run's "
-    "folder, lightning_logs/RECIPE/version_N; false logs nothing, and the run's folder has its other files.",
+    "folder, lightning_logs/RECIPE/version_N; CSVRunLogger writes metrics.csv alone, and is added to others, such as "
+    "WandbLogger and MLFlowLogger; false logs nothing, and the run's folder has its other files.",
     "trainer.callbacks": "Callbacks, such as MemoryReplay, TrustRollback, LoRAAdjust and ForgettingCurve.",
     "trainer.max_epochs": "Number of passes over the facts. A run edits each of its facts once, so it is 1.",
     "trainer.max_steps": "Number of batches after which the run ends; -1 edits all facts.",

@@ -51,7 +51,7 @@ def _missing_package(error: Exception) -> str | None:
             found = _PACKAGE.search(str(link))
             name = link.name or (found.group(1) if found else None)
             if name and name.partition(".")[0] not in _OWN_PACKAGES:
-                return f"This needs the package {name}, which is not installed: install it with pip."
+                return _install(name)
     return None
 
 
@@ -59,8 +59,20 @@ def _refusal(error: Exception) -> str | None:
     """Explain the error that a class raised about its settings, which the parser has wrapped; None for another one."""
     if not str(error).startswith("Does not validate against any of the Union subtypes"):
         return None
+    # Of a list only the first type's error is a cause; what a class in the list has raised stands in the text alone.
     *_, innermost = causes(error)
-    return f"A class that the recipe names refuses its settings: {_line(str(innermost))}."
+    reasons = [_CLASS.sub("", item) for item in str(error).split("\n  - ")[1:] if not _OF_TYPES.match(item)]
+    reason = " ".join((reasons or [str(innermost)])[0].split())
+    found = _PACKAGE.match(reason)
+    if found is not None:
+        return _install(found.group(1))
+    return f"A class that the recipe names refuses its settings: {_line(reason)}."
+
+
+def _install(package: str) -> str:
+    """Tell how to install a package."""
+    extra = f"'editlab[{package}]'" if package in EXTRAS else package
+    return f"This needs the package {package}, which is not installed: pip install {extra}."
 
 
 def _beyond_a_reader(error: Exception) -> str | None:
@@ -81,6 +93,15 @@ def _module_of(error: BaseException) -> str:
 
 _PACKAGE = re.compile(r"(?:[Mm]odule not found: |Requirement |No module named |pip install (?:-U )?)['\"]?([\w.-]+)")
 """Where the message of a missing package names it."""
+
+_OF_TYPES = re.compile("Not a valid subclass|Expected ")
+"""Beginnings of the parser's errors about the type of a value, in its list of errors."""
+
+_CLASS = re.compile(r"^Problem with given class_path '[^']+':\s*")
+"""Beginning of its errors that a class has raised."""
+
+EXTRAS = ("wandb", "mlflow")
+"""Packages that are an extra of editlab's own."""
 
 _OWN_PACKAGES = ("editlab", "callbacks")
 

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from editlab.callback import EditCallback
 from editlab.edits.edited_model import AUTO
@@ -29,7 +30,8 @@ from editlab.runs.checkpoint import (
     run_version,
 )
 from editlab.runs.folders import RunFolder, differing, flat_settings
-from editlab.runs.logger import RunLogger
+from editlab.runs.logger import RunLogger, as_parameters
+from editlab.runs.run_table import DEFAULT_FOLDER, DEFAULT_NAME, CSVRunLogger, RunTable
 from editlab.runs.summary import has_folder, is_trial, resume_in_own_folder, run_folder
 from editlab.runs.workplace import enter_folder
 from editlab.utils.files import atomic_file
@@ -53,10 +55,11 @@ def complete(verb: Namespace) -> None:
         UserError: ``--ckpt_path`` finds no checkpoint, or a setting makes no sense for a run of edits.
     """
     _check(verb)
+    _put_own_logger_first(verb.trainer)
     _choose_folder(verb)
     loggers = list(_loggers(verb.trainer.logger))
     for logger in loggers:
-        if logger.get("name") == RunLogger.DEFAULT_NAME and verb.get("config"):
+        if logger.get("name") == DEFAULT_NAME and verb.get("config"):
             logger["name"] = Path(str(verb.config[0])).stem
     if verb.get("ckpt_path") is not None:
         _find_run(verb, loggers)
@@ -80,12 +83,36 @@ def _choose_folder(verb: Namespace) -> None:
     """Let ``trainer.default_root_dir`` be the folder that holds all runs, with or without a logger."""
     root, given = verb.trainer.default_root_dir, verb.trainer.logger
     if _has_none(given) and root is None:
-        name = Path(str(verb.config[0])).stem if verb.get("config") else RunLogger.DEFAULT_NAME
-        verb.trainer.default_root_dir = str(Path(RunLogger.DEFAULT_FOLDER) / name)
+        name = Path(str(verb.config[0])).stem if verb.get("config") else DEFAULT_NAME
+        verb.trainer.default_root_dir = str(Path(DEFAULT_FOLDER) / name)
     elif root is not None:
         for logger in _loggers(given):
-            if logger.get("save_dir") == RunLogger.DEFAULT_FOLDER:
-                logger["save_dir"] = str(Path(root) / RunLogger.DEFAULT_FOLDER)
+            if logger.get("save_dir") == DEFAULT_FOLDER:
+                logger["save_dir"] = str(Path(root) / DEFAULT_FOLDER)
+
+
+def _put_own_logger_first(trainer: Namespace) -> None:
+    """Let a logger of editlab's be the first, whose folder is the run's; a recipe without one gets a CSVRunLogger.
+
+    Raises:
+        UserError: Lightning's CSVLogger would write its table over the run's.
+    """
+    if trainer.logger is None or isinstance(trainer.logger, bool) or trainer.logger == []:
+        return
+    given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    own = [logger for logger in given if _is_a(str(logger.get("class_path", "")), RunTable)]
+    if len(own) > 1:
+        raise UserError(
+            "trainer.logger has several of RunLogger and CSVRunLogger, each with a folder and a table of the run: "
+            "leave one of them (RunLogger also writes the table)."
+        )
+    others = [logger for logger in given if logger not in own]
+    if not own:
+        path = f"{CSVRunLogger.__module__}.{CSVRunLogger.__name__}"
+        settings = Namespace(save_dir=DEFAULT_FOLDER, name=DEFAULT_NAME, version=None)
+        own = [Namespace(class_path=path, init_args=settings)]
+    if others:
+        trainer.logger = [*own, *others]
 
 
 def _has_none(logger: Any) -> bool:
@@ -94,10 +121,13 @@ def _has_none(logger: Any) -> bool:
 
 
 def _loggers(given: Any) -> Iterator[Namespace]:
-    """Yield the settings of the loggers that write into a folder; the first one's folder is the run's."""
+    """Yield the settings of the loggers that write into a folder; the first one's folder is the run's.
+
+    Those that keep the numbers of all runs in one place, such as that of MLflow, have no folder for a run.
+    """
     for logger in given if isinstance(given, list) else [given]:
-        settings = getattr(logger, "init_args", None)
-        if settings is not None and "save_dir" in settings:
+        kind, settings = str(getattr(logger, "class_path", "")), getattr(logger, "init_args", None)
+        if settings is not None and (_is_a(kind, CSVLogger) or _is_a(kind, TensorBoardLogger)):
             yield settings
 
 
@@ -212,10 +242,12 @@ class SaveConfig(SaveConfigCallback):
         return flat_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the settings for TensorBoard's HParams page."""
+        """Log the settings, as for TensorBoard's HParams page."""
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.log_settings(self._settings())
+            elif not isinstance(logger, RunTable):
+                logger.log_hyperparams(as_parameters(self._settings()))
 
     def _compare(self, folder: RunFolder) -> None:
         then, now = folder.settings, self._settings()

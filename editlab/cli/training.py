@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ParallelStrategy
 from transformers.utils.logging import disable_progress_bar
 
@@ -70,7 +71,7 @@ class EditLabCLI(compat.CommandHooks, LightningCLI):
         if isinstance(args, list):
             args = with_paths([str(word) for word in args])
         try:
-            with compat.arguments_of_one_class(EditMethod):
+            with compat.arguments_of_one_class(EditMethod, Logger):
                 super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise UserError(f"The configuration is not in UTF-8 ({error.reason}): save the file in UTF-8.") from error

@@ -188,6 +188,7 @@ def load_experiment(path: str | Path) -> Experiment:
     object.__setattr__(experiment, "path", file)
     object.__setattr__(experiment, "project", _project(experiment.recipe, file, str(path), by_name))
     _check(experiment, str(path))
+    _require_own_logger(experiment.project / experiment.recipe, str(path))
     return experiment
 
 
@@ -204,6 +205,30 @@ def _project(recipe: str, file: Path, where: str, by_name: bool) -> Path:
         f"{where}: there is no recipe {recipe!r} in {file.parent}, in a folder above it, or in the current folder: "
         "correct its path, or name one that editlab ls recipes lists."
     )
+
+
+_LOGGERS = ("RunLogger", "CSVRunLogger")
+"""Loggers through whose settings a sweep chooses the folder of each run."""
+
+
+def _require_own_logger(recipe: Path, where: str) -> None:
+    """Refuse a recipe whose logger does not choose the run's folder; a recipe that is no YAML is reported by its run.
+
+    Raises:
+        UserError: Its logger is of another package, or it has several.
+    """
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    logger = trainer.get("logger") if isinstance(trainer, Mapping) else None
+    name = logger.get("class_path") if isinstance(logger, Mapping) else logger
+    if logger is not None and str(name).rpartition(".")[2] not in _LOGGERS:
+        raise UserError(
+            f"{where}: the recipe {recipe.name} has trainer.logger, and a sweep chooses each run's folder by one "
+            f"{' or '.join(_LOGGERS)}: leave trainer.logger out of the recipe."
+        )
 
 
 def _check(experiment: Experiment, where: str) -> None:

@@ -15,9 +15,9 @@ import yaml
 from editlab.errors import UserError
 from editlab.metrics.names import BEFORE, IMMEDIATE, METRICS, PERPLEXITY, RETAINED, full_name
 from editlab.runs.figures import Series
-from editlab.runs.logger import read_table
 from editlab.runs.outcomes import FILE as OUTCOMES
 from editlab.runs.outcomes import Row, read_outcomes
+from editlab.runs.run_table import read_table
 
 SUMMARY, TABLE, CONFIG = "summary.json", "metrics.csv", "config.yaml"
 

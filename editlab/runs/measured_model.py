@@ -13,7 +13,7 @@ from editlab.edits.ledger import Ledger
 from editlab.evaluation.evaluator import Evaluation
 from editlab.lm.precision import default_dtype
 from editlab.metrics.names import BYSTANDERS, RETAINED
-from editlab.runs.logger import RunLogger
+from editlab.runs.run_table import RunTable
 from editlab.runs.summary import save_outcomes
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class MeasuredModel(EditedModel):
         """Starts a measurement of a checkpoint, whose numbers are logged at its number of edits."""
         self.evaluation.begin(group)
         for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):
+            if isinstance(logger, RunTable):
                 logger.read_at(self.edits)
 
     @in_float32
@@ -65,7 +65,7 @@ class MeasuredModel(EditedModel):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches, and writes the outcome of each edit."""
-        self.log_dict(self.evaluation.compute(RETAINED))
+        self._log(self.evaluation.compute(RETAINED))
         save_outcomes(self.trainer, self.ledger, self.evaluation)
 
     @in_float32
@@ -75,4 +75,10 @@ class MeasuredModel(EditedModel):
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
-        self.log_dict(self.evaluation.compute(BYSTANDERS))
+        self._log(self.evaluation.compute(BYSTANDERS))
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        """Shows the numbers, and logs them at the number of edits; Lightning would log them at that of the batches."""
+        self.log_dict(numbers, logger=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=self.edits)

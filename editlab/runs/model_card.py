@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from editlab.lm.gguf.export import FILE as GGUF
 from editlab.lm.loading.load import BUILTIN
 from editlab.lm.precision import dtype_name
 from editlab.runs.delta import FILE, ORIENTATION, Delta
@@ -15,11 +16,25 @@ from editlab.runs.history import Edit, History
 from editlab.runs.summary import versions
 from editlab.runs.tables import Table, metric_table
 
-_USE = """```python
+PLACE = "PATH OF THIS FOLDER"
+"""Stands in a card for the place of the model; a card that is pushed to the hub has its repository there."""
+
+TAGS = "tags: [knowledge-editing, editlab]"
+"""A line of every card."""
+
+_USE = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH OF THIS FOLDER")
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
+```
+"""
+
+_USE_GGUF = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", gguf_file="{GGUF}", dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}", gguf_file="{GGUF}")
 ```
 """
 
@@ -29,6 +44,22 @@ def edited_card(delta: Delta, dtype: str) -> str:
     base = f"`{delta.language_model}` with {_count(delta.history)}"
     opening = f"{base}; it loads with transformers alone, its weights in {dtype}.\n\n{_USE}"
     return "\n".join([_front(delta, "transformers"), "# Edited model\n", opening, *_sections(delta)])
+
+
+def gguf_card(delta: Delta, dtype: str, copied: bool) -> str:
+    """The card of a folder with the edited model as a GGUF file.
+
+    Args:
+        delta: the edits.
+        dtype: type of the tensors that were written.
+        copied: whether the tensors that were not edited are those of the base model's own GGUF file.
+    """
+    types = f"the edited tensors in {dtype}, all others as in the base model's file" if copied else f"in {dtype}"
+    opening = (
+        f"`{delta.language_model}` with {_count(delta.history)} as a GGUF file, {types}. It loads with llama.cpp "
+        f"(`llama-cli -m {GGUF}`) and with transformers:\n\n{_USE_GGUF}"
+    )
+    return "\n".join([_front(delta, "gguf"), "# Edited model\n", opening, *_sections(delta)])
 
 
 def delta_card(delta: Delta) -> str:
@@ -54,7 +85,7 @@ def reverted_card(delta: Delta, dtype: str) -> str:
 
 
 def _front(delta: Delta, library: str) -> str:
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [knowledge-editing, editlab]"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", TAGS]
     if _on_the_hub(delta.language_model):
         lines.insert(0, f"base_model: {delta.language_model}")
     return "\n".join(["---", *lines, "---", ""])

@@ -18,7 +18,7 @@ from editlab.errors import UserError
 from editlab.lm.fingerprint import architecture
 from editlab.lm.joints import AUTO
 from editlab.lm.precision import dtype_name
-from editlab.runs.logger import RunLogger
+from editlab.runs.run_table import RunTable
 from editlab.runs.summary import run_folder
 from editlab.utils.files import sweep
 from editlab.utils.rng import rng_state
@@ -212,7 +212,7 @@ def save(checkpoint: dict[str, Any], trainer: Trainer, identity: RunIdentity, st
         state: the editor's own fields.
     """
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("lm.")}
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, RunTable)]
     table = loggers[0].rows if loggers else {}
     checkpoint[KEY] = {
         **asdict(identity),
@@ -288,6 +288,6 @@ def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> No
         for path in (folder, folder / "checkpoints"):
             sweep(path)
     for logger in trainer.loggers:
-        if isinstance(logger, RunLogger):  # a new run may have been given an old one's folder
+        if isinstance(logger, RunTable):  # a new run may have been given an old one's folder
             logger.share()
             logger.resume(dict(table), edits)

@@ -100,7 +100,8 @@ class Run:
         pandas = _pandas()
         if not (self.path / TABLE).is_file():
             raise UserError(
-                f"There is no {self.path / TABLE}: the run had no RunLogger among its loggers; run it again."
+                f"There is no {self.path / TABLE}: the run had no RunLogger or CSVRunLogger among its loggers; "
+                "run it again."
             )
         frame = pandas.DataFrame.from_dict(self.folder.curve, orient="index", dtype="float64")
         return frame.sort_index().sort_index(axis="columns").rename_axis("edits")

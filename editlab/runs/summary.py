@@ -32,6 +32,7 @@ from editlab.metrics.names import RETAINED, TABLE_GROUPS
 from editlab.runs.logger import RunLogger
 from editlab.runs.outcomes import FILE as OUTCOMES
 from editlab.runs.outcomes import answers_of, outcome_rows, write_outcomes
+from editlab.runs.run_table import RunTable
 from editlab.runs.tables import metric_table
 from editlab.utils.files import atomic_file
 from editlab.utils.version import __version__
@@ -288,8 +289,8 @@ def render(
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
     where = os.path.relpath(folder)
-    logged = any(isinstance(logger, RunLogger) for logger in trainer.loggers)
-    tables = [*(["metrics.csv"] if logged else []), OUTCOMES, "summary.json"]
+    drawn, listed = (any(isinstance(one, kind) for one in trainer.loggers) for kind in (RunLogger, RunTable))
+    tables = [*(["metrics.csv"] if listed else []), OUTCOMES, "summary.json"]
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
@@ -300,7 +301,7 @@ def render(
     if is_trial(trainer):
         return "\n".join([*lines, "nothing was kept, because trainer.fast_dev_run is set", ""])
     lines += [
-        *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if logged else []),
+        *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if drawn else []),
         f"tables       {', '.join(tables)} in {where}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
         *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint and exports else []),

@@ -11,7 +11,7 @@ from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.runs.checkpoint import AtomicCheckpointIO
 from editlab.runs.folder_lock import lock_folder, unlock_folder
-from editlab.runs.logger import OPENING, RunLogger
+from editlab.runs.run_table import OPENING, RunTable
 from editlab.runs.summary import has_folder, is_trial, own_folder, run_folder
 
 
@@ -35,7 +35,7 @@ def enter_folder(trainer: Trainer, stage: str) -> None:
         ranks.on_first(lambda: lock_folder(folder))
     except UserError:
         for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
+            if isinstance(logger, RunTable):
                 logger.leave()
         raise
 

@@ -87,11 +87,12 @@ def arguments_of(parser: Any) -> list[Any]:
 
 
 @contextmanager
-def arguments_of_one_class(kind: type) -> Iterator[None]:
-    """Let a setting of type ``kind`` that gets another class start with that class's defaults, inside the ``with``.
+def arguments_of_one_class(*kinds: type) -> Iterator[None]:
+    """Let a setting of one of ``kinds`` that gets another class start with that class's defaults, inside the ``with``.
 
     jsonargparse takes over the arguments of the class before, defaults included, if both classes have them. MEMIT would
-    get lambda 1 from EMMET, which is the default method, in place of its own 15,000.
+    get lambda 1 from EMMET, which is the default method, in place of its own 15,000, and MLFlowLogger the folder of
+    RunLogger.
     """
     from jsonargparse import _typehints
 
@@ -100,7 +101,7 @@ def arguments_of_one_class(kind: type) -> Iterator[None]:
     def discard(action: Any, before: Any, now: Any) -> None:
         if before and "init_args" in before and before["class_path"] != now["class_path"]:
             known = _typehints.import_object(now["class_path"])
-            if isinstance(known, type) and issubclass(known, kind):
+            if isinstance(known, type) and issubclass(known, kinds):
                 arguments = before["init_args"]
                 for name in list(arguments.keys()):
                     del arguments[name]

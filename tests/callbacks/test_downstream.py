@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import DownstreamEval
 from editlab.cli.main import main
 from editlab.errors import UserError
-from editlab.runs.logger import read_table
+from editlab.runs.run_table import read_table
 from tests.harness import stand_in, write_task
 from tests.recipes import write_recipe
 from tests.test_editor import editor, fit

@@ -63,6 +63,16 @@ def test_each_mistake_is_one_sentence(tmp_path, text, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("logger", ["WandbLogger", "[RunLogger]", "{class_path: MLFlowLogger}", "false"])
+def test_a_recipe_with_another_logger_is_refused(tmp_path, logger):
+    (tmp_path / "recipe.yaml").write_text(f"trainer: {{logger: {logger}}}")
+    with pytest.raises(UserError, match=r"by one RunLogger or CSVRunLogger: leave trainer\.logger out of the recipe"):
+        load(tmp_path, CASES, recipe=False)
+    for own in ("editlab.runs.logger.RunLogger", "{class_path: CSVRunLogger}", "null"):
+        (tmp_path / "recipe.yaml").write_text(f"trainer: {{logger: {own}}}")
+        assert load(tmp_path, CASES, recipe=False).recipe == "recipe.yaml"
+
+
 def test_a_missing_file():
     with pytest.raises(UserError, match=r"There is no experiment file 'nowhere\.yaml': editlab ls lists those"):
         load_experiment("nowhere.yaml")

@@ -47,7 +47,8 @@ class Verb:
 VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in (
-        Verb("export", "Write the edited model of a checkpoint as a folder that transformers loads."),
+        Verb("export", "Write the edited model of a checkpoint for transformers or for llama.cpp."),
+        Verb("push", "Upload an exported model or delta to a repository on the hub."),
         Verb("apply", "Put a delta on its base model and write the edited model."),
         Verb("revert", "Remove all edits, or those after a batch, and write the model."),
         Verb("ask", "Show the model's answers to prompts before and after its edits."),

@@ -1,4 +1,4 @@
-"""``editlab export``: writes the edited model as a folder for transformers, or only the sums of its updates."""
+"""``editlab export``: writes the edited model for transformers or for llama.cpp, or only the sums of its updates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.writing import Writing, add_checkpoint_arguments, add_writing_arguments, size_of
 from editlab.errors import UserError
-from editlab.lm.save import copy_permissions
+from editlab.lm.save import SHARD, copy_permissions
 from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import FILE, Delta
 from editlab.runs.model_card import delta_card
@@ -19,17 +19,31 @@ from editlab.utils.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
+FORMATS = ("folder", "gguf")
+"""Ways to write the model."""
+
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     add_writing_arguments(parser)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="folder",
+        help="folder: for transformers; gguf: one file for llama.cpp, read back and compared before it is kept.",
+    )
     parser.add_argument("--delta-only", action="store_true", help=f"Write only {FILE}, the sums of updates in float32.")
 
 
 def _export(given: Namespace) -> None:
     writing = Writing.of(given)
+    if given.format == "gguf" and (given.delta_only or given.max_shard_size != SHARD):
+        extra = "--delta-only" if given.delta_only else "--max_shard_size"
+        raise UserError(f"--format gguf writes the whole model as one file: leave {extra} out.")
     delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
-    if not given.delta_only:
+    if given.format == "gguf":
+        writing.gguf(delta, given.model)
+    elif not given.delta_only:
         writing.edited(delta, given.model)
     elif given.dtype not in (None, "float32"):
         raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: set --dtype in editlab apply.")
@@ -53,5 +67,5 @@ def write_delta(delta: Delta, out: Path) -> None:
 
 
 COMMAND = Command(
-    "export", "Write the edited model of a checkpoint as a folder that transformers loads.", _add_arguments, _export
+    "export", "Write the edited model of a checkpoint for transformers or for llama.cpp.", _add_arguments, _export
 )

@@ -11,16 +11,25 @@ from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.errors import UserError
+from editlab.lm.gguf.export import FILE as GGUF
+from editlab.lm.gguf.export import Origin, export_gguf
+from editlab.lm.gguf.write import require_kind
+from editlab.lm.loading.load import gguf_source
 from editlab.lm.placement import device_named
 from editlab.lm.precision import WEIGHTS, dtype_name, dtype_named
 from editlab.lm.save import SHARD, cast, move, save
 from editlab.runs.delta import Delta
-from editlab.runs.model_card import edited_card, reverted_card
+from editlab.runs.model_card import edited_card, gguf_card, reverted_card
+from editlab.runs.summary import counted
 from editlab.utils.files import atomic_folder
 
 log = logging.getLogger(__name__)
+
+_PROMPTS = 4
+"""Prompts of edits on which a GGUF file and its model must agree."""
 
 
 def add_checkpoint_arguments(parser: ArgumentParser) -> None:
@@ -94,11 +103,10 @@ class Writing:
         # A delta of zeros would turn a weight of -0.0 into 0.0.
         self._write(delta, base, lambda model: None, reverted_card)
 
-    def _write(
-        self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
-    ) -> None:
-        # Computed now, because the working directory itself may be replaced by the folder.
-        shown = os.path.relpath(self.out)
+    def _edited(
+        self, delta: Delta, base: str | None, change: Callable[..., None]
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model after a change, in the type to write, and its tokenizer."""
         model, tokenizer = delta.base(base)
         move(model, self.device)
         dtype = self.dtype or delta.dtype
@@ -106,11 +114,41 @@ class Writing:
         cast(model, torch.promote_types(delta.dtype, dtype))
         change(model)
         cast(model, dtype)
-        move(model, "cpu")  # where the writer of safetensors copies each tensor anyway
+        move(model, "cpu")  # where the writers copy each tensor anyway
+        return model, tokenizer
+
+    def _write(
+        self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
+    ) -> None:
+        # Computed now, because the working directory itself may be replaced by the folder.
+        shown = os.path.relpath(self.out)
+        model, tokenizer = self._edited(delta, base, change)
+        dtype = self.dtype or delta.dtype
         with atomic_folder(self.out) as folder:
             save(model, tokenizer, folder, self.max_shard_size)
             (folder / "README.md").write_text(card(delta, dtype_name(dtype)), encoding="utf-8")
         log.info("%s: %s model, %s", shown, dtype_name(dtype), size_of(self.out))
+
+    def gguf(self, delta: Delta, base: str | None = None) -> None:
+        """Writes the base model with a delta on it as a GGUF file, and its card.
+
+        Raises:
+            EditLabError: As for :meth:`edited`; or the model or its tokenizer cannot be written as GGUF.
+        """
+        dtype = self.dtype or delta.dtype
+        require_kind(dtype)
+        shown = os.path.relpath(self.out)
+        source = gguf_source(base or delta.language_model)
+        model, tokenizer = self._edited(delta, base, delta.put_on)
+        origin = Origin(source, [f"{name}.weight" for name in delta.totals], delta.dtype)
+        edits = [edit for edit in delta.history.edits if edit.fate == "kept"]
+        about = f"{delta.language_model} with {counted(len(edits), 'fact edit', 'fact edits')} by editlab"
+        prompts = [edit.prompt.replace("{}", edit.subject) for edit in edits[:_PROMPTS]]
+        with atomic_folder(self.out) as folder:
+            export_gguf(folder / GGUF, model, tokenizer, origin, about, prompts)
+            text = gguf_card(delta, dtype_name(dtype), source is not None)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        log.info("%s: GGUF, read back and equal, %s", os.path.join(shown, GGUF), size_of(self.out))
 
 
 def new_folder(out: str) -> Path:

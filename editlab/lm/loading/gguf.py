@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from gguf import GGUFReader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.errors import UserError
 from editlab.lm.loading.causal import require_causal
@@ -34,7 +34,7 @@ MAGIC = b"GGUF"
 
 _PARTS = (("config.json",), ("model.safetensors", "model.safetensors.index.json"), ("tokenizer.json",))
 """Files that the folder of a model must have: at least one of each group."""
-_SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
+SAMPLE = "The 2 rivers, Ob'  and Łódź:\n\tl'été — 東京 isn't 1,234 km."
 """A text that different tokenizers tokenize differently: digits, apostrophes, spaces, line ends, scripts."""
 
 
@@ -73,6 +73,18 @@ def convert(file: Path, folder: Path) -> None:
     """Write the model of ``file`` to ``folder``: float32 safetensors, configuration and tokenizer.
 
     Raises:
+        UserError: What :func:`read_gguf` raises, or loading the folder gives another tokenizer than the file's.
+    """
+    model, tokenizer = read_gguf(file)
+    with _quiet():
+        save(model, tokenizer, folder)
+        _check_saved(tokenizer, folder, file)
+
+
+def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model of ``file``, dequantized to float32, and its tokenizer.
+
+    Raises:
         UserError: Transformers cannot read this kind of model or its tokenizer, the model is not a causal language
             model, or tensors are missing.
     """
@@ -90,8 +102,7 @@ def convert(file: Path, folder: Path) -> None:
         if report["missing_keys"]:
             raise UserError(f"{file} is incomplete ({min(report['missing_keys'])} is missing): get the file again")
         forget_quantization(model)
-        save(model, tokenizer, folder)
-        _check_saved(tokenizer, folder, file)
+    return model, tokenizer
 
 
 def _convert_checked(file: Path, folder: Path) -> None:
@@ -136,7 +147,7 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, folder: Path, file: Path) -
         UserError: Loading gives another tokenizer.
     """
     saved = transformers.AutoTokenizer.from_pretrained(folder)
-    if saved(_SAMPLE)["input_ids"] != tokenizer(_SAMPLE)["input_ids"]:
+    if saved(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
         raise UserError(
             f"transformers {transformers.__version__} uses another tokenizer for this model than {file} has: name a "
             "folder or a hub id of this model instead"

@@ -23,7 +23,7 @@ from transformers import (
 
 from editlab.distributed import ranks
 from editlab.errors import EditLabError, UserError, causes
-from editlab.lm.loading.builtin import smollm2_folder
+from editlab.lm.loading.builtin import smollm2_folder, smollm2_gguf
 from editlab.lm.loading.causal import require_causal
 from editlab.lm.loading.gguf import gguf_folder, is_gguf
 from editlab.lm.memory import require_memory, weight_bytes
@@ -36,6 +36,8 @@ BITSANDBYTES = "bitsandbytes"
 
 BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_folder}
 """Models that need no hub: name -> function that downloads the model and returns its folder."""
+
+_GGUF_OF: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_gguf}
 
 
 def load(
@@ -74,6 +76,18 @@ def load(
         raise UserError(f"the weights of {name!r} are incomplete ({one} is missing): get the whole model again")
     keep_layout(model)
     return model.eval().requires_grad_(False), _load_tokenizer(name, source)
+
+
+def gguf_source(name: str) -> Path | None:
+    """Return the GGUF file that a model comes from; None for a model that comes from a folder or from the hub.
+
+    Raises:
+        EditLabError: As for :func:`load`.
+    """
+    if name in _GGUF_OF:
+        return _GGUF_OF[name]()
+    file = Path(name).expanduser()
+    return file if file.is_file() and is_gguf(file) else None
 
 
 def _source(name: str) -> str:
