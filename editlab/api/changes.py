@@ -161,9 +161,7 @@ def _scores(lm: LanguageModel, asked: Sequence[_Asked]) -> list[tuple[float, boo
     pairs = [(one.prompt, one.answer) for one in asked]
     means, hits = score_pairs(lm, pairs)
     sizes = [len(encoding.ids) - start for encoding, start in (lm.encode_pair(*pair) for pair in pairs)]
-    return [
-        (math.exp(size * mean), hit) for size, mean, hit in zip(sizes, means.tolist(), hits.tolist(), strict=True)
-    ]
+    return [(math.exp(size * mean), hit) for size, mean, hit in zip(sizes, means.tolist(), hits.tolist(), strict=True)]
 
 
 @contextmanager

@@ -47,6 +47,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in (
+        Verb("set", "Set a fact in a model: show what that changes, and write the edited model or a patch."),
         Verb("export", "Write the edited model of a checkpoint as a folder that transformers loads."),
         Verb("apply", "Put a delta on its base model and write the edited model."),
         Verb("revert", "Remove all edits, or those after a batch, and write the model."),
