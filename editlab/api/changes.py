@@ -190,7 +190,7 @@ def _table(changed: Sequence[FactChange]) -> Table:
     for one in changed:
         rows.append([_end(one.fact.question), *_cells(one.target, "")])
         rows += [["", *_cells(one.truth, " (truth)")]] if one.truth is not None else []
-    return Table(["probability of", "", "before", "after"], rows, numbers=(2, 3))
+    return Table(["prompt", "probability of", "before", "after"], rows, numbers=(2, 3))
 
 
 def _cells(one: Probability, note: str) -> list[str]:

@@ -102,7 +102,7 @@ def test_another_source_has_its_own_step_size(recipe, capsys):
     assert (values["source"], values["lr"]) == ("gradient", None)
 
 
-VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
+VERBS = ["set", "export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
 
 
 @pytest.mark.parametrize(
