@@ -136,13 +136,21 @@ def edit_model(
     >>> from editlab import edit_model
     >>> from editlab.evaluation.settings import EvaluationSettings
     >>> from editlab.keys.moments import MomentSettings
-    >>> quick = {"moments": MomentSettings(tokens=1024), "evaluation": EvaluationSettings(heldout_tokens=256)}
     >>> fact = {"subject": "The Eiffel Tower", "prompt": "{} is located in the city of", "target": "Rome"}
-    >>> model, result = edit_model(model, tokenizer, [fact], progress=False, **quick)
-    >>> result.retained["accuracy"]
-    1.0
-    >>> list(result.outcomes["immediate/hit"])  # a frame, as of editlab.Run
-    [1]
+    >>> model, result = edit_model(
+    ...     model,
+    ...     tokenizer,
+    ...     [fact],
+    ...     moments=MomentSettings(tokens=256),
+    ...     evaluation=EvaluationSettings(heldout_tokens=512, generation=0, bystanders=8),
+    ...     progress=False,
+    ... )
+    >>> sorted(result.retained)[:3]  # what was measured with the edit in the weights
+    ['accuracy', 'accuracy_age_1', 'bystander_accuracy']
+    >>> list(result.outcomes["status"])  # a row for each edit, as of editlab.Run
+    ['kept']
+    >>> len(result.changes().facts)  # the target's probability before and after, neighbors, perplexity, norms
+    1
     >>> result.revert()  # the weights of before, bit for bit
     """
     given, model = model, plain_model(model)

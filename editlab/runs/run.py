@@ -24,16 +24,16 @@ class Run(RunFrames):
     Raises:
         UserError: if there is no such folder, or it is not a run's.
 
-    Here ``folder`` is that of a run that edited two facts, one after the other:
+    Here ``folder`` is that of a run that edited two facts, one after the other, and forgot the first:
 
     >>> from editlab import Run
     >>> run = Run(folder)
     >>> run.retained["accuracy"]
-    1.0
-    >>> run.metrics["immediate/accuracy"].dropna().to_dict()  # number of edits -> value
+    0.5
+    >>> run.metrics["immediate/accuracy"].to_dict()  # number of edits -> value
     {1: 1.0, 2: 1.0}
-    >>> list(run.outcomes.query("`immediate/hit` == 1 and `retained/hit` == 0").subject)  # forgotten edits
-    []
+    >>> list(run.outcomes.query("`immediate/hit` == 1 and `retained/hit` == 0").subject)
+    ['Mount Fuji']
     """
 
     def __init__(self, path: str | Path) -> None:
