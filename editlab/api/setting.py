@@ -71,7 +71,7 @@ def set_facts(
             "them (--config), or let them be searched for (--model.layers auto)."
         )
     _require_news(name, model, tokenizer, facts, arguments)
-    chosen = {} if layers is None else {"layers": layers}
+    chosen: dict[str, Any] = {} if layers is None else {"layers": layers}
     _, result = edit_model(model, tokenizer, facts, language_model=name, **chosen, **arguments)
     if not result.facts:
         raise UserError(

@@ -10,13 +10,13 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 
 from editlab.api import RECOMMENDED
-from editlab.cli.training import parsed_recipe
 from editlab.editor import SequentialEditor
 from editlab.errors import UserError
 from editlab.solver.methods import EMMET
@@ -88,7 +88,7 @@ def edit_settings(words: Sequence[str], defaults: Mapping[str, Any], verb: str) 
     for word in words:
         _require_effect(word.partition("=")[0], verb)
     own = {} if _names_method(words) else _recommended()
-    found = parsed_recipe(words, {"model.layers": [UNSET], **own, **defaults})
+    found = _parsed(words, {"model.layers": [UNSET], **own, **defaults})
     for section in ("model", "data", "trainer"):
         if found.get(section) is None:
             raise UserError(f"{section} is null: write its settings under it, or leave it out.")
@@ -116,6 +116,11 @@ def edit_settings(words: Sequence[str], defaults: Mapping[str, Any], verb: str) 
     )
 
 
+def _parsed(words: Sequence[str], defaults: Mapping[str, Any]) -> Any:
+    """Return what :func:`editlab.cli.training.parsed_recipe` does, which needs the list of verbs."""
+    return import_module("editlab.cli.training").parsed_recipe(words, defaults)  # by name, as verbs are loaded
+
+
 def _names_method(words: Sequence[str]) -> bool:
     """Return whether a recipe among the words, not a flag, names the method."""
     files = [
@@ -126,7 +131,7 @@ def _names_method(words: Sequence[str]) -> bool:
     ]
     if not files:
         return False
-    model = parsed_recipe(files, {"model.method": _UNNAMED}).model
+    model = _parsed(files, {"model.method": _UNNAMED}).model
     return model is not None and getattr(model.method, "covariance_weight", None) != _NO_WEIGHT
 
 

@@ -55,7 +55,7 @@ class Run(RunFrames):
         return self.folder.path
 
     @cached_property
-    def summary(self) -> dict[str, Any]:  # type: ignore[override]
+    def summary(self) -> dict[str, Any]:
         """Content of ``summary.json``; None in it stands for a number that is not finite.
 
         Raises:

@@ -299,7 +299,7 @@ FIT = {
 
 VERBS = {
     "no verb": ([], "A verb is missing: --help lists them"),
-    "an unknown verb": (["frobnicate"], "There is no verb 'frobnicate': use fit, validate, test, set"),
+    "an unknown verb": (["frobnicate"], "There is no verb 'frobnicate': use fit, validate, test, export"),
     "a misspelt verb": (["exprot"], "There is no verb 'exprot': did you mean export?"),
     "half a verb": (["facts"], "A verb is missing: --help lists them"),
     "half a verb, misspelt": (["facts", "chek"], "There is no verb 'chek': did you mean check?"),
