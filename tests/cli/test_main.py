@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from editlab.cli import commands
+from editlab.cli.commands import TRAINER_VERBS
 from editlab.cli.main import main
 from editlab.runs.outcomes import outcome_values, read_outcomes
 from tests.facts import FACTS
@@ -91,7 +93,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,sweep,completion}" in last
+    assert "{" + ",".join([*TRAINER_VERBS, *commands.VERBS]) + "}" in last
 
 
 def test_another_source_has_its_own_step_size(recipe, capsys):
