@@ -60,7 +60,8 @@ def set_facts(
 
     Raises:
         UserError: The layers are not known, the model already says a target, the method changes no weight, a callback
-            has rolled back every edit, or what :func:`editlab.edit_model` raises.
+            has rolled back every edit or keeps an adapter next to the weights, or what :func:`editlab.edit_model`
+            raises.
     """
     if not arguments["method"].changes_weights:
         method = type(arguments["method"]).__name__
@@ -77,6 +78,12 @@ def set_facts(
         raise UserError(
             "A callback of the recipe has rolled back all edits, so nothing is changed: leave that callback out, or "
             "lower its threshold."
+        )
+    if any(layer.adapter is not None for layer in result.editor.changed_layers):
+        result.revert()
+        raise UserError(
+            "LoRAAdjust keeps its adapter next to the weights, where neither a patch nor the model would have it: set "
+            "its mode to merge, or leave it out."
         )
     return result
 

@@ -25,6 +25,13 @@ class RollBack(EditCallback):
         outcome.roll_back("a test")
 
 
+class Beside(EditCallback):
+    """Leaves an adapter next to the weights, as LoRAAdjust does in its mode ``adapter``."""
+
+    def on_edit_adjust(self, trainer, editor, outcome):
+        editor.layers[0].set_adapter(torch.ones_like(editor.layers[0].total))
+
+
 @pytest.mark.parametrize(
     ("facts", "sentence"),
     [
@@ -44,6 +51,7 @@ def test_facts_that_change_nothing_or_contradict(facts, sentence):
         (None, {}, r"The layers to edit are not known for tiny: name them \(--model\.layers"),
         ([1], {"method": Retrieval()}, "The method Retrieval changes no weight"),
         ([1], {"callbacks": [RollBack()]}, "rolled back all edits, so nothing is changed"),
+        ([1], {"callbacks": [Beside()]}, "LoRAAdjust keeps its adapter next to the weights"),
     ],
 )
 def test_what_is_refused(layers, changes, sentence):

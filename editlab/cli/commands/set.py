@@ -157,10 +157,10 @@ def _headline(result: EditResult, changes: Changes, settings: EditSettings, dry:
     count = counted(len(result.facts), "fact", "facts")
     lines = [
         f"{count} {'would be set' if dry else 'set'} in {settings.language_model} by {method} in layers {layers}; "
-        f"the model {'would say' if dry else 'now says'} the target of {changes.held}"
+        f"the model {'would say' if dry else 'now says'} {changes.held} of {len(result.facts)} targets"
     ]
     if changes.held < len(result.facts):
-        lines.append("where it does not, a larger --model.values.clamp allows a larger edit")
+        lines.append("for the others, a larger --model.values.clamp allows a larger edit")
     if result.rolled_back:
         lines.append(f"rolled back by a callback: {', '.join(repr(fact.question) for fact in result.rolled_back)}")
     return "\n".join(lines)

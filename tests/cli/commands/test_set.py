@@ -54,7 +54,7 @@ def run(*arguments, given=None):
 def test_a_patch_and_a_model_are_those_of_edit_model(place, capsys):
     assert run("-", "--delta", "patch", given=LINES) == 0
     said = capsys.readouterr().out
-    assert "2 facts set in tiny by MEMIT in layers 1, 2; the model now says the target of" in said
+    assert "2 facts set in tiny by MEMIT in layers 1, 2; the model now says " in said
     assert "editlab ask --delta patch 'The capital of France is'" in said
     assert [line.split()[:1] for line in said.splitlines() if "(truth)" in line] == [["Paris"]]
     assert "held-out perplexity" in said
