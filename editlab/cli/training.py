@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -206,6 +207,50 @@ def trainer_parsers(verb: str | None = None) -> dict[str, LightningArgumentParse
     finally:
         compat.read_attribute_docstrings(False)  # shells complete the settings of every callback; reading takes long
     raise AssertionError("the parsers stop before they parse")
+
+
+class _Parsed(_WithFullHelp):
+    """The command line without a run: it stops once the arguments are parsed."""
+
+    class Stop(Exception):  # noqa: N818 - not an error
+        """Carries the parser of ``fit``, and what it has parsed."""
+
+    defaults: Mapping[str, Any] = {}
+    """dotted names of settings -> their defaults, in place of those of ``fit``"""
+
+    def arrange_help(self, verb: str, parser: Any, arguments: list[Any]) -> None:
+        parser.set_defaults(dict(self.defaults))
+        self.own = parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        raise self.Stop(self.own, self.config[self.config.subcommand])
+
+
+def parsed_recipe(words: Sequence[str], defaults: Mapping[str, Any]) -> Namespace:
+    """The settings of a recipe with the objects that it names, for a verb that makes no Trainer.
+
+    Args:
+        words: the words of ``fit``'s command line after the verb.
+        defaults: dotted names of settings -> their defaults, in place of those of ``fit``.
+
+    Returns:
+        The sections ``model``, ``data`` and ``trainer`` with each setting as its class takes it, and
+        ``seed_everything``. No logger is created.
+    """
+
+    class Parsed(_Parsed):
+        pass
+
+    Parsed.defaults = defaults
+    try:
+        _create(Parsed.for_verb("fit"), ["fit", *words])
+    except _Parsed.Stop as stop:
+        parser, parsed = stop.args
+    parsed.trainer.logger = False
+    for section in ("model", "data"):  # their settings are wanted, and not the module and the data module
+        del parser.groups[section].instantiate_class
+    return parser.instantiate_classes(parsed)
 
 
 def configure_libraries() -> None:

@@ -116,8 +116,7 @@ def find_facts(
         UserError: The file as a whole cannot be read, or holds no record, or ``columns`` does not fit it.
     """
     file = BUILTIN if path == "worldfacts" else Path(path).expanduser()
-    subjects = subjects or Subjects()
-    empty, given = True, fact_format is not None or columns is not None
+    given = fact_format is not None or columns is not None
     raws: Iterable[_Raw]
     if columns is None:
         raws = _records(file, path, FORMATS if fact_format is None else (fact_format,))
@@ -128,6 +127,53 @@ def find_facts(
         raws = list(_records(file, path, None))
         present = dict.fromkeys(name for raw in raws if isinstance(raw.content, dict) for name in raw.content)
         fact_format = format_by(columns, present, path)
+    # The built-in facts name their relations, which no format reads.
+    yield from _found(raws, f"The fact file {path}", fact_format, given, subjects or Subjects(), file != BUILTIN)
+
+
+def facts_in(text: str, name: str, subject: str = FIELD) -> list[Fact]:
+    """Return the facts of a text that was read elsewhere, in JSON, one record on each line or all in a list.
+
+    Args:
+        text: the text.
+        name: what it is called in messages, such as ``standard input``.
+        subject: what is the subject of a fact whose record names none (:class:`editlab.data.formats.Subjects`).
+
+    Raises:
+        UserError: A record is not a fact; the message has its line.
+    """
+    facts: list[Fact] = []
+    unread, subjects = UnreadFields(), Subjects(subject)
+    for where, fact, fault, record in _found(_json_records(text, name), name, None, False, subjects):
+        if record is not None:
+            unread.add(record)
+        if fact is None:
+            raise UserError(f"{where} of {name} {fault}.")
+        facts.append(fact)
+    for sentence in filter(None, (unread.sentence(name), subjects.sentence(name))):
+        log.info("%s", sentence[0].upper() + sentence[1:])
+    return facts
+
+
+def _found(
+    raws: Iterable[_Raw],
+    name: str,
+    fact_format: FactFormat | None,
+    given: bool,
+    subjects: Subjects,
+    noted: bool = True,
+) -> Iterator[Found]:
+    """Yield the fact or the fault of each record.
+
+    Args:
+        raws: the records.
+        name: name of the file, as the beginning of a sentence.
+        fact_format: their schema; None for that of the first record.
+        given: whether the user has named the schema, so that other records are not of another one.
+        subjects: as for :func:`find_facts`.
+        noted: whether the fields that were not read are of interest.
+    """
+    empty = True
     for index, raw in enumerate(raws):
         empty = False
         try:
@@ -145,10 +191,10 @@ def find_facts(
         except UserError as error:
             yield Found(raw.where, None, str(error))
             continue
-        notes = [None if file == BUILTIN else record, *[None] * len(facts)]  # the built-in facts name their relations
+        notes = [record if noted else None, *[None] * len(facts)]
         yield from (Found(raw.where, fact, None, note) for fact, note in zip(facts, notes, strict=False))
     if empty:
-        raise UserError(f"The fact file {path} holds no record.")
+        raise UserError(f"{name[0].upper()}{name[1:]} holds no record.")
 
 
 def _records(path: Path, name: str, formats: Sequence[FactFormat] | None) -> Iterable[_Raw]:
@@ -156,16 +202,22 @@ def _records(path: Path, name: str, formats: Sequence[FactFormat] | None) -> Ite
     text = _read(path, name)
     if path.suffix.lower() in TABLES:
         return _table(text, name, formats)
+    return _json_records(text, f"The fact file {name}")
+
+
+def _json_records(text: str, name: str) -> Iterable[_Raw]:
+    """Return the records of a text in JSON; ``name`` begins a sentence about it."""
+    name = name[0].upper() + name[1:]
     if text.lstrip()[:1] != "[":
         if _is_one_object(text):
-            raise UserError(f"The fact file {name} is one JSON object over many lines: write its records as a list.")
+            raise UserError(f"{name} is one JSON object over many lines: write its records as a list.")
         return _lines(text)
     try:
         array = _parsed(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"The fact file {name} is not valid JSON ({error}): correct it at that position.") from error
+        raise UserError(f"{name} is not valid JSON ({error}): correct it at that position.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"The fact file {name} holds {_beyond_json(error)}.") from error
+        raise UserError(f"{name} holds {_beyond_json(error)}.") from error
     return (_Raw(f"Record {index}", content) for index, content in enumerate(array))
 
 

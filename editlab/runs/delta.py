@@ -26,6 +26,7 @@ from editlab.lm.precision import dtype_name, dtype_named
 from editlab.lm.quantized import in_full_precision
 from editlab.runs.checkpoint import read_checkpoint
 from editlab.runs.history import History
+from editlab.runs.measured_model import MeasuredModel
 from editlab.runs.resume import KEY, adjusted_path, require_finite, sums
 from editlab.utils.disk_cache import digest
 from editlab.utils.version import __version__
@@ -101,6 +102,26 @@ class Delta:
                 "onto the exported model from the adapter folder of the run.", history.adapted,
             )  # fmt: skip
         return cls(saved["language_model"], saved["weights"], dtype, saved["layers"], totals, history)
+
+    @classmethod
+    def of_run(cls, model: MeasuredModel, summary: Mapping[str, Any]) -> Delta:
+        """Return the delta of a finished run that is still in memory.
+
+        Args:
+            model: the edited model, with its ledger.
+            summary: the run's summary.
+
+        Raises:
+            UserError: A sum holds NaN or infinity.
+        """
+        changed = {model.lm.anatomy.edit_name(number): layer for number, layer in model.layers_by_number.items()}
+        changed |= {path.replace("/", "."): layer for path, layer in model.adjusted.items()}  # type: ignore[misc]
+        totals = {path: layer.total.detach().cpu().clone() for path, layer in changed.items()}
+        _require_finite(totals, "this run")
+        adapted = sum(layer.adapter is not None for layer in model.changed_layers)
+        history = History.of_run(model.ledger, summary, adapted)
+        dtype = model.lm.model.dtype
+        return cls(model.language_model, model.fingerprint, dtype, model.layer_numbers, totals, history)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file with one float32 tensor for each module, by its path, and the rest as metadata."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,21 @@ class History:
             _settings(config),
         )
 
+    @classmethod
+    def of_run(cls, ledger: Ledger, summary: Mapping[str, Any], adapted: int = 0) -> History:
+        """The history of a finished run that is still in memory.
+
+        Args:
+            ledger: its edits.
+            summary: the run's summary.
+            adapted: number of modules with a separate adapter.
+        """
+        metrics = {name: value if math.isfinite(value) else None for name, value in summary["metrics"].items()}
+        return cls(
+            summary["batches"], adapted, tuple(_of_ledger(ledger)), metrics, summary["recipe"], summary["seed"],
+            summary["versions"],
+        )  # fmt: skip
+
     def to_json(self) -> str:
         """The history as one line of JSON."""
         return json.dumps(asdict(self))
@@ -97,7 +114,10 @@ class History:
 
 
 def _edits(state: dict[str, Any]) -> list[Edit]:
-    ledger = Ledger.of(state)
+    return _of_ledger(Ledger.of(state))
+
+
+def _of_ledger(ledger: Ledger) -> list[Edit]:
     return [
         Edit(e.fact.subject, e.fact.prompt, e.fact.target_new, e.fact.target_true, e.batch + 1, fate)
         for e, fate in zip(ledger, ledger.fates, strict=True)

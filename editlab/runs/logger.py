@@ -1,4 +1,4 @@
-"""The default logger: TensorBoard, and the same numbers as one CSV table in the same folder.
+"""The default logger: TensorBoard, and the same numbers as one CSV table; and a logger for runs without a folder.
 
 In TensorBoard each group of metrics is a run of its own inside the run's folder (``version_0/before``,
 ``version_0/immediate``, ``version_0/retained``) with the same names (``scores/ES``), because TensorBoard draws several
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from editlab.metrics.names import GROUPS
@@ -115,6 +115,36 @@ class RunLogger(RunTable, TensorBoardLogger):
         TensorBoardLogger.finalize(self, status)
         for writer in self._groups.values():
             writer.close()
+
+
+class RowLogger(Logger):
+    """Keeps the rows of ``metrics.csv`` in memory, for a run that leaves no folder; it writes nothing.
+
+    Attributes:
+        rows: number of edits -> name -> value.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    @property
+    def name(self) -> None:
+        """None, because the run has no recipe."""
+
+    @property
+    def version(self) -> None:
+        """None, because the run has no folder."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds numbers to the row of a number of edits (``step``)."""
+        numbers = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        if step is not None and numbers:
+            self.rows.setdefault(step, {}).update(numbers)
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        """Does nothing: the caller of the run has its settings."""
 
 
 def as_parameters(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:

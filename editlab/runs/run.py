@@ -1,31 +1,22 @@
-"""A run's folder as pandas frames: its metrics, the outcome of each edit, and its events.
-
-pandas is not needed for anything else, so it is imported at the first frame, and it is an extra of editlab.
-"""
+"""A run that is read from its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from editlab.errors import UserError
-from editlab.runs.event_log import EventLog
 from editlab.runs.folders import CONFIG, SUMMARY, TABLE, RunFolder
+from editlab.runs.frames import RunFrames, event_rows
 from editlab.runs.outcomes import FILE as OUTCOMES
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
-EVENTS = "*_events.jsonl"
-"""Pattern of the names of event logs."""
-
-
-class Run:
-    """A run of ``editlab fit``, read from its folder; each part is read when it is first used.
+class Run(RunFrames):
+    """A run of ``editlab fit`` or of ``edit_model``, read from its folder; each part is read when it is first used.
 
     Args:
         path: the run's folder, such as ``lightning_logs/emmet_replay/version_0``.
@@ -33,11 +24,16 @@ class Run:
     Raises:
         UserError: if there is no such folder, or it is not a run's.
 
-    Example::
+    Here ``folder`` is that of a run that edited two facts, one after the other, and forgot the first:
 
-        run = editlab.Run("lightning_logs/emmet_replay/version_0")
-        run.metrics["retained/accuracy"].dropna()          # the forgetting curve
-        run.outcomes.query("`immediate/hit` == 1 and `retained/hit` == 0")  # the edits that were forgotten
+    >>> from editlab import Run
+    >>> run = Run(folder)
+    >>> run.retained["accuracy"]
+    0.5
+    >>> run.metrics["immediate/accuracy"].to_dict()  # number of edits -> value
+    {1: 1.0, 2: 1.0}
+    >>> list(run.outcomes.query("`immediate/hit` == 1 and `retained/hit` == 0").subject)
+    ['Mount Fuji']
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -90,71 +86,16 @@ class Run:
             raise UserError(f"{file} is not a recipe: correct the file, or run it again.")
         return dict(loaded)
 
-    @cached_property
-    def metrics(self) -> DataFrame:
-        """The table of metrics: a row for each number of edits (the index), a column for each ``group/metric``.
-
-        Raises:
-            UserError: if there is no ``metrics.csv``, it is damaged, or pandas is not installed.
-        """
-        pandas = _pandas()
+    def _curve(self) -> Mapping[int, Mapping[str, float]]:
         if not (self.path / TABLE).is_file():
             raise UserError(
                 f"There is no {self.path / TABLE}: the run had no RunLogger or CSVRunLogger among its loggers; "
                 "run it again."
             )
-        frame = pandas.DataFrame.from_dict(self.folder.curve, orient="index", dtype="float64")
-        return frame.sort_index().sort_index(axis="columns").rename_axis("edits")
+        return self.folder.curve
 
-    @cached_property
-    def outcomes(self) -> DataFrame:
-        """The outcome of each edit (:mod:`editlab.runs.outcomes`): a row for each, its number from 1 as the index.
+    def _outcome_rows(self) -> Sequence[Mapping[str, Any]]:
+        return self.folder.outcomes
 
-        Counts and hits are of type ``Int64``, whose missing value is ``pandas.NA``; numbers are ``float64`` and texts
-        ``object``. The facts' identifiers are texts.
-
-        Raises:
-            UserError: if there is no ``outcomes.csv``, it is damaged, or pandas is not installed.
-        """
-        pandas = _pandas()
-        rows = self.folder.outcomes
-        columns = dict.fromkeys(name for row in rows for name in row)
-        series = {name: _series(pandas, [row.get(name) for row in rows]) for name in columns}
-        return pandas.DataFrame(series).set_index("edit") if series else pandas.DataFrame()
-
-    @cached_property
-    def events(self) -> DataFrame:
-        """The events of all callbacks' logs, such as ``trust_events.jsonl``: a row for each, with the log's name.
-
-        A field that an event lacks is missing in its row. A run without such callbacks has no rows.
-
-        Raises:
-            UserError: if pandas is not installed.
-        """
-        pandas = _pandas()
-        found = [
-            {"log": file.stem.removesuffix("_events"), **event}
-            for file in sorted(self.path.glob(EVENTS))
-            for event in EventLog(file).read()
-        ]
-        return pandas.DataFrame(found, columns=None if found else ["log", "step"])
-
-
-def _series(pandas: Any, values: list[Any]) -> Any:
-    """A column whose type follows from its values."""
-    kinds = {type(value) for value in values if value is not None}
-    kind = "Int64" if kinds == {int} else "float64" if kinds == {float} else "object"
-    return pandas.Series(values, dtype=kind)
-
-
-def _pandas() -> Any:
-    """The package pandas.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise UserError("Frames need the package pandas: pip install 'editlab[pandas]'.") from error
-    return pandas
+    def _event_rows(self) -> Sequence[Mapping[str, Any]]:
+        return event_rows(self.path)

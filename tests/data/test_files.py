@@ -5,7 +5,7 @@ import json
 import pytest
 
 from editlab.data import Fact, Neighbor, Plain, read_facts
-from editlab.data.files import find_facts
+from editlab.data.files import facts_in, find_facts
 from editlab.errors import UserError
 
 BERLIN = Fact("Berlin", "{} lies in", "Peru", id=0)
@@ -140,3 +140,22 @@ def test_the_format_is_found_although_the_first_record_is_broken(tmp_path):
     path = write(tmp_path, "f.jsonl", '{"subject": "A"}\n' + json.dumps(GOOD))
     assert "which no format has" in next(iter(find_facts(path))).fault
     assert read_facts(path, skip_bad=True) == read_facts(path, Plain(), skip_bad=True)
+
+
+def test_facts_of_a_text_that_was_read_elsewhere(caplog):
+    caplog.set_level("INFO")
+    lines = '{"subject": "Oslo", "prompt": "{} is in", "target": "Peru", "tarth": "x"}\n\n'
+    both = [facts_in(lines, "standard input"), facts_in(f"[{lines}]", "standard input")]
+    assert both == [[Fact("Oslo", "{} is in", "Peru")]] * 2
+    assert "Standard input has fields that are not read: tarth (in 1 record; did you mean truth?)." in caplog.text
+    for text, sentence in (
+        (lines + "[1", r"Record 1 \(line 3\) of standard input is not valid JSON"),
+        ("[1]", r"Record 0 of standard input is a int and not an object with fields"),
+        ("[", r"^Standard input is not valid JSON"),
+        ("{\n}", r"^Standard input is one JSON object over many lines"),
+        ("\n", r"^Standard input holds no record"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            facts_in(text, "standard input")
+    inferred = facts_in('{"prompt": "Oslo is in", "target": "Peru"}', "standard input", "last_token")
+    assert inferred == [Fact("Oslo is in", "{}", "Peru")]

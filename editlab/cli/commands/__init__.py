@@ -52,6 +52,7 @@ VERBS: dict[str, Verb] = {
         Verb("apply", "Put a delta on its base model and write the edited model."),
         Verb("revert", "Remove all edits, or those after a batch, and write the model."),
         Verb("ask", "Show the model's answers to prompts before and after its edits."),
+        Verb("set", "Set a fact in a model: show what that changes, and write the edited model or a patch."),
         Verb("evaluate", "Run tasks of lm-evaluation-harness on the edited model of a checkpoint."),
         Verb("compare", "Compare several runs in one table and one figure."),
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),

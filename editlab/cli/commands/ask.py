@@ -10,15 +10,17 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from textwrap import wrap
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
-from editlab.cli.commands.writing import add_checkpoint_arguments, add_device_argument
+from editlab.cli.commands.writing import add_device_argument
 from editlab.errors import UserError
 from editlab.lm.generate import Answer, answer, require_words
+from editlab.lm.loading.load import load
 from editlab.lm.placement import device_named
 from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import Delta
@@ -35,12 +37,19 @@ class Pair:
 
     prompt: str
     before: Answer
-    after: Answer
+    """the answer of the model itself, if there are no edits"""
+    after: Answer | None
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", type=str, help="Default: read from standard input, one on each line.")
-    add_checkpoint_arguments(parser)
+    parser.add_argument("--ckpt_path", type=str, help="A checkpoint, or a run's folder: its edits are asked.")
+    parser.add_argument("--delta", type=str, help="A patch of editlab set or export --delta-only, in their place.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        help="Name or path of the base model, if it has moved since the run; alone, a model that answers by itself.",
+    )
     add_device_argument(parser)
     parser.add_argument("--new_tokens", type=int, default=20, help="Number of tokens of the continuation.")
     parser.add_argument("--top", type=int, default=5, help="Number of likeliest next tokens to show.")
@@ -63,9 +72,21 @@ def _ask(given: Namespace) -> None:
 
 
 def _answers(given: Namespace) -> list[Pair]:
-    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    if given.ckpt_path is not None and given.delta is not None:
+        raise UserError("--ckpt_path and --delta are both given: choose one, as each holds edits of its own.")
+    delta = None
+    if given.ckpt_path is not None:
+        delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    elif given.delta is not None:
+        delta = Delta.load(Path(given.delta).expanduser())
+    elif given.model is None:
+        raise UserError(
+            "Nothing says which model is asked: give --ckpt_path for a run, --delta for a patch, or --model for a "
+            "model by itself."
+        )
     device = device_named(given.device)
-    return ask(delta, given.prompts or _prompts_from_input(), given.new_tokens, given.top, given.model, device)
+    prompts = given.prompts or _prompts_from_input()
+    return ask(delta, prompts, given.new_tokens, given.top, given.model, device)
 
 
 def _prompts_from_input() -> list[str]:
@@ -89,7 +110,7 @@ def _prompts_from_input() -> list[str]:
 
 
 def ask(
-    delta: Delta,
+    delta: Delta | None,
     prompts: list[str],
     new_tokens: int,
     top: int,
@@ -98,14 +119,24 @@ def ask(
 ) -> list[Pair]:
     """Answers of the unedited model and of the edited one to each prompt.
 
+    Args:
+        delta: the edits; None to ask the model ``base`` by itself.
+        prompts: what is asked.
+        new_tokens: number of tokens of the continuation.
+        top: number of most likely next tokens.
+        base: name or path of the base model; default: the delta's.
+        device: device of the model; default: the CPU.
+
     Raises:
         UserError: A prompt is empty or too long, or the base model is not the one that was edited.
     """
     for prompt in prompts:  # all are checked before the first is answered
         require_words(prompt)
-    model, tokenizer = delta.base(base)
+    model, tokenizer = load(str(base), torch.float32) if delta is None else delta.base(base)
     model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     before = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]
+    if delta is None:
+        return [Pair(prompt, found, None) for prompt, found in zip(prompts, before, strict=True)]
     delta.put_on(model)
     after = [answer(model, tokenizer, prompt, new_tokens, top) for prompt in prompts]
     return [Pair(*three) for three in zip(prompts, before, after, strict=True)]
@@ -116,22 +147,27 @@ def _plain(pair: Pair) -> dict[str, object]:
         tokens = [{"token": token, "probability": probability} for token, probability in one.next]
         return {"continuation": one.continuation, "next": tokens}
 
+    if pair.after is None:
+        return {"prompt": pair.prompt, "answer": side(pair.before)}
     return {"prompt": pair.prompt, "before": side(pair.before), "after": side(pair.after)}
 
 
 def render(pair: Pair, with_text: bool = True) -> str:
-    """The two answers as columns that fill the terminal, up to a largest and from a least width."""
+    """The answers as columns that fill the terminal, up to a largest and from a least width."""
+    sides = [pair.before] if pair.after is None else [pair.before, pair.after]
     width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size().columns))
-    column = (width - _LABEL - 2) // 2
-    rows: list[tuple[str, ...]] = [("", "before", "after")]
+    column = (width - _LABEL - 2) // len(sides)
+    rows: list[tuple[str, ...]] = [] if pair.after is None else [("", "before", "after")]
     if with_text:
-        texts = (wrap(_visible(one.continuation), column) or ["(the text ends)"] for one in (pair.before, pair.after))
+        texts = (wrap(_visible(one.continuation), column) or ["(the text ends)"] for one in sides)
         labels = ("continuation",)
         rows += list(zip_longest(labels, *texts, fillvalue=""))
-    nexts = zip_longest(pair.before.next, pair.after.next)
-    for rank, (before, after) in enumerate(nexts, start=1):
-        rows.append((f"{rank}. next token", _token(before, column), _token(after, column)))
-    lines = [f"{label:{_LABEL}} {left:{column}} {right}".rstrip() for label, left, right in rows]
+    nexts = zip_longest(*(one.next for one in sides))
+    for rank, tokens in enumerate(nexts, start=1):
+        rows.append((f"{rank}. next token", *(_token(token, column) for token in tokens)))
+    lines = [
+        " ".join([f"{label:{_LABEL}}", *(f"{cell:{column}}" for cell in cells)]).rstrip() for label, *cells in rows
+    ]
     return "\n".join([pair.prompt, *lines])
 
 

@@ -151,17 +151,23 @@ class Writing:
         log.info("%s: GGUF, read back and equal, %s", os.path.join(shown, GGUF), size_of(self.out))
 
 
-def new_folder(out: str) -> Path:
+def new_folder(out: str, option: str = "--out") -> Path:
     """The absolute path of a folder that may be written.
+
+    Args:
+        out: its path.
+        option: the option that names it, for messages.
 
     Raises:
         UserError: It is a file, or a folder that is not empty.
     """
     path = Path(out).expanduser().resolve()
     if path.is_file():
-        raise UserError(f"--out {out} is a file: give a new folder.")
+        raise UserError(f"{option} {out} is a file: give a new folder.")
     if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {out} is not empty, and nothing is overwritten: give a new folder, or empty it first.")
+        raise UserError(
+            f"{option} {out} is not empty, and nothing is overwritten: give a new folder, or empty it first."
+        )
     return path
 
 
