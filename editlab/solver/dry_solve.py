@@ -16,9 +16,10 @@ each was enforced in its own batch. Without a memory H has no such form, and the
 Context keys are held where they are at the time of their batch; with memory the recursion then differs a little from
 one joint solve, which holds all of them where they were at the beginning.
 
-**What is left of it.** If residuals have one mean square norm ``r^2`` and the mean cosine ``c`` between two of them, so
-that ``E[R^T R] = r^2 ((1 - c) I + c 1 1^T)``, the expected square of what is missing at key j, as a fraction of ``r^2``,
-is ``(1 - c) ||e_j - H_j||^2 + c (1^T (e_j - H_j))^2`` (*error*, here its root). Values of a few facts give r and c.
+**What others add to it.** If residuals have the mean square norm ``r^2`` and the mean cosine ``c`` between two of them,
+so that ``E[R^T R] = r^2 ((1 - c) I + c 1 1^T)``, the output at key j is ``H_jj r_j`` and noise whose mean square is
+``r^2 ((1 - c) sum_i H_ij^2 + c (sum_i H_ij)^2)`` over the other edits i (*crosstalk*, its root over ``r``). Values of a
+few facts give r and c. An edit is lost if too little of it is held, or if too much of others is added.
 
 **What ordinary text pays.** The layer's output at an ordinary token with key k moves by ``R A k``. Its mean square over
 text is ``tr(R A C0 A^T R^T)``, in expectation ``r^2 ((1 - c) tr(A C0 A^T) + c 1^T A C0 A^T 1)`` (*spent*, in units of
@@ -42,7 +43,7 @@ from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
 from editlab.solver.preservation import Preservation
 
-SOLVES = 12
+SOLVES = 6
 """Largest number of batches that a dry solve with memory makes of the edits: without context keys their number has no
 effect, and with them a small one."""
 
@@ -93,8 +94,8 @@ class DryOutcome:
     edits: int
     held: Tensor
     """fraction of its own residual that each edit keeps, float64 [edits]"""
-    error: Tensor
-    """root mean square of what is missing at each edit's key, as a fraction of the residuals' norm, float64 [edits]"""
+    crosstalk: Tensor
+    """root mean square of what other edits add at each edit's key, as a fraction of a residual's norm, float64 [edits]"""
     spent: tuple[float, ...]
     """for each layer the mean square change of its output on ordinary text, in units of the residuals' mean square"""
 
@@ -195,17 +196,18 @@ class _State:
 
 
 def _outcome(states: Sequence[_State], edits: int, alike: float) -> DryOutcome:
-    held = torch.zeros(edits, edits, dtype=torch.float64)
+    moved = torch.zeros(edits, edits, dtype=torch.float64)
     spent = []
     for state in states:
         sums = state.sums[:edits]
-        held += sums @ state.layer.keys[:, :edits]
+        moved += sums @ state.layer.keys[:, :edits]
         on_text = sums @ state.layer.moments
         each, together = float((on_text * sums).sum()), float(on_text.sum(0) @ sums.sum(0))
         spent.append((1 - alike) * each + alike * together)
-    missing = torch.eye(edits, dtype=torch.float64) - held
-    square = (1 - alike) * missing.square().sum(0) + alike * missing.sum(0).square()
-    return DryOutcome(edits, held.diagonal().clone(), square.sqrt(), tuple(spent))
+    held = moved.diagonal().clone()
+    others = moved.fill_diagonal_(0)
+    square = (1 - alike) * others.square().sum(0) + alike * others.sum(0).square()
+    return DryOutcome(edits, held, square.sqrt(), tuple(spent))
 
 
 def residual_statistics(residuals: Tensor) -> tuple[float, float]:

@@ -67,7 +67,7 @@ def test_a_sequence_with_memory_is_one_joint_solve_is_the_predicted_fraction(bat
     close(update @ one.keys, residuals @ predicted)
     (outcome,) = dry_solve([one], settings, batch_size)
     close(outcome.held, predicted.diagonal())
-    close(outcome.error, (torch.eye(EDITS, dtype=torch.float64) - predicted).norm(dim=0))
+    close(outcome.crosstalk, predicted.fill_diagonal_(0).norm(dim=0))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -84,12 +84,12 @@ def test_updates_of_a_dry_solve_are_those_of_the_residuals(layers, memory, conte
     moved = sum(total @ one.keys for total, one in zip(sums, stack, strict=True))
     outcome = halves[-1]
     close(outcome.held, moved.diagonal())
-    close(outcome.error, (identity - moved).norm(dim=0))
+    close(outcome.crosstalk, moved.clone().fill_diagonal_(0).norm(dim=0))
     spent = [float(((total @ one.moments) * total).sum()) for total, one in zip(sums, stack, strict=True)]
     assert outcome.spent == pytest.approx(spent, rel=1e-8)
 
 
-def test_expected_error_and_harm_of_residuals_that_are_alike():
+def test_expected_crosstalk_and_harm_of_residuals_that_are_alike():
     # Residuals sqrt(1 - c) g_i + sqrt(c) g have mean square 1 (over d_v outputs of variance 1 / d_v) and cosine c.
     one, settings, alike = layer(), DrySettings(weight=2.0), 0.4
     (outcome,) = dry_solve([one], settings, 5, alike)
@@ -98,14 +98,14 @@ def test_expected_error_and_harm_of_residuals_that_are_alike():
     residuals = (0.6**0.5 * own + 0.4**0.5 * common) / D_V**0.5
     flat = residuals.reshape(-1, EDITS)
     (sums,) = sequence([one], torch.eye(EDITS, dtype=torch.float64), settings, 5)
-    errors = (flat - flat @ sums @ one.keys).square().sum(0) / drawn
+    added = flat @ (sums @ one.keys).fill_diagonal_(0)
     harms = float(((flat @ sums @ one.moments) * (flat @ sums)).sum()) / drawn
-    assert torch.allclose(outcome.error.square(), errors, rtol=0.05)
+    assert torch.allclose(outcome.crosstalk.square(), added.square().sum(0) / drawn, rtol=0.05)
     assert outcome.spent[0] == pytest.approx(harms, rel=0.05)
 
 
 def test_one_edit_by_hand():
-    # k^T C^-1 k = 4 / 2 = 2, slack 1: held 2/3, missing 1/3. A = (2 + 1)^-1 k^T C^-1 = (1/3) (1, 0), and with C0 = I
+    # k^T C^-1 k = 4 / 2 = 2, slack 1: held 2/3. A = (2 + 1)^-1 k^T C^-1 = (1/3) (1, 0), and with C0 = I
     # text pays 1/9.
     moments = torch.eye(2, dtype=torch.float64)
     keys = torch.tensor([[2.0], [0.0]], dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_one_edit_by_hand():
     one = DryLayer(keys, none, torch.zeros(0, dtype=torch.long), moments)
     (outcome,) = dry_solve([one], DrySettings(weight=2.0, ridge=0.0), 1)
     assert outcome.held.tolist() == pytest.approx([2 / 3])
-    assert outcome.error.tolist() == pytest.approx([1 / 3])
+    assert outcome.crosstalk.tolist() == [0]
     assert outcome.spent == pytest.approx((1 / 9,))
 
 
