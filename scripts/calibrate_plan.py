@@ -10,6 +10,7 @@ Each ``--rows`` names an experiment, its table of runs, and its table of snapsho
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from editlab.edits.calibration import SHIPPED
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--moments", help="Text of the second moments in place of the runs' own, such as self.")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     groups = [[ROOT / name for name in group] for group in options.rows or ROWS]
     found = calibrate(groups, options.moments, made_here(ROOT, {"rows": groups, "moments": options.moments}))
     options.out.write_text(found.text(), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The calibration of ``editlab plan``: forecasts of runs that were measured, and the laws fitted on both.
 
-Rows come from tables of runs and of snapshots that ``editlab sweep`` wrote. Each row's settings are those of its case in
-the experiment's file. A row is used if a dry solve describes its run: MEMIT with bare keys, one pass, MEMIT's spread,
+Rows come from tables of runs and of snapshots that ``editlab sweep`` wrote. A row's settings are those of its case in
+the experiment's file. It is used if a dry solve describes its run: MEMIT with bare keys, one pass, MEMIT's spread,
 values of the original weights by the default search, and no callback that edits but a consolidated memory. Forecasts
 are made on the first facts of the file in the run's order, whether or not the model prefers their truths, as a key does
 not depend on the truth; all seeds of a case share one forecast, and their measured numbers are averaged.
@@ -74,11 +74,7 @@ def described(recipe: Mapping[str, Any], case: Case) -> Described:
     Raises:
         NotDescribed: A dry solve does not describe its runs.
     """
-    config: dict[str, Any] = {
-        "model": {},
-        "data": {},
-        **{k: dict(v) for k, v in recipe.items() if k in ("model", "data")},
-    }
+    config: dict[str, Any] = {name: dict(recipe.get(name) or {}) for name in ("model", "data")}
     for name, value in case.flags.items():
         _set(config, name.split("."), value)
     model, data = config["model"], dict(config["data"])
@@ -211,9 +207,7 @@ def forecast_rows(
         raise UserError(f"No row of {', '.join(map(str, tables))} can be forecast: see the reasons above.")
     names = {one.language_model for one in usable}
     if len(names) > 1:
-        raise UserError(
-            f"{experiment} has rows of several models ({', '.join(sorted(names))}): calibrate one at a time."
-        )
+        raise UserError(f"{experiment} has rows of several models ({', '.join(sorted(names))}): calibrate one.")
     lm = LanguageModel.from_name(names.pop(), torch.float32)
     found: list[tuple[MeasuredRow, Forecast]] = []
     for data, moment_settings in dict.fromkeys((one.data, one.moments) for one in usable):
@@ -304,11 +298,11 @@ def _relative_error(law: PerplexityLaw, row: MeasuredRow, forecast: Forecast) ->
 
 def _accuracy_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> AccuracyLaw:
     def off(numbers: Any) -> list[float]:
-        law = AccuracyLaw(*map(float, numbers), error=0.0)
+        law = AccuracyLaw(*(float(number) for number in numbers[:3]), 0.0)
         return [law(forecast) - row.accuracy for row, forecast in pairs]
 
     found = least_squares(off, [5.0, 4.0, 10.0], bounds=([-np.inf, 0, 0], np.inf)).x
-    return AccuracyLaw(*(round(float(number), 4) for number in found), error=0.0)
+    return AccuracyLaw(*(round(float(number), 4) for number in found[:3]), 0.0)
 
 
 def _perplexity_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> PerplexityLaw:

@@ -1,8 +1,8 @@
 """Keys drawn at random in the place of those of facts that are not at hand.
 
-A plan for N edits may be made from fewer facts. A further fact's key lies partly among the keys that are known (the same
-kinds of subjects) and partly outside of what they span, as each subject has something of its own. Drawn keys have both
-parts, in the proportion in which the last key that was read has them::
+A plan for N edits may be made from fewer facts. A further fact's key lies partly among the keys that are known (the
+same kinds of subjects) and partly outside of what they span, as each subject has something of its own. Drawn keys have
+both parts, in the proportion in which the last key that was read has them::
 
     k = sqrt(1 - v) K g / sqrt(n) + sqrt(v) a z        g ~ N(0, I),  z ~ N(0, C0)
 

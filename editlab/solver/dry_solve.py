@@ -11,8 +11,8 @@ ridge regression (recursive least squares), so::
 
     H = G (G + S)^-1     with the Gram matrix     G = K^T C^-1 K
 
-The more keys there are for each dimension, the more they lean on each other, and the less of each edit is held, although
-each was enforced in its own batch. Without a memory H has no such form, and the recursion over the batches gives it.
+The more keys there are for each dimension, the more they lean on each other, and the less of each edit is held,
+although each was enforced in its own batch. Without a memory H has no such form, and the recursion over the batches gives it.
 Context keys are held where they are at the time of their batch; with memory the recursion then differs a little from
 one joint solve, which holds all of them where they were at the beginning.
 
@@ -95,7 +95,7 @@ class DryOutcome:
     held: Tensor
     """fraction of its own residual that each edit keeps, float64 [edits]"""
     crosstalk: Tensor
-    """root mean square of what other edits add at each edit's key, as a fraction of a residual's norm, float64 [edits]"""
+    """root mean square of what others add at each edit's key, as a fraction of a residual's norm, float64 [edits]"""
     spent: tuple[float, ...]
     """for each layer the mean square change of its output on ordinary text, in units of the residuals' mean square"""
 

@@ -22,7 +22,7 @@ def layer(seed=0, tokens=2):
 
 
 def metric(one, weight, mu=0.0):
-    """lambda C0 + mu I + the ridge, dense."""
+    """Lambda C0 + mu I + the ridge, dense."""
     identity = torch.eye(D_K, dtype=torch.float64)
     return weight * (one.moments + RIDGE * one.moments.diagonal().mean() * identity) + mu * identity
 
