@@ -148,6 +148,27 @@ class _WithFullHelp(EditLabCLI):
     full_help = True
 
 
+class _NotRun(_WithFullHelp):
+    """The command line of ``fit`` without the run: model, data and Trainer are made, and nothing is written."""
+
+    verbs = ("fit",)
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def run_verb(self, verb: str, run: Callable[[], None]) -> None:
+        pass
+
+
+def built_fit(arguments: list[str]) -> EditLabCLI:
+    """The CLI of ``fit`` with the model, the data and the Trainer of a recipe, for a verb that plans a run.
+
+    Args:
+        arguments: as those of ``editlab fit``.
+    """
+    return _create(_NotRun, ["fit", *arguments])
+
+
 class _ParsersAlone(_WithFullHelp):
     """The command line without a run: it stops where the arguments would be parsed."""
 

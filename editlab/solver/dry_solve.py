@@ -12,9 +12,9 @@ ridge regression (recursive least squares), so::
     H = G (G + S)^-1     with the Gram matrix     G = K^T C^-1 K
 
 The more keys there are for each dimension, the more they lean on each other, and the less of each edit is held,
-although each was enforced in its own batch. Without a memory H has no such form, and the recursion over the batches gives it.
-Context keys are held where they are at the time of their batch; with memory the recursion then differs a little from
-one joint solve, which holds all of them where they were at the beginning.
+although each was enforced in its own batch. Without a memory H has no such form, and the recursion over the batches
+gives it. Context keys are held where they are at the time of their batch; with memory the recursion then differs a
+little from one joint solve, which holds all of them where they were at the beginning.
 
 **What others add to it.** If residuals have the mean square norm ``r^2`` and the mean cosine ``c`` between two of them,
 so that ``E[R^T R] = r^2 ((1 - c) I + c 1 1^T)``, the output at key j is ``H_jj r_j`` and noise whose mean square is

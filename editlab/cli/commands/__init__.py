@@ -55,6 +55,7 @@ VERBS: dict[str, Verb] = {
         Verb("compare", "Compare several runs in one table and one figure."),
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),
         Verb("facts", "Check files of facts.", needs_model=False),
+        Verb("plan", "Choose settings for a number of edits, and say what to expect."),
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
         Verb("completion", "Write a script that completes the command in a shell."),
     )
