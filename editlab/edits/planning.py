@@ -1,10 +1,10 @@
 """The choice of settings for N edits: candidates are forecast, and the strongest within a budget of harm is taken.
 
-The harm of a setting falls as lambda rises, so for each choice of layers, context-key weight and memory the least lambda
-of :data:`WEIGHTS` within the budget is found by halving, and the next larger one is forecast, too. Context-key weight
-and memory are chosen at the widest set of layers, and the sets are then compared with these. The strongest forecast is
-the one with the highest accuracy by the law of the calibration; for another model than the calibrated one that law is a
-guess, which is only used to put the candidates in an order.
+The harm of a setting falls as lambda rises, so for each choice of layers, context-key weight and memory the least
+lambda of :data:`WEIGHTS` within the budget is found by halving, and the next larger one is forecast, too. Context-key
+weight and memory are chosen at the widest set of layers, and the sets are then compared with these. The strongest
+forecast is the one with the highest accuracy by the law of the calibration; for another model than the calibrated one
+that law is a guess, which is only used to put the candidates in an order.
 """
 
 from __future__ import annotations

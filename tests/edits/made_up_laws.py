@@ -11,7 +11,10 @@ def row(edits, weight=1000.0, layers=(1, 2), context=0.0, memory=True, **changes
     return MeasuredRow(f"made_up.csv: {edits}_{weight:g}", 1, candidate, edits, 2, **numbers)
 
 
-def laws(fingerprint="", rows=(row(4), row(100, 300.0), row(1000, memory=False, context=1.0))):
+ROWS = (row(4), row(100, 300.0), row(1000, memory=False, context=1.0))
+
+
+def laws(fingerprint="", rows=ROWS):
     """Accuracy 1 / (1 + exp(-(2 + log held - 3 crosstalk))), perplexity exp(2 harm)."""
     return Calibration("a model", fingerprint, AccuracyLaw(2.0, 1.0, 3.0, 0.05), PerplexityLaw(2.0, 1.0, 0.5),
                        tuple(rows), {"tables": ["made_up.csv"]})  # fmt: skip

@@ -14,7 +14,9 @@ from tests.edits.made_up_laws import laws, row
 
 def forecast(held=(1.0, 0.5), crosstalk=(0.0, 0.1), harm=0.1, edits=100, **changes):
     candidate = Candidate(**{"layers": (1, 2), "weight": 1000.0, "context_weight": 0.0, "memory": True, **changes})
-    return Forecast(candidate, edits, 2, torch.tensor(held).double(), torch.tensor(crosstalk).double(), harm, (0.1, 0.2))
+    return Forecast(
+        candidate, edits, 2, torch.tensor(held).double(), torch.tensor(crosstalk).double(), harm, (0.1, 0.2)
+    )
 
 
 def test_accuracy_by_hand():
@@ -74,6 +76,6 @@ def test_the_shipped_laws_reward_what_is_held_and_punish_harm():
     assert 0 < shipped.accuracy.error < 0.25
     assert 0.7 < shipped.accuracy(usual) < 1
     assert 0.7 < shipped.perplexity.power < 1.5  # second order in the change, so near 1 in its mean square
-    assert shipped.perplexity.harm(1.1) == pytest.approx(shipped.perplexity.harm(1.1))
+    assert shipped.perplexity(shipped.perplexity.harm(1.1)) == pytest.approx(1.1)
     assert {"tables", "revision", "machine"} <= content["provenance"].keys()
     assert len({one.candidate for one in shipped.rows}) >= 4

@@ -83,7 +83,7 @@ def test_another_model_gets_no_claim_about_perplexity(recipe, capsys):
         (["--edits", "0"], "plan.edits is 0: it must be at least 1."),
         (["--edits", "4", "--budget", "0.9"], "--budget is 0.9: edits do not lower the perplexity, so give a ratio "
          "above 1, such as 1.1."),
-        (["--edits", "4", "--out", "tiny.yaml"], "--out tiny.yaml exists, and nothing is overwritten: give a new file."),
+        (["--edits", "4", "--out", "tiny.yaml"], "--out tiny.yaml exists, and nothing is overwritten: give a new"),
         (["--edits", "4", "--out", "no/p.yaml"], "--out no/p.yaml is in a folder that does not exist: create it, or "
          "give another file."),
         (["--edits", "4", "--set", "data.limit"], "--set 'data.limit' must have the form NAME=VALUE, such as "

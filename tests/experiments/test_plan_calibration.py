@@ -1,0 +1,148 @@
+"""Rows of tables as points of a fit: settings of cases, means over seeds, and laws that are found again."""
+
+import math
+
+import pytest
+import torch
+
+from editlab.edits.calibration import AccuracyLaw, PerplexityLaw
+from editlab.edits.forecast import Candidate, Forecast
+from editlab.errors import UserError
+from editlab.experiments.plan import Case
+from editlab.experiments.plan_calibration import NotDescribed, described, fit, forecast_rows, measured
+from tests.edits.made_up_laws import row
+from tests.facts import write_counterfact
+
+RECIPE = {
+    "model": {
+        "language_model": "m", "layers": [2, 3],
+        "method": {"class_path": "MEMIT", "init_args": {"covariance_weight": 9}},
+        "values": {"reference": "original"},
+    },
+    "data": {"limit": 5, "batch_size": 4, "path": "facts.json"},
+}  # fmt: skip
+REPLAY = {"class_path": "callbacks.MemoryReplay", "init_args": {"memory": "consolidated"}}
+
+
+def test_settings_of_a_case():
+    case = Case("c", {"model.layers": [6], "model.method.init_args.mu": 3, "data.split": "dev"},
+                [REPLAY, {"class_path": "ForgettingCurve"}])  # fmt: skip
+    found = described(RECIPE, case)
+    assert found.candidate == Candidate((6,), 9.0, 0.0, True, mu=3.0)
+    assert found.batch_size == 4
+    assert dict(found.data) == {"path": "facts.json", "split": "dev"}
+    assert dict(found.moments) == {"text": "self", "tokens": 24576}
+    # A method that is named replaces the one before, with its own defaults.
+    assert described(RECIPE, Case("c", {"model.method": "MEMIT"})).candidate.weight == 15000
+    assert RECIPE["model"]["layers"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "callbacks", "why"),
+    [
+        ({"model.method": "AlphaEdit"}, [], "the method is not MEMIT"),
+        ({"model.method.init_args.ridge": 1}, [], "the method has other settings"),
+        ({"model.values.early_stop": 2}, [], "values are found in another way"),
+        ({"model.keys": "mean"}, [], "model.keys is mean"),
+        ({"model.layers": "auto"}, [], "the layers are not named"),
+        ({}, [{"class_path": "LoRAAdjust"}], "it has the callback LoRAAdjust"),
+        ({}, [{"class_path": "MemoryReplay", "init_args": {"memory": "both"}}], "it has the callback MemoryReplay"),
+    ],
+)
+def test_runs_that_a_dry_solve_does_not_describe(flags, callbacks, why):
+    with pytest.raises(NotDescribed, match=why):
+        described(RECIPE, Case("c", flags, callbacks))
+
+
+RUNS = """case,seed,edits,retained/accuracy,before/perplexity,perplexity_ratio
+a,1,4,0.5,20,1.1
+a,2,4,0.7,20,1.21
+b,1,4,0.9,20,
+"""
+CURVES = """case,seed,edits,retained/accuracy,retained/perplexity
+a,1,2,0.8,21
+a,1,4,0.1,99
+c,1,2,,21
+"""
+
+
+@pytest.fixture
+def tables(tmp_path):
+    (tmp_path / "runs.csv").write_text(RUNS)
+    (tmp_path / "curves.csv").write_text(CURVES)
+    return [tmp_path / "runs.csv", tmp_path / "curves.csv"]
+
+
+def test_means_over_seeds_and_snapshots(tables):
+    found = {(one.case, one.edits): one for one in measured(tables)}
+    assert found.keys() == {("a", 4), ("b", 4), ("a", 2)}
+    last = found["a", 4]
+    assert (last.source, last.seeds, last.accuracy) == ("runs.csv: a", 2, pytest.approx(0.6))
+    assert last.ratio == pytest.approx(math.sqrt(1.1 * 1.21))  # the geometric mean
+    assert found["b", 4].ratio is None
+    assert found["a", 2].ratio == pytest.approx(21 / 20)
+
+
+EXPERIMENT = """
+recipe: recipe.yaml
+seeds: [1]
+cases:
+  a: {}
+  b: {callbacks: [{class_path: MemoryReplay, init_args: {memory: consolidated}}]}
+  c: {flags: {model.passes: 2}}
+"""
+
+
+def test_rows_and_their_forecasts(tables, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_counterfact(tmp_path / "facts.json")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{language_model: {tiny_folder}, layers: [1, 2], method: {{class_path: MEMIT}}, "
+        "values: {reference: original}, moments: {tokens: 256}}\ndata: {path: facts.json, batch_size: 2}\n"
+    )
+    (tmp_path / "experiment.yaml").write_text(EXPERIMENT)
+    pairs, model, _ = forecast_rows(tmp_path / "experiment.yaml", tables)
+    assert model == str(tiny_folder)
+    assert {(one.source, one.edits) for one, _ in pairs} == {
+        ("runs.csv: a", 4),
+        ("curves.csv: a", 2),
+        ("runs.csv: b", 4),
+    }
+    for one, forecast in pairs:
+        assert one.candidate == forecast.candidate == Candidate((1, 2), 15000.0, 0.0, one.source.endswith("b"))
+        assert one.held == pytest.approx(float(forecast.held.mean()), abs=1e-4)
+    (tables[0]).write_text(RUNS.replace("a,", "gone,").replace("b,", "c,"))
+    with pytest.raises(UserError, match=r"No row of .* can be forecast"):
+        forecast_rows(tmp_path / "experiment.yaml", tables[:1])
+
+
+def made_up(count):
+    """Rows that follow two laws exactly, in as many configurations."""
+    draw = torch.Generator().manual_seed(0)
+    accuracy, perplexity = AccuracyLaw(4.0, 3.0, 8.0, 0.0), PerplexityLaw(2.5, 1.1, 0.0)
+    pairs = []
+    for index in range(count):
+        held, crosstalk = torch.rand(2, 20, generator=draw, dtype=torch.float64)
+        candidate = Candidate((1, 2), 100.0 + index, 0.0, index % 2 == 0)
+        forecast = Forecast(candidate, 20, 4, (held + index / count) / 2, crosstalk / 2, 0.01 * (index + 1), (0.1, 0.1))
+        ratio = perplexity(forecast.harm) if index != 2 else None
+        pairs.append((row(20, accuracy=accuracy(forecast), ratio=ratio), forecast))
+    return pairs
+
+
+def test_laws_are_found_again():
+    found = fit(made_up(8), "m", "abc", {"tables": ["t.csv"]})
+    assert (found.accuracy.intercept, found.accuracy.held, found.accuracy.crosstalk) == pytest.approx(
+        (4, 3, 8), abs=0.01
+    )
+    assert (found.perplexity.slope, found.perplexity.power) == pytest.approx((2.5, 1.1), abs=0.01)
+    assert found.accuracy.error < 1e-3
+    assert found.perplexity.error < 1e-3
+    assert (found.model, found.fingerprint, len(found.rows)) == ("m", "abc", 8)
+
+
+def test_too_few_configurations():
+    with pytest.raises(UserError, match="There are 3 measured configurations: give tables with four or more"):
+        fit(made_up(3), "m", "abc", {})
+    with pytest.raises(UserError, match="There are 3 measured configurations with a perplexity"):
+        fit(made_up(4), "m", "abc", {})
