@@ -4,7 +4,8 @@
     python scripts/calibrate_plan.py --rows configs/experiments/tuning.yaml results/tuning.csv
 
 Each ``--rows`` names an experiment, its table of runs, and its table of snapshots, if it has one. Writes
-``editlab/edits/plan_calibration.json``, which ships: the fitted laws with their errors, and the rows behind them.
+``editlab/edits/plan_calibration.json``, which ships: the fitted laws with their errors, and the rows behind them; and
+the rows with what the laws predict to ``results/plan_calibration.csv``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 from pathlib import Path
 
 from editlab.edits.calibration import SHIPPED
+from editlab.experiments.csv_files import write_rows
 from editlab.experiments.plan_calibration import calibrate
 from editlab.experiments.provenance import made_here
 
@@ -30,10 +32,13 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", action="append", metavar="FILE")
     parser.add_argument("--moments", help="Text of the second moments in place of the runs' own, such as self.")
     parser.add_argument("--out", type=Path, default=SHIPPED)
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     groups = [[ROOT / name for name in group] for group in options.rows or ROWS]
-    found = calibrate(groups, options.moments, made_here(ROOT, {"rows": groups, "moments": options.moments}))
+    made = made_here(ROOT, {"rows": groups, "moments": options.moments})
+    found, rows = calibrate(groups, options.moments, made)
+    write_rows(rows, options.results / "plan_calibration.csv")
     options.out.write_text(found.text(), encoding="utf-8")
     print(found.accuracy, found.perplexity, f"{len(found.rows)} rows", sep="\n")
 

@@ -317,8 +317,10 @@ def _perplexity_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> Perplexity
     return PerplexityLaw(round(float(np.exp(slope)), 4), round(float(power), 4), error=0.0)
 
 
-def calibrate(groups: Sequence[Sequence[Path]], moments: str | None, made: Mapping[str, Any]) -> Calibration:
-    """The calibration on the rows of several experiments.
+def calibrate(
+    groups: Sequence[Sequence[Path]], moments: str | None, made: Mapping[str, str]
+) -> tuple[Calibration, list[Row]]:
+    """The calibration on the rows of several experiments, and a table of the rows with what the laws predict.
 
     Args:
         groups: for each experiment its file, its table of runs, and tables of snapshots.
@@ -338,4 +340,21 @@ def calibrate(groups: Sequence[Sequence[Path]], moments: str | None, made: Mappi
         raise UserError(f"The experiments have several models ({', '.join(sorted(n for n, _ in models))}): take one.")
     ((name, weights),) = models
     provenance = {"tables": [table.name for _, *tables in groups for table in tables], "moments": moments or "as run"}
-    return fit(pairs, name, weights, {**provenance, **made})
+    laws = fit(pairs, name, weights, {**provenance, **made})
+    return laws, [_predicted(laws, row, forecast) | made for row, forecast in pairs]
+
+
+def _predicted(laws: Calibration, row: MeasuredRow, forecast: Forecast) -> Row:
+    """A measured row with the predictions of the laws, for a CSV file."""
+    one = row.candidate
+    settings: Row = {
+        "case": row.source.partition(": ")[2], "table": row.source.partition(": ")[0], "seeds": row.seeds,
+        "edits": row.edits, "batch_size": row.batch_size, "layers": " ".join(map(str, one.layers)),
+        "covariance_weight": one.weight, "mu": one.mu, "preserve_prompt_tokens": one.context_weight,
+        "memory": "consolidated" if one.memory else "none", "held": row.held, "crosstalk": row.crosstalk,
+        "harm": row.harm, "retained/accuracy": row.accuracy,
+        "predicted/accuracy": round(laws.accuracy(forecast), 4),
+    }  # fmt: skip
+    if row.ratio is not None:
+        settings |= {"perplexity_ratio": row.ratio}
+    return settings | {"predicted/perplexity_ratio": round(laws.perplexity(forecast.harm), 4)}

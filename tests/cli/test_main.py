@@ -91,7 +91,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,sweep,completion}" in last
+    assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,plan,sweep,completion}" in last
 
 
 def test_another_source_has_its_own_step_size(recipe, capsys):

@@ -1,10 +1,12 @@
 """Rows of tables as points of a fit: settings of cases, means over seeds, and laws that are found again."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import editlab.experiments.plan_calibration as module
 from editlab.edits.calibration import AccuracyLaw, PerplexityLaw
 from editlab.edits.forecast import Candidate, Forecast
 from editlab.errors import UserError
@@ -139,6 +141,20 @@ def test_laws_are_found_again():
     assert found.accuracy.error < 1e-3
     assert found.perplexity.error < 1e-3
     assert (found.model, found.fingerprint, len(found.rows)) == ("m", "abc", 8)
+
+
+def test_a_table_of_predictions(monkeypatch):
+    pairs = made_up(8)
+    monkeypatch.setattr(module, "forecast_rows", lambda experiment, tables, moments: (pairs, "m", "abc"))
+    laws, rows = module.calibrate([[Path("e.yaml"), Path("t.csv")]], "self", {"revision": "r"})
+    assert laws.provenance == {"tables": ["t.csv"], "moments": "self", "revision": "r"}
+    assert (rows[0]["table"], rows[0]["case"], rows[0]["revision"]) == ("made_up.csv", "20_1000", "r")
+    assert all(abs(row["predicted/accuracy"] - row["retained/accuracy"]) < 1e-3 for row in rows)
+    assert "perplexity_ratio" not in rows[2]
+    other = iter([(pairs, "m", "abc"), (pairs, "n", "def")])
+    monkeypatch.setattr(module, "forecast_rows", lambda *given: next(other))
+    with pytest.raises(UserError, match="The experiments have several models"):
+        module.calibrate([[Path("e.yaml")], [Path("f.yaml")]], None, {})
 
 
 def test_too_few_configurations():
