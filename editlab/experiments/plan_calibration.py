@@ -298,11 +298,16 @@ def _relative_error(law: PerplexityLaw, row: MeasuredRow, forecast: Forecast) ->
 
 def _accuracy_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> AccuracyLaw:
     def off(numbers: Any) -> list[float]:
-        law = AccuracyLaw(*(float(number) for number in numbers[:3]), 0.0)
+        law = _law(numbers)
         return [law(forecast) - row.accuracy for row, forecast in pairs]
 
     found = least_squares(off, [5.0, 4.0, 10.0], bounds=([-np.inf, 0, 0], np.inf)).x
-    return AccuracyLaw(*(round(float(number), 4) for number in found[:3]), 0.0)
+    return _law(found.round(4))
+
+
+def _law(numbers: Any) -> AccuracyLaw:
+    intercept, held, crosstalk = map(float, numbers)
+    return AccuracyLaw(intercept, held, crosstalk, error=0.0)
 
 
 def _perplexity_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> PerplexityLaw:
@@ -341,7 +346,7 @@ def calibrate(
     ((name, weights),) = models
     provenance = {"tables": [table.name for _, *tables in groups for table in tables], "moments": moments or "as run"}
     laws = fit(pairs, name, weights, {**provenance, **made})
-    return laws, [_predicted(laws, row, forecast) | made for row, forecast in pairs]
+    return laws, [{**_predicted(laws, row, forecast), **made} for row, forecast in pairs]
 
 
 def _predicted(laws: Calibration, row: MeasuredRow, forecast: Forecast) -> Row:

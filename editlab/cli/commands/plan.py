@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,15 +56,17 @@ def _plan(given: Namespace) -> None:
     recipe, settings = read_recipe(given.config), _settings(given)
 
     from editlab.cli.plan_report import report
-    from editlab.cli.training import built_fit
     from editlab.edits.calibration import Calibration
     from editlab.edits.forecast import FactSample
     from editlab.edits.planning import MOST_FORECASTS, Search, layer_sets
     from editlab.lm.fingerprint import fingerprint
     from editlab.utils.progress import progress
 
-    flags = [f"--{name}={value}" for name, value in settings]
-    cli = built_fit([*(["--config", given.config] if given.config else []), *flags])
+    flags = [*(["--config", given.config] if given.config else []), *(f"--{n}={value}" for n, value in settings)]
+    # By name, as verbs themselves are loaded: that module needs the list of verbs, of which this is one.
+    cli = import_module("editlab.cli.training").built_fit(
+        [*(["--config", given.config] if given.config else []), *flags]
+    )
     editor, data = cli.model, cli.datamodule
     require_described(editor)
     laws = Calibration.load()
