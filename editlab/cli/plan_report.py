@@ -100,18 +100,18 @@ def _candidates(laws: Calibration, shown: Sequence[Forecast], chosen: Forecast, 
 
 
 def _rows(rows: Sequence[MeasuredRow]) -> Table:
-    header = ["edits", "layers", "lambda", "context", "memory", "held", "crosstalk", "harm", "accuracy", "perplexity",
+    header = ["edits", "batch", "layers", "lambda", "context", "memory", "held", "crosstalk", "harm", "accuracy", "perplexity",
               "source"]  # fmt: skip
     cells = [
         [
-            str(row.edits), _span(row.candidate.layers), f"{row.candidate.weight:g}",
+            str(row.edits), str(row.batch_size), _span(row.candidate.layers), f"{row.candidate.weight:g}",
             f"{row.candidate.context_weight:g}", "consolidated" if row.candidate.memory else "none",
             f"{row.held:.3f}", f"{row.crosstalk:.3f}", f"{row.harm:.4f}", f"{row.accuracy:.3f}",
             "" if row.ratio is None else f"x{row.ratio:.3f}", row.source,
         ]
         for row in rows
     ]  # fmt: skip
-    return Table(header, cells, numbers=[0, 2, 3, *range(5, 10)])
+    return Table(header, cells, numbers=[0, 1, 3, 4, *range(6, 11)])
 
 
 def _span(layers: Sequence[int]) -> str:
