@@ -84,7 +84,7 @@ def _budget(search: Search, chosen: Forecast, budget: float, calibrated: bool) -
 
 
 def _candidates(laws: Calibration, shown: Sequence[Forecast], chosen: Forecast, calibrated: bool) -> Table:
-    header = ["", "layers", "lambda", "context", "memory", "held", "crosstalk", "harm"]
+    header = ["", "layers", "lambda", "context", "memory", "held", "crosstalk", "drift", "harm"]
     header += ["accuracy", "perplexity"] if calibrated else []
     rows = []
     for one in shown:
@@ -92,7 +92,7 @@ def _candidates(laws: Calibration, shown: Sequence[Forecast], chosen: Forecast, 
         row = [
             "*" if one is chosen else "", _span(candidate.layers), f"{candidate.weight:g}",
             f"{candidate.context_weight:g}", "consolidated" if candidate.memory else "none",
-            f"{float(one.held.mean()):.3f}", f"{_mean(one):.3f}", f"{one.harm:.4f}",
+            f"{float(one.held.mean()):.3f}", f"{_mean(one):.3f}", f"{one.drift:.3f}", f"{one.harm:.4f}",
         ]  # fmt: skip
         row += [f"{laws.accuracy(one):.3f}", f"x{laws.perplexity(one.harm):.3f}"] if calibrated else []
         rows.append(row)
@@ -100,18 +100,18 @@ def _candidates(laws: Calibration, shown: Sequence[Forecast], chosen: Forecast, 
 
 
 def _rows(rows: Sequence[MeasuredRow]) -> Table:
-    header = ["edits", "batch", "layers", "lambda", "context", "memory", "held", "crosstalk", "harm", "accuracy", "perplexity",
-              "source"]  # fmt: skip
+    header = ["edits", "batch", "layers", "lambda", "context", "memory", "held", "crosstalk", "drift", "harm",
+              "accuracy", "perplexity", "source"]  # fmt: skip
     cells = [
         [
             str(row.edits), str(row.batch_size), _span(row.candidate.layers), f"{row.candidate.weight:g}",
             f"{row.candidate.context_weight:g}", "consolidated" if row.candidate.memory else "none",
-            f"{row.held:.3f}", f"{row.crosstalk:.3f}", f"{row.harm:.4f}", f"{row.accuracy:.3f}",
+            f"{row.held:.3f}", f"{row.crosstalk:.3f}", f"{row.drift:.3f}", f"{row.harm:.4f}", f"{row.accuracy:.3f}",
             "" if row.ratio is None else f"x{row.ratio:.3f}", row.source,
         ]
         for row in rows
     ]  # fmt: skip
-    return Table(header, cells, numbers=[0, 1, 3, 4, *range(6, 11)])
+    return Table(header, cells, numbers=[0, 1, 3, 4, *range(6, 12)])
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -2,12 +2,13 @@
 
 Two laws, each with its reason, turn a :class:`~editlab.edits.forecast.Forecast` into what a run measures:
 
-- An edit is lost if too little of it is held or if too much of others is added: the odds that it stands are
-  ``exp(a - c crosstalk) held^b`` with b and c not negative, and the retained accuracy is the mean chance over edits.
+- An edit is lost if too little of it is held, if too much of others is added, or if the other tokens of its prompt,
+  which the model reads too, have drifted: the odds that it stands are ``exp(a - c crosstalk - d drift) held^b`` with b,
+  c and d not negative, and the retained accuracy is the mean chance over the edits.
 - The loss on ordinary text is nearly at a minimum in the unedited model, so a small change of the outputs raises it in
   second order: ``log(perplexity after / before) = s harm^p`` with p near 1, where the harm is a mean square.
 
-``scripts/calibrate_plan.py`` fits the five numbers (:mod:`editlab.experiments.plan_calibration`). They ship in
+``scripts/calibrate_plan.py`` fits the six numbers (:mod:`editlab.experiments.plan_calibration`). They ship in
 ``plan_calibration.json`` together with the measured rows, and hold for that model, text and data set alone.
 """
 
@@ -39,13 +40,15 @@ class AccuracyLaw:
     """power of the fraction that is held"""
     crosstalk: float
     """weight of the crosstalk"""
+    drift: float
+    """weight of the drift"""
     error: float
     """largest absolute error of nine in ten predictions of configurations that the fit has not seen"""
 
     def __call__(self, forecast: Forecast) -> float:
         """The mean over the edits of the chance that an edit still stands."""
         held = forecast.held.clamp_min(LEAST).log()
-        logits = self.intercept + self.held * held - self.crosstalk * forecast.crosstalk
+        logits = self.intercept + self.held * held - self.crosstalk * forecast.crosstalk - self.drift * forecast.drift
         return float(torch.sigmoid(logits).mean())
 
     def range(self, forecast: Forecast) -> tuple[float, float]:
@@ -93,6 +96,7 @@ class MeasuredRow:
     """perplexity after over before; None if it was not measured"""
     held: float
     crosstalk: float
+    drift: float
     harm: float
 
     def distance(self, forecast: Forecast) -> float:

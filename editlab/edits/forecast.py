@@ -64,6 +64,8 @@ class Forecast:
     """fraction of its own residual that each edit keeps at the end, float64 [edits]"""
     crosstalk: Tensor
     """what other edits add at each edit's key, as a fraction of a residual's norm, float64 [edits]"""
+    drift: float
+    """what the edits add at the context keys of their prompts, as a fraction of a residual's norm"""
     harm: float
     """mean square change of the outputs on ordinary text, summed over the layers, as a fraction of the mean square of
     the site's output at the edited subjects"""
@@ -193,5 +195,6 @@ class FactSample:
             energy = torch.tensor([self.energy[number] for number in candidate.layers], dtype=torch.float64)
             errors = tuple((spent / energy.clamp_min(1e-300)).sqrt().tolist())
             harm = float(spent.sum()) / self.scale if self.scale else 0.0
-            found.append(Forecast(candidate, outcome.edits, batch_size, outcome.held, outcome.crosstalk, harm, errors))
+            edits, held, crosstalk = outcome.edits, outcome.held, outcome.crosstalk
+            found.append(Forecast(candidate, edits, batch_size, held, crosstalk, outcome.drift, harm, errors))
         return found

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 MOST = 2000
 """Largest number of edits of a row that is used: beyond, a dry solve takes minutes."""
+POINTS = 4
+"""Largest number of rows of one case: its snapshots and its end. Neighboring snapshots say the same."""
 FLOOR = 0.01
 """Logarithm of a perplexity ratio that counts as 0 in the fit, which is one of relative errors."""
 COVERED = 0.9
@@ -156,17 +158,26 @@ def _forecasts(
     found = []
     with progress(group.items(), desc="Forecasts", unit="case") as bar:
         for one, rows in bar:
-            wanted = {row.edits: row for row in rows}
+            wanted = {row.edits: row for row in thinned(rows)}
             forecasts = sample.first(max(wanted)).forecast(one.candidate, one.batch_size, sorted(wanted))
             found += [(_row(wanted[f.edits], f), f) for f in forecasts]
     return found
+
+
+def thinned(rows: Sequence[Measured]) -> list[Measured]:
+    """The rows of a case, at most :data:`POINTS`, evenly spaced over its edits, the last among them."""
+    ordered = sorted(rows, key=lambda row: row.edits)
+    if len(ordered) <= POINTS:
+        return ordered
+    return [ordered[round(step * (len(ordered) - 1) / POINTS)] for step in range(1, POINTS + 1)]
 
 
 def _row(row: Measured, forecast: Forecast) -> MeasuredRow:
     return MeasuredRow(
         row.source, row.seeds, forecast.candidate, row.edits, forecast.batch_size, round(row.accuracy, 4),
         None if row.ratio is None else round(row.ratio, 4), round(float(forecast.held.mean()), 4),
-        round(float(forecast.crosstalk.mean()), 4), float(f"{forecast.harm:.4g}"),
+        round(float(forecast.crosstalk.mean()), 4),
+        round(forecast.drift, 4), float(f"{forecast.harm:.4g}"),
     )  # fmt: skip
 
 
@@ -220,13 +231,13 @@ def _accuracy_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> AccuracyLaw:
         law = _law(numbers)
         return [law(forecast) - row.accuracy for row, forecast in pairs]
 
-    found = least_squares(off, [5.0, 4.0, 10.0], bounds=([-np.inf, 0, 0], np.inf)).x
+    found = least_squares(off, [5.0, 4.0, 10.0, 1.0], bounds=([-np.inf, 0, 0, 0], np.inf)).x
     return _law(found.round(4))
 
 
 def _law(numbers: Any) -> AccuracyLaw:
-    intercept, held, crosstalk = map(float, numbers)
-    return AccuracyLaw(intercept, held, crosstalk, error=0.0)
+    intercept, held, crosstalk, drift = map(float, numbers)
+    return AccuracyLaw(intercept, held, crosstalk, drift, error=0.0)
 
 
 def _perplexity_law(pairs: Sequence[tuple[MeasuredRow, Forecast]]) -> PerplexityLaw:
@@ -276,6 +287,7 @@ def _predicted(laws: Calibration, row: MeasuredRow, forecast: Forecast) -> Row:
         "edits": row.edits, "batch_size": row.batch_size, "layers": " ".join(map(str, one.layers)),
         "covariance_weight": one.weight, "mu": one.mu, "preserve_prompt_tokens": one.context_weight,
         "memory": "consolidated" if one.memory else "none", "held": row.held, "crosstalk": row.crosstalk,
+        "drift": row.drift,
         "harm": row.harm, "retained/accuracy": row.accuracy,
         "predicted/accuracy": round(laws.accuracy(forecast), 4),
     }  # fmt: skip

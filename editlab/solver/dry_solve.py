@@ -21,6 +21,9 @@ so that ``E[R^T R] = r^2 ((1 - c) I + c 1 1^T)``, the output at key j is ``H_jj 
 ``r^2 ((1 - c) sum_i H_ij^2 + c (sum_i H_ij)^2)`` over the other edits i (*crosstalk*, its root over ``r``). Values of a
 few facts give r and c. An edit is lost if too little of it is held, or if too much of others is added.
 
+**What the prompts pay.** At a context key q of an edited prompt, which should stay where it is, the output moves by
+``R A q``, in the mean square as crosstalk does, with all edits in the sum (*drift*, its root over ``r``).
+
 **What ordinary text pays.** The layer's output at an ordinary token with key k moves by ``R A k``. Its mean square over
 text is ``tr(R A C0 A^T R^T)``, in expectation ``r^2 ((1 - c) tr(A C0 A^T) + c 1^T A C0 A^T 1)`` (*spent*, in units of
 ``r^2``). Over the layer's own mean square output ``tr(W C0 W^T)`` it is the relative error of the output.
@@ -46,6 +49,8 @@ from editlab.solver.preservation import Preservation
 SOLVES = 6
 """Largest number of batches that a dry solve with memory makes of the edits: without context keys their number has no
 effect, and with them a small one."""
+CONTEXT_KEYS = 512
+"""Largest number of context keys at which drift is computed, evenly spaced over the prompts."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class DryOutcome:
     """fraction of its own residual that each edit keeps, float64 [edits]"""
     crosstalk: Tensor
     """root mean square of what others add at each edit's key, as a fraction of a residual's norm, float64 [edits]"""
+    drift: float
+    """root mean square, over context keys of all prompts, of what the edits add there, as a fraction of that norm"""
     spent: tuple[float, ...]
     """for each layer the mean square change of its output on ordinary text, in units of the residuals' mean square"""
 
@@ -207,7 +214,19 @@ def _outcome(states: Sequence[_State], edits: int, alike: float) -> DryOutcome:
     held = moved.diagonal().clone()
     others = moved.fill_diagonal_(0)
     square = (1 - alike) * others.square().sum(0) + alike * others.sum(0).square()
-    return DryOutcome(edits, held, square.sqrt(), tuple(spent))
+    return DryOutcome(edits, held, square.sqrt(), _drift(states, edits, alike), tuple(spent))
+
+
+def _drift(states: Sequence[_State], edits: int, alike: float) -> float:
+    count = int((states[0].layer.context_fact < edits).sum())
+    if not count:
+        return 0.0
+    some = torch.linspace(0, count - 1, min(count, CONTEXT_KEYS)).long()
+    moved = torch.zeros(edits, len(some), dtype=torch.float64)
+    for state in states:
+        moved += state.sums[:edits] @ state.layer.context_keys[:, some]
+    square = (1 - alike) * moved.square().sum(0) + alike * moved.sum(0).square()
+    return float(square.mean().sqrt())
 
 
 def residual_statistics(residuals: Tensor) -> tuple[float, float]:

@@ -12,11 +12,10 @@ from editlab.errors import EditLabError
 from tests.edits.made_up_laws import laws, row
 
 
-def forecast(held=(1.0, 0.5), crosstalk=(0.0, 0.1), harm=0.1, edits=100, **changes):
+def forecast(held=(1.0, 0.5), crosstalk=(0.0, 0.1), harm=0.1, edits=100, drift=0.0, **changes):
     candidate = Candidate(**{"layers": (1, 2), "weight": 1000.0, "context_weight": 0.0, "memory": True, **changes})
-    return Forecast(
-        candidate, edits, 2, torch.tensor(held).double(), torch.tensor(crosstalk).double(), harm, (0.1, 0.2)
-    )
+    each = torch.tensor([held, crosstalk]).double()
+    return Forecast(candidate, edits, 2, *each, drift, harm, (0.1, 0.2))
 
 
 def test_accuracy_by_hand():
@@ -25,6 +24,8 @@ def test_accuracy_by_hand():
     expected = (first / (1 + first) + second / (1 + second)) / 2
     law = laws().accuracy
     assert law(forecast()) == pytest.approx(expected)
+    first, second = math.exp(1.9), math.exp(1.6) / 2  # a drift of .2 at weight .5
+    assert law(forecast(drift=0.2)) == pytest.approx((first / (1 + first) + second / (1 + second)) / 2)
     assert law.range(forecast()) == pytest.approx((expected - 0.05, expected + 0.05))
     assert law.range(forecast(held=(1e6, 1e6)))[1] == 1.0
     assert 0 < law(forecast(held=(-0.3, 0.0))) < 0.1  # an edit that others turn around has a chance, too

@@ -34,7 +34,7 @@ class Sample:
         held = 1 - candidate.weight / 20000 - abs(candidate.context_weight - 0.1) / 10
         crosstalk = 0.01 * len(candidate.layers)
         return [Forecast(candidate, 10, batch_size, torch.tensor([held]).double(), torch.tensor([crosstalk]).double(),
-                         harm, (harm,))]  # fmt: skip
+                         0.0, harm, (harm,))]  # fmt: skip
 
 
 def search(limit):

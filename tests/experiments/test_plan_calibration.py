@@ -43,6 +43,12 @@ def test_means_over_seeds_and_snapshots(tables):
     assert found["a", 2].ratio == pytest.approx(21 / 20)
 
 
+def test_neighboring_snapshots_are_left_out():
+    rows = [module.Measured("t.csv: a", "a", edits, 1, 0.5, None) for edits in (9, 1, 2, 3, 4, 5, 6, 7, 8)]
+    assert [row.edits for row in module.thinned(rows)] == [3, 5, 7, 9]
+    assert [row.edits for row in module.thinned(rows[:3])] == [1, 2, 9]
+
+
 EXPERIMENT = """
 recipe: recipe.yaml
 seeds: [1]
@@ -79,12 +85,21 @@ def test_rows_and_their_forecasts(tables, tmp_path, tiny_folder, monkeypatch):
 def made_up(count):
     """Rows that follow two laws exactly, in as many configurations."""
     draw = torch.Generator().manual_seed(0)
-    accuracy, perplexity = AccuracyLaw(4.0, 3.0, 8.0, 0.0), PerplexityLaw(2.5, 1.1, 0.0)
+    accuracy, perplexity = AccuracyLaw(4.0, 3.0, 8.0, 2.0, 0.0), PerplexityLaw(2.5, 1.1, 0.0)
     pairs = []
     for index in range(count):
         held, crosstalk = torch.rand(2, 20, generator=draw, dtype=torch.float64)
         candidate = Candidate((1, 2), 100.0 + index, 0.0, index % 2 == 0)
-        forecast = Forecast(candidate, 20, 4, (held + index / count) / 2, crosstalk / 2, 0.01 * (index + 1), (0.1, 0.1))
+        forecast = Forecast(
+            candidate,
+            20,
+            4,
+            (held + index / count) / 2,
+            crosstalk / 2,
+            0.3 * (index % 3),
+            0.01 * (index + 1),
+            (0.1, 0.1),
+        )
         ratio = perplexity(forecast.harm) if index != 2 else None
         pairs.append((row(20, accuracy=accuracy(forecast), ratio=ratio), forecast))
     return pairs

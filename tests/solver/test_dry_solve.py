@@ -87,6 +87,8 @@ def test_updates_of_a_dry_solve_are_those_of_the_residuals(layers, memory, conte
     close(outcome.crosstalk, moved.clone().fill_diagonal_(0).norm(dim=0))
     spent = [float(((total @ one.moments) * total).sum()) for total, one in zip(sums, stack, strict=True)]
     assert outcome.spent == pytest.approx(spent, rel=1e-8)
+    drifts = sum(total @ one.context_keys for total, one in zip(sums, stack, strict=True)).square().sum(0)
+    assert outcome.drift == pytest.approx(float(drifts.mean().sqrt()), rel=1e-8)
 
 
 def test_expected_crosstalk_and_harm_of_residuals_that_are_alike():
@@ -98,6 +100,8 @@ def test_expected_crosstalk_and_harm_of_residuals_that_are_alike():
     residuals = (0.6**0.5 * own + 0.4**0.5 * common) / D_V**0.5
     flat = residuals.reshape(-1, EDITS)
     (sums,) = sequence([one], torch.eye(EDITS, dtype=torch.float64), settings, 5)
+    drifts = (flat @ sums @ one.context_keys).square().sum() / (drawn * one.context_keys.shape[1])
+    assert outcome.drift**2 == pytest.approx(float(drifts), rel=0.05)
     added = flat @ (sums @ one.keys).fill_diagonal_(0)
     harms = float(((flat @ sums @ one.moments) * (flat @ sums)).sum()) / drawn
     assert torch.allclose(outcome.crosstalk.square(), added.square().sum(0) / drawn, rtol=0.05)
@@ -115,6 +119,7 @@ def test_one_edit_by_hand():
     assert outcome.held.tolist() == pytest.approx([2 / 3])
     assert outcome.crosstalk.tolist() == [0]
     assert outcome.spent == pytest.approx((1 / 9,))
+    assert outcome.drift == 0
 
 
 def test_crowding_and_batches():
