@@ -39,7 +39,9 @@ def report(
             f"Only {sample.read} facts are at hand: the keys of the other {sample.edits - sample.read} are drawn at "
             "random, as new to each other as the last ones that were read, which is a guess."
         )
-    shown = sorted(search.found.values(), key=lambda one: (one.harm > search.limit, -laws.accuracy(one)))
+    shown = sorted(
+        search.found.values(), key=lambda one: (one.harm > search.limit, -round(laws.accuracy(one), 2), one.harm)
+    )
     lines += ["", "Forecasts (* chosen):", _candidates(laws, shown[:SHOWN], chosen, calibrated).to_text()]
     lines += ["", f"The nearest runs that were measured, of {laws.model} ({_source(laws)}):"]
     lines.append(_rows(laws.nearest(chosen)).to_text())

@@ -3,7 +3,8 @@
 The harm of a setting falls as lambda rises, so for each choice of layers, context-key weight and memory the least
 lambda of :data:`WEIGHTS` within the budget is found by halving, and the next larger one is forecast, too. Context-key
 weight and memory are chosen at the widest set of layers, and the sets are then compared with these. The strongest
-forecast is the one with the highest accuracy by the law of the calibration; for another model than the calibrated one
+forecast is the one with the highest accuracy by the law of the calibration, in whole points, as smaller differences say
+nothing; of equal ones that with the least harm. For another model than the calibrated one
 that law is a guess, which is only used to put the candidates in an order.
 """
 
@@ -80,7 +81,7 @@ class Search:
         """The best of the forecasts so far."""
         within = [forecast for forecast in self.found.values() if forecast.harm <= self.limit]
         if within:
-            return max(within, key=lambda forecast: (self.laws.accuracy(forecast), -forecast.harm))
+            return max(within, key=lambda forecast: (round(self.laws.accuracy(forecast), 2), -forecast.harm))
         return min(self.found.values(), key=lambda forecast: forecast.harm)
 
     def _try(self, layers: tuple[int, ...], context_weight: float, memory: bool) -> None:
