@@ -4,8 +4,8 @@ The harm of a setting falls as lambda rises, so for each choice of layers, conte
 lambda of :data:`WEIGHTS` within the budget is found by halving, and the next larger one is forecast, too. Context-key
 weight and memory are chosen at the widest set of layers, and the sets are then compared with these. The strongest
 forecast is the one with the highest accuracy by the law of the calibration, in whole points, as smaller differences say
-nothing; of equal ones that with the least harm. For another model than the calibrated one
-that law is a guess, which is only used to put the candidates in an order.
+nothing; of equal ones it is that with the least harm. For another model than the calibrated one the law is a guess,
+which is only used to put the candidates in an order.
 """
 
 from __future__ import annotations
