@@ -58,6 +58,7 @@ VERBS: dict[str, Verb] = {
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),
         Verb("view", "Serve a page to look at runs while they go."),
         Verb("facts", "Check files of facts.", needs_model=False),
+        Verb("plan", "Choose settings for a number of edits, and say what to expect."),
         Verb("sweep", "Run an experiment of many runs and write its tables and figures."),
         Verb("ls", "List the recipes, presets and experiments that ship with editlab.", needs_model=False),
         Verb("cp", "Copy a recipe, preset or experiment that ships with editlab.", needs_model=False),
