@@ -167,8 +167,8 @@ def _checked(total: Any, count: int, size: int, layer: int, path: Path) -> Tenso
         raise UserError(f"The entry mom2 of {path} is no matrix of floating-point numbers: compute the moments again.")
     if tuple(total.shape) != (size, size):
         raise UserError(
-            f"The second moments in {path} are {list(total.shape)}, and the keys of layer {layer} have {size} features: "
-            "give those of the model that is edited."
+            f"The second moments in {path} are {list(total.shape)}, and the keys of layer {layer} have {size} "
+            "features: give those of the model that is edited."
         )
     rounding = torch.finfo(total.dtype).eps
     moments = total.to(torch.float64).div_(count)

@@ -180,7 +180,7 @@ class Delta:
             UserError: The model lacks one of the modules, or has it in another shape.
         """
         for name, total in self.totals.items():
-            EditedLayer(*_target(model, name, total)).restore(total)
+            EditedLayer(*target_of(model, name, total)).restore(total)
 
 
 def _digests(metadata: Mapping[str, str], totals: Mapping[str, Tensor]) -> dict[str, str]:
@@ -218,7 +218,7 @@ def _require_finite(totals: Mapping[str, Tensor], source: str) -> None:
             require_finite(name, total, source)
 
 
-def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
+def target_of(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
     """Return the module that a sum belongs to, and whether it stores its weight transposed."""
     module = dict(model.named_modules()).get(name)
     weight = getattr(module, "weight", None)

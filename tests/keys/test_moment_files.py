@@ -206,5 +206,5 @@ def test_a_search_for_layers_needs_a_text():
     setup = SearchSetup(
         lm(), "tiny", "key", SolveSettings(MEMIT()), ValueSettings(), MomentSettings(file="x"), ContextSettings()
     )
-    with pytest.raises(UserError, match="model.layers is auto"):
+    with pytest.raises(UserError, match=r"model\.layers is auto"):
         choose_layers(setup, FACTS[:1])
