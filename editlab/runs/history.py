@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -183,3 +185,12 @@ def _settings(config: dict[str, Any]) -> str:
     if isinstance(trainer, dict) and trainer.get("callbacks"):
         chosen["trainer"] = {"callbacks": trainer["callbacks"]}
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True) if chosen else ""
+
+
+def fates(edits: Iterable[Edit]) -> dict[str, int]:
+    """How many edits were kept, scaled, rolled back, superseded and removed; those that occur.
+
+    >>> fates([Edit("a", "{} b", "c", None, 1, "scaled to 0.5"), Edit("a", "{} b", "d", None, 1, "removed")])
+    {'scaled': 1, 'removed': 1}
+    """
+    return dict(Counter(edit.fate.split(" by ")[0].split(" to ")[0] for edit in edits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from editlab.lm.loading.load import BUILTIN
 from editlab.lm.precision import dtype_name
 from editlab.runs.delta import FILE, ORIENTATION, Delta
-from editlab.runs.history import Edit, History
+from editlab.runs.history import Edit, History, fates
 from editlab.runs.summary import versions
 from editlab.runs.tables import Table, metric_table
 
@@ -129,8 +128,7 @@ def _versions(found: dict[str, str]) -> str:
 
 
 def _ledger(edits: tuple[Edit, ...]) -> str:
-    fates = Counter(edit.fate.split(" by ")[0].split(" to ")[0] for edit in edits)
-    counted = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+    counted = ", ".join(f"{count} {fate}" for fate, count in fates(edits).items())
     rows = [
         [str(number), edit.prompt.replace("{}", f"**{edit.subject}**"), edit.target_new, edit.target_true or "",
          str(edit.batch), edit.fate]

@@ -91,7 +91,7 @@ def test_print_config_and_help(recipe, capsys):
     shown = capsys.readouterr().out
     assert "preserve_prompt_tokens" in shown
     last = shown[shown.rindex("usage:") :]
-    assert "{fit,validate,test,export,apply,revert,ask,evaluate,compare,report,facts,sweep,completion}" in last
+    assert "{fit,validate,test,export,apply,revert,log,ask,evaluate,compare,report,facts,sweep,completion}" in last
 
 
 def test_another_source_has_its_own_step_size(recipe, capsys):
@@ -102,7 +102,7 @@ def test_another_source_has_its_own_step_size(recipe, capsys):
     assert (values["source"], values["lr"]) == ("gradient", None)
 
 
-VERBS = ["export", "apply", "revert", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
+VERBS = ["export", "apply", "revert", "log", "ask", "compare", "report", "facts", "facts check", "sweep", "completion"]
 
 
 @pytest.mark.parametrize(
