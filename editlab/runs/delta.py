@@ -155,6 +155,15 @@ class Delta:
             raise UserError(f"The delta {path} has tensors that its metadata does not name: export it again.")
         return cls(*named, ordered, History.from_json(history))
 
+    @staticmethod
+    def is_file(path: Path) -> bool:
+        """Whether a safetensors file says that it is a delta; it may still be damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                return str((file.metadata() or {}).get("format")).startswith("editlab-delta")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError):
+            return False
+
     def base(self, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.
 

@@ -112,7 +112,8 @@ def read_log(folder: str) -> list[EditLog]:
 def _log_of(path: Path) -> EditLog | None:
     """The log of a path; None if nothing there was edited by editlab."""
     if path.is_file():
-        return _of_delta(path, read_patch(str(path))) if path.suffix in (".safetensors", ".ckpt") else None
+        ours = path.suffix == ".ckpt" or (path.suffix == ".safetensors" and Delta.is_file(path))
+        return _of_delta(path, read_patch(str(path))) if ours else None
     if any((path / name).is_file() for name in (FILE, f"{PATCH}/{FILE}")):
         return _of_delta(path, read_patch(str(path)))
     if (path / EDITS).is_file():

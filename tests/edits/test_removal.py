@@ -1,4 +1,4 @@
-"""Single facts out of edited weights: against the closed form written out with inverses, and the layers' own outputs."""
+"""Single facts out of edited weights: against the closed form written out with inverses, and the layers' outputs."""
 
 import functools
 
@@ -32,8 +32,7 @@ METRICS = {layer: Preservation.from_moments(c0(layer), ridge=1e-300) for layer i
 
 @pytest.fixture
 def layers():
-    """Two layers with sums of updates, as if many facts had been edited; the weights are the original ones again after
-    the test."""
+    """Two layers with sums of updates, as if many facts had been edited; the original weights come back at the end."""
     generator = torch.Generator().manual_seed(7)
     found = {layer: EditedLayer.of(lm(), layer) for layer in LAYERS}
     for layer in found.values():

@@ -28,7 +28,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Deltas, in their order: each a file or folder of export --delta-only, or a run's folder.",
     )
     parser.add_argument("--delta", help="The same as one patch.")
-    parser.add_argument("--model", help="Name or path of the base model. Default: the one that the patches name.")
+    parser.add_argument("--model", required=True, help="Name or path of the base model.")
     add_writing_arguments(parser)
     parser.add_argument(
         "--last-wins",
