@@ -61,6 +61,7 @@ def take_out(
     held: Sequence[Fact],
     metrics: Mapping[int, Preservation],
     settings: RemovalSettings,
+    gone: Sequence[Fact] = (),
 ) -> dict[int, Tensor]:
     """Takes facts out of the edited layers together; their weights change.
 
@@ -68,9 +69,10 @@ def take_out(
         lm: the edited model.
         layers: number of each edited layer -> the layer, from the lowest up.
         facts: the facts to take out.
-        held: the other facts whose outputs should stay: those that the weights hold, and those taken out before.
+        held: the other facts that the weights hold, whose outputs should stay.
         metrics: layer -> the metric of the run's method, without memory.
         settings: the settings.
+        gone: facts that were taken out before, whose outputs should stay the original ones.
 
     Returns:
         Layer -> the update that was added to it, float32 [d_v, d_k].
@@ -85,10 +87,10 @@ def take_out(
     for number, layer in progress(list(layers.items()), desc="Taking facts out", unit="layer"):
         keys = _read(lm, facts, number, device)
         metric = metrics[number]
-        if held:
-            others = _read(lm, held, number, device)
+        if held or gone:
+            others = _read(lm, [*held, *gone], number, device)
             if not updates:
-                _require_distinct(lm, facts, keys.keys, held, others.keys)
+                _require_distinct(lm, facts, keys.keys, held, others.keys[:, : len(held)])
             metric = metric.plus(others.keys, settings.hold)
             if settings.context_key_weight:
                 metric = metric.plus(others.context_keys, settings.context_key_weight)

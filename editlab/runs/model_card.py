@@ -97,6 +97,8 @@ def _base(delta: Delta) -> str:
 
 
 def _metrics(history: History, dtype: str) -> str:
+    if not history.metrics and history.removals:
+        return "## Metrics\n\nFacts were taken out since the run, whose metrics are not those of these weights.\n"
     if not history.metrics:
         return "## Metrics\n\nThe run has no summary of this number of batches.\n"
     explained = (

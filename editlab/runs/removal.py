@@ -211,14 +211,15 @@ class FactRemover:
         edits = tuple(history.edits[i] for i in chosen)
         facts = [edit.fact for edit in edits]
         others = [edit.fact for i, edit in enumerate(history.edits) if edit.stands and i not in chosen]
-        gone_before = [edit.fact for edit in history.edits if edit.fate == REMOVED]
+        slots = {fact.slot for fact in (*facts, *others)}  # a later patch may have edited it again
+        gone_before = [e.fact for e in history.edits if e.fate == REMOVED and e.fact.slot not in slots]
         asked = random.Random(0).sample(others, min(sample, len(others)))
         model.put({})
         original = model.answers(facts)
         model.put(self.delta.totals)
         before = model.ask(asked, NEIGHBORS)
         layers = model.layers(self.delta)
-        updates = take_out(model.lm, layers, facts, [*others, *gone_before], self.metrics, self.settings)
+        updates = take_out(model.lm, layers, facts, others, self.metrics, self.settings, gone_before)
         after = model.ask(asked, NEIGHBORS)
         back = tuple(now == then for now, then in zip(model.answers(facts), original, strict=True))
         gone = tuple(not hit for hit in model.hits(facts))

@@ -199,6 +199,8 @@ def test_patches_that_contradict_are_refused_or_the_last_one_wins(runs, pair, tm
     assert editlab("apply", "--model", runs("llama").base, *arguments) == 0
     history = read_patch(str(tmp_path / "yes")).history
     assert (history.edits[1].fate, history.edits[9].fate) == ("removed", "kept")
+    # What the last patch says can be taken out in turn, although the earlier one's fact has the same key.
+    assert editlab("revert", tmp_path / "yes", "--facts", JAPAN, "--out", tmp_path / "less", "--delta-only") == 0
     assert f"another target: {JAPAN}" in "".join(capsys.readouterr())
 
 
