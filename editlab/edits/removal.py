@@ -6,14 +6,18 @@ layer outputs ``W k`` there, exactly what the original layer outputs::
 
     minimize tr(delta C delta^T) + w sum_j ||delta k_j||^2   subject to   delta k = -T k
 
+The same holds at the context tokens of the fact's prompt, where other edits have left their traces: with the original
+outputs at the subject alone, the model would answer from a prompt whose other tokens it still reads differently.
+
 C is the metric of the run's method, and the k_j are the keys of all other facts that the weights hold, and of those
 that were taken out before. It is the memory of :mod:`callbacks.replay.past_keys`, computed again from the facts. Layers
-are solved from the lowest up, with keys read after the layers below have changed, so that at the subject's last token
-every edited layer gives back its original output.
+are solved from the lowest up, with keys read after the layers below have changed, so that at these tokens every edited
+layer gives back its original output.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +36,8 @@ from editlab.solver.constraints import Constraints, duplicate_tolerance
 from editlab.solver.device import AUTO, choose_device
 from editlab.solver.preservation import Preservation
 from editlab.utils.progress import progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,23 @@ def take_out(
     updates: dict[int, Tensor] = {}
     for number, layer in progress(list(layers.items()), desc="Taking facts out", unit="layer"):
         keys = _read(lm, facts, number, device)
-        metric = metrics[number]
+        metric, others = metrics[number], None
         if held or gone:
             others = _read(lm, [*held, *gone], number, device)
             if not updates:
                 _require_distinct(lm, facts, keys.keys, held, others.keys[:, : len(held)])
             metric = metric.plus(others.keys, settings.hold)
+            of_held = others.context_fact < len(held)
+            metric = metric.plus(others.context_keys[:, ~of_held], settings.hold)
             if settings.context_key_weight:
-                metric = metric.plus(others.context_keys, settings.context_key_weight)
-        residuals = -widened(layer.total, device) @ keys.keys
-        constraints = Constraints(keys.keys, residuals, keys.keys.new_zeros(len(facts)))
+                metric = metric.plus(others.context_keys[:, of_held], settings.context_key_weight)
+        wanted = torch.cat([keys.keys, _unlike(lm, keys.context_keys, others.keys if others else None)], 1)
+        residuals = -widened(layer.total, device) @ wanted
+        optional = torch.arange(wanted.shape[1], device=wanted.device) >= len(facts)
+        constraints = Constraints(wanted, residuals, wanted.new_zeros(wanted.shape[1]), optional)
         solution = solve(constraints, metric, settings.condition_limit, _same_key(lm))
+        for note in solution.notes:
+            log.info("Layer %d: %s", number, note)
         updates[number] = solution.delta.to(layer.total)
         layer.add(updates[number])
     return updates
@@ -109,6 +121,14 @@ def _read(lm: LanguageModel, facts: Sequence[Fact], layer: int, device: torch.de
 
 def _same_key(lm: LanguageModel) -> float:
     return duplicate_tolerance(rounding(lm.model.dtype, lm.device))
+
+
+def _unlike(lm: LanguageModel, context: Tensor, others: Tensor | None) -> Tensor:
+    """The context keys [d_k, m] that are no held fact's own key, as the subject of one may be part of a prompt."""
+    if others is None or not context.shape[1]:
+        return context
+    near = torch.cdist(context.T, others.T) <= _same_key(lm) * context.norm(dim=0)[:, None]
+    return context[:, ~near.any(1)]
 
 
 def _require_distinct(
