@@ -9,6 +9,7 @@ import torch
 
 from editlab.cli.main import main
 from editlab.errors import UserError
+from editlab.experiments.removals import measure_removals
 from editlab.lm.language_model import LanguageModel
 from editlab.runs.delta import Delta
 from editlab.runs.edit_log import read_log
@@ -101,6 +102,18 @@ def test_all_facts_taken_out_one_by_one_are_all_gone(runs, model):
     now = model.answers(facts)
     model.put({})
     assert now == model.answers(facts)
+
+
+def test_removals_are_measured_against_the_edited_and_the_unedited_model(runs, model):
+    rows = measure_removals(str(runs("llama").folder), count=2)
+    assert [row["removed"] for row in rows] == [1, 2]
+    assert [row["others"] for row in rows] == [3, 3]  # of five standing facts
+    delta = Delta.from_checkpoint(runs("llama").checkpoint)
+    model.put(delta.totals)
+    subjects = {row["subject"] for row in rows}
+    others = [edit.fact for edit in delta.history.edits if edit.stands and edit.subject not in subjects]
+    assert rows[0]["held_before"] == sum(model.hits(others))
+    assert rows[1]["answers_back"] <= 2
 
 
 def test_mistakes_write_nothing(runs, tmp_path, capsys):
