@@ -34,6 +34,7 @@ from editlab.edits.batch import BatchSolver
 from editlab.edits.plan import EditOutcome, EditPlan
 from editlab.edits.snapshot import Snapshot
 from editlab.edits.solve_settings import SolveSettings
+from editlab.errors import UserError
 from editlab.evaluation.scoring import score_pairs
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.moments import MomentSettings, accumulate, text_fingerprint, text_windows
@@ -89,11 +90,16 @@ class SearchSetup:
         return key_of(
             model=self.model_key, tokenizer=tokenizer_fingerprint(self.lm.tokenizer),
             module=self.lm.anatomy.edit_path, facts=[fact.to_dict() for fact in facts], solve=repr(self.solve),
-            values=self.values.cache_key(), moments={**asdict(self.moments), "text": text_fingerprint(self.moments)},
+            values=self.values.cache_key(), moments=_text_settings(self.moments),
             contexts=asdict(self.contexts),
             search=[FACTS, COARSE, SPREAD, STEPS, CONTEXTS, TOKENS_A_FEATURE, PROMPTS],
             **reading(self.lm), **({"texts": texts} if texts else {}), **_beyond_repr(self.solve),
         )  # fmt: skip
+
+
+def _text_settings(moments: MomentSettings) -> dict[str, object]:
+    """The settings of the text, with its identity; a file of published moments takes no part in a search."""
+    return {**{k: v for k, v in asdict(moments).items() if k != "file"}, "text": text_fingerprint(moments)}
 
 
 def _beyond_repr(settings: SolveSettings) -> dict[str, object]:
@@ -141,8 +147,13 @@ def choose_layers(setup: SearchSetup, facts: Sequence[Fact]) -> list[int]:
         facts: up to twice :data:`FACTS`; the first ones are edited.
 
     Raises:
-        UserError: A fact is too long for the model.
+        UserError: A fact is too long for the model, or the second moments are to come from files.
     """
+    if setup.moments.file is not None:
+        raise UserError(
+            "model.layers is auto, which compares layers by second moments of a text, and model.moments.file names "
+            "files: name the layers, such as those of the files, or remove model.moments.file."
+        )
     kept, key = DiskCache(cache_dir() / "layers", TRIALS), setup.cache_key(facts)
     trials = ranks.on_first(lambda: kept.read(key))
     if trials:

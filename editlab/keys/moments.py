@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from editlab.distributed import ranks
+from editlab.keys.moment_files import find_file, read_moments
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.precision import has_float64, widened
@@ -60,6 +61,11 @@ class MomentSettings:
     """Seed of the sampling if ``text`` is ``self``."""
     cache: bool = True
     """Whether the result is kept in the cache folder for later runs."""
+    file: str | None = None
+    """Published second moments (:mod:`editlab.keys.moment_files`) to use in place of a text, so that the settings above
+    have no effect: a ``.npz`` of ROME's and MEMIT's code, a ``.pt`` or a ``.safetensors``. For several layers a folder
+    with a file for each, or a path with ``{layer}`` in place of the number. They are the sum of ``k k^T`` and the
+    number of tokens, and have to be of the very model that is edited."""
 
     def __post_init__(self) -> None:
         at_least_one("model.moments", tokens=self.tokens)
@@ -83,8 +89,10 @@ def second_moments(
         device: as for :func:`accumulate`.
 
     Raises:
-        UserError: The text cannot be read or is too short.
+        UserError: The text cannot be read or is too short, or a file of published moments does not fit the model.
     """
+    if settings.file is not None:
+        return _published(lm, layers, settings.file)
     model, text_key = model_key(fingerprint(lm.model), lm.model), text_fingerprint(settings)
     kept = DiskCache(cache_dir() / "moments", TENSORS)
     keys = {
@@ -120,6 +128,25 @@ def second_moments(
     else:
         log.info("Second moments of layers %s read from %s", list(layers), kept.folder)
     return found
+
+
+def _published(lm: LanguageModel, layers: Sequence[int], setting: str) -> dict[int, Tensor]:
+    """C0 of each layer from published files; only the first rank reads them."""
+    read: dict[int, Tensor] = {}
+
+    def load() -> None:
+        for layer in layers:
+            path = find_file(setting, layer, len(layers), lm.anatomy)
+            found = read_moments(path, layer, lm.anatomy)
+            log.info("Second moments of layer %d read from %s: %s", layer, path, found)
+            read[layer] = found.moments
+
+    ranks.on_first(load)
+    sizes = {layer: lm.anatomy.key_size(layer) for layer in layers}
+    return {
+        layer: ranks.read_on_first(partial(read.__getitem__, layer), (size, size), dtype=torch.float64)
+        for layer, size in sizes.items()
+    }
 
 
 def text_fingerprint(settings: MomentSettings) -> str:

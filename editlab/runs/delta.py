@@ -179,6 +179,15 @@ class Delta:
             raise UserError(f"The delta {path} has tensors that its metadata does not name: export it again.")
         return cls(*named, ordered, History.from_json(history))
 
+    @staticmethod
+    def is_file(path: Path) -> bool:
+        """Whether a safetensors file says that it is a delta; it may still be damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                return str((file.metadata() or {}).get("format")).startswith("editlab-delta")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, OverflowError):
+            return False
+
     def base(self, name: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the unedited model that the delta belongs to, in the run's dtype, and its tokenizer.
 
@@ -204,7 +213,7 @@ class Delta:
             UserError: The model lacks one of the modules, or has it in another shape.
         """
         for name, total in self.totals.items():
-            EditedLayer(*_target(model, name, total)).restore(total)
+            EditedLayer(*target_of(model, name, total)).restore(total)
 
     @contextmanager
     def lent_to(self, model: PreTrainedModel) -> Iterator[None]:
@@ -215,7 +224,7 @@ class Delta:
         Raises:
             UserError: As for :meth:`put_on`.
         """
-        layers = {name: EditedLayer(*_target(model, name, total)) for name, total in self.totals.items()}
+        layers = {name: EditedLayer(*target_of(model, name, total)) for name, total in self.totals.items()}
         try:
             for name, layer in layers.items():
                 layer.restore(self.totals[name])
@@ -261,7 +270,7 @@ def _require_finite(totals: Mapping[str, Tensor], source: str) -> None:
             require_finite(name, total, source)
 
 
-def _target(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
+def target_of(model: PreTrainedModel, name: str, total: Tensor) -> tuple[Any, bool]:
     """Return the module that a sum belongs to, and whether it stores its weight transposed."""
     module = dict(model.named_modules()).get(name)
     if isinstance(module, nn.Module) and not hasattr(module, "weight"):

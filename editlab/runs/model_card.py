@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from editlab.lm.gguf.export import FILE as GGUF
 from editlab.lm.loading.load import BUILTIN
 from editlab.lm.precision import dtype_name
 from editlab.runs.delta import FILE, ORIENTATION, Delta
-from editlab.runs.history import Edit, History
+from editlab.runs.history import Edit, History, fates
 from editlab.runs.summary import versions
 from editlab.runs.tables import Table, metric_table
 
@@ -129,6 +128,8 @@ def _base(delta: Delta) -> str:
 
 
 def _metrics(history: History, dtype: str) -> str:
+    if not history.metrics and history.removals:
+        return "## Metrics\n\nFacts were taken out since the run, whose metrics are not those of these weights.\n"
     if not history.metrics:
         return "## Metrics\n\nThe run has no summary of this number of batches.\n"
     explained = (
@@ -160,8 +161,7 @@ def _versions(found: dict[str, str]) -> str:
 
 
 def _ledger(edits: tuple[Edit, ...]) -> str:
-    fates = Counter(edit.fate.split(" by ")[0].split(" to ")[0] for edit in edits)
-    counted = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+    counted = ", ".join(f"{count} {fate}" for fate, count in fates(edits).items())
     rows = [
         [str(number), edit.prompt.replace("{}", f"**{edit.subject}**"), edit.target_new, edit.target_true or "",
          str(edit.batch), edit.fate]

@@ -58,7 +58,7 @@ def test_a_file_of_facts_is_checked_without_torch(tmp_path):
     [
         ([], "editlab: A verb is missing: --help lists them.\n"),
         (["fitt"], "editlab: There is no verb 'fitt': did you mean fit?\n"),
-        (["xyz"], "editlab: There is no verb 'xyz': use fit, validate, test, export, push, apply, revert, ask, "),
+        (["xyz"], "editlab: There is no verb 'xyz': use fit, validate, test, export, push, apply, revert, log, ask, "),
         (["facts", "check", "none.csv"], "editlab: The fact file none.csv does not exist"),
     ],
 )

@@ -49,8 +49,9 @@ VERBS: dict[str, Verb] = {
     for verb in (
         Verb("export", "Write the edited model of a checkpoint for transformers or for llama.cpp."),
         Verb("push", "Upload an exported model or delta to a repository on the hub."),
-        Verb("apply", "Put a delta on its base model and write the edited model."),
-        Verb("revert", "Remove all edits, or those after a batch, and write the model."),
+        Verb("apply", "Put patches on their base model, one after the other, and write the model."),
+        Verb("revert", "Remove all edits, those after a batch, or single facts, and write the model."),
+        Verb("log", "List what was edited, when, and what was kept, rolled back or removed."),
         Verb("ask", "Show the model's answers to prompts before and after its edits."),
         Verb("set", "Set a fact in a model: show what that changes, and write the edited model or a patch."),
         Verb("evaluate", "Run tasks of lm-evaluation-harness on the edited model of a checkpoint."),

@@ -9,12 +9,17 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
-from editlab.cli.commands.writing import Writing, add_checkpoint_arguments, add_writing_arguments, size_of
+from editlab.cli.commands.writing import (
+    Writing,
+    add_checkpoint_arguments,
+    add_writing_arguments,
+    fill_delta_folder,
+    size_of,
+)
 from editlab.errors import UserError
-from editlab.lm.save import SHARD, copy_permissions
+from editlab.lm.save import SHARD
 from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import FILE, Delta
-from editlab.runs.model_card import delta_card
 from editlab.utils.files import atomic_folder
 
 log = logging.getLogger(__name__)
@@ -59,10 +64,7 @@ def write_delta(delta: Delta, out: Path) -> None:
     """
     shown = os.path.relpath(out)  # computed now: the working directory itself may be replaced by the folder
     with atomic_folder(out) as folder:
-        card = folder / "README.md"
-        card.write_text(delta_card(delta), encoding="utf-8")
-        delta.save(folder / FILE)
-        copy_permissions(folder / FILE, card)
+        fill_delta_folder(folder, delta)
     log.info("%s: delta of %s, %s", shown, delta.language_model, size_of(out))
 
 

@@ -1,17 +1,31 @@
-"""``editlab revert``: removes all edits, or those after a batch, and writes the model."""
+"""``editlab revert``: removes all edits, those after a batch, or single facts, and writes the model."""
 
 from __future__ import annotations
+
+import logging
 
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
-from editlab.cli.commands.writing import Writing, add_checkpoint_arguments, add_writing_arguments
+from editlab.cli.commands.export import write_delta
+from editlab.cli.commands.writing import Writing, add_writing_arguments
+from editlab.errors import UserError
 from editlab.runs.checkpoint import earlier_checkpoint, find_checkpoint
 from editlab.runs.delta import Delta
+from editlab.runs.patched_model import PatchedModel, read_patch
+from editlab.runs.removal import SAMPLE, FactRemover, Removal, find_edits, removal_recipe
+from editlab.runs.tables import Table
+from editlab.utils.validation import above_zero, not_negative
+
+log = logging.getLogger(__name__)
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "run", nargs="?", type=str, help="A run's folder or checkpoint; with --facts also a delta or an earlier result."
+    )
+    parser.add_argument("--ckpt_path", help="The same as RUN.")
+    parser.add_argument("--model", help="Name or path of the base model, if it has moved since the run.")
     add_writing_arguments(parser)
     parser.add_argument(
         "--to_step",
@@ -19,15 +33,94 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default=0,
         help="Keep the first N batches; the run must have kept its checkpoint after them (EditCheckpoint's keep_all).",
     )
+    parser.add_argument(
+        "--facts",
+        nargs="+",
+        type=str,
+        help="Take only these facts out, each named as 'subject|prompt', and hold all others.",
+    )
+    parser.add_argument(
+        "--hold",
+        type=float,
+        help="With --facts: weight of each other fact's key in the solve. Default: that of the run's memory.",
+    )
+    parser.add_argument(
+        "--sample", type=int, default=SAMPLE, help="With --facts: most other facts that are asked before and after."
+    )
+    parser.add_argument("--delta-only", action="store_true", help="With --facts: write only the delta of the result.")
 
 
 def _revert(given: Namespace) -> None:
+    path = _path(given)
     writing = Writing.of(given)
-    checkpoint = find_checkpoint(given.ckpt_path)
+    if given.facts:
+        _take_out(given, path, writing)
+        return
+    if given.delta_only or given.hold is not None:
+        raise UserError("--delta-only and --hold are settings of --facts: name the facts to take out, or remove them.")
+    checkpoint = find_checkpoint(path)
     if given.to_step == 0:
         writing.unedited(Delta.from_checkpoint(checkpoint, usable=False), given.model)
     else:
         writing.edited(Delta.from_checkpoint(earlier_checkpoint(checkpoint, given.to_step)), given.model)
 
 
-COMMAND = Command("revert", "Remove all edits, or those after a batch, and write the model.", _add_arguments, _revert)
+def _path(given: Namespace) -> str:
+    if (given.run is None) == (given.ckpt_path is None):
+        raise UserError("revert needs one run: give its folder or checkpoint, once, as RUN or as --ckpt_path.")
+    return given.run if given.run is not None else given.ckpt_path
+
+
+def _take_out(given: Namespace, path: str, writing: Writing) -> None:
+    if given.to_step:
+        raise UserError("--facts takes facts out and --to_step goes back to a batch: give one of the two.")
+    if given.delta_only and given.dtype not in (None, "float32"):
+        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: set --dtype in editlab apply.")
+    above_zero("revert", hold=given.hold)
+    not_negative("revert", sample=given.sample)
+    delta = read_patch(path)
+    find_edits(delta.history.edits, given.facts)  # before a model is loaded, which takes longer
+    removal_recipe(delta, given.hold)
+    remover = FactRemover(PatchedModel(delta, given.model, writing.device), delta, given.hold)
+    removal = remover.remove(given.facts, given.sample)
+    log.info("\n%s\n", render(removal))
+    if given.delta_only:
+        write_delta(removal.delta, writing.out)
+    else:
+        writing.edited(removal.delta, given.model, with_delta=True)
+    log.info("Take out more: editlab revert %s --facts ... --out DIR", given.out)
+
+
+def render(removal: Removal) -> str:
+    """The facts that were taken out and what else moved, as two tables."""
+    facts = Table(
+        ["taken out", "target gone", "original answer back"],
+        [
+            [f"{edit.subject}|{edit.prompt}", _yes(gone), _yes(back)]
+            for edit, gone, back in zip(removal.edits, removal.gone, removal.back, strict=True)
+        ],
+    )
+    others = Table(
+        ["others", "before", "after"],
+        [
+            [f"accuracy of {removal.before.facts} other edits", _number(removal.before.accuracy),
+             _number(removal.after.accuracy)],
+            ["accuracy of their neighbors", _number(removal.before.neighbors), _number(removal.after.neighbors)],
+        ],
+        numbers=(1, 2),
+    )  # fmt: skip
+    norms = ", ".join(f"{norm:.2g} (layer {layer})" for layer, norm in removal.update_norms.items())
+    return f"{facts.to_text()}\n\n{others.to_text()}\n\n||removal|| / ||W||: {norms}"
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+COMMAND = Command(
+    "revert", "Remove all edits, those after a batch, or single facts, and write the model.", _add_arguments, _revert
+)

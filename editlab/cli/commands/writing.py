@@ -20,9 +20,11 @@ from editlab.lm.gguf.write import require_kind
 from editlab.lm.loading.load import gguf_source
 from editlab.lm.placement import device_named
 from editlab.lm.precision import WEIGHTS, dtype_name, dtype_named
-from editlab.lm.save import SHARD, cast, move, save
-from editlab.runs.delta import Delta
-from editlab.runs.model_card import edited_card, gguf_card, reverted_card
+from editlab.lm.save import SHARD, cast, copy_permissions, move, save
+from editlab.runs.delta import FILE, Delta
+from editlab.runs.edit_log import EDITS
+from editlab.runs.model_card import delta_card, edited_card, gguf_card, reverted_card
+from editlab.runs.patched_model import PATCH
 from editlab.runs.summary import counted
 from editlab.utils.files import atomic_folder
 
@@ -85,14 +87,19 @@ class Writing:
             new_folder(given.out), dtype_named(given.dtype) if given.dtype else None, size, device_named(given.device)
         )
 
-    def edited(self, delta: Delta, base: str | None = None) -> None:
-        """Writes the base model with a delta on it, and its card.
+    def edited(self, delta: Delta, base: str | None = None, with_delta: bool = False) -> None:
+        """Writes the base model with a delta on it, its card, and the history of its edits.
+
+        Args:
+            delta: the delta.
+            base: name of the base model; default: the one that the run used.
+            with_delta: write the delta too, into a folder of its own inside, from which later removals start.
 
         Raises:
             EditLabError: The base model is not the one that was edited or cannot be loaded, or the folder cannot be
                 written.
         """
-        self._write(delta, base, delta.put_on, edited_card)
+        self._write(delta, base, delta.put_on, edited_card, with_delta)
 
     def unedited(self, delta: Delta, base: str | None = None) -> None:
         """Writes the base model itself, and its card.
@@ -101,10 +108,10 @@ class Writing:
             EditLabError: As for :meth:`edited`.
         """
         # A delta of zeros would turn a weight of -0.0 into 0.0.
-        self._write(delta, base, lambda model: None, reverted_card)
+        self._write(delta, base, None, reverted_card)
 
     def _edited(
-        self, delta: Delta, base: str | None, change: Callable[..., None]
+        self, delta: Delta, base: str | None, change: Callable[..., None] | None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The base model after a change, in the type to write, and its tokenizer."""
         model, tokenizer = delta.base(base)
@@ -112,13 +119,19 @@ class Writing:
         dtype = self.dtype or delta.dtype
         # Updates are added in the wider of the two types, and the sum is rounded once.
         cast(model, torch.promote_types(delta.dtype, dtype))
-        change(model)
+        if change is not None:
+            change(model)
         cast(model, dtype)
         move(model, "cpu")  # where the writers copy each tensor anyway
         return model, tokenizer
 
     def _write(
-        self, delta: Delta, base: str | None, change: Callable[..., None], card: Callable[[Delta, str], str]
+        self,
+        delta: Delta,
+        base: str | None,
+        change: Callable[..., None] | None,
+        card: Callable[[Delta, str], str],
+        with_delta: bool = False,
     ) -> None:
         # Computed now, because the working directory itself may be replaced by the folder.
         shown = os.path.relpath(self.out)
@@ -127,6 +140,11 @@ class Writing:
         with atomic_folder(self.out) as folder:
             save(model, tokenizer, folder, self.max_shard_size)
             (folder / "README.md").write_text(card(delta, dtype_name(dtype)), encoding="utf-8")
+            if change is not None:
+                (folder / EDITS).write_text(delta.history.to_json() + "\n", encoding="utf-8")
+            if with_delta:  # in a folder of its own: some programs load every safetensors file next to the weights
+                (folder / PATCH).mkdir()
+                fill_delta_folder(folder / PATCH, delta)
         log.info("%s: %s model, %s", shown, dtype_name(dtype), size_of(self.out))
 
     def gguf(self, delta: Delta, base: str | None = None) -> None:
@@ -151,6 +169,14 @@ class Writing:
         log.info("%s: GGUF, read back and equal, %s", os.path.join(shown, GGUF), size_of(self.out))
 
 
+def fill_delta_folder(folder: Path, delta: Delta) -> None:
+    """Writes a delta and its card into a folder that exists."""
+    card = folder / "README.md"
+    card.write_text(delta_card(delta), encoding="utf-8")
+    delta.save(folder / FILE)
+    copy_permissions(folder / FILE, card)
+
+
 def new_folder(out: str, option: str = "--out") -> Path:
     """The absolute path of a folder that may be written.
 
@@ -173,4 +199,4 @@ def new_folder(out: str, option: str = "--out") -> Path:
 
 def size_of(folder: Path) -> str:
     """The size of all files in a folder as text, such as ``12.3 MB``."""
-    return f"{sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.1f} MB"
+    return f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.1f} MB"
