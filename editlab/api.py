@@ -39,7 +39,7 @@ from editlab.solver.post_steps import PostStep
 from editlab.utils.compat import calls_not_compiled
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 log = logging.getLogger(__name__)
 

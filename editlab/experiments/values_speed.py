@@ -22,7 +22,8 @@ from editlab.lm.matmul import products_above
 from editlab.solver.methods import EMMET
 from editlab.values.cache import ValueCache
 from editlab.values.loss import ValueGroup, rows_of
-from editlab.values.optimize import ValueSettings, loss_of, optimize_values
+from editlab.values.optimize import loss_of, optimize_values
+from editlab.values.settings import ValueSettings
 
 LAYERS = (2, 3, 4, 5, 6)
 """The layers of configs/emmet_replay.yaml; values are found at the last one."""

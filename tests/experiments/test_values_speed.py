@@ -6,7 +6,8 @@ import torch
 from editlab.experiments import values_speed
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -9,7 +9,8 @@ from editlab.experiments.reference import plain_value
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import optimize as values
-from editlab.values.optimize import DEFAULT_LR, ValueSettings, optimize_values, turns_of
+from editlab.values.optimize import optimize_values, turns_of
+from editlab.values.settings import DEFAULT_LR, ValueSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
