@@ -2,7 +2,7 @@
 
     python scripts/compare_values.py                                   # 100 built-in facts of the dev split
     python scripts/compare_values.py --facts 48 --ways "all contexts" "one context a step"
-    python scripts/compare_values.py --path FILE --facts 200 --plain 4     # the plain way is timed too, on 4 facts a round
+    python scripts/compare_values.py --path FILE --facts 200 --plain 4     # times the plain way too, 4 facts a round
 
 Writes a row for each way to ``results/values_speed.csv``; rows of other files and numbers of facts stay as they are.
 """

@@ -37,6 +37,7 @@ from editlab.values.settings import ValueSettings
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
 
+
 @dataclass
 class Values:
     """Targets v* of some facts, in the order of the facts."""

@@ -73,7 +73,7 @@ def test_equal_with_steps_that_fall_and_other_decay_rates(settings):
 
 
 def test_adam_by_hand_with_a_step_size_that_falls():
-    """Three updates of Adam, transcribed in float64 from its paper (Kingma and Ba 2015, algorithm 1, arXiv:1412.6980)."""
+    """Three updates in float64, transcribed from Adam's paper (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
     lm, site = make("llama")
     found = [optimize_values(lm, FACTS[:1], site, CONTEXTS, exact(**FALLS | {"steps": steps})) for steps in (1, 4)]
     origin, last = (one.target[0].double() for one in found)
