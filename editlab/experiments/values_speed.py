@@ -31,7 +31,7 @@ LAYERS = (2, 3, 4, 5, 6)
 
 METRICS = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
 
-FALLING = {"lr": 2.0, "lr_end": 0.05, "betas": (0.5, 0.9), "steps": 18}
+FALLING = {"lr": 2.0, "lr_end": 0.05, "betas": (0.5, 0.9), "steps": 22}
 """Adam with larger steps that fall, and averages that forget sooner, for fewer steps at the same loss."""
 
 WAYS: dict[str, dict[str, Any]] = {
