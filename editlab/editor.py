@@ -43,7 +43,7 @@ from editlab.solver.methods import EMMET
 from editlab.solver.post_steps import PostStep
 from editlab.utils.machine import restore_threads
 from editlab.utils.rng import set_rng_state
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 from editlab.values.sources import make_source, require_combination
 from editlab.values.spread import Targets, distinct, sites_of
 from editlab.values.targets import TargetFinder

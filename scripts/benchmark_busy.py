@@ -60,7 +60,8 @@ def work(options: argparse.Namespace) -> None:
     from editlab.data import EditDataModule
     from editlab.keys.subject_keys import Site
     from editlab.lm.language_model import LanguageModel
-    from editlab.values.optimize import ValueSettings, optimize_values
+    from editlab.values.optimize import optimize_values
+    from editlab.values.settings import ValueSettings
 
     lm = LanguageModel.from_name(options.language_model, torch.float32)
     if options.worker == "editlab":

@@ -37,7 +37,7 @@ from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
 from editlab.solver.preservation import Preservation
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 D_K, D_V, BATCH = 1536, 576, 32

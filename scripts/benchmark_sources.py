@@ -35,7 +35,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.loading.load import load
 from editlab.solver.methods import MEMIT, Method, UltraEdit
-from editlab.values.optimize import GRADIENT, ValueSettings
+from editlab.values.settings import GRADIENT, ValueSettings
 from editlab.values.sources import make_source
 from editlab.values.spread import Targets, distinct
 

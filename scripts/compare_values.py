@@ -2,6 +2,7 @@
 
     python scripts/compare_values.py                                   # 100 built-in facts of the dev split
     python scripts/compare_values.py --facts 48 --ways "all contexts" "one context a step"
+    python scripts/compare_values.py --path FILE --facts 200 --plain 4     # times the plain way too, 4 facts a round
 
 Writes a row for each way to ``results/values_speed.csv``; rows of other files and numbers of facts stay as they are.
 """
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--path", default="worldfacts", help="fact file")
     parser.add_argument("--facts", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--plain", type=int, default=0, help="facts of each round that the plain way is timed on too")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["all contexts", "two contexts a step"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "values_speed.csv")
@@ -39,7 +41,7 @@ def main() -> None:
     data = EditDataModule(given.path, split="dev", limit=given.facts)
     data.setup()
     data.select(lambda facts: prefers_truth(lm, facts))
-    rows = measure(lm, data.facts, given.ways, given.rounds)
+    rows = measure(lm, data.facts, given.ways, given.rounds, given.plain)
     same = {"file": Path(given.path).name, "split": "dev", "model": given.model}
     where |= {"threads": str(torch.get_num_threads()), "date": datetime.date.today().isoformat()}
     earlier = kept_rows(read_rows(given.out)) if given.out.exists() else []

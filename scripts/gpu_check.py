@@ -34,7 +34,8 @@ from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
 from editlab.utils.progress import bars
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 
 ROOT = Path(__file__).parents[1]
 CONTEXTS = ["", "The book says that ", "In the news today: ", "It is known that "]

@@ -38,7 +38,8 @@ from editlab.runs.outcomes import outcome_rows, outcome_values
 from editlab.solver.methods import MEMIT, ROME, AlphaEdit
 from editlab.utils.progress import bars
 from editlab.values.cache import ValueCache
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBJECT = {"kl_at": "subject"}

@@ -24,7 +24,7 @@ from editlab.experiments.provenance import made_here
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.text import read_file
 from editlab.solver.methods import MEMIT
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 PROJECT = Path(__file__).parents[1]
 

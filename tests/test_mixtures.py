@@ -11,6 +11,7 @@ from editlab.api import edit_model
 from editlab.cli.main import main
 from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
+from editlab.edits.removal import RemovalSettings, take_out
 from editlab.errors import UserError
 from editlab.evaluation.evaluator import EvaluationSettings
 from editlab.keys.contexts import ContextSettings
@@ -105,8 +106,9 @@ def test_two_runs_come_off_one_by_one():
         ({"callbacks": [MemoryReplay(memory="consolidated")]}, "MemoryReplay keeps one matrix"),
         ({"method": BetaEdit()}, "BetaEdit keeps one matrix"),
         ({"callbacks": [LoRAAdjust(targets="edited")]}, "LoRAAdjust.targets is 'edited'"),
+        ({"moments": MomentSettings(file="moments.npz")}, "model.moments.file is for blocks with one"),
     ],
-    ids=["finetune", "lora", "consolidated", "betaedit", "adjust"],
+    ids=["finetune", "lora", "consolidated", "betaedit", "adjust", "published moments"],
 )
 def test_what_needs_a_linear_map_is_refused(settings, message):
     with pytest.raises(UserError) as caught:
@@ -114,3 +116,9 @@ def test_what_needs_a_linear_map_is_refused(settings, message):
     assert str(caught.value).startswith(message)
     assert "experts" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_single_facts_are_not_taken_out_of_experts():
+    lm = LanguageModel(tiny_model("mixtral"), tiny_tokenizer())
+    with pytest.raises(UserError, match="Taking single facts out is for blocks with one edited linear map"):
+        take_out(lm, {1: EditedLayer.of(lm, 1)}, FACTS[:1], [], {}, RemovalSettings())

@@ -35,7 +35,7 @@ from editlab.solver.methods import MEMIT
 from editlab.solver.post_steps import PostStep
 from editlab.utils.progress import bars
 from editlab.utils.rng import rng_state, set_rng_state
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 RECOMMENDED: dict[str, Any] = {
     "method": MEMIT(covariance_weight=300),

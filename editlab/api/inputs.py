@@ -20,7 +20,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.lm.language_model import MERGE_FIRST
 from editlab.solver.base import EditMethod
 from editlab.solver.post_steps import PostStep
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 log = logging.getLogger(__name__)
 

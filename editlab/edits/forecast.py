@@ -22,7 +22,7 @@ from editlab.keys.subject_keys import Site, check_lengths, read_outputs
 from editlab.lm.fingerprint import fingerprint, model_key
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.dry_solve import DryLayer, DrySettings, dry_solve, residual_statistics
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 from editlab.values.sources import OptimizedValues
 
 VALUES = 32

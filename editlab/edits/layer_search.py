@@ -44,7 +44,8 @@ from editlab.lm.text import reading
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.utils.disk_cache import Codec, DiskCache, key_of
 from editlab.utils.files import cache_dir
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 from editlab.values.spread import distinct, find_targets
 
 log = logging.getLogger(__name__)

@@ -55,8 +55,8 @@ class RemovalSettings:
 
     def device_of(self, lm: LanguageModel, layers: Sequence[int]) -> torch.device:
         """The device of keys, metrics and the solve (:func:`~editlab.solver.device.choose_device`)."""
-        sizes = [lm.anatomy.key_size(layer) for layer in layers]
-        return choose_device(self.device, lm.device, sizes, spare_gpu_memory(lm.model))
+        shapes = [lm.anatomy.moments_shape(layer) for layer in layers]
+        return choose_device(self.device, lm.device, shapes, spare_gpu_memory(lm.model))
 
 
 @torch.no_grad()
@@ -84,10 +84,12 @@ def take_out(
         Layer -> the update that was added to it, float32 [d_v, d_k].
 
     Raises:
-        UserError: A held fact has the same key as one to take out, so that no update can tell the two apart.
+        UserError: A held fact has the same key as one to take out, so that no update can tell the two apart; or the
+            edited layers are mixtures of experts.
     """
     if not facts:
         raise ValueError("there is no fact to take out")
+    lm.anatomy.require_one_map("Taking single facts out")
     device = settings.device_of(lm, list(layers))
     updates: dict[int, Tensor] = {}
     for number, layer in progress(list(layers.items()), desc="Taking facts out", unit="layer"):

@@ -41,7 +41,8 @@ from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
 from editlab.solver.preservation import Preservation
 from editlab.values.loss import ValueGroup, rows_of
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),

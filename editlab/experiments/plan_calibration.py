@@ -35,7 +35,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
 from editlab.utils.progress import progress
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 log = logging.getLogger(__name__)
 

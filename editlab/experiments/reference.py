@@ -18,7 +18,7 @@ from editlab.data.fact import Fact
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values.loss import SUBJECT
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 
 def last_token(offsets: Sequence[tuple[int, int]], end: int) -> int:
@@ -73,7 +73,7 @@ def plain_value(
             hidden[row, last] = hidden[row, last] + delta
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    optimizer = torch.optim.Adam([delta], lr=settings.step_size)
+    optimizer = torch.optim.Adam([delta], lr=settings.step_size, betas=settings.betas)
     initial = None
     hit_streak = 0
     turns = -(-len(contexts) // (settings.contexts_a_step or len(contexts)))
@@ -104,6 +104,8 @@ def plain_value(
             break
         optimizer.zero_grad()
         loss.backward()
+        part = step / max(1, settings.steps - 2)  # of the way from the first update to the last
+        optimizer.param_groups[0]["lr"] = settings.step_size * ((1 - part) + part * settings.lr_end)
         optimizer.step()
         with torch.no_grad():
             radius = settings.clamp * origin.norm()

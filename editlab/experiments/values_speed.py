@@ -14,6 +14,7 @@ from torch import Tensor
 from editlab.api import edit_model
 from editlab.data.fact import Fact
 from editlab.evaluation.settings import EvaluationSettings
+from editlab.experiments.reference import plain_value
 from editlab.keys.contexts import ContextSettings, sample_contexts
 from editlab.keys.subject_keys import Site
 from editlab.lm.fingerprint import fingerprint, model_key
@@ -22,18 +23,24 @@ from editlab.lm.matmul import products_above
 from editlab.solver.methods import EMMET
 from editlab.values.cache import ValueCache
 from editlab.values.loss import ValueGroup, rows_of
-from editlab.values.optimize import ValueSettings, loss_of, optimize_values
+from editlab.values.optimize import loss_of, optimize_values
+from editlab.values.settings import ValueSettings
 
 LAYERS = (2, 3, 4, 5, 6)
 """The layers of configs/emmet_replay.yaml; values are found at the last one."""
 
 METRICS = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
 
+FALLING = {"lr": 2.0, "lr_end": 0.05, "betas": (0.5, 0.9), "steps": 22}
+"""Adam with larger steps that fall, and averages that forget sooner, for fewer steps at the same loss."""
+
 WAYS: dict[str, dict[str, Any]] = {
     "all contexts": {},
     "three contexts a step": {"contexts_a_step": 3},
     "two contexts a step": {"contexts_a_step": 2},
     "one context a step": {"contexts_a_step": 1},
+    "falling steps": FALLING,
+    "falling steps, two contexts a step": {**FALLING, "contexts_a_step": 2},
     "early_stop 2": {"early_stop": 2},
     "early_stop 2, two contexts a step": {"early_stop": 2, "contexts_a_step": 2},
 }
@@ -50,7 +57,9 @@ class Found:
     steps: list[Tensor] = field(default_factory=list)
 
 
-def measure(lm: LanguageModel, facts: Sequence[Fact], ways: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    lm: LanguageModel, facts: Sequence[Fact], ways: Sequence[str], rounds: int, plain: int = 0
+) -> list[dict[str, Any]]:
     """Finds the values of all facts in each way, the ways in turn, and edits the facts once with each.
 
     Args:
@@ -58,6 +67,8 @@ def measure(lm: LanguageModel, facts: Sequence[Fact], ways: Sequence[str], round
         facts: the facts.
         ways: names in :data:`WAYS`; times are compared with the first one's.
         rounds: number of parts of the facts; all ways find the values of a part before the next part begins.
+        plain: number of facts of each part that the plain way (:mod:`editlab.experiments.reference`, with all contexts
+            and the default settings) is timed on too; 0: it is not.
 
     Returns:
         A row for each way.
@@ -67,10 +78,13 @@ def measure(lm: LanguageModel, facts: Sequence[Fact], ways: Sequence[str], round
     found = {way: Found() for way in ways}
     size = -(-len(facts) // rounds)
     optimize_values(lm, facts[:2], site, contexts, replace(settings[ways[0]], steps=3))  # the first call is slower
+    plainly: list[float] = []
     for start in range(0, len(facts), size):
+        part = facts[start : start + size]
+        if plain:
+            plainly.append(_plain_seconds(lm, part[:plain], site, contexts))
         for way in ways:
             begun = time.process_time()
-            part = facts[start : start + size]
             values = optimize_values(lm, part, site, contexts, settings[way])
             found[way].seconds.append((time.process_time() - begun) / len(part))
             found[way].targets.append(values.target)
@@ -80,13 +94,23 @@ def measure(lm: LanguageModel, facts: Sequence[Fact], ways: Sequence[str], round
         targets, first = torch.cat(found[way].targets), found[ways[0]].seconds
         ratios = [a / b for a, b in zip(first, found[way].seconds, strict=True)]
         losses, hits = losses_of(lm, facts, site, contexts, settings[way], targets)
+        against_plain = [a / b for a, b in zip(plainly, found[way].seconds, strict=plain > 0)]
         rows.append({
             "way": way, "facts": len(facts), "steps": f"{float(torch.cat(found[way].steps).double().mean()):.2f}",
             "cpu_seconds": f"{statistics.median(found[way].seconds):.3f}", "ratio": f"{statistics.median(ratios):.2f}",
             "lowest": f"{min(ratios):.2f}", "highest": f"{max(ratios):.2f}", "loss": f"{float(losses.mean()):.4f}",
             "hits": f"{float(hits.double().mean()):.3f}", **scores_after(lm, facts, site, settings[way], targets),
+            **({"times_plain": f"{statistics.median(against_plain):.1f}"} if plain else {}),
         })  # fmt: skip
     return rows
+
+
+def _plain_seconds(lm: LanguageModel, facts: Sequence[Fact], site: Site, contexts: Sequence[str]) -> float:
+    """Processor time of the plain way for each fact, with the default settings."""
+    begun = time.process_time()
+    for fact in facts:
+        plain_value(lm, fact, site, contexts, ValueSettings())
+    return (time.process_time() - begun) / len(facts)
 
 
 @torch.no_grad()

@@ -132,6 +132,7 @@ def second_moments(
 
 def _published(lm: LanguageModel, layers: Sequence[int], setting: str) -> dict[int, Tensor]:
     """C0 of each layer from published files; only the first rank reads them."""
+    lm.anatomy.require_one_map("model.moments.file")
     read: dict[int, Tensor] = {}
 
     def load() -> None:

@@ -86,6 +86,21 @@ class Anatomy:
         """Return whether the weight is stored as ``[d_k, d_v]`` (GPT-2's Conv1D) and not as ``[d_v, d_k]``."""
         return is_transposed(self.edit_module(layer))
 
+    def require_one_map(self, what: str) -> None:
+        """Check that a block has one edited linear map, and not one for each of several experts.
+
+        Args:
+            what: what needs that, such as ``editlab plan``.
+
+        Raises:
+            UserError: The edited maps are those of experts.
+        """
+        if self.joint:
+            raise UserError(
+                f"{what} is for blocks with one edited linear map, and this model's are mixtures of experts: do "
+                "without it."
+            )
+
     def moments_shape(self, layer: int) -> tuple[int, ...]:
         """Return the shape of C0: [d_k, d_k], or one block [features, features] for each expert of a joint map."""
         module = self.edit_module(layer)

@@ -23,7 +23,7 @@ from editlab.lm.precision import cast_to
 from editlab.lm.tokens import tokenizer_fingerprint
 from editlab.utils.disk_cache import RowCache, key_of
 from editlab.utils.files import cache_dir
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 
 UNRELATED = ("reference", "batch_tokens", "spread", "anchor_facts")
 """Settings on which a cached value at a given site does not depend beyond rounding; the norm anchor comes after it."""

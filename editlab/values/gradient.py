@@ -34,7 +34,8 @@ from editlab.lm.language_model import LanguageModel
 from editlab.lm.memory import by_halves
 from editlab.lm.tokens import by_length
 from editlab.values.loss import ValueGroup, rows_of
-from editlab.values.optimize import ValueSettings, products_above, require_effect, tokens_together
+from editlab.values.optimize import products_above, require_effect, tokens_together
+from editlab.values.settings import ValueSettings
 
 EPSILON = torch.finfo(torch.float32).eps
 """eps of the normalization: that of the authors' code, whose features are float32."""

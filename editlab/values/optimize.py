@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,123 +28,14 @@ from editlab.distributed import ranks
 from editlab.errors import EditLabError, UserError
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import TOKENS_A_PASS, LanguageModel
-from editlab.lm.matmul import MATMULS, products
+from editlab.lm.matmul import products
 from editlab.lm.memory import by_halves, spare_gpu_memory
 from editlab.lm.tokens import by_length
-from editlab.utils.validation import above_zero, not_negative, one_of
-from editlab.values.loss import KL_POSITIONS, PROMPT, ValueGroup, in_turn, rows_of
-from editlab.values.spread import RESIDUAL, SPREADS
-
-SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
-"""Settings of ``values.source``."""
-
-DEFAULT_LR = {OPTIMIZE: 0.5, GRADIENT: 2.5e-3}
-"""Source -> its default step size, chosen on facts of the dev split with SmolLM2-135M."""
+from editlab.values.loss import ValueGroup, in_turn, rows_of
+from editlab.values.settings import ValueSettings
 
 FEWEST_TOKENS = 512
 """Least number of padded tokens that are optimized together by default."""
-
-ADDED_LATER = {"source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT, "spread": RESIDUAL, "contexts_a_step": None}
-"""Settings that older versions did not have -> what these versions did; see :meth:`ValueSettings.cache_key`."""
-
-OF_ANY_SOURCE = ("source", "lr", "batch_tokens", "matmul")
-"""Settings that are not of the search alone."""
-
-
-@dataclass
-class ValueSettings:
-    """Settings of how values are found. The defaults were chosen by measurements on SmolLM2-135M."""
-
-    source: str = OPTIMIZE
-    """``optimize``: a search for each fact; or ``gradient``: one forward and one backward pass for each fact
-    (:mod:`editlab.values.gradient`), of whose settings only ``lr``, ``batch_tokens`` and ``matmul`` exist."""
-    steps: int = 25
-    """Number of evaluations of the loss; the number of updates is one less."""
-    lr: float | None = None
-    """Step size of Adam in the search (default: 0.5), or UltraEdit's eta for the gradient source (default: 0.0025)."""
-    weight_decay: float = 1e-3
-    """Weight of ||delta|| / ||v0||^2."""
-    kl_factor: float = 0.0625
-    """Weight of the KL term."""
-    clamp: float = 0.75
-    """Radius of the ball around v0, as a fraction of ||v0||."""
-    loss_threshold: float = 5e-2
-    """Loss under which the optimization of a fact ends."""
-    early_stop: int = 0
-    """Number of consecutive evaluations with the target as the argmax in every context after which the optimization of
-    a fact ends too (most-probable early stopping, Gupta et al. 2025, arXiv:2502.01636); 0 turns it off. It saves time
-    and gives values closer to the original: edits generalize less to paraphrases, and do less harm."""
-    reference: str = "current"
-    """Weights that values are optimized on: ``current`` ones, or the ``original`` (unedited) ones, in which case the
-    values are kept in the cache folder for later runs."""
-    spread: str = RESIDUAL
-    """How several layers share an edit (:mod:`editlab.values.spread`). ``residual``: a value at the highest layer; its
-    residual is divided among the layers (MEMIT). ``each``: a value of its own for each layer (BLUE). ``forward``: a
-    value at the lowest layer, and for the others what the model outputs with that value in place (FE)."""
-    batch_tokens: int | None = None
-    """Number of padded tokens that are optimized together as a group. It bounds memory and changes results only by
-    rounding. Default: 512 on a CPU, whose caches hold no more; on GPUs up to 4096, as long as they fit into half of the
-    memory that the weights leave free. A group that still does not fit is halved. Several ranks share the groups."""
-    matmul: str = "auto"
-    """Type of the matrix products above the site, for float32 weights: ``float32``; ``bfloat16``, which changes values
-    by 2% of their norm on SmolLM2-135M, at the same loss; or ``auto``: bfloat16 on CPUs with instructions for it."""
-    kl_at: str | None = None
-    """Token of "{subject} is a" after which the KL term compares predictions: its last one (``prompt``), or the
-    subject's last one (``subject``). Default: as ``model.conventions`` says, and ``prompt`` without them."""
-    anchor_facts: int = 0
-    """Number of the run's first facts whose values on the original weights give the norm that every value is rescaled
-    to (NAS, :mod:`editlab.values.anchor`); 0: values are not rescaled. ``layers: auto`` tries layers without it."""
-    contexts_a_step: int | None = None
-    """Number of contexts whose prompts each evaluation of the loss runs; the contexts take turns, in their order, and
-    the loss that is compared with the threshold is the mean of each context's latest one. Default: all contexts."""
-
-    def __post_init__(self) -> None:
-        where = "model.values"
-        one_of(where, SOURCES, source=self.source)
-        above_zero(where, steps=self.steps, lr=self.lr, clamp=self.clamp, batch_tokens=self.batch_tokens)
-        above_zero(where, contexts_a_step=self.contexts_a_step)
-        weights = ("weight_decay", "kl_factor", "loss_threshold", "early_stop", "anchor_facts")
-        not_negative(where, **{name: getattr(self, name) for name in weights})
-        one_of(where, ("current", "original"), reference=self.reference)
-        one_of(where, MATMULS, matmul=self.matmul)
-        one_of(where, SPREADS, spread=self.spread)
-        one_of(where, KL_POSITIONS, kl_at=self.kl_position)
-        if self.source == GRADIENT:
-            self._require_no_search()
-
-    def _require_no_search(self) -> None:
-        """Refuses settings that only a search has.
-
-        Raises:
-            UserError: One of them is set.
-        """
-        for field in fields(self):
-            unset = (field.default, ADDED_LATER.get(field.name))  # the editor replaces a kl_at of None by its meaning
-            if field.name not in OF_ANY_SOURCE and getattr(self, field.name) not in unset:
-                raise UserError(
-                    f"model.values.{field.name} has no meaning for model.values.source gradient, which takes one step "
-                    f"on the current weights: remove it, or set the source to {OPTIMIZE}."
-                )
-
-    @property
-    def step_size(self) -> float:
-        """The step size: ``lr``, or the source's default if that is None."""
-        return DEFAULT_LR[self.source] if self.lr is None else self.lr
-
-    @property
-    def kl_position(self) -> str:
-        """The token of the KL term: ``kl_at``, or ``prompt`` if that is None."""
-        return PROMPT if self.kl_at is None else self.kl_at
-
-    def cache_key(self) -> dict[str, Any]:
-        """All settings, for the key of a cache.
-
-        A setting that older versions did not have is left out if it is what they did, so that their caches stay valid;
-        for the same reason the only optimizer is named, of which they had two.
-        """
-        settings = {**asdict(self), "kl_at": self.kl_position}
-        as_before = [name for name, value in ADDED_LATER.items() if settings[name] == value]
-        return {"optimizer": "adam"} | {name: value for name, value in settings.items() if name not in as_before}
 
 
 @dataclass
@@ -272,7 +162,7 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
     delta = torch.zeros_like(origin, requires_grad=True)
     size = origin.norm(dim=1)
     radius = settings.clamp * size
-    optimizer = torch.optim.Adam([delta], settings.step_size)
+    optimizer = torch.optim.Adam([delta], settings.step_size, settings.betas)
     done, final_loss = torch.zeros_like(origin), torch.zeros_like(size)
     steps = torch.zeros(len(origin), dtype=torch.long)
     # The indices of active facts are also on the CPU: the host waits for the device only once a step, to learn which
@@ -316,6 +206,7 @@ def _optimize(parts: Sequence[ValueGroup], settings: ValueSettings) -> tuple[Ten
             for part in parts[1:]:
                 part.initial = parts[0].initial  # of the same essence prompts, without a vector
         delta.grad = gradient
+        optimizer.param_groups[0]["lr"] = settings.step_size_of(step)
         optimizer.step()
         with torch.no_grad():
             delta.mul_((radius / delta.norm(dim=1).clamp_min(1e-12)).clamp_max(1)[:, None])

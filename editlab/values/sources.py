@@ -24,7 +24,8 @@ from editlab.utils.progress import progress
 from editlab.values.anchor import anchor_of, anchored, parts_of
 from editlab.values.cache import ValueCache
 from editlab.values.gradient import RunningMoments, read_gradients, steps_of
-from editlab.values.optimize import GRADIENT, ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import GRADIENT, ValueSettings
 
 
 class ValueSource(ABC):

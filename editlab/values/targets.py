@@ -11,7 +11,7 @@ from torch import Tensor
 from editlab.data.fact import Fact
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 from editlab.values.sources import ValueSource
 from editlab.values.spread import EACH, Targets, find_targets
 

@@ -6,7 +6,8 @@ import torch
 from editlab.experiments import values_speed
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -37,3 +38,17 @@ def test_a_row_for_each_way(lm, monkeypatch):
         ("all contexts", 4, "3.00", "1.000"), ("one context a step", 4, "3.00", "1.000"),
     ]  # fmt: skip
     assert rows[0]["ratio"] == "1.00"
+
+
+def test_the_plain_way_is_timed_on_the_first_facts_of_each_part(lm, monkeypatch):
+    timed, clock = [], iter(range(100))
+    monkeypatch.setattr(values_speed, "LAYERS", (1,))
+    monkeypatch.setattr(values_speed, "sample_contexts", lambda lm, settings: CONTEXTS)
+    monkeypatch.setattr(values_speed, "scores_after", lambda *given: {})
+    monkeypatch.setitem(values_speed.WAYS, "all contexts", {"steps": 2})
+    monkeypatch.setattr(values_speed, "plain_value", lambda lm, fact, *rest: timed.append(fact))
+    monkeypatch.setattr(values_speed.time, "process_time", lambda: next(clock))
+    (row,) = values_speed.measure(lm, FACTS[:4], ["all contexts"], rounds=2, plain=1)
+    assert timed == [FACTS[0], FACTS[2]]
+    # Each interval is one tick of the clock: one fact in the plain way, and two in the other.
+    assert (row["cpu_seconds"], row["times_plain"]) == ("0.500", "2.0")

@@ -6,7 +6,7 @@ import torch
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values.cache import ValueCache, name_of
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 from tests.facts import FACTS
 from tests.tiny import tiny_model, tiny_tokenizer
 

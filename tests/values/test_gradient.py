@@ -9,7 +9,7 @@ from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import gradient as module
 from editlab.values.gradient import RunningMoments, read_gradients, steps_of
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import ValueSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.values.test_optimize import FACTS
 

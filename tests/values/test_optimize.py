@@ -9,7 +9,8 @@ from editlab.experiments.reference import plain_value
 from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import optimize as values
-from editlab.values.optimize import DEFAULT_LR, ValueSettings, optimize_values, turns_of
+from editlab.values.optimize import optimize_values, turns_of
+from editlab.values.settings import DEFAULT_LR, ValueSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -20,6 +21,8 @@ FACTS = [
     Fact("São Tomé", "{} lies in", "Peru"),  # several bytes a letter
 ]
 CONTEXTS = ["", "The currency of India. ", "Oslo lies in Norway, and. "]
+
+FALLS = {"steps": 4, "lr": 0.2, "lr_end": 0.25, "betas": (0.5, 0.9), "clamp": 50.0, "loss_threshold": 0.0}
 
 
 def make(family, *, bos=False, layer=1):
@@ -59,6 +62,32 @@ def test_equal_to_the_oracle_on_every_kind_of_block(family):
 ])  # fmt: skip
 def test_equal_with_contexts_that_take_turns(settings):
     check(*make("llama"), exact(**{"lr": 0.1, "clamp": 2.0, "weight_decay": 0.1} | settings))
+
+
+@pytest.mark.parametrize("settings", [
+    {"steps": 8, "lr_end": 0.1},
+    {"steps": 12, "lr_end": 0.2, "betas": (0.5, 0.9), "contexts_a_step": 2, "loss_threshold": 4.0},
+])  # fmt: skip
+def test_equal_with_steps_that_fall_and_other_decay_rates(settings):
+    check(*make("llama"), exact(**{"lr": 0.2, "clamp": 2.0, "weight_decay": 0.1} | settings))
+
+
+def test_adam_by_hand_with_a_step_size_that_falls():
+    """Three updates in float64, transcribed from Adam's paper (Kingma and Ba 2015, arXiv:1412.6980, algorithm 1)."""
+    lm, site = make("llama")
+    found = [optimize_values(lm, FACTS[:1], site, CONTEXTS, exact(**FALLS | {"steps": steps})) for steps in (1, 4)]
+    origin, last = (one.target[0].double() for one in found)
+    rows = [values.rows_of(lm, 0, FACTS[0], CONTEXTS)]
+    group = values.ValueGroup(lm, site, rows)
+    delta, mean, square = torch.zeros_like(origin), torch.zeros_like(origin), torch.zeros_like(origin)
+    group.losses(torch.zeros(1, len(origin)))  # what the KL compares with
+    for update, size in enumerate((0.2, 0.125, 0.05), 1):  # from 0.2 to a quarter of it in two equal falls
+        point = delta.float()[None].requires_grad_()
+        loss, _ = values.loss_of(group, point, origin.norm()[None].float(), exact(**FALLS))
+        gradient = torch.autograd.grad(loss.sum(), point)[0][0].double()
+        mean, square = 0.5 * mean + 0.5 * gradient, 0.9 * square + 0.1 * gradient**2
+        delta = delta - size * (mean / (1 - 0.5**update)) / ((square / (1 - 0.9**update)).sqrt() + 1e-8)
+    assert (origin + delta - last).norm() <= 1e-4 * delta.norm()
 
 
 def test_contexts_of_turns_are_all_of_them_where_a_step_has_room():

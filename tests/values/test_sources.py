@@ -12,7 +12,8 @@ from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET, ROME, UltraEdit
 from editlab.values.anchor import anchor_of, parts_of
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 from editlab.values.sources import AnchoredValues, GradientValues, OptimizedValues, make_source
 from tests.test_editor import editor, fit
 from tests.tiny import tiny_model, tiny_tokenizer

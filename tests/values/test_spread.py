@@ -14,7 +14,8 @@ from editlab.errors import UserError
 from editlab.keys.subject_keys import Site, locate, read_keys, read_outputs
 from editlab.lm.language_model import LanguageModel
 from editlab.solver.methods import EMMET, MEMIT
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import ValueSettings
 from editlab.values.spread import EACH, FORWARD, RESIDUAL, Targets, carry_forward, distinct, find_targets, sites_of
 from tests.tiny import tiny_model, tiny_tokenizer
 

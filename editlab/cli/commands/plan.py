@@ -70,6 +70,7 @@ def _plan(given: Namespace) -> None:
     laws = Calibration.load()
     with cli.trainer.precision_plugin.module_init_context():
         editor.configure_model()
+    editor.lm.anatomy.require_one_map("editlab plan")
     if editor.device_map is None:
         editor.lm.model.to(cli.trainer.strategy.root_device)
     facts = facts_of(editor, data, given.edits)
