@@ -19,10 +19,10 @@ from editlab.runs.checkpoint import LAST, read_checkpoint
 from editlab.runs.event_log import EventLog
 from editlab.runs.figures import PANELS, Series, one_perplexity, perplexity_of_curve
 from editlab.runs.folders import RunFolder
+from editlab.runs.frames import EVENTS
 from editlab.runs.outcome_table import is_held, prompt_of, worst_first
 from editlab.runs.outcomes import answers_of, outcome_rows
 from editlab.runs.resume import KEY
-from editlab.runs.run import EVENTS
 from editlab.runs.tables import Table
 
 # ---- curves ---------------------------------------------------------------------------------------------------------

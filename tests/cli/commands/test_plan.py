@@ -129,4 +129,4 @@ def test_a_mixture_of_experts(recipe, tmp_path, capsys):
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     tiny_tokenizer().save_pretrained(tmp_path / "moe")
     said = failed(capsys, "--edits", "4", "--config", recipe, "--model", "moe", "--set", "model.layers=[1]")
-    assert "no single MLP output projection in a block (like mixtures of experts)" in said
+    assert "editlab plan is for blocks with one edited linear map" in said
