@@ -5,6 +5,7 @@ reads a run's folder gets the folder of a finished run.
 """
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def _loaded_model(doctest_namespace: dict[str, Any], monkeypatch: pytest.MonkeyP
     from tests.tiny import tiny_model, tiny_tokenizer
 
     monkeypatch.setenv("EDITLAB_CACHE", os.fspath(tmp_path))
+    # A test that called the command line has left its messages on, which go to the same output.
+    monkeypatch.setattr(logging.getLogger("editlab"), "handlers", [])
     doctest_namespace |= {"model": tiny_model("llama", num_hidden_layers=8), "tokenizer": tiny_tokenizer()}
 
 

@@ -76,6 +76,7 @@ def edit_model(
     site: str | None = None,
     post_steps: Sequence[PostStep] = (),
     compensate: bool = True,
+    made_for: dict[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, EditResult]:
     """Edits facts in a causal language model, in sequence, and measures the result.
 
@@ -121,6 +122,7 @@ def edit_model(
             ``conventions`` says.
         post_steps: what is done with each layer's update before it is added, in order.
         compensate: carry what post-steps cut off from an update into the next solve.
+        made_for: entries of the model's configuration that the settings were chosen for; other models are refused.
 
     All settings from ``keys`` on are those of :class:`~editlab.editor.SequentialEditor`, which says more of each.
 
@@ -159,7 +161,7 @@ def edit_model(
         "keys": keys, "preserve_prompt_tokens": preserve_prompt_tokens, "passes": passes, "edit_module": edit_module,
         "restore_between_batches": restore_between_batches, "condition_limit": condition_limit,
         "chat_template": chat_template, "solver_device": solver_device, "conventions": conventions, "site": site,
-        "post_steps": post_steps, "compensate": compensate,
+        "post_steps": post_steps, "compensate": compensate, "made_for": made_for,
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     check(model, tokenizer, settings)

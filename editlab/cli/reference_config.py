@@ -67,6 +67,8 @@ NO_SETTINGS = ("help", "config", "print_config", "print_shtab")
 """Arguments of the parser that no recipe holds."""
 PACKAGES = ("editlab", "callbacks")
 """Packages whose classes are shown."""
+FOR_EXPERIMENTS = ("editlab.experiments.", "callbacks.trust.fork")
+"""Modules whose classes are not shown: a recipe names them by their full path."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def classes_of(name: str) -> list[type]:
 
     found = {cls for cls in below(CLASSES[name]) if cls.__module__.partition(".")[0] in PACKAGES}
     found = {cls for cls in found if cls is not EditCallback and not issubclass(cls, SaveConfigCallback)}
+    # Callbacks of experiments, such as faults on purpose, are there only if something has imported them.
+    found = {cls for cls in found if not cls.__module__.startswith(FOR_EXPERIMENTS)}
     return sorted((cls for cls in found if not inspect.isabstract(cls)), key=lambda cls: cls.__name__)
 
 

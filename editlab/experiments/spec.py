@@ -188,7 +188,7 @@ def load_experiment(path: str | Path) -> Experiment:
     object.__setattr__(experiment, "path", file)
     object.__setattr__(experiment, "project", _project(experiment.recipe, file, str(path), by_name))
     _check(experiment, str(path))
-    _require_own_logger(experiment.project / experiment.recipe, str(path))
+    _require_own_logger(_recipe_file(experiment), str(path))
     return experiment
 
 
@@ -205,6 +205,17 @@ def _project(recipe: str, file: Path, where: str, by_name: bool) -> Path:
         f"{where}: there is no recipe {recipe!r} in {file.parent}, in a folder above it, or in the current folder: "
         "correct its path, or name one that editlab ls recipes lists."
     )
+
+
+def _recipe_file(experiment: Experiment) -> Path:
+    """The file of the recipe: in the project, or one that ships."""
+    named = experiment.project / experiment.recipe
+    for file in (named, named.with_name(f"{named.name}.yaml")):
+        if file.is_file():
+            return file
+    one = find(experiment.recipe, (RECIPES,))
+    assert one is not None, experiment.recipe  # otherwise there is no project
+    return one.path
 
 
 _LOGGERS = ("RunLogger", "CSVRunLogger")

@@ -15,6 +15,7 @@ from editlab.lm.precision import default_dtype
 from editlab.metrics.names import BYSTANDERS, RETAINED
 from editlab.runs.run_table import RunTable
 from editlab.runs.summary import save_outcomes
+from editlab.utils import compat
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class MeasuredModel(EditedModel):
     def _begin(self, group: str) -> None:
         """Starts a measurement of a checkpoint, whose numbers are logged at its number of edits."""
         self.evaluation.begin(group)
+        compat.log_measurements_at(self.trainer, self.edits)
         for logger in self.trainer.loggers:
             if isinstance(logger, RunTable):
                 logger.read_at(self.edits)
@@ -65,7 +67,7 @@ class MeasuredModel(EditedModel):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``retained/*`` over all batches, and writes the outcome of each edit."""
-        self._log(self.evaluation.compute(RETAINED))
+        self.log_dict(self.evaluation.compute(RETAINED))
         save_outcomes(self.trainer, self.ledger, self.evaluation)
 
     @in_float32
@@ -75,10 +77,4 @@ class MeasuredModel(EditedModel):
 
     def on_test_epoch_end(self) -> None:
         """Logs ``bystanders/*`` over all batches."""
-        self._log(self.evaluation.compute(BYSTANDERS))
-
-    def _log(self, numbers: dict[str, float]) -> None:
-        """Shows the numbers, and logs them at the number of edits; Lightning would log them at that of the batches."""
-        self.log_dict(numbers, logger=False)
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=self.edits)
+        self.log_dict(self.evaluation.compute(BYSTANDERS))

@@ -141,6 +141,18 @@ def save_unless_saved(checkpoint: Any, trainer: Any) -> None:
         checkpoint._save_topk_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
+def log_measurements_at(trainer: Any, step: int) -> None:
+    """Have ``validate`` or ``test`` give its numbers to the loggers at a step of our choice.
+
+    It would be the number of batches that this process has trained on, which is 0 if it only measures a checkpoint.
+
+    Args:
+        trainer: the Trainer.
+        step: the step.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
 def check_early_stopping(callback: Any, trainer: Any) -> None:
     """Make an EarlyStopping callback evaluate the number that it watches now; by itself it does so once an epoch."""
     callback._run_early_stopping_check(trainer)

@@ -28,7 +28,7 @@ class Logged(EditCallback):
 
 def test_every_setting_of_the_editor_is_an_argument_with_a_type():
     own, editor = inspect.signature(edit_model).parameters, inspect.signature(SequentialEditor).parameters
-    assert set(editor) - set(own) == {"device_map", "made_for"}  # the model is loaded already, by no preset
+    assert set(editor) - set(own) == {"device_map"}  # the model is loaded already
     assert not [name for name, one in own.items() if one.annotation is one.empty or one.kind is one.VAR_KEYWORD]
     recommended = {"language_model", "layers", "method", "values", "moments", "contexts", "evaluation", "post_steps",
                    "preserve_prompt_tokens"}  # fmt: skip

@@ -36,7 +36,7 @@ def models(tmp_path_factory):
     del weights["model.layers.2.mlp.down_proj.weight"]
     save_file(weights, root / "incomplete" / "model.safetensors", {"format": "pt"})
     quantized = json.loads((root / "quantized" / "config.json").read_text())
-    quantized["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    quantized["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (root / "quantized" / "config.json").write_text(json.dumps(quantized))
     state = transformers.OpenAIGPTConfig(vocab_size=400, n_embd=32, n_layer=4, n_head=4)
     transformers.AutoModelForCausalLM.from_config(state).save_pretrained(root / "state")
