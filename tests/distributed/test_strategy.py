@@ -67,7 +67,10 @@ def test_the_strategy_can_be_named():
 
 
 @needs_gloo
-@pytest.mark.parametrize("recipe", ["emmet_replay_trust", "emmet_replay_lora", "memit_consolidated"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["emmet_replay_trust", "memit_consolidated", pytest.param("emmet_replay_lora", marks=pytest.mark.thorough)],
+)
 def test_every_rank_ends_with_the_weights_of_one_process(recipe, tiny_folder, tmp_path):
     runs = {count: tmp_path / f"ranks_{count}" for count in (1, 2)}
     for count, folder in runs.items():

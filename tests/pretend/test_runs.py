@@ -71,9 +71,16 @@ def run(arguments, folder, monkeypatch, kind="cpu"):
     return list(torch.load(last(folder), weights_only=True)["state_dict"].values()) if last(folder) else None
 
 
+IN_SHORT = {"emmet_replay", "emmet_replay_trust_lora", "alphaedit", "betaedit", "finetune", "ultraedit"}
+"""Recipes that run on CUDA's pretend device in every test run; the others with ``--thorough``."""
+
+
 @pytest.mark.parametrize(
     ("recipe", "kind"),
-    [(r, "cuda") for r in ON_CUDA] + [(r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64],
+    [
+        *(pytest.param(r, "cuda", marks=() if r.stem in IN_SHORT else pytest.mark.thorough) for r in ON_CUDA),
+        *((r, "mps") for r in RECIPES if r.stem in WITHOUT_FLOAT64),
+    ],
     ids=lambda x: getattr(x, "stem", x),
 )
 def test_a_recipe_gives_the_results_of_the_cpu(recipe, kind, tiny_folder, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from scripts.benchmark_busy import Worker, busy, rows_of
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is busy with the other process")
+@pytest.mark.thorough
 def test_settings_are_measured_in_turn(tiny_folder, tmp_path, monkeypatch, capsys):
     counts = []
     monkeypatch.setattr(benchmark_busy, "busy", lambda count: nullcontext(counts.append(count)))  # tested below
