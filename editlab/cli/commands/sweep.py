@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from editlab.experiments.spec import Experiment
 
 QUICK: dict[str, Any] = {"facts": "worldfacts", "heldout": "builtin", "moments": "self", "moment_tokens": 4096}
-QUICK_CALLBACKS: tuple[tuple[str, str, Any], ...] = (("LoRAAdjust", "steps", 4),)
+QUICK_CALLBACKS: tuple[tuple[str, str, Any], ...] = (
+    ("LoRAAdjust", "steps", 4),
+    ("ForgettingCurve", "every_n_edits", 8),  # two snapshots of 16 edits: a table of turns needs as many
+)
 QUICK_FLAGS = {"model.evaluation.heldout_tokens": "512"}
-"""Settings of ``--quick`` in each experiment: a little built-in data, and short trainings."""
+"""Settings of ``--quick`` in each experiment: a little built-in data, short trainings, and a curve."""
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
