@@ -124,6 +124,11 @@ class Table:
         )
 
 
+def three_decimals(value: float | None) -> str:
+    """A number as a cell; empty if it was not measured."""
+    return "" if value is None else f"{value:.3f}"
+
+
 def metric_table(metrics: Mapping[str, float | None], full: bool = False) -> Table:
     """The metrics of one run: a row for each metric that was measured, a column for each group.
 

@@ -133,7 +133,7 @@ def chosen(name: str, kinds: Sequence[str] = SETTINGS) -> str:
 
 
 def unknown(name: str, kinds: Sequence[str] = KINDS) -> str:
-    """Return what to do about a name that no file has, as the end of a sentence.
+    """Return advice for a name that no file has, worded as the end of a sentence.
 
     It names the verb for a file of another kind, or the closest names.
     """

@@ -10,12 +10,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.export import write_delta
-from editlab.cli.commands.writing import Writing, add_writing_arguments
+from editlab.cli.commands.writing import Writing, add_writing_arguments, require_delta_type
 from editlab.errors import UserError
 from editlab.runs.delta import Delta
 from editlab.runs.patched_model import Answers, PatchedModel, read_patch
 from editlab.runs.stack import Stack, contradictions, require_one_base, stack
-from editlab.runs.tables import Table
+from editlab.runs.tables import Table, three_decimals
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def _apply(given: Namespace) -> None:
     if len(deltas) == 1 and not given.delta_only:
         writing.edited(deltas[0], given.model)
         return
-    if given.delta_only and given.dtype not in (None, "float32"):
-        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: leave --dtype out.")
+    if given.delta_only:
+        require_delta_type(given.dtype)
     require_one_base(deltas, names)  # before a model is loaded, which takes longer
     contradictions(deltas, names, given.last_wins)
     found = stack(PatchedModel(deltas[0], given.model, writing.device), deltas, names, given.last_wins)
@@ -68,7 +68,7 @@ def _read(name: str) -> Delta:
 def render(found: Stack, names: Sequence[str]) -> str:
     """A row for each patch but the first: how far it reaches into what lies below it, and what its facts lose."""
     rows = [
-        [name, _number(one.overlap), _number(one.largest), _change(one.below_before, one.below_after),
+        [name, three_decimals(one.overlap), three_decimals(one.largest), _change(one.below_before, one.below_after),
          _change(one.own_alone, one.own)]
         for name, one in zip(names[1:], found.interference, strict=True)
     ]  # fmt: skip
@@ -82,10 +82,6 @@ def _change(before: Answers, after: Answers) -> str:
     if before.accuracy is None or after.accuracy is None:
         return ""
     return f"{before.accuracy:.3f} -> {after.accuracy:.3f} ({before.facts})"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 COMMAND = Command(

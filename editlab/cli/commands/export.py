@@ -14,6 +14,7 @@ from editlab.cli.commands.writing import (
     add_checkpoint_arguments,
     add_writing_arguments,
     fill_delta_folder,
+    require_delta_type,
     size_of,
 )
 from editlab.errors import UserError
@@ -50,9 +51,8 @@ def _export(given: Namespace) -> None:
         writing.gguf(delta, given.model)
     elif not given.delta_only:
         writing.edited(delta, given.model)
-    elif given.dtype not in (None, "float32"):
-        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: set --dtype in editlab apply.")
     else:
+        require_delta_type(given.dtype)
         write_delta(delta, writing.out)
 
 

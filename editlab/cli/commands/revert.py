@@ -8,13 +8,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.export import write_delta
-from editlab.cli.commands.writing import Writing, add_writing_arguments
+from editlab.cli.commands.writing import Writing, add_writing_arguments, require_delta_type
 from editlab.errors import UserError
 from editlab.runs.checkpoint import earlier_checkpoint, find_checkpoint
 from editlab.runs.delta import Delta
 from editlab.runs.patched_model import PatchedModel, read_patch
 from editlab.runs.removal import SAMPLE, FactRemover, Removal, find_edits, removal_recipe
-from editlab.runs.tables import Table
+from editlab.runs.tables import Table, three_decimals
 from editlab.utils.validation import above_zero, not_negative
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def _path(given: Namespace) -> str:
 def _take_out(given: Namespace, path: str, writing: Writing) -> None:
     if given.to_step:
         raise UserError("--facts takes facts out and --to_step goes back to a batch: give one of the two.")
-    if given.delta_only and given.dtype not in (None, "float32"):
-        raise UserError(f"--dtype is {given.dtype}, and a delta is always float32: set --dtype in editlab apply.")
+    if given.delta_only:
+        require_delta_type(given.dtype)
     above_zero("revert", hold=given.hold)
     not_negative("revert", sample=given.sample)
     delta = read_patch(path)
@@ -100,25 +100,25 @@ def render(removal: Removal) -> str:
             for edit, gone, back in zip(removal.edits, removal.gone, removal.back, strict=True)
         ],
     )
+    before, after = removal.before, removal.after
     others = Table(
         ["others", "before", "after"],
         [
-            [f"accuracy of {removal.before.facts} other edits", _number(removal.before.accuracy),
-             _number(removal.after.accuracy)],
-            ["accuracy of their neighbors", _number(removal.before.neighbors), _number(removal.after.neighbors)],
+            [
+                f"accuracy of {before.facts} other edits",
+                three_decimals(before.accuracy),
+                three_decimals(after.accuracy),
+            ],
+            ["accuracy of their neighbors", three_decimals(before.neighbors), three_decimals(after.neighbors)],
         ],
         numbers=(1, 2),
-    )  # fmt: skip
+    )
     norms = ", ".join(f"{norm:.2g} (layer {layer})" for layer, norm in removal.update_norms.items())
     return f"{facts.to_text()}\n\n{others.to_text()}\n\n||removal|| / ||W||: {norms}"
 
 
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 COMMAND = Command(

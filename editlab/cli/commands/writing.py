@@ -177,6 +177,16 @@ def fill_delta_folder(folder: Path, delta: Delta) -> None:
     copy_permissions(folder / FILE, card)
 
 
+def require_delta_type(dtype: str | None) -> None:
+    """Check the setting ``--dtype`` of a verb that writes only a delta.
+
+    Raises:
+        UserError: It is another type than float32.
+    """
+    if dtype not in (None, "float32"):
+        raise UserError(f"--dtype is {dtype}, and a delta is always float32: set --dtype in editlab apply.")
+
+
 def new_folder(out: str, option: str = "--out") -> Path:
     """The absolute path of a folder that may be written.
 
