@@ -42,7 +42,7 @@ from editlab.solver.methods import MEMIT
 from editlab.solver.preservation import Preservation
 from editlab.values.loss import ValueGroup, rows_of
 from editlab.values.optimize import optimize_values
-from editlab.values.settings import ValueSettings
+from editlab.values.settings import PUBLISHED_SEARCH, ValueSettings
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-xl": ("GPT2Config", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
@@ -73,6 +73,7 @@ class Setting:
     contexts: list[str]
     site: Site
     values: ValueSettings
+    """the search of the published codes, which the plain way does"""
     options: argparse.Namespace
 
     @classmethod
@@ -84,7 +85,12 @@ class Setting:
         data.select(lambda facts: [True] * len(facts) if options.shape else prefers_truth(lm, facts))
         contexts = sample_contexts(lm, ContextSettings())
         site = Site.of(lm, options.layer)
-        return cls(lm, data.facts, contexts, site, ValueSettings(matmul=options.matmul), options)
+        return cls(lm, data.facts, contexts, site, ValueSettings(matmul=options.matmul, **PUBLISHED_SEARCH), options)
+
+    @property
+    def our_values(self) -> ValueSettings:
+        """The default search of this project."""
+        return ValueSettings(matmul=self.options.matmul)
 
     @property
     def groups(self) -> list[list[Fact]]:
@@ -110,9 +116,9 @@ def relative(plain: Tensor, ours: Tensor) -> float:
     return float((ours.cpu() - plain.cpu()).norm() / plain.norm())
 
 
-def values(s: Setting, **changes: Any) -> list[Round]:
-    """Values v* of a batch, ours with some settings changed; the difference is the excess of our mean final loss."""
-    settings = replace(s.values, **changes)
+def values(s: Setting, default: bool = False) -> list[Round]:
+    """Values v* of a batch, ours by the same or our default search; the difference is the excess of our mean loss."""
+    settings = s.our_values if default else s.values
 
     def plain(facts: list[Fact]) -> Tensor:
         return torch.stack([plain_value(s.lm, fact, s.site, s.contexts, s.values)[0] for fact in facts])
@@ -243,7 +249,7 @@ def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
 
 
 def whole(s: Setting) -> list[Round]:
-    """A sequential run with its evaluation; the difference is that of retained ES, in points."""
+    """A sequential run with its evaluation, ours by our default search; the difference is that of retained ES, in points."""
     names: dict[str, Any] = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
     c0 = second_moments(s.lm, [s.site.layer], MomentSettings(), s.options.language_model)[s.site.layer]
 
@@ -263,7 +269,7 @@ def whole(s: Setting) -> list[Round]:
 
     def ours() -> float:
         evaluation = EvaluationSettings(heldout_tokens=0, generation=0, bystanders=0, immediate="all")
-        editor = SequentialEditor(**names, method=MEMIT(LAMBDA), values=s.values, evaluation=evaluation)
+        editor = SequentialEditor(**names, method=MEMIT(LAMBDA), values=s.our_values, evaluation=evaluation)
         data = EditDataModule(s.options.path, limit=s.options.facts, batch_size=s.options.batch_size)
         with TemporaryDirectory() as folder:
             trainer = lightning.Trainer(
@@ -285,7 +291,7 @@ CASES: dict[str, tuple[str, Callable[[Setting], list[Round]]]] = {
     "values": ("fact", values),
     "products": ("fact", products),
     "early": ("fact", early),
-    "values_turns": ("fact", partial(values, contexts_a_step=2)),
+    "values_default": ("fact", partial(values, default=True)),
     "keys": ("fact", keys),
     "moments": ("token", moments),
     "solver": ("batch", solver),

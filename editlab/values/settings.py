@@ -15,8 +15,13 @@ from editlab.values.spread import RESIDUAL, SPREADS
 SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
 """Settings of ``values.source``."""
 
-DEFAULT_LR = {OPTIMIZE: 0.5, GRADIENT: 2.5e-3}
+DEFAULT_LR = {OPTIMIZE: 2.0, GRADIENT: 2.5e-3}
 """Source -> its default step size, chosen on facts of the dev split with SmolLM2-135M."""
+
+PUBLISHED_SEARCH: dict[str, Any] = {
+    "steps": 25, "lr": 0.5, "lr_end": 1.0, "betas": (0.9, 0.999), "contexts_a_step": None,
+}  # fmt: skip
+"""The search of ROME's and MEMIT's codes: every step runs all contexts, with Adam's usual decay rates."""
 
 ADDED_LATER = {
     "source": OPTIMIZE, "anchor_facts": 0, "kl_at": PROMPT, "spread": RESIDUAL, "contexts_a_step": None, "lr_end": 1.0,
@@ -30,15 +35,19 @@ OF_ANY_SOURCE = ("source", "lr", "batch_tokens", "matmul")
 
 @dataclass
 class ValueSettings:
-    """Settings of how values are found. The defaults were chosen by measurements on SmolLM2-135M."""
+    """Settings of how values are found.
+
+    The defaults were chosen by measurements on SmolLM2-135M; the presets in ``configs/models`` state their models' own.
+    """
 
     source: str = OPTIMIZE
     """``optimize``: a search for each fact; or ``gradient``: one forward and one backward pass for each fact
     (:mod:`editlab.values.gradient`), of whose settings only ``lr``, ``batch_tokens`` and ``matmul`` exist."""
-    steps: int = 25
+    steps: int = 22
     """Number of evaluations of the loss; the number of updates is one less."""
     lr: float | None = None
-    """Step size of Adam in the search (default: 0.5), or UltraEdit's eta for the gradient source (default: 0.0025)."""
+    """Step size of the search's first update (default: 2.0), or UltraEdit's eta for the gradient source (default:
+    0.0025)."""
     weight_decay: float = 1e-3
     """Weight of ||delta|| / ||v0||^2."""
     kl_factor: float = 0.0625
@@ -71,12 +80,12 @@ class ValueSettings:
     anchor_facts: int = 0
     """Number of the run's first facts whose values on the original weights give the norm that every value is rescaled
     to (NAS, :mod:`editlab.values.anchor`); 0: values are not rescaled. ``layers: auto`` tries layers without it."""
-    contexts_a_step: int | None = None
+    contexts_a_step: int | None = 2
     """Number of contexts whose prompts each evaluation of the loss runs; the contexts take turns, in their order, and
-    the loss that is compared with the threshold is the mean of each context's latest one. Default: all contexts."""
-    lr_end: float = 1.0
+    the loss that is compared with the threshold is the mean of each context's latest one. Null: all contexts."""
+    lr_end: float = 0.05
     """Step size of the last update as a fraction of the first one's; it falls linearly from the one to the other."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.5, 0.9)
     """Adam's decay rates: of the mean of the gradients, and of the mean of their squares. Lower ones forget sooner."""
 
     def __post_init__(self) -> None:

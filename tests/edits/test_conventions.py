@@ -20,7 +20,8 @@ from editlab.solver.bare_denominator import exact_at
 from editlab.solver.closed_form import Solution
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit
 from editlab.values.loss import rows_of
-from editlab.values.optimize import ValueSettings, optimize_values
+from editlab.values.optimize import optimize_values
+from editlab.values.settings import PUBLISHED_SEARCH, ValueSettings
 from editlab.values.spread import Targets, distinct
 from tests import published
 from tests.test_api import SMALL
@@ -39,7 +40,7 @@ RIDGE = 1e-14  # the codes add none to C0
 
 def settings(**changes):
     """Settings of the values that the transcription has too."""
-    return ValueSettings(matmul="float32", **{**SEARCH, **changes})
+    return ValueSettings(matmul="float32", **{**PUBLISHED_SEARCH, **SEARCH, **changes})
 
 
 def solver_of(lm, method, layers, c0, **changes):

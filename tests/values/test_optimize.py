@@ -1,5 +1,7 @@
 """The batched values against the plain oracle (one fact at a time, whole model, whole prompt, full logits)."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from editlab.keys.subject_keys import Site
 from editlab.lm.language_model import LanguageModel
 from editlab.values import optimize as values
 from editlab.values.optimize import optimize_values, turns_of
-from editlab.values.settings import DEFAULT_LR, ValueSettings
+from editlab.values.settings import DEFAULT_LR, PUBLISHED_SEARCH, ValueSettings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FACTS = [
@@ -31,8 +33,8 @@ def make(family, *, bos=False, layer=1):
 
 
 def exact(**settings):
-    """Settings whose products are float32 on every machine, as the oracle's are."""
-    return ValueSettings(matmul="float32", **settings)
+    """The published search, with products that are float32 on every machine, as the oracle's are."""
+    return ValueSettings(**{"matmul": "float32", **PUBLISHED_SEARCH, **settings})
 
 
 def check(lm, site, settings):
@@ -65,6 +67,7 @@ def test_equal_with_contexts_that_take_turns(settings):
 
 
 @pytest.mark.parametrize("settings", [
+    {**asdict(ValueSettings()), "matmul": "float32"},  # the defaults
     {"steps": 8, "lr_end": 0.1},
     {"steps": 12, "lr_end": 0.2, "betas": (0.5, 0.9), "contexts_a_step": 2, "loss_threshold": 4.0},
 ])  # fmt: skip
@@ -91,7 +94,8 @@ def test_adam_by_hand_with_a_step_size_that_falls():
 
 
 def test_contexts_of_turns_are_all_of_them_where_a_step_has_room():
-    assert turns_of(6, ValueSettings()) == turns_of(6, ValueSettings(contexts_a_step=9)) == [range(6)]
+    every = ValueSettings(contexts_a_step=None)
+    assert turns_of(6, every) == turns_of(6, ValueSettings(contexts_a_step=9)) == [range(6)]
     assert [list(turn) for turn in turns_of(5, ValueSettings(contexts_a_step=2))] == [[0, 3], [1, 4], [2]]
 
 
@@ -103,7 +107,7 @@ def test_turns_errors():
 
 
 def test_default_step_sizes():
-    assert ValueSettings().step_size == 0.5
+    assert ValueSettings().step_size == DEFAULT_LR["optimize"]
     assert ValueSettings(source="gradient").step_size == DEFAULT_LR["gradient"]
     assert ValueSettings(source="gradient", lr=0.1).step_size == 0.1
 
@@ -176,11 +180,11 @@ def test_bfloat16_products_reach_the_same_loss(family):
     lm, site = make(family)
     settings = {"steps": 6, "lr": 0.1, "clamp": 2.0}
     plain = optimize_values(lm, FACTS, site, CONTEXTS, exact(**settings))
-    rounded = optimize_values(lm, FACTS, site, CONTEXTS, ValueSettings(matmul="bfloat16", **settings))
+    rounded = optimize_values(lm, FACTS, site, CONTEXTS, exact(**settings | {"matmul": "bfloat16"}))
     # 8 significant bits against the loss's float32: 1% is what the benchmark promises on the real model.
     assert torch.allclose(rounded.loss, plain.loss, rtol=0.01)
     assert not torch.equal(rounded.loss, plain.loss)
-    nothing = optimize_values(lm, FACTS, site, CONTEXTS, ValueSettings(matmul="bfloat16", steps=1))
+    nothing = optimize_values(lm, FACTS, site, CONTEXTS, exact(matmul="bfloat16", steps=1))
     # v0 is read below the blocks that round, so a value that was not moved is exact.
     assert torch.equal(nothing.target, optimize_values(lm, FACTS, site, CONTEXTS, exact(steps=1)).target)
 
