@@ -249,7 +249,7 @@ def evaluation(s: Setting, matmul: str = "float32") -> list[Round]:
 
 
 def whole(s: Setting) -> list[Round]:
-    """A sequential run with its evaluation, ours by our default search; the difference is that of retained ES, in points."""
+    """A sequential run with its evaluation, ours by the default search; the difference is retained ES, in points."""
     names: dict[str, Any] = {"language_model": s.options.language_model, "layers": [s.site.layer], "keys": "mean"}
     c0 = second_moments(s.lm, [s.site.layer], MomentSettings(), s.options.language_model)[s.site.layer]
 
