@@ -15,12 +15,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from callbacks.lora.draws import draw_edits, known_edits, stored_edits
 from callbacks.lora.guard import Adjustment, Guard
 from callbacks.lora.objective import (
     WINDOW,
     Objective,
     distributions,
-    draw_edits,
     loss_weights,
     prompt_rows,
     short_windows,
@@ -72,6 +72,8 @@ class LoRAAdjust(EditCallback):
         lr: learning rate of AdamW at the first step; it falls linearly to 0 within an adjustment.
         batch_size: number of edit prompts in each step, and of other prompts.
         replayed: number of earlier edits drawn for an adjustment, in addition to those since the last one.
+        only_stored: draw earlier edits, to train on and for the guard, only from those that ``MemoryReplay`` stores: an
+            adjustment sees no edit that the run would not still have.
         weights: weights of the losses ``edits``, ``before`` and ``unedited``; default: 1, 2 and 0.
         text: text whose likelihood should not change: ``self`` (sampled from the unedited model) or a text file.
         text_tokens: number of its tokens; half of them are held out for the guard.
@@ -104,6 +106,7 @@ class LoRAAdjust(EditCallback):
         lr: float = 4e-3,
         batch_size: int = 32,
         replayed: int = 128,
+        only_stored: bool = False,
         weights: dict[str, float] | None = None,
         text: str = "self",
         text_tokens: int = 2048,
@@ -133,6 +136,7 @@ class LoRAAdjust(EditCallback):
         self.every_n_batches, self.at_end = every_n_batches, at_end
         self.training = Training(steps, lr, batch_size)
         self.replayed, self.probes, self.tolerance = replayed, probes, tolerance
+        self.only_stored = only_stored
         self.weights = loss_weights(f"{where}.weights", weights or {})
         self.text, self.text_tokens, self.prompts = text, text_tokens, prompts
         self.matmul, self.mode, self.seed = matmul, mode, seed
@@ -152,6 +156,8 @@ class LoRAAdjust(EditCallback):
         editor = pl_module
         assert isinstance(editor, SequentialEditor)
         self.require_settings(editor)
+        if self.only_stored:
+            stored_edits(trainer.callbacks)  # type: ignore[attr-defined]
         # Opened here, because a resumed run that was finished never starts its training.
         self._events = EventLog(run_folder(trainer) / EVENTS)
         self._unfinished = run_folder(trainer) / UNFINISHED
@@ -233,7 +239,8 @@ class LoRAAdjust(EditCallback):
         if not (due or (self.at_end and trainer.is_last_batch)):
             return
         draw = random.Random(f"{self.seed}:{step}")
-        trained, held_out = self._draw(editor, draw)
+        edits = known_edits(editor, self.last, self.only_stored)
+        trained, held_out = draw_edits(edits, self.replayed, self.probes, draw)
         if not trained or (self.probes and not held_out):
             log.info("Batch %d: no LoRA adjustment, as there are too few edits", step)
             return
@@ -245,12 +252,6 @@ class LoRAAdjust(EditCallback):
             outcome.before_adjustment = before
         self.last = step
         self._record(trainer, editor, outcome, done)
-
-    def _draw(self, editor: SequentialEditor, draw: random.Random) -> tuple[list[Fact], list[Fact]]:
-        """Edits to train on (those since the last adjustment, and some earlier ones), and held-out edits."""
-        batches = {entry.fact.slot: entry.batch for entry in editor.ledger if entry.kept}
-        recent = [batches[fact.slot] > self.last for fact in editor.edited_facts]
-        return draw_edits(editor.edited_facts, recent, self.replayed, self.probes, draw)
 
     def _adjust(
         self,

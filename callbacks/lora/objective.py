@@ -5,7 +5,6 @@ This module knows neither the callback nor PEFT, only a model and rows of tokens
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -157,23 +156,3 @@ class Objective:
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the parts."""
         return sum((self.weights[name] * part for name, part in parts.items()), torch.zeros(()))
-
-
-def draw_edits(
-    edits: Sequence[Fact], recent: Sequence[bool], replayed: int, probes: int, draw: random.Random
-) -> tuple[list[Fact], list[Fact]]:
-    """Draws edits to train on, and held-out edits for the guard: at most a quarter of all, and none of a single edit.
-
-    Args:
-        edits: all edits that are in the weights.
-        recent: for each, whether it was made since the last adjustment; all such edits are trained on.
-        replayed: number of earlier edits to train on.
-        probes: largest number of held-out edits.
-        draw: generator of the draws.
-    """
-    count = min(probes, -(-len(edits) // 4)) if len(edits) > 1 else 0
-    held_out = set(draw.sample(range(len(edits)), count))
-    rest = [(fact, new) for i, (fact, new) in enumerate(zip(edits, recent, strict=True)) if i not in held_out]
-    earlier = [fact for fact, new in rest if not new]
-    drawn = draw.sample(earlier, min(replayed, len(earlier)))
-    return [fact for fact, new in rest if new] + drawn, [edits[i] for i in sorted(held_out)]

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.api.inputs import check, check_run, facts_of, plain_model
+from editlab.api.recorded import recorded_settings
 from editlab.api.result import EditResult, changed_layers, take_out
 from editlab.api.surroundings import as_it_was, environment, root_folder
 from editlab.data import EditDataModule, Fact
@@ -224,4 +225,5 @@ def _edited(
     kept = editor.edited_facts
     gone = [fact for fact in data.facts if fact not in kept]
     place = None if folder is None else run.path
-    return EditResult(kept, gone, summary, editor, place, logger.rows, outcomes, events)
+    settings = recorded_settings(editor, data.joint, callbacks)
+    return EditResult(kept, gone, summary, editor, place, logger.rows, outcomes, events, settings)

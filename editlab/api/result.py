@@ -43,6 +43,8 @@ class EditResult(RunFrames):
     """the content of :attr:`outcomes`, a dict for each edit"""
     event_rows: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
     """the content of :attr:`events`, a dict for each event"""
+    settings: str = field(default="", repr=False)
+    """the settings of the call as a recipe in YAML, which :meth:`delta` keeps"""
 
     def revert(self) -> None:
         """Removes the edits of this call from the model; those of later calls stay.
@@ -61,7 +63,7 @@ class EditResult(RunFrames):
 
     def delta(self) -> Delta:
         """The sums of updates of this call, which :meth:`~editlab.runs.delta.Delta.save` writes as a patch."""
-        return Delta.of_run(self.editor, self.summary)
+        return Delta.of_run(self.editor, self.summary, self.settings)
 
     def _curve(self) -> Mapping[int, Mapping[str, float]]:
         return self.curve_rows

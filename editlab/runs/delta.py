@@ -104,12 +104,13 @@ class Delta:
         return cls(saved["language_model"], saved["weights"], dtype, saved["layers"], totals, history)
 
     @classmethod
-    def of_run(cls, model: MeasuredModel, summary: Mapping[str, Any]) -> Delta:
+    def of_run(cls, model: MeasuredModel, summary: Mapping[str, Any], settings: str = "") -> Delta:
         """Return the delta of a finished run that is still in memory.
 
         Args:
             model: the edited model, with its ledger.
             summary: the run's summary.
+            settings: the run's settings (:attr:`History.settings <editlab.runs.history.History>`).
 
         Raises:
             UserError: A sum holds NaN or infinity.
@@ -119,7 +120,7 @@ class Delta:
         totals = {path: layer.total.detach().cpu().clone() for path, layer in changed.items()}
         _require_finite(totals, "this run")
         adapted = sum(layer.adapter is not None for layer in model.changed_layers)
-        history = History.of_run(model.ledger, summary, adapted)
+        history = History.of_run(model.ledger, summary, adapted, settings)
         dtype = model.lm.model.dtype
         return cls(model.language_model, model.fingerprint, dtype, model.layer_numbers, totals, history)
 

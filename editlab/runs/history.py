@@ -120,18 +120,19 @@ class History:
         )
 
     @classmethod
-    def of_run(cls, ledger: Ledger, summary: Mapping[str, Any], adapted: int = 0) -> History:
+    def of_run(cls, ledger: Ledger, summary: Mapping[str, Any], adapted: int = 0, settings: str = "") -> History:
         """The history of a finished run that is still in memory.
 
         Args:
             ledger: its edits.
             summary: the run's summary.
             adapted: number of modules with a separate adapter.
+            settings: sections of the run's recipe, in YAML.
         """
         metrics = {name: value if math.isfinite(value) else None for name, value in summary["metrics"].items()}
         return cls(
             summary["batches"], adapted, tuple(_of_ledger(ledger)), metrics, summary["recipe"], summary["seed"],
-            summary["versions"],
+            summary["versions"], settings,
         )  # fmt: skip
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import callbacks.lora.callback
 from callbacks import LoRAAdjust, MemoryReplay, TrustRollback
 from callbacks.lora.callback import EVENTS, UNFINISHED
+from callbacks.lora.draws import draw_edits, known_edits
 from callbacks.lora.guard import Health
 from callbacks.lora.objective import Objective
 from editlab.callback import EditCallback
@@ -276,12 +277,13 @@ def test_fewer_prompts_than_requested_are_logged(tiny_folder, tmp_path, caplog):
 def test_held_out_edits_are_not_trained_on(tiny_folder, tmp_path):
     module, lora, _ = run(tmp_path, tiny_folder, limit=10)
     lora.last = 2
-    trained, held_out = lora._draw(module, random.Random(0))
+    edits = known_edits(module, lora.last, only_stored=False)
+    trained, held_out = draw_edits(edits, lora.replayed, lora.probes, random.Random(0))
     assert len(held_out) == 3  # a quarter of ten, rounded up
     assert not {fact.slot for fact in trained} & {fact.slot for fact in held_out}
     assert len(trained) == 7  # replayed is more than there are
     lora.replayed = 1
-    trained, _ = lora._draw(module, random.Random(0))
+    trained, _ = draw_edits(edits, lora.replayed, lora.probes, random.Random(0))
     batches = {entry.fact.slot: entry.batch for entry in module.ledger}
     assert sum(batches[fact.slot] <= 2 for fact in trained) == 1
 

@@ -72,6 +72,15 @@ def test_a_patch_and_a_model_are_those_of_edit_model(place, capsys):
     assert all(torch.equal(layer.total, one) for layer, one in zip(result.editor.layers, totals.values(), strict=True))
 
 
+def test_one_fact_is_taken_out_of_a_patch_of_several(place, capsys):
+    assert run("-", "--delta", "several", given=LINES) == 0
+    france = "France|The capital of {} is"
+    assert main(["revert", "several", "--facts", france, "--out", "fewer", "--delta-only"]) == 0
+    assert "taken out" in capsys.readouterr().out
+    fates = {edit.subject: edit.fate for edit in Delta.load(place / "fewer").history.edits}
+    assert fates == {"France": "removed", "Oslo": "kept"}
+
+
 def test_a_patch_and_a_model_by_itself_are_asked(place, capsys):
     if not (place / "patch").exists():
         assert run("-", "--delta", "patch", given=LINES) == run("-", "--out", "edited", given=LINES) == 0
