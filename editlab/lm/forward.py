@@ -6,6 +6,7 @@ are skipped for the duration of the call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -47,6 +48,20 @@ def cache_of(key_values: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     for number, (keys, values) in enumerate(key_values):
         cache.update(keys, values, number)
     return cache
+
+
+def with_cache(model: nn.Module, cache: DynamicCache | None) -> dict[str, Any]:
+    """Return the arguments with which a call of ``model`` reads and extends a KV cache; None lets it begin one.
+
+    The argument is called ``cache`` from transformers 5.24 on, and ``past_key_values`` in earlier versions.
+    """
+    new_name = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if new_name else "past_key_values": cache, "use_cache": True}
+
+
+def cache_in(output: Any) -> Any:
+    """Return the KV cache in a model's output, by either of its names (:func:`with_cache`)."""
+    return output.cache if "cache" in output else output.past_key_values
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.errors import NonFiniteError, UserError
 from editlab.lm.anatomy import context_length
+from editlab.lm.forward import cache_in, with_cache
 from editlab.lm.joints import boundary
 from editlab.lm.placement import runs_on
 from editlab.lm.together import continue_together
@@ -85,8 +86,8 @@ def continue_rows(
     cache: Any = None
     steps: list[Tensor] = []
     for _ in range(new_tokens):
-        out = model(input_ids=fed, past_key_values=cache, use_cache=True, **keep)
-        cache = out.past_key_values
+        out = model(input_ids=fed, **with_cache(model, cache), **keep)
+        cache = cache_in(out)
         logits = out.logits[:, -1].to(device=device, dtype=torch.float32, copy=True)
         if not stop:
             logits[:, banned] = -torch.inf

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from editlab.lm.forward import cache_of
+from editlab.lm.forward import cache_of, with_cache
 from editlab.lm.precision import rounding
 from editlab.lm.prefix_cache import PrefixCache, read_prefixes
 from editlab.lm.quantized import is_quantized
@@ -86,9 +86,8 @@ class Padded:
         """See :class:`Rows`."""
         if not self.prefix.layers:
             return self.lm.run(self.ids, self.mask, self.positions)
-        return self.lm.run(
-            self.ids, self.mask, self.positions, past_key_values=cache_of(self.prefix.layers), use_cache=True
-        )
+        cache = cache_of(self.prefix.layers)
+        return self.lm.run(self.ids, self.mask, self.positions, **with_cache(self.lm.model, cache))
 
 
 class InOneRow(ABC):

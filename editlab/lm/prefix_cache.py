@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from editlab.lm.forward import KeyValues, cache_of, key_values_of, logits_only_at
+from editlab.lm.forward import KeyValues, cache_of, key_values_of, logits_only_at, with_cache
 from editlab.lm.runner import ModelRunner
 from editlab.lm.tokens import common_start, pad
 
@@ -54,7 +54,7 @@ def extend_prefix(lm: ModelRunner, rows: Sequence[Sequence[int]], prefix: Prefix
     cache = cache_of(prefix.layers)
     zero = torch.zeros(1, dtype=torch.long, device=lm.device)
     with logits_only_at(lm.anatomy.head, zero, zero):
-        lm.run(ids, seen, positions, past_key_values=cache, use_cache=True)
+        lm.run(ids, seen, positions, **with_cache(lm.model, cache))
     return PrefixCache(key_values_of(cache), whole)
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editlab.errors import UserError
-from editlab.lm.forward import cache_of, key_values_of
+from editlab.lm.forward import cache_of, key_values_of, with_cache
 from editlab.lm.placement import runs_on
 
 LinearMap = nn.Linear | Conv1D
@@ -105,9 +105,9 @@ def keeps_only_kv_cache(model: PreTrainedModel) -> bool:
     with torch.no_grad(), _evaluating(model):
         whole = model(input_ids=ids, use_cache=False).logits[0, -1].float()
         try:
-            model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :-1], **with_cache(model, cache))
             first_part = cache_of(key_values_of(cache))
-            parts = model(input_ids=ids[:, -1:], past_key_values=first_part, use_cache=True).logits[0, -1].float()
+            parts = model(input_ids=ids[:, -1:], **with_cache(model, first_part)).logits[0, -1].float()
         except (TypeError, ValueError, LookupError, AttributeError):  # the model does not support such a cache
             return False
     return bool((parts - whole).norm() < _SAME_LOGITS * (whole - whole.mean()).norm())

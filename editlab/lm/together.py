@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from editlab.distributed import ranks
+from editlab.lm.forward import cache_in, with_cache
 from editlab.lm.memory import by_halves
 from editlab.lm.placement import runs_on
 
@@ -73,8 +74,8 @@ def _continued(
     fed = [list(prompts[index][:at]) for index in rows]
     cache: Any = None
     while rows:
-        out = model(input_ids=torch.tensor(fed, device=device), past_key_values=cache, use_cache=True, **keep)
-        cache = out.past_key_values
+        out = model(input_ids=torch.tensor(fed, device=device), **with_cache(model, cache), **keep)
+        cache = cache_in(out)
         likely = out.logits[:, -1].float().argmax(1).tolist()
         going: list[int] = []  # indices within the batch
         for number, (index, token) in enumerate(zip(rows, likely, strict=True)):

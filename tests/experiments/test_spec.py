@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from editlab.cli.validation import validate
 from editlab.errors import UserError
 from editlab.experiments.plan import Options, cases
 from editlab.experiments.spec import load_experiment
@@ -21,6 +22,25 @@ def test_committed_experiments_are_valid(file):
     assert experiment.question.endswith("?")
     assert experiment.quick is not None
     assert cases(experiment, Options(), 1)
+
+
+def kinds(experiment):
+    """One case for each set of settings and callbacks that cases have; they differ in numbers alone."""
+    found = {}
+    for case in cases(experiment, Options(), 1):
+        classes = [one["class_path"] for one in case.callbacks]
+        found.setdefault(str((sorted(case.flags), case.labels.get("method"), classes)), case)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_kind_of_case_is_a_recipe_that_fit_accepts(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    experiment = load_experiment(file)
+    for case in kinds(experiment):
+        _, _, recipe, *settings = case.arguments(experiment.recipe, 1, tmp_path)
+        there = ["--data.path=worldfacts", "--model.moments.text=self", "--model.evaluation.heldout=builtin"]
+        assert " facts of worldfacts" in validate([recipe], [*settings, *there]), case.name
 
 
 def load(folder, text, recipe=True):

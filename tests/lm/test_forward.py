@@ -6,9 +6,19 @@ import functools
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from editlab.lm.forward import adding, hidden_of, logits_only_at, reading, replace_hidden, starting_at
+from editlab.lm.forward import (
+    adding,
+    cache_in,
+    hidden_of,
+    logits_only_at,
+    reading,
+    replace_hidden,
+    starting_at,
+    with_cache,
+)
 from editlab.lm.language_model import LanguageModel
 from editlab.lm.tokens import pad
 from tests.lm.conftest import lm_of
@@ -288,3 +298,28 @@ def test_hidden_of_and_replace_hidden_take_both_kinds_of_output():
     assert hidden_of((a, rest)) is a
     assert replace_hidden(a, b) is b
     assert replace_hidden((a, rest), b) == (b, rest)
+
+
+class _Named(nn.Module):
+    """A model whose forward calls the KV cache by one of its two names."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name == "cache":
+            self.forward = lambda input_ids, cache=None, use_cache=None: {"cache": cache}  # type: ignore[method-assign]
+        else:
+            self.forward = lambda input_ids, past_key_values=None, use_cache=None: past_key_values  # type: ignore
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it(name):
+    model, cache = _Named(name), object()
+    assert with_cache(model, cache) == {name: cache, "use_cache": True}
+    model(input_ids=IDS, **with_cache(model, cache))  # it takes the argument
+
+
+def test_a_cache_is_read_from_an_output_by_either_name():
+    old = transformers.modeling_outputs.ModelOutput({"past_key_values": (1, 2)})
+    assert cache_in(old) == (1, 2)
+    new = transformers.modeling_outputs.ModelOutput({"cache": (3, 4)})
+    assert cache_in(new) == (3, 4)

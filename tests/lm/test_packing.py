@@ -30,7 +30,7 @@ def alone(lm, rows):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_every_family_gives_the_logits_of_separate_rows(family):
     lm = make(family)
-    assert lm.packs is (family in PLAIN)
+    assert lm.packs or family not in PLAIN  # newer transformers give more families standard attention
     layout = lay_out(lm, TAILS, read_prefixes(lm, [[prefix] for prefix in PREFIXES]))
     assert isinstance(layout, Packed if lm.packs else Padded)
     assert torch.allclose(layout.run().logits[layout.locate(*INDICES)], alone(lm, range(4)), atol=1e-5)
