@@ -270,6 +270,8 @@ def selected(facts: Mapping[str, Any]) -> list[str]:
         if name in facts:
             of = f"{facts[name]} of the {facts['checked']} facts of {facts['path']}{half} that were checked"
             lines.append(f"the unedited model {verb} {of} ({facts[name] / facts['checked']:.1%})")
+            if facts[name] < facts["checked"] == facts.get("facts"):
+                lines.append("the others are not edited: --data.keep all edits every fact")
     if facts.get("neighbors_left_out"):
         lines.append(
             f"NS leaves out {facts['neighbors_left_out']} of {facts['neighbors']} neighbors, whose subjects are edited"

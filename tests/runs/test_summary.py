@@ -106,6 +106,9 @@ def test_the_selection_in_words():
         "the unedited model prefers the truth of 6 of the 8 facts of f.json (dev half) that were checked (75.0%)",
         "NS leaves out 3 of 40 neighbors, whose subjects are edited",
     ]
+    own = {"path": "my.csv", "split": "all", "facts": 5, "checked": 5, "preferred": 4}
+    assert selected(own)[1] == "the others are not edited: --data.keep all edits every fact"
+    assert len(selected({**own, "preferred": 5})) == len(selected({**own, "facts": 9})) == 1
     assert selected({}) == selected({"path": "f.json", "keep": "all", "split": "all", "neighbors_left_out": 0}) == []
 
 

@@ -19,8 +19,8 @@ from editlab.cli.commands.writing import (
 )
 from editlab.errors import UserError
 from editlab.lm.save import SHARD
-from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import FILE, Delta
+from editlab.runs.patched_model import read_patch
 from editlab.utils.files import atomic_folder
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ FORMATS = ("folder", "gguf")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    add_checkpoint_arguments(parser)
+    add_checkpoint_arguments(parser, ", or a patch")
     add_writing_arguments(parser)
     parser.add_argument(
         "--format",
@@ -46,7 +46,7 @@ def _export(given: Namespace) -> None:
     if given.format == "gguf" and (given.delta_only or given.max_shard_size != SHARD):
         extra = "--delta-only" if given.delta_only else "--max_shard_size"
         raise UserError(f"--format gguf writes the whole model as one file: leave {extra} out.")
-    delta = Delta.from_checkpoint(find_checkpoint(given.ckpt_path))
+    delta = read_patch(given.ckpt_path)
     if given.format == "gguf":
         writing.gguf(delta, given.model)
     elif not given.delta_only:

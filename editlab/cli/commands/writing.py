@@ -34,10 +34,12 @@ _PROMPTS = 4
 """Prompts of edits on which a GGUF file and its model must agree."""
 
 
-def add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    """Adds the arguments that name an edited model."""
+def add_checkpoint_arguments(parser: ArgumentParser, others: str = "") -> None:
+    """Adds the arguments that name an edited model; ``others``: what may be named apart from a run's checkpoint."""
     parser.add_argument(
-        "--ckpt_path", required=True, help="A checkpoint, or a run's folder, which means its checkpoints/last.ckpt."
+        "--ckpt_path",
+        required=True,
+        help=f"A checkpoint, or a run's folder, which means its checkpoints/last.ckpt{others}.",
     )
     parser.add_argument("--model", help="Name or path of the base model, if it has moved since the run.")
 

@@ -199,6 +199,17 @@ def test_one_patch_alone_is_what_export_writes(runs, pair, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "whole")
 
 
+def test_a_patch_is_exported_as_a_run_is(runs, pair, tmp_path):
+    """Of the patch that ``revert --facts --delta-only`` wrote, and of the delta inside a model's folder."""
+    assert editlab("export", "--model", runs("llama").base, "--ckpt_path", pair / "a", "--out", tmp_path / "one") == 0
+    assert editlab("apply", "--model", runs("llama").base, pair / "a", "--out", tmp_path / "other") == 0
+    assert same_bits(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    assert editlab("revert", runs("llama").folder, "--facts", JAPAN, "--out", tmp_path / "without") == 0
+    again = ["--ckpt_path", tmp_path / "without", "--out", tmp_path / "again"]
+    assert editlab("export", "--model", runs("llama").base, *again) == 0
+    assert same_bits(weights(tmp_path / "again"), weights(tmp_path / "without"))
+
+
 def test_patches_that_contradict_are_refused_or_the_last_one_wins(runs, pair, tmp_path, capsys):
     first = read_patch(str(pair / "a"))
     edits = tuple(replace(e, target_new="Rome") if i == 1 else e for i, e in enumerate(first.history.edits))
