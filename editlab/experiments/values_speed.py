@@ -29,9 +29,11 @@ from editlab.values.settings import PUBLISHED_SEARCH, ValueSettings
 LAYERS = (2, 3, 4, 5, 6)
 """The layers of configs/emmet_replay.yaml; values are found at the last one."""
 
-METRICS = ("ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
+METRICS = (
+    "ES", "accuracy", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy", "bystander_accuracy", "perplexity",
+)  # fmt: skip
 
-FALLING: dict[str, Any] = {"lr": 2.0, "lr_end": 0.05, "betas": (0.5, 0.9), "steps": 22, "contexts_a_step": None}
+FALLING: dict[str, Any] = {"lr": 1.4, "lr_end": 0.05, "betas": (0.5, 0.9), "steps": 22, "contexts_a_step": None}
 """Adam with larger steps that fall, and averages that forget sooner, for fewer steps at the same loss."""
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -41,6 +43,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "one context a step": {**PUBLISHED_SEARCH, "contexts_a_step": 1},
     "falling steps": FALLING,
     "falling steps, two contexts a step": {**FALLING, "contexts_a_step": 2},
+    "falling steps from 2.0, two contexts a step": {**FALLING, "lr": 2.0, "contexts_a_step": 2},
+    "falling steps from 1.0, two contexts a step": {**FALLING, "lr": 1.0, "contexts_a_step": 2},
     "early_stop 2": {**PUBLISHED_SEARCH, "early_stop": 2},
     "early_stop 2, two contexts a step": {**PUBLISHED_SEARCH, "early_stop": 2, "contexts_a_step": 2},
 }
@@ -93,13 +97,14 @@ def measure(
     for way in ways:
         targets, first = torch.cat(found[way].targets), found[ways[0]].seconds
         ratios = [a / b for a, b in zip(first, found[way].seconds, strict=True)]
-        losses, hits = losses_of(lm, facts, site, contexts, settings[way], targets)
+        losses, hits, distances = losses_of(lm, facts, site, contexts, settings[way], targets)
         against_plain = [a / b for a, b in zip(plainly, found[way].seconds, strict=plain > 0)]
         rows.append({
             "way": way, "facts": len(facts), "steps": f"{float(torch.cat(found[way].steps).double().mean()):.2f}",
             "cpu_seconds": f"{statistics.median(found[way].seconds):.3f}", "ratio": f"{statistics.median(ratios):.2f}",
             "lowest": f"{min(ratios):.2f}", "highest": f"{max(ratios):.2f}", "loss": f"{float(losses.mean()):.4f}",
-            "hits": f"{float(hits.double().mean()):.3f}", **scores_after(lm, facts, site, settings[way], targets),
+            "hits": f"{float(hits.double().mean()):.3f}", "distance": f"{float(distances.double().mean()):.3f}",
+            **scores_after(lm, facts, site, settings[way], targets),
             **({"times_plain": f"{statistics.median(against_plain):.1f}"} if plain else {}),
         })  # fmt: skip
     return rows
@@ -122,9 +127,13 @@ def losses_of(
     settings: ValueSettings,
     targets: Tensor,
     together: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """The loss of each fact's value over all contexts, [n], and whether the target is the argmax in each, [n]."""
-    losses, hits = [], []
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each fact's value its loss over all contexts, whether the target is the argmax in each, and how far it lies.
+
+    Returns:
+        [n] in nats, bool [n], and [n]: the distance from v0 in units of its norm.
+    """
+    losses, hits, distances = [], [], []
     with products_above(lm, site.layer, settings.matmul, head=True):
         for start in range(0, len(facts), together):
             some = facts[start : start + together]
@@ -136,7 +145,8 @@ def losses_of(
             loss, hit = loss_of(group, delta, group.origin.norm(dim=1), settings)
             losses.append(loss.cpu())
             hits.append(hit.cpu())
-    return torch.cat(losses), torch.cat(hits)
+            distances.append((delta.norm(dim=1) / group.origin.norm(dim=1)).cpu())
+    return torch.cat(losses), torch.cat(hits), torch.cat(distances)
 
 
 def scores_after(
@@ -146,7 +156,7 @@ def scores_after(
     contexts = sample_contexts(lm, ContextSettings())
     cache = ValueCache.of(lm, model_key(fingerprint(lm.model), lm.model), site, contexts, settings)
     cache.fetch(facts, lambda missing: targets[[facts.index(fact) for fact in missing]])
-    evaluation = EvaluationSettings(heldout_tokens=0, generated_texts=0, generation=0, bystanders=0, immediate="edits")
+    evaluation = EvaluationSettings(heldout_tokens=8192, generated_texts=0, generation=0, immediate="edits")
     _, result = edit_model(
         lm.model, lm.tokenizer, facts, layers=LAYERS, batch_size=len(facts), progress=False, values=settings,
         method=EMMET(covariance_weight=3000, gram_ridge=0.1), preserve_prompt_tokens=1.0, evaluation=evaluation,

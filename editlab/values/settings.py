@@ -15,7 +15,7 @@ from editlab.values.spread import RESIDUAL, SPREADS
 SOURCES = (OPTIMIZE, GRADIENT) = ("optimize", "gradient")
 """Settings of ``values.source``."""
 
-DEFAULT_LR = {OPTIMIZE: 2.0, GRADIENT: 2.5e-3}
+DEFAULT_LR = {OPTIMIZE: 1.4, GRADIENT: 2.5e-3}
 """Source -> its default step size, chosen on facts of the dev split with SmolLM2-135M."""
 
 PUBLISHED_SEARCH: dict[str, Any] = {
@@ -46,7 +46,7 @@ class ValueSettings:
     steps: int = 22
     """Number of evaluations of the loss; the number of updates is one less."""
     lr: float | None = None
-    """Step size of the search's first update (default: 2.0), or UltraEdit's eta for the gradient source (default:
+    """Step size of the search's first update (default: 1.4), or UltraEdit's eta for the gradient source (default:
     0.0025)."""
     weight_decay: float = 1e-3
     """Weight of ||delta|| / ||v0||^2."""

@@ -22,7 +22,7 @@ def lm():
 def test_losses_are_those_of_the_optimization_where_all_contexts_run(lm):
     site, settings = Site.of(lm, 1), ValueSettings(steps=4, lr=0.1, clamp=2.0, matmul="float32")
     values = optimize_values(lm, FACTS[:3], site, CONTEXTS, settings)
-    losses, hits = values_speed.losses_of(lm, FACTS[:3], site, CONTEXTS, settings, values.target, together=2)
+    losses, hits, distances = values_speed.losses_of(lm, FACTS[:3], site, CONTEXTS, settings, values.target, together=2)
     torch.testing.assert_close(losses, values.loss, rtol=1e-4, atol=1e-5)
     assert (hits.shape, hits.dtype) == ((3,), torch.bool)
 
