@@ -5,6 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
+
+from editlab.utils.version import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,3 +43,8 @@ def test_every_package_is_in_the_wheel(setup):
     files = [path for name in ("editlab", "callbacks") for path in (ROOT / name).rglob("__init__.py")]
     names = {".".join(path.parent.relative_to(ROOT).parts) for path in files}
     assert set(setup["packages"]) - {"editlab.configs"} == names
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__

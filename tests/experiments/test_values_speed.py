@@ -1,5 +1,7 @@
 """The comparison of ways to find values, with the solve left out, on a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,6 +27,9 @@ def test_losses_are_those_of_the_optimization_where_all_contexts_run(lm):
     losses, hits, distances = values_speed.losses_of(lm, FACTS[:3], site, CONTEXTS, settings, values.target, together=2)
     torch.testing.assert_close(losses, values.loss, rtol=1e-4, atol=1e-5)
     assert (hits.shape, hits.dtype) == ((3,), torch.bool)
+    start = optimize_values(lm, FACTS[:3], site, CONTEXTS, replace(settings, steps=1)).target  # no update: v0
+    expected = (values.target - start).norm(dim=1) / start.norm(dim=1)
+    torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_for_each_way(lm, monkeypatch):
