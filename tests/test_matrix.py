@@ -20,7 +20,7 @@ from editlab.keys.moments import MomentSettings
 from editlab.solver.methods import EMMET, MEMIT, ROME, AlphaEdit, BetaEdit, UltraEdit
 from editlab.solver.post_steps import PRUNE, RECT, REVIVE, SPHERE
 from editlab.training.methods import FineTune, LoRAOnly
-from editlab.values.optimize import ValueSettings
+from editlab.values.settings import PUBLISHED_SEARCH, ValueSettings
 from tests.facts import FACTS
 from tests.harness import stand_in
 from tests.lm.test_anatomy import EXPECTED
@@ -158,7 +158,7 @@ def test_a_post_step_sees_the_weight_in_mathematical_orientation():
 @pytest.mark.parametrize("method", METHODS)
 def test_facts_are_learnt_by_every_method(method):
     """One fact a step at one layer: equality makes each new target likelier than the truth, the others gain on it."""
-    values = ValueSettings(steps=25, lr=0.5, clamp=10.0)
+    values = ValueSettings(**PUBLISHED_SEARCH | {"clamp": 10.0})
     settings = {**SMALL, "layers": [2], "batch_size": 1, "values": values, "method": METHODS[method]}
     _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), FACTS[:4], **settings)
     metrics = result.summary["metrics"]
