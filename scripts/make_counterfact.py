@@ -5,8 +5,8 @@
 ORIGINAL is ``counterfact.json`` of Meng et al. 2022 (21,919 records). Ours has 11,919 of them, each with one of its two
 paraphrases and one of its neighbors, as in the redistribution that EasyEdit uses. To these come the chosen neighbors of
 all records with the same prompt and the same true target that are about other subjects, in random order, up to ten in
-all. ``counterfact_choice.txt``
-says which records, paraphrases and neighbors: a check sum of each, so that the file holds no text of the original.
+all. ``counterfact_choice.txt`` says which records, paraphrases and neighbors: a check sum of each, so that the file
+holds no text of the original.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from editlab.errors import UserError
+from editlab.errors import EditLabError, UserError
+from editlab.utils.files import atomic_file
 
 CHOICE = Path(__file__).with_name("counterfact_choice.txt")
 NEIGHBORS = 10
@@ -130,14 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             original = json.loads(given.original.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{given.original} cannot be read as JSON ({error}): check the path.") from error
-        text = as_text(rebuild(original, read_choice()))
-    except UserError as error:
+        try:
+            text = as_text(rebuild(original, read_choice()))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{given.original} is not in CounterFact's schema ({error}): check the path.") from error
+        if hashlib.sha256(text.encode()).hexdigest() != SHA256:
+            raise UserError("The records are not those of our experiments; nothing was written.")
+        with atomic_file(given.out) as file:
+            file.write_text(text, encoding="utf-8")
+    except EditLabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if hashlib.sha256(text.encode()).hexdigest() != SHA256:
-        print("error: the records are not those of our experiments; nothing was written.", file=sys.stderr)
-        return 2
-    given.out.write_text(text, encoding="utf-8")
     print(f"{given.out}: the {text.count('case_id')} records of our experiments")
     return 0
 

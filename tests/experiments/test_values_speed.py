@@ -32,6 +32,11 @@ def test_losses_are_those_of_the_optimization_where_all_contexts_run(lm):
     torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_default_search_is_one_of_the_ways():
+    way, default = ValueSettings(**values_speed.WAYS["falling steps, two contexts a step"]), ValueSettings()
+    assert way == replace(default, lr=default.step_size)
+
+
 def test_a_row_for_each_way(lm, monkeypatch):
     monkeypatch.setattr(values_speed, "LAYERS", (1,))
     monkeypatch.setattr(values_speed, "sample_contexts", lambda lm, settings: CONTEXTS)

@@ -83,7 +83,11 @@ def test_the_choice_is_read_as_it_was_written(tmp_path):
 
 def test_mistakes_write_nothing(tmp_path, capsys):
     original, out = tmp_path / "original.json", tmp_path / "out.json"
-    for text, message in (("{", "cannot be read as JSON"), (json.dumps(ORIGINAL), "The original has no record 2")):
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ('[{"src": "?"}]', "is not in CounterFact's schema"),
+        (json.dumps(ORIGINAL), "The original has no record 2"),
+    ):
         original.write_text(text, encoding="utf-8")
         assert make.main([str(original), "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
