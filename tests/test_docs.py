@@ -102,6 +102,19 @@ def test_links_to_files_lead_to_files(page):
     assert [link for link in links if link and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_outside_docs_that_a_page_links_to_are_on_the_site(page):
+    # Read from the hook's source: importing it needs MkDocs, which the tests do without.
+    hook = (DOCS / "tools" / "hooks.py").read_text(encoding="utf-8")
+    (patterns,) = re.findall(r"^SERVED = (.+)$", hook, re.MULTILINE)
+    served = [path for pattern in ast.literal_eval(patterns) for path in ROOT.glob(pattern)]
+    (outside,) = re.findall(r"^_OUTSIDE = re\.compile\((r.+)\)$", hook, re.MULTILINE)
+    rewritten = re.compile(ast.literal_eval(outside))
+    for link in re.findall(r"\]\((?:\.\./)+(?:figs|results|configs)/[^)]*\)", page.read_text(encoding="utf-8")):
+        assert rewritten.fullmatch(link), f"{link} is not rewritten by docs/tools/hooks.py"
+        assert (page.parent / link[2:-1]).resolve() in served, f"{link} is not among the hook's SERVED"
+
+
 @pytest.mark.parametrize("page", PROSE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_name_recipes_that_exist(page):
     recipes = re.findall(r"configs/[\w./-]+\.yaml", page.read_text(encoding="utf-8"))

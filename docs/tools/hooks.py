@@ -10,11 +10,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-SERVED = ("figs/*.png", "results/*.csv", "results/*.jsonl", "configs/**/*.yaml")
+SERVED = ("figs/*.png", "results/*.csv", "results/*.jsonl", "results/*.json", "configs/**/*.yaml")
 """Files outside docs/ that pages link to."""
 
 _ROOT_MODULES = re.compile(r"^::: (?P<package>\w+)\.\*$", re.MULTILINE)
-_OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)*)\.\./(?P<path>(?:figs|results|configs)/[^)]+\.(?:png|csv|jsonl|yaml))\)")
+_OUTSIDE = re.compile(r"\]\((?P<up>(?:\.\./)*)\.\./(?P<path>(?:figs|results|configs)/[^)]+\.(?:png|csv|jsonl?|yaml))\)")
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
