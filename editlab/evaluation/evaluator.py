@@ -14,14 +14,12 @@ from editlab.data.fact import Fact
 from editlab.errors import UserError
 from editlab.evaluation.bystanders import bystander_accuracy, prompts_of_bystanders
 from editlab.evaluation.generation import (
-    Asked,
     Generated,
     fixed_sample,
     generate_answers,
     generation_metrics,
     prompts_of_edits,
 )
-from editlab.evaluation.judge import JudgeSettings
 from editlab.evaluation.language import GATHERED, LanguageMeter
 from editlab.evaluation.portability import portability_accuracy, questions
 from editlab.evaluation.retrieval import FactMemory, as_read
@@ -209,10 +207,10 @@ class Evaluation:
         found = self.measure(lm, facts) if facts else {}
         answered = self.settings.answered
         count = self.settings.snapshot_generation
-        with self._timed("generation"):
+        with self._timed("generation"), self.products(lm):
             sample = fixed_sample(as_read(lm, facts), count if answered is None else min(count, answered))
             facts = as_read(lm, facts, self.memory)
-            answers = self._answers(lm, prompts_of_edits(facts, sample, self.settings.neighbors))
+            answers = generate_answers(lm, prompts_of_edits(facts, sample, self.settings.neighbors))
         return found | generation_metrics(answers, **GATHERED) | self.language(lm, snapshot=True)
 
     def measure_unedited(
@@ -278,18 +276,12 @@ class Evaluation:
             found |= portability_accuracy(lm, facts, cache, **GATHERED)
         with self._timed("bystanders"), self.products(lm):
             found |= bystander_accuracy(lm, others, cache)
-        with self._timed("generation"):
+        with self._timed("generation"), self.products(lm):
             asked = [*prompts_of_edits(facts, sample, settings.neighbors), *questions(facts, sample)]
             if settings.generation:
                 asked += prompts_of_bystanders(others)
-            self.generated[group] = self._answers(lm, asked, settings.judge)
+            self.generated[group] = generate_answers(lm, asked, settings.judge, cache)
         return found | generation_metrics(self.generated[group], **GATHERED)
-
-    def _answers(
-        self, lm: LanguageModel, asked: Sequence[Asked], judge: JudgeSettings | None = None
-    ) -> list[Generated]:
-        with self.products(lm):
-            return generate_answers(lm, asked, judge)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from editlab.data.fact import Fact
 from editlab.data.portability import ANY_COUNTS
 from editlab.distributed import ranks
 from editlab.evaluation.judge import Item, JudgeSettings, judged
+from editlab.evaluation.score_cache import ScoreCache
 from editlab.lm.generate import greedy_continuations
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import CaseScore
@@ -123,21 +124,33 @@ def prompts_of_edits(facts: Sequence[Fact], sample: Iterable[int], neighbors: in
     return asked
 
 
-def generate_answers(lm: LanguageModel, asked: Sequence[Asked], judge: JudgeSettings | None = None) -> list[Generated]:
+def generate_answers(
+    lm: LanguageModel, asked: Sequence[Asked], judge: JudgeSettings | None = None, cache: ScoreCache | None = None
+) -> list[Generated]:
     """The model's answers to prompts, with their scores, in the order of the prompts.
 
     Args:
         lm: the model.
         asked: the prompts.
         judge: settings of a judge of the answers to edit prompts; None for no judge.
+        cache: cache of the unedited model's answers; only for the unedited weights.
     """
     asked = [one for one in asked if one.prompt.strip()]  # after nothing there is nothing to continue
-    texts = greedy_continuations(lm, [one.prompt for one in asked], NEW_TOKENS)
+    texts = _answered(lm, [one.prompt for one in asked], cache)
     answers = [
         Generated(one.index, one.kind, one.prompt, text, *answer_scores(text, one.names), one.case)
         for one, text in zip(asked, texts, strict=True)
     ]
     return answers if judge is None else _with_verdicts(judge, asked, answers)
+
+
+def _answered(lm: LanguageModel, prompts: Sequence[str], cache: ScoreCache | None) -> list[str]:
+    def find() -> list[str]:
+        return greedy_continuations(lm, prompts, NEW_TOKENS)
+
+    if cache is None or not prompts:
+        return find()
+    return cache.answers([(prompt, lm.encode(prompt).ids) for prompt in prompts], NEW_TOKENS, find)
 
 
 def _with_verdicts(judge: JudgeSettings, asked: Sequence[Asked], answers: Sequence[Generated]) -> list[Generated]:

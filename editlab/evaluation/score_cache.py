@@ -1,11 +1,13 @@
 """Scores of the unedited model, kept across runs: a sweep of configurations measures "before" once.
 
-They depend on the model and the tokens alone, as do the log-probabilities of held-out texts. Scores that are measured
-together are kept as one file, whole or not at all, so a run that is killed and resumed finds the same ones.
+They depend on the model and the tokens alone, as do the log-probabilities of held-out texts and the free answers.
+Scores that are measured together are kept as one file, whole or not at all, so a run that is killed and resumed finds
+the same ones.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,7 @@ import torch
 
 from editlab.distributed import ranks
 from editlab.lm.precision import cast_to
-from editlab.utils.disk_cache import TENSORS, DiskCache, RowCache, key_of
+from editlab.utils.disk_cache import TENSORS, Codec, DiskCache, RowCache, key_of
 from editlab.utils.files import cache_dir
 
 Request = tuple[tuple[int, ...], int]
@@ -37,6 +39,9 @@ class RoughScore(NamedTuple):
 
 
 CPU = torch.device("cpu")
+
+ANSWERS: Codec[list[str]] = Codec(lambda texts: json.dumps(texts).encode(), json.loads)
+"""Codec of the answers to several prompts."""
 
 
 class ScoreCache:
@@ -111,6 +116,19 @@ class ScoreCache:
         key = key_of(ids=list(ids), beginning=list(beginning), window=window)
         cache = DiskCache(self._folder() / "texts", TENSORS)
         return cache.fetch(key, lambda: {"logps": find()}, ranks.on_first)["logps"]
+
+    def answers(
+        self, prompts: Sequence[tuple[str, Sequence[int]]], tokens: int, find: Callable[[], list[str]]
+    ) -> list[str]:
+        """Return the model's free answers to prompts that are asked together: read, or else computed and kept.
+
+        Args:
+            prompts: each prompt and its token ids.
+            tokens: the largest number of new tokens.
+            find: computes them on all ranks.
+        """
+        key = key_of(prompts=[[prompt, list(ids)] for prompt, ids in prompts], tokens=tokens)
+        return DiskCache(self._folder() / "answers", ANSWERS).fetch(key, find, ranks.on_first)
 
     def _folder(self) -> Path:
         cast = cast_to(self.device)

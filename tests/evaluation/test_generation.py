@@ -155,6 +155,20 @@ def test_a_run_asks_before_and_at_the_end_and_keeps_the_answers(lm):
     assert not [name for name in point if "bystander" in name or "portability" in name or "perplexity" in name]
 
 
+def test_another_run_reads_what_the_unedited_model_said(lm, monkeypatch):
+    facts, one, other = (
+        FACTS[:4],
+        Evaluation(EvaluationSettings(**SETTINGS)),
+        Evaluation(EvaluationSettings(**SETTINGS)),
+    )
+    one.measure_unedited(lm, facts, FACTS[6:8], one.cache(lm, "said before"))
+    monkeypatch.setattr("editlab.evaluation.generation.greedy_continuations", None)  # would fail if it were asked again
+    other.measure_unedited(lm, facts, FACTS[6:8], other.cache(lm, "said before"))
+    assert other.generated["before"] == one.generated["before"]
+    with pytest.raises(TypeError):  # what the edited model says is not read
+        other.measure_retained(lm, facts, 4, [])
+
+
 def test_what_was_said_before_is_in_a_checkpoint(lm, monkeypatch):
     evaluation = Evaluation(EvaluationSettings(**SETTINGS))
     evaluation.measure_unedited(lm, FACTS[:2], FACTS[6:8])

@@ -67,6 +67,18 @@ def test_what_autocast_gives_is_kept_for_itself():
     assert cache.fetch([A], lambda missing: 1 / 0) == {A: (1.0, True)}
 
 
+def test_answers_to_the_same_prompts_are_kept_together():
+    asked = [("Paris is in", [1, 2]), ("Rome is in", [3])]
+    cache = ScoreCache("said")
+    assert cache.answers(asked, 4, lambda: ["France.", "Ítaly"]) == ["France.", "Ítaly"]
+    assert ScoreCache("said").answers(asked, 4, lambda: 1 / 0) == ["France.", "Ítaly"]
+    other_ids = [("Paris is in", [1, 2]), ("Rome is in", [4])]  # as another chat template gives them
+    for prompts, tokens in ((asked[:1], 4), (asked, 5), (other_ids, 4)):
+        assert cache.answers(prompts, tokens, lambda: ["other"]) == ["other"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cache.answers(asked, 4, lambda: ["cast", ""]) == ["cast", ""]
+
+
 @pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9, 0.999])
 def test_a_flipped_byte_never_yields_a_wrong_score(where, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("EDITLAB_CACHE", str(tmp_path))

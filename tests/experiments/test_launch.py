@@ -144,6 +144,7 @@ def test_jobs_start_as_soon_as_what_they_wait_for_has_ended(tmp_path):
 
 # Ray's own warnings and unclosed sockets are not ours to fix.
 @pytest.mark.filterwarnings("default")
+@pytest.mark.thorough
 def test_two_workers_of_ray(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'editlab[ray]')")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -61,6 +61,7 @@ def test_busy_processes_end_with_the_measurement():
     assert not any(process.is_running() for process in started)
 
 
+@pytest.mark.thorough
 def test_a_worker_that_fails_is_reported(tmp_path):
     options = benchmark_busy.parse(["--language_model", str(tmp_path / "none")])
     failing = Worker("one", options)
