@@ -32,7 +32,7 @@ from editlab.experiments.provenance import made_here
 from editlab.keys.contexts import ContextSettings
 from editlab.keys.moments import MomentSettings
 from editlab.lm.loading.load import load
-from editlab.runs.figures import BLACK, BLUE, GREEN, new_figure, save_figure
+from editlab.runs.figures import BLACK, BLUE, GREEN, in_print, printed_figure, save_figure
 from editlab.solver.closed_form import solve
 from editlab.solver.constraints import Constraints
 from editlab.solver.methods import MEMIT
@@ -197,9 +197,10 @@ def slopes(rows: list[Row]) -> dict[tuple[str, str], float]:
     return found
 
 
+@in_print
 def draw(rows: list[Row]) -> Figure:
     """A figure with a column for each axis: seconds above, memory below."""
-    figure, axes = new_figure(2, len(AXES), width=3.0, height=2.6)
+    figure, axes = printed_figure(2 * len(AXES), height=2.2, columns=len(AXES))
     for column, axis in enumerate(AXES):
         for offset, (name, title) in enumerate((("seconds", "seconds"), ("mib", "memory, MiB"))):
             ax = axes[column + offset * len(AXES)]
@@ -217,7 +218,7 @@ def draw(rows: list[Row]) -> Figure:
             elif math.isfinite(ax.dataLim.y1):  # unless there are no points, or memory cannot be read
                 ax.set_ylim(0, 1.08 * ax.dataLim.y1)
             if offset == 0 and ax.lines:
-                ax.legend(frameon=False, fontsize=8)
+                ax.legend(frameon=False, fontsize=7)
     return figure
 
 

@@ -18,7 +18,17 @@ from editlab.experiments.faults import FILE as FAULTS
 from editlab.experiments.plan import Run
 from editlab.experiments.tables import provenance_of, provenance_of_all
 from editlab.runs.event_log import EventLog
-from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, draw_band, legend_below, new_figure
+from editlab.runs.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    VERMILION,
+    draw_band,
+    in_print,
+    legend_below,
+    printed_figure,
+)
 
 Labelled = Mapping[str, tuple[list[Batch], list[bool]]]
 """kind of label -> batches, and whether each was bad"""
@@ -144,9 +154,10 @@ def _rounded(row: Mapping[str, Any]) -> Row:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
+@in_print
 def draw_effect(runs: Sequence[Run]) -> Figure:
     """Retained accuracy of good edits and perplexity over edits, with and without the gate."""
-    figure, axes = new_figure(1, 2, width=3.8, height=3.0)
+    figure, axes = printed_figure(2, height=2.6)
     shown = {
         "clean": ("no faults, no gate", BLACK, ":"),
         "faulty": ("faults, no gate", VERMILION, "--"),

@@ -14,7 +14,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from editlab.runs.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, draw_band, legend_below, new_figure
+from editlab.runs.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PRINT_WIDTH,
+    PURPLE,
+    SKY,
+    VERMILION,
+    draw_band,
+    in_print,
+    legend_below,
+    printed_figure,
+)
 
 Row = Mapping[str, Any]
 
@@ -36,6 +49,7 @@ def values_of(rows: Sequence[Row], column: str) -> list[float]:
     return [float(row[column]) for row in rows if column in row]
 
 
+@in_print
 def lines_figure(
     groups: Mapping[str, Sequence[Row]], x: str, panels: Mapping[str, str], xlabel: str, repeat: str = "seed"
 ) -> Figure:
@@ -48,7 +62,7 @@ def lines_figure(
         xlabel: label of the abscissa.
         repeat: column that distinguishes the runs of a band.
     """
-    figure, axes = new_figure(1, len(panels), width=3.2, height=2.9)
+    figure, axes = printed_figure(len(panels), height=2.6)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         for (label, rows), (color, line) in zip(groups.items(), STYLES, strict=False):
             curves = [
@@ -65,6 +79,7 @@ def lines_figure(
     return figure
 
 
+@in_print
 def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], labels: tuple[str, str]) -> Figure:
     """One heat map for each column: each cell shows the mean over its rows; cells without rows are empty.
 
@@ -76,7 +91,7 @@ def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], 
         labels: of x and y.
     """
     across, up = (sorted({float(row[name]) for row in rows}) for name in (x, y))
-    figure, axes = new_figure(1, len(panels), width=0.62 * len(across) + 1.5, height=0.45 * len(up) + 1.3)
+    figure, axes = printed_figure(len(panels), height=0.35 * len(up) + 1.0, columns=2)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         grid = [
             [values_of([r for r in rows if (float(r[x]), float(r[y])) == (a, b)], column) for a in across] for b in up
@@ -89,7 +104,7 @@ def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], 
             for j, value in enumerate(line):
                 if not math.isnan(value):
                     color = "white" if value < middle else BLACK
-                    ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8, color=color)
+                    ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=color)
         ax.set_xticks(range(len(across)), [f"{value:g}" for value in across])
         ax.set_yticks(range(len(up)), [f"{value:g}" for value in up])
         ax.set(title=title, xlabel=labels[0], ylabel=labels[1])
@@ -98,6 +113,7 @@ def heat_figure(rows: Sequence[Row], x: str, y: str, panels: Mapping[str, str], 
     return figure
 
 
+@in_print
 def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Mapping[str, str]) -> Figure:
     """One radar for each panel, one line for each group in it: means over its rows, from 0 at the center to 1.
 
@@ -108,7 +124,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
     """
     labels = list(dict.fromkeys(label for groups in panels.values() for label in groups))
     style = dict(zip(labels, cycle(STYLES), strict=False))
-    figure = Figure(figsize=(3.9 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(PRINT_WIDTH, 1.2 + 5.0 / max(2, len(panels))), layout="constrained")
     for ax, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "polar"}).flat,
         panels.items(),
@@ -136,6 +152,7 @@ def radar_figure(panels: Mapping[str, Mapping[str, Sequence[Row]]], measures: Ma
     return figure
 
 
+@in_print
 def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) -> Figure:
     """One panel for each column, one bar for each group: the mean over its rows, with the range as a whisker.
 
@@ -143,7 +160,7 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
         groups: label -> rows.
         panels: column -> title.
     """
-    figure, axes = new_figure(1, len(panels), width=2.3, height=3.1)
+    figure, axes = printed_figure(len(panels))
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         for index, ((label, rows), (color, _)) in enumerate(zip(groups.items(), STYLES, strict=False)):
             values = values_of(rows, column)
@@ -154,10 +171,11 @@ def bars_figure(groups: Mapping[str, Sequence[Row]], panels: Mapping[str, str]) 
         ax.set(title=title, xticks=[])
         ax.grid(False, axis="x")
         ax.set_axisbelow(True)
-    legend_below(figure)
+    legend_below(figure, columns=2)
     return figure
 
 
+@in_print
 def frontier_figure(
     families: Mapping[str, Mapping[str, Sequence[Row]]], x: str, panels: Mapping[str, str], xlabel: str
 ) -> Figure:
@@ -169,7 +187,7 @@ def frontier_figure(
         panels: column -> title.
         xlabel: label of the abscissa.
     """
-    figure, axes = new_figure(1, len(panels), width=3.2, height=2.9)
+    figure, axes = printed_figure(len(panels), height=2.6, columns=2)
     for ax, (column, title) in zip(axes, panels.items(), strict=True):
         for (label, points), (color, line) in zip(families.items(), STYLES, strict=False):
             known = {name: rows for name, rows in points.items() if values_of(rows, x) and values_of(rows, column)}
@@ -178,13 +196,14 @@ def frontier_figure(
                 [a for a, _ in places], [b for _, b in places], color=color, linestyle=line, marker="o", label=label
             )
             for name, place in zip(known, places, strict=True):
-                ax.annotate(name, place, xytext=(3, 4), textcoords="offset points", fontsize=8, color=color)
+                ax.annotate(name, place, xytext=(3, 4), textcoords="offset points", fontsize=7, color=color)
         ax.set(title=title, xlabel=xlabel)
         ax.margins(0.15)
     legend_below(figure)
     return figure
 
 
+@in_print
 def roc_figure(rows: Sequence[Row]) -> Figure:
     """ROC, and precision over recall: a row of panels for each kind of label, a line for each gate.
 
@@ -194,7 +213,7 @@ def roc_figure(rows: Sequence[Row]) -> Figure:
             rate).
     """
     kinds = list(dict.fromkeys(row["labels"] for row in rows))
-    figure, axes = new_figure(max(1, len(kinds)), 2, width=3.6, height=3.0)
+    figure, axes = printed_figure(2 * max(1, len(kinds)), height=2.4, columns=2)
     for number, kind in enumerate(kinds):
         left, right = axes[2 * number : 2 * number + 2]
         own = [row for row in rows if row["labels"] == kind]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import StrMethodFormatter
@@ -18,6 +19,12 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
 )  # fmt: skip
 """The palette of Okabe and Ito."""
+
+PRINT_WIDTH = 6.3
+"""Inches between the margins of a printed page: figures of experiments are drawn at the size at which they are read."""
+
+in_print = rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 8, "lines.linewidth": 1.2})
+"""Decorator of a function that draws a figure of that width, with text of 7 points or more."""
 
 Series = Mapping[int, Mapping[str, float]]
 """Number of edits -> ``group/metric`` -> value, as in ``metrics.csv``."""
@@ -45,7 +52,7 @@ COMPARED = (
 
 
 def new_figure(rows: int, columns: int, width: float = 3.4, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure of panels, row by row, with light grids and no upper or right frame."""
+    """A figure of panels, row by row, with light grids and no upper or right frame; inches are of one panel."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, panels(figure, rows, columns)
 
@@ -59,10 +66,26 @@ def panels(figure: Figure | SubFigure, rows: int, columns: int) -> list[Axes]:
     return axes
 
 
+def printed_figure(count: int, height: float = 2.1, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of :data:`PRINT_WIDTH` with so many panels, row by row, at most ``columns`` in a row.
+
+    Args:
+        count: number of panels.
+        height: of a row, in inches.
+        columns: largest number of panels in a row.
+    """
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    figure, axes = new_figure(rows, columns, PRINT_WIDTH / columns, height)
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as ``.png`` and as ``.pdf`` of the same name."""
+    """Writes a figure as ``.png`` and as ``.pdf`` of the same name; the PDF has TrueType fonts, as publishers ask."""
     for suffix in ("png", "pdf"):
-        with atomic_file(path.with_suffix(f".{suffix}")) as temporary:
+        with atomic_file(path.with_suffix(f".{suffix}")) as temporary, rc_context({"pdf.fonttype": 42}):
             figure.savefig(temporary, format=suffix, dpi=150)
 
 
@@ -101,21 +124,22 @@ def draw_band(ax: Axes, curves: Sequence[Series], name: str, label: str, color: 
         ax.vlines(edits, low, high, color=color, linewidth=1)
 
 
+@in_print
 def comparison_figure(*rows: Mapping[str, tuple[Sequence[Series], str, str]]) -> Figure:
     """Retained ES, accuracy, NS and held-out perplexity over the number of edits; bands are the range over runs.
 
     Args:
-        *rows: rows of panels, each with its own legend: label -> (the runs' curves, color, line style).
+        *rows: blocks of two by two panels, each with its own legend: label -> (the runs' curves, color, line style).
     """
-    figure = Figure(figsize=(3.2 * len(COMPARED), 2.9 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(PRINT_WIDTH, 4.6 * len(rows)), layout="constrained")
     for part, shown in zip(figure.subfigures(len(rows), 1, squeeze=False).flat, rows, strict=True):
-        axes = panels(part, 1, len(COMPARED))
+        axes = panels(part, 2, len(COMPARED) // 2)
         for ax, (name, title) in zip(axes, COMPARED, strict=True):
             for label, (curves, color, line) in shown.items():
                 draw_band(ax, list(map(one_perplexity, curves)), name, label=label, color=color, linestyle=line)
-            ax.set(title=title, xlabel="edits")
+            ax.set(ylabel=title, xlabel="edits")
         _wide_as_log(axes[-1])
-        legend_below(part)
+        legend_below(part, columns=2)
     return figure
 
 

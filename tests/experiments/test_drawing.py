@@ -28,11 +28,12 @@ def write(path, rows):
 
 def test_each_figure_comes_from_its_table(tmp_path, capsys):
     results, retained = tmp_path / "results", {"retained/ES": 1.0, "retained/accuracy": 0.9, "retained/NS": 0.8}
-    for table, case in (("large_scale_forgetting", "memit_1000"), ("replay_ablation_curves", "none"),
-                        ("lora_ablation_curves", "memit")):  # fmt: skip
+    curves = {"large_scale_forgetting": ("memit_1000", "memit_1000_5000"), "replay_ablation_curves": ("none",),
+              "lora_ablation_curves": ("memit",)}  # fmt: skip
+    for table, cases in curves.items():
         write(results / f"{table}.csv",
               [{"case": case, "seed": s, "edits": n, **retained, "retained/perplexity": 30 + s}
-               for s in (1, 2) for n in (200, 400)])  # fmt: skip
+               for case in cases for s in (1, 2) for n in (200, 400)])  # fmt: skip
     cell = {"lora_rank": "none", "seed": 1, **retained, "retained/PS": 0.7}
     done = [{"batch_size": b, "replay_rate": r, "status": "done", **cell} for b in (1, 8) for r in ("0.0", "0.3")]
     missing = {"batch_size": 512, "replay_rate": "0.0", "status": "not run", "lora_rank": "none", "seed": 1}
