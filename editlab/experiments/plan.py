@@ -57,6 +57,8 @@ class Options:
     launcher: str = "local"
     dry_run: bool = False
     no_run: bool = False
+    archive: bool = False
+    """whether settings, logs and outcomes of the runs are packed in ``logs/``"""
 
 
 @dataclass(frozen=True)

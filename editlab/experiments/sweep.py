@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from editlab.errors import EditLabError, UserError
 from editlab.experiments import drawing, writing
+from editlab.experiments.archive import archive
 from editlab.experiments.estimate import report
 from editlab.experiments.launch import LAUNCHERS, LOG
 from editlab.experiments.plan import Options, Run, finished, planned, variables
@@ -43,6 +44,11 @@ def sweep(experiment: Experiment, options: Options) -> None:
     results = writing.Results(experiment, options, done, finished(experiment, options))
     results.write()
     drawing.draw_all(experiment, options.out, results.all_runs)
+    if options.archive:
+        project, work = experiment.project.absolute(), options.work.absolute()
+        places = {str(project): ".", str(project.parent): "..", str(work): "RUNS", str(Path.home()): "~"}
+        packed = archive(runs, options.out / "logs" / experiment.name, places)
+        log.info("logs/%s: settings, logs and outcomes of %d runs", experiment.name, len(packed))
     raise_if_failed(runs, options)
 
 

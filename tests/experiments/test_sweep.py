@@ -91,8 +91,9 @@ def test_a_user_s_experiment_of_two_cases_and_two_seeds_becomes_a_table_and_a_fi
     names = started(monkeypatch)
     assert main(["sweep", str(experiment)]) == 0
     assert names == []
-    assert main(["sweep", str(experiment), "--only", "plain", "--seeds", "3"]) == 0
+    assert main(["sweep", str(experiment), "--only", "plain", "--seeds", "3", "--archive"]) == 0
     assert names == ["plain"]
+    assert [path.name for path in (tmp_path / "logs" / "mine").iterdir()] == ["plain-3.tar.gz"]
     assert [row["seed"] for row in read_rows(tmp_path / "results" / "mine.csv")] == ["1", "2", "3", "1", "2"]
 
 

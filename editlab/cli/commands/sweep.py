@@ -62,6 +62,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="Show the runs and their estimated duration, and make none.",
     )
     add("--no-run", action="store_true", help="Make no runs, and write tables and figures of the finished ones.")
+    add("--archive", action="store_true", help="Also pack settings, logs and outcomes of each run in logs/NAME.")
 
 
 def _sweep(given: Namespace) -> None:
@@ -105,7 +106,7 @@ def options_of(experiment: Experiment, given: Namespace) -> Options:
     where = {name: tuple(value.split(",")) for name, value in (_assignment(t, "--where") for t in given.where or ())}
     return Options(
         **values, where=where, callback_settings=callbacks, flags=flags, work=work, out=out, workers=given.workers,
-        launcher=given.launcher, dry_run=given.dry_run, no_run=given.no_run,
+        launcher=given.launcher, dry_run=given.dry_run, no_run=given.no_run, archive=given.archive,
     )  # fmt: skip
 
 
