@@ -31,7 +31,7 @@ from editlab.runs.logger import SCORES
 from editlab.runs.summary import run_folder
 from editlab.runs.watching import log_numbers
 from editlab.utils.files import atomic_file
-from editlab.utils.validation import at_least_one
+from editlab.utils.validation import at_least_one, not_negative
 
 CURVES = ("ES", "accuracy", "generation", "PS", "paraphrase_accuracy", "NS", "neighbor_accuracy")
 """Metrics that get a chart of their own in TensorBoard, as far as the run measures them."""
@@ -39,6 +39,10 @@ CURVES = ("ES", "accuracy", "generation", "PS", "paraphrase_accuracy", "NS", "ne
 
 START = PERPLEXITY_START.removeprefix(PERPLEXITY)
 """End of the name of the perplexity of a text's beginning, which is drawn into the chart of the perplexity."""
+
+
+COHORT = "cohort"
+"""Group of the metrics of a run's first edits."""
 
 
 class ForgettingCurve(EditCallback):
@@ -53,6 +57,9 @@ class ForgettingCurve(EditCallback):
         every_n_edits: number of edits between two points of the curve.
         sample: number of past edits measured at each point.
         seed: seed of the sample.
+        cohort: also measure, as ``cohort/accuracy`` and so on, so many of the run's first facts at each point from the
+            one at which all of them are edited: the same facts each time, so that nothing but forgetting moves this
+            curve. Facts that were rolled back or edited again are left out. 0 measures none.
 
     Raises:
         UserError: if a count is under 1.
@@ -61,11 +68,14 @@ class ForgettingCurve(EditCallback):
     priority = 10
     measured_groups = (RETAINED,)
 
-    def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0) -> None:
+    def __init__(self, every_n_edits: int = 32, sample: int = 64, seed: int = 0, cohort: int = 0) -> None:
         at_least_one("ForgettingCurve", every_n_edits=every_n_edits, sample=sample)
+        not_negative("ForgettingCurve", cohort=cohort)
         self.every_n_edits = every_n_edits
         self.sample = sample
         self.seed = seed
+        self.cohort = cohort
+        self.charts = {f"accuracy of the first {cohort} edits": [f"^{COHORT}/accuracy$"]} if cohort else {}
         self.curve: dict[int, dict[str, float]] = {}
         self._last = 0
         self._initial_state = self.state_dict()
@@ -92,7 +102,7 @@ class ForgettingCurve(EditCallback):
         if editor.edits >= given and not editor.restore_between_batches:
             return  # the end measures all edits
         facts = self._sampled(editor.edited_facts)
-        point = add_group(RETAINED, editor.evaluation.snapshot(editor.lm, facts))
+        point = add_group(RETAINED, editor.evaluation.snapshot(editor.lm, facts)) | self._of_cohort(trainer, editor)
         self.curve[editor.edits] = point
         log_numbers(trainer, point, editor.edits)
 
@@ -100,10 +110,21 @@ class ForgettingCurve(EditCallback):
         """A fixed sample of the facts, in the order of their edits."""
         return [facts[index] for index in fixed_sample(facts, self.sample, self.seed)]
 
+    def _of_cohort(self, trainer: Trainer, editor: SequentialEditor) -> dict[str, float]:
+        """Metrics of the first facts, once all of them are edited."""
+        if not self.cohort or editor.edits < self.cohort:
+            return {}
+        held = {fact.slot: fact for fact in editor.edited_facts}
+        first = trainer.datamodule.facts[: self.cohort]  # type: ignore[attr-defined]
+        standing = [fact for fact in first if held.get(fact.slot) == fact]
+        return add_group(COHORT, editor.evaluation.measure(editor.lm, standing)) if standing else {}
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits and draws the curves."""
         assert isinstance(pl_module, SequentialEditor)
-        self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained())
+        cohort = self._of_cohort(trainer, pl_module)
+        log_numbers(trainer, cohort, pl_module.edits)
+        self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained() | cohort)
         evaluation = pl_module.evaluation
         drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
         figure = forgetting_figure(drawn, perplexity_of_curve(evaluation.language_before, BEFORE))

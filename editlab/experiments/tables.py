@@ -20,7 +20,8 @@ from editlab.experiments.statistics import Interval, paired_differences, t_inter
 from editlab.runs.figures import one_perplexity
 
 SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/generation", "retained/PS", "retained/paraphrase_accuracy",
-            "retained/NS", "retained/neighbor_accuracy", "immediate/accuracy", "retained/perplexity")  # fmt: skip
+            "retained/NS", "retained/neighbor_accuracy", "cohort/ES", "cohort/accuracy", "immediate/accuracy",
+            "retained/perplexity")  # fmt: skip
 """Metrics of a snapshot; the perplexity is of the same tokens in each of them (:func:`one_perplexity`)."""
 
 _SHOWN = {

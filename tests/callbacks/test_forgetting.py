@@ -38,6 +38,31 @@ def test_points_and_what_they_measure(tiny_folder, tmp_path):
     assert found == ["scores/ES", "retained/ES"]
 
 
+def test_the_first_edits_are_measured_again_at_each_point_once_all_are_made(tiny_folder, tmp_path):
+    curve = ForgettingCurve(every_n_edits=2, sample=1, cohort=4)
+    module = editor(tiny_folder)
+    fit(tmp_path, module, callbacks=[curve], limit=8, batch_size=2)
+    assert [edits for edits, point in sorted(curve.curve.items()) if "cohort/accuracy" in point] == [4, 6, 8]
+    first = module.trainer.datamodule.facts[:4]
+    assert module.edited_facts[:4] == first
+    expected = {f"cohort/{name}": value for name, value in module.evaluation.measure(module.lm, first).items()}
+    assert {name: value for name, value in curve.curve[8].items() if name.startswith("cohort/")} == expected
+    events = EventAccumulator(str(tmp_path / "logs" / "run" / "version_0")).Reload()
+    assert [event.step for event in events.Scalars("cohort/accuracy")] == [4, 6, 8]
+    assert layout(events)["accuracy of the first 4 edits"] == ["^cohort/accuracy$"]
+
+
+def test_a_fact_that_is_edited_again_leaves_the_cohort(tiny_folder, tmp_path):
+    again = replace(FACTS[0], target_new="elsewhere")
+    path = write_counterfact(tmp_path / "again.json", [*FACTS[:3], again])
+    curve = ForgettingCurve(every_n_edits=2, cohort=4)
+    module = editor(tiny_folder)
+    fit(tmp_path, module, callbacks=[curve], limit=4, batch_size=1, path=path, keep_repeats=True)
+    assert len(module.edited_facts) == 3
+    standing = module.evaluation.measure(module.lm, module.edited_facts)
+    assert curve.curve[4]["cohort/ES_magnitude"] == pytest.approx(standing["ES_magnitude"], rel=1e-6)
+
+
 def layout(events):
     """The custom scalars' charts: title -> patterns."""
     (event,) = events.Tensors("custom_scalars__config__")
@@ -84,7 +109,7 @@ def test_state_goes_round():
     assert (other.curve, other._last) == (curve.curve, 4)
 
 
-@pytest.mark.parametrize("arguments", [{"every_n_edits": 0}, {"sample": 0}])
+@pytest.mark.parametrize("arguments", [{"every_n_edits": 0}, {"sample": 0}, {"cohort": -1}])
 def test_out_of_range(arguments):
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match=r"at least 1|negative"):
         ForgettingCurve(**arguments)
