@@ -81,7 +81,8 @@ def test_the_format_and_errors_in_it():
 def test_the_method():
     ridge = module(HOW_TO / "add-a-method.md", "ridge").Ridge(l2=0.5)
     assert ridge.slack == 0.5
-    assert ridge.preservation(torch.eye(3, dtype=torch.float64)) is not None
+    # As the solver calls it (editlab/edits/batch.py): with the device of the factorization.
+    assert ridge.preservation(torch.eye(3, dtype=torch.float64), torch.device("cpu")) is not None
     (text,) = blocks(HOW_TO / "add-a-method.md", "toml")
     assert f'[project.entry-points."{PLUGINS}"]\nridge = "ridge"' in text
 

@@ -53,7 +53,7 @@ class EvaluationSettings:
     """Type of the matrix products of all blocks and of the head while measuring, before and after edits alike.
     ``two_stage``: on CPUs with bfloat16 instructions prompts are scored in bfloat16 first, and those near a tie again
     in float32 (:mod:`editlab.evaluation.two_stage`). ES, PS, NS and accuracies are then those of float32, and
-    log-probabilities and magnitudes may differ by bfloat16's rounding (0.2 nats at most on SmolLM2-135M). Perplexity,
+    log-probabilities and magnitudes may differ by bfloat16's rounding (0.3 nats at most on SmolLM2-135M). Perplexity,
     free answers, portability and bystanders are computed in float32, and everything on other devices.
     ``float32``: everything is. ``bfloat16``: faster, but prompts whose two answers are almost equally likely may be
     judged differently. ``auto``: bfloat16 on CPUs with instructions for it. For models with float32 weights."""

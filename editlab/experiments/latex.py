@@ -9,7 +9,7 @@ In the report's sources a number is written as the cell that it stands in, ``\va
 ``TABLE`` is a file of ``results/`` without its suffix. ``ROW`` is a case, ``CASE@SEED``, ``CASE@mean`` for the mean
 over its rows, or ``COLUMN=VALUE`` several times with commas between; ``A|B`` is the difference of two rows. ``FORMAT``
 is a number of digits or one of :data:`FORMATS`. ``\ci`` in place of ``\val`` gives the interval, from the columns
-``COLUMN_low`` and ``COLUMN_high``.
+``COLUMN_low`` and ``COLUMN_high``, or for ``A|B`` from their runs, paired by seed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from statistics import fmean
 
 from editlab.errors import UserError
 from editlab.experiments.csv_files import Row, read_rows
 from editlab.experiments.schema import build
+from editlab.experiments.statistics import t_interval
 
 FORMATS: Mapping[str, Callable[[float], str]] = {
-    "points": lambda x: _signed(f"{100 * x:+.1f}"),
-    "gain": lambda x: _signed(f"{100 * x:.1f}"),
-    "percent": lambda x: _signed(f"{100 * x:.1f}") + r"\%",
-    "times": lambda x: f"{x:.2f}" + r"$\times$",
+    "points": lambda x: _signed(_rounded(x, 1, 100), plus=True),
+    "gain": lambda x: _signed(_rounded(x, 1, 100)),
+    "percent": lambda x: _signed(_rounded(x, 1, 100)) + r"\%",
+    "times": lambda x: _rounded(x, 2) + r"$\times$",
     "count": lambda x: f"{x:,.0f}",
 }
 """Formats of a number: a fraction in points, with its sign or (``gain``) without; in percent; a factor; a whole number
@@ -56,6 +58,8 @@ class ColumnSpec:
     """a name in :data:`FORMATS`"""
     interval: bool = False
     """whether the cell also gives the interval"""
+    mean_of: str = ""
+    """another file, with a row for each run, of whose rows of the case the mean is given"""
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,17 @@ class Results:
         return [one for one in self._tables[table] if all(one.get(name) == value for name, value in wanted.items())]
 
     def interval(self, table: str, row: str, column: str) -> tuple[float, float]:
-        """The interval of a number.
+        """The interval of a number; of two cases ``A|B`` the 95% t-interval of their difference, paired by seed.
 
         Raises:
             UserError: as for :meth:`number`.
         """
+        if "|" in row:
+            first, second = (
+                {one.get("seed"): float(one[column]) for one in self.rows(table, r)} for r in row.split("|")
+            )
+            _, low, high = t_interval([value - second[seed] for seed, value in first.items() if seed in second])
+            return low, high
         return self.number(table, row, f"{column}_low"), self.number(table, row, f"{column}_high")
 
 
@@ -186,11 +196,14 @@ def table_specs(content: object) -> dict[str, ReportTableSpec]:
 
 
 def _cell(results: Results, table: str, row: str, column: ColumnSpec) -> str:
-    if not results.rows(table, row)[0].get(column.column):
+    if column.mean_of:
+        return _formatted(results.number(column.mean_of, f"{row}{MEAN}", column.column), column.form)
+    cells = results.rows(table, row)[0]
+    own_baseline = column.column.endswith("_gain") and cells.get("against") == cells.get("case")
+    if not cells.get(column.column) or own_baseline:
         return "--"
     text = _formatted(results.number(table, row, column.column), column.form)
-    low = results.rows(table, row)[0].get(f"{column.column}_low", "nan")  # nan: of one seed
-    if not column.interval or low == "nan":
+    if not column.interval or cells.get(f"{column.column}_low", "nan") == "nan":  # nan: of one seed
         return text
     return rf"{text}~\interval{{{_interval(results.interval(table, row, column.column), column.form)}}}"
 
@@ -202,14 +215,22 @@ def _interval(bounds: tuple[float, float], form: str) -> str:
 
 def _formatted(value: float, form: str) -> str:
     if form.isdigit():
-        return _signed(f"{value:.{int(form)}f}")
+        return _signed(_rounded(value, int(form)))
     if form not in FORMATS:
         raise UserError(f"The report has an unknown format {form!r}: give a number of digits, or {', '.join(FORMATS)}.")
     return FORMATS[form](value)
 
 
-def _signed(text: str) -> str:
-    """A number with LaTeX's own signs; a zero has none."""
-    if not text.strip("+-0."):
-        return text.strip("+-")
-    return f"${text[0]}${text[1:]}" if text[0] in "+-" else text
+def _rounded(value: float, digits: int, times: int = 1) -> str:
+    """A number with some digits after the point; halves are rounded up, as by hand: 0.9275 is 0.928."""
+    exact = Decimal(repr(round(value, 10))) * times
+    return str(exact.quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def _signed(text: str, plus: bool = False) -> str:
+    """A number with LaTeX's own minus and, if asked for, a plus; a zero has none."""
+    if not text.strip("-0."):
+        return text.strip("-")
+    if text.startswith("-"):
+        return f"$-${text[1:]}"
+    return f"$+${text}" if plus else text

@@ -37,7 +37,7 @@ def value(results, row, form, column="accuracy", kind="val"):
         ("memory@2", "2", "0.95"),
         ("gate=trust", "1", "0.7"),
         ("case=memory,seed=1", "3", "0.933"),
-        ("memory@mean", "4", "0.9416"),  # (0.9333 + 0.95) / 2, which float64 rounds down
+        ("memory@mean", "4", "0.9417"),  # (0.9333 + 0.95) / 2 = 0.94165, rounded up
         ("memory@1|plain", "points", "$+$21.8"),  # 0.9333 - 0.7153
         ("plain|memory@1", "points", "$-$21.8"),
         ("memory@1|plain", "gain", "21.8"),
@@ -50,6 +50,14 @@ def test_a_number_is_the_cell_that_the_source_names(results, row, form, text):
 
 def test_an_interval_comes_from_the_columns_of_its_bounds(results):
     assert value(results, "plain", "2", kind="ci") == "[0.65, 0.78]"
+
+
+def test_an_interval_of_a_difference_is_paired_by_seed(tmp_path):
+    rows = ["a,1,0.5", "a,2,0.6", "a,3,0.7", "b,2,0.5", "b,1,0.45", "b,3,0.5"]
+    (tmp_path / "runs.csv").write_text("\n".join(["case,seed,accuracy", *rows]))
+    low, high = Results(tmp_path).interval("runs", "a@mean|b@mean", "accuracy")
+    # Differences .05, .1 and .2: mean .11667, standard deviation .07638, t(2) 4.3027, over the root of 3.
+    assert (low, high) == pytest.approx((0.11667 - 0.18973, 0.11667 + 0.18973), abs=1e-4)
 
 
 def test_a_number_that_is_named_twice_is_defined_once(results):
@@ -109,3 +117,14 @@ def test_a_wrong_key_of_a_table_is_named():
         table_specs({"t": {"file": "runs", "colums": [], "groups": []}})
     with pytest.raises(UserError, match="must be a mapping"):
         table_specs([])
+
+
+def test_a_gain_over_itself_is_no_number_and_a_column_may_be_a_mean_over_runs(results, tmp_path):
+    (tmp_path / "means.csv").write_text("case,against,accuracy_gain\nplain,plain,0.0\nmemory,plain,0.2\n")
+    columns = [{"column": "accuracy_gain", "head": "gain", "form": "gain"},
+               {"column": "accuracy", "head": "acc.", "form": "3", "mean_of": "runs"}]  # fmt: skip
+    spec = {"file": "means", "columns": columns, "groups": [{"rows": {"plain": "plain", "memory": "memory"}}]}
+    assert tabular(table_specs({"t": spec})["t"], results).splitlines()[4:6] == [
+        r"plain & -- & 0.715 \\",
+        r"memory & 20.0 & 0.942 \\",
+    ]
