@@ -119,12 +119,25 @@ class ForgettingCurve(EditCallback):
         standing = [fact for fact in first if held.get(fact.slot) == fact]
         return add_group(COHORT, editor.evaluation.measure(editor.lm, standing)) if standing else {}
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the cohort at the end of a run, while the model is still on its device."""
+        assert isinstance(pl_module, SequentialEditor)
+        if pl_module.edits >= len(trainer.datamodule.facts):  # type: ignore[attr-defined]
+            self._finish_cohort(trainer, pl_module)
+
+    def _finish_cohort(self, trainer: Trainer, editor: SequentialEditor) -> None:
+        """Measures the last point of the cohort, if it was not: a resumed run that had finished never trains."""
+        point = self.curve.setdefault(editor.edits, {})
+        if not any(name.startswith(f"{COHORT}/") for name in point):
+            found = self._of_cohort(trainer, editor)
+            log_numbers(trainer, found, editor.edits)
+            point.update(found)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits and draws the curves."""
         assert isinstance(pl_module, SequentialEditor)
-        cohort = self._of_cohort(trainer, pl_module)
-        log_numbers(trainer, cohort, pl_module.edits)
-        self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained() | cohort)
+        self._finish_cohort(trainer, pl_module)
+        self.curve.setdefault(pl_module.edits, {}).update(pl_module.measure_retained())
         evaluation = pl_module.evaluation
         drawn = _merged(evaluation.series(BEFORE), evaluation.series(IMMEDIATE), self.curve)
         figure = forgetting_figure(drawn, perplexity_of_curve(evaluation.language_before, BEFORE))

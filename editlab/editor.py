@@ -176,8 +176,11 @@ class SequentialEditor(MeasuredModel):
 
     @property
     def sites(self) -> list[Site]:
-        """The sites that values are found at, from the lowest up."""
-        return distinct(sites_of(self.lm, self.layer_numbers, self.values.spread))
+        """The sites that values are found at, from the lowest up: those that the solver works towards."""
+        return distinct(self._site_of_layers())
+
+    def _site_of_layers(self) -> dict[int, Site]:
+        return sites_of(self.lm, self.layer_numbers, self.values.spread, self.site_setting)
 
     @cached_property
     def unedited_scores(self) -> ScoreCache:
@@ -208,9 +211,13 @@ class SequentialEditor(MeasuredModel):
         with self.unedited():
             if not self.contexts and self.method.solves:
                 self.contexts = ranks.on_first(lambda: sample_contexts(self.lm, self.context_settings))
-            sites = sites_of(self.lm, self.layer_numbers, self.values.spread, self.site_setting)
             self.solver = solver_of(self.method)(
-                self.lm, self.solve_settings, sites, self.layers_by_number, self.contexts, carried=self.carried
+                self.lm,
+                self.solve_settings,
+                self._site_of_layers(),
+                self.layers_by_number,
+                self.contexts,
+                carried=self.carried,
             )
             if self.method.solves:
                 self.solver.read_moments(self.moments, self.language_model)
@@ -323,6 +330,7 @@ class SequentialEditor(MeasuredModel):
             "changes_weights": self.method.changes_weights,
             "ledger": self.ledger.state_dict(),
             "carried": self.carried.state_dict(),
+            "unmoved": self.unmoved.state_dict(),
             "contexts": self.contexts,
             "evaluation": self.evaluation.state_dict(),
             "values": self.targets.source.state_dict(),
@@ -341,6 +349,7 @@ class SequentialEditor(MeasuredModel):
             self.changed_layer(path)  # the layer has to exist before Lightning loads its sum
         self.ledger.load_state_dict(saved["ledger"])
         self.carried.load_state_dict(saved.get("carried", {}))
+        self.unmoved.load_state_dict(saved.get("unmoved", {}))
         self.contexts = list(saved["contexts"])
         self.evaluation.load_state_dict(saved["evaluation"])
         self.resumed = saved

@@ -238,6 +238,25 @@ def test_a_setting_that_is_no_object_is_named():
         edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL, post_steps=RECT())
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": 5}, "layers is 5: give a list of whole numbers"),
+        ({"layers": ["1"]}, r"layers is \['1'\]: give a list"),
+        ({"layers": [1.0]}, "give a list of whole numbers"),
+        ({"callbacks": MemoryReplay()}, "callbacks is .*: give a list of callbacks"),
+        ({"callbacks": ["MemoryReplay"]}, "give a list of callbacks"),
+        ({"batch_size": "4"}, "batch_size is '4': give a whole number"),
+        ({"seed": "0"}, "seed is '0': give a whole number"),
+        ({"passes": 1.5}, "passes is 1.5: give a whole number"),
+        ({"condition_limit": "a"}, "condition_limit is 'a': give a number"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        edit_model(tiny_model("llama"), tiny_tokenizer(), FACTS, **changes)
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_named(seed):
     with pytest.raises(UserError, match=f"seed is {seed}: it must lie between 0 and 4294967295"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -32,6 +31,9 @@ from editlab.utils.validation import above_zero, decays, fractions, one_of
 from editlab.values.sources import NOT_AGAIN
 
 log = logging.getLogger(__name__)
+
+FORGOTTEN = 1e-6
+"""Smallest factor of age at which a memory counts: a weaker constraint changes nothing and spoils the condition."""
 
 KINDS = ("sampled", "consolidated", "both")
 REFRESH = ("none", "values")
@@ -124,6 +126,9 @@ class MemoryReplay(EditCallback):
         assert isinstance(editor, SequentialEditor)
         self.require_settings(editor)
         self.reset_for_new_run(editor, self._initial_state)
+        if self.samples and self.rate and not self._replayed(size := trainer.datamodule.batch_size):  # type: ignore[attr-defined]
+            log.warning("MemoryReplay.rate %g of a batch of %d rounds to no fact, so nothing is replayed: set it to %g "
+                        "or more.", self.rate, size, 0.5 / size)  # fmt: skip
         if self.samples and editor.method.solves:
             anatomy, top = editor.lm.anatomy, editor.layer_numbers[-1]
             numbers = anatomy.key_size(top) + (1 + len(editor.sites)) * anatomy.value_size(top)
@@ -159,7 +164,7 @@ class MemoryReplay(EditCallback):
         if not self.samples:
             return
         self._weigh(editor, plan.step)
-        count = math.floor(self.rate * len(plan.facts) + 0.5)
+        count = self._replayed(len(plan.facts))
         memories = [
             m for m in self.buffer.sample(count, exclude=plan.facts, step=plan.step) if self._weight(m, plan.step)
         ]
@@ -168,14 +173,18 @@ class MemoryReplay(EditCallback):
                 memory.value = value.clone()
         plan.add([self._addition(memory, plan.step) for memory in memories])
 
+    def _replayed(self, facts: int) -> int:
+        """Number of memories that join a batch of so many facts."""
+        return math.floor(self.rate * facts + 0.5)
+
     def _addition(self, memory: Memory, step: int) -> Addition:
         cached = CachedKey(memory.key, memory.origin, memory.context_keys) if self.cache_keys else None
         return Addition(memory.fact, memory.value, self._weight(memory, step), self.repair, cached)
 
     def _weight(self, memory: Memory, step: int) -> float:
-        """Weight of a memory's constraint; 0 if it has decayed below the smallest normal float."""
-        weight = self.weight * self.age_decay ** (step - memory.step)
-        return weight if weight > sys.float_info.min else 0.0
+        """Weight of a memory's constraint; 0 if it has decayed to less than :data:`FORGOTTEN` of its first weight."""
+        decay = self.age_decay ** (step - memory.step)
+        return self.weight * decay if decay > FORGOTTEN else 0.0
 
     def _release(self, editor: SequentialEditor, plan: EditPlan) -> None:
         """Removes past keys of facts that this batch edits again: the metric would preserve the old edits."""

@@ -155,6 +155,8 @@ class TrustRollback(EditCallback):
             UserError: The method changes no weights, or batches are independent, so that a run has no perplexity.
         """
         editor.method.require_changed_weights("TrustRollback", "it judges changes of weights")
+        if self.enable and self.judge.action == FIRM:
+            editor.method.require_closed_form("TrustRollback.action firm", "it holds back the closed form's solve")
         if self.enable and self.perplexity and editor.restore_between_batches:
             raise UserError(
                 "TrustRollback.perplexity_budget is for the edits of a sequence, and model.restore_between_batches "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from editlab.api.inputs import check, check_run, facts_of, plain_model
+from editlab.api.inputs import check, check_run, check_types, facts_of, plain_model
 from editlab.api.recorded import recorded_settings
 from editlab.api.result import EditResult, changed_layers, take_out
 from editlab.api.surroundings import as_it_was, environment, root_folder
@@ -166,6 +166,7 @@ def edit_model(
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     check(model, tokenizer, settings)
+    check_types(layers, callbacks, batch_size=batch_size, seed=seed, passes=passes, condition_limit=condition_limit)
     check_run(seed, folder)
     editor = SequentialEditor(
         language_model or model.config.name_or_path or type(model).__name__,

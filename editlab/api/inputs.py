@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import max_seed_value, min_seed_value
+from lightning.pytorch import Callback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from editlab.data import Fact
@@ -77,6 +78,28 @@ def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
             raise UserError(f"The setting {name} is {settings[name]!r}: give an object, such as {example}().")
     if isinstance(step := settings.get("post_steps"), PostStep):
         raise UserError(f"The setting post_steps is {step!r}: give a list, such as [{step!r}].")
+
+
+def check_types(layers: Any, callbacks: Any, **numbers: Any) -> None:
+    """Make sure that layers are whole numbers, callbacks a list of callbacks, and numbers are numbers.
+
+    Args:
+        layers: numbers of layers, or text.
+        callbacks: the callbacks.
+        numbers: settings that are whole numbers, by name; ``condition_limit`` may be any number, and None is not given.
+
+    Raises:
+        UserError: One of these is not so.
+    """
+    whole = not isinstance(layers, str) and isinstance(layers, Sequence) and all(type(one) is int for one in layers)
+    if not (whole or isinstance(layers, str)):
+        raise UserError(f"layers is {layers!r}: give a list of whole numbers, such as [4, 5, 6], or 'auto'.")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(one, Callback) for one in callbacks):
+        raise UserError(f"callbacks is {callbacks!r}: give a list of callbacks, such as [MemoryReplay()].")
+    for name, value in numbers.items():
+        kinds = (int, float) if name == "condition_limit" else (int,)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise UserError(f"{name} is {value!r}: give a {'' if len(kinds) > 1 else 'whole '}number.")
 
 
 def check_run(seed: int, folder: str | Path | None) -> None:

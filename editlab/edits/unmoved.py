@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -39,6 +40,14 @@ class UnmovedFacts:
         """Log the number of such facts in the whole run, if there are any."""
         if self.facts:
             log.warning("In all: %s", self._sentence(self.facts, self.of))
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts so far, for a checkpoint."""
+        return {"facts": self.facts, "of": self.of}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Load what :meth:`state_dict` returned; nothing for checkpoints of older versions, which lack it."""
+        self.facts, self.of = state.get("facts", 0), state.get("of", 0)
 
     def _sentence(self, count: int, facts: int) -> str:
         return (

@@ -18,7 +18,7 @@ from editlab.data.portability import ANY_COUNTS
 from editlab.distributed import ranks
 from editlab.evaluation.judge import Item, JudgeSettings, judged
 from editlab.evaluation.score_cache import ScoreCache
-from editlab.lm.generate import greedy_continuations
+from editlab.lm.generate import end_tokens, greedy_continuations
 from editlab.lm.language_model import LanguageModel
 from editlab.metrics import CaseScore
 from editlab.metrics.functional.answers import ANSWER_KINDS, answer_scores
@@ -150,7 +150,8 @@ def _answered(lm: LanguageModel, prompts: Sequence[str], cache: ScoreCache | Non
 
     if cache is None or not prompts:
         return find()
-    return cache.answers([(prompt, lm.encode(prompt).ids) for prompt in prompts], NEW_TOKENS, find)
+    asked = [(prompt, lm.encode(prompt).ids) for prompt in prompts]
+    return cache.answers(asked, NEW_TOKENS, end_tokens(lm.model), find)
 
 
 def _with_verdicts(judge: JudgeSettings, asked: Sequence[Asked], answers: Sequence[Generated]) -> list[Generated]:

@@ -8,7 +8,7 @@ the same ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,16 +118,21 @@ class ScoreCache:
         return cache.fetch(key, lambda: {"logps": find()}, ranks.on_first)["logps"]
 
     def answers(
-        self, prompts: Sequence[tuple[str, Sequence[int]]], tokens: int, find: Callable[[], list[str]]
+        self,
+        prompts: Sequence[tuple[str, Sequence[int]]],
+        tokens: int,
+        ends: Collection[int],
+        find: Callable[[], list[str]],
     ) -> list[str]:
         """Return the model's free answers to prompts that are asked together: read, or else computed and kept.
 
         Args:
             prompts: each prompt and its token ids.
             tokens: the largest number of new tokens.
+            ends: ids of the tokens that end a text, which the model's weights do not determine.
             find: computes them on all ranks.
         """
-        key = key_of(prompts=[[prompt, list(ids)] for prompt, ids in prompts], tokens=tokens)
+        key = key_of(prompts=[[prompt, list(ids)] for prompt, ids in prompts], tokens=tokens, ends=sorted(ends))
         return DiskCache(self._folder() / "answers", ANSWERS).fetch(key, find, ranks.on_first)
 
     def _folder(self) -> Path:

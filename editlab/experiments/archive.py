@@ -49,7 +49,7 @@ def _pack(folder: Path, places: Mapping[str, str]) -> bytes:
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for path in sorted({path for pattern in PACKED for path in folder.glob(pattern)}):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
             for place in sorted(places, key=len, reverse=True):
                 text = text.replace(place, places[place])
             member = tarfile.TarInfo(path.name)  # its time, owner and group are 0

@@ -47,7 +47,12 @@ def main_effects(runs: Sequence[Run]) -> list[Row]:
     measured = rows_of_runs(runs)
     found = []
     for measure in EXPLAINED:
-        effects, halves, ps = _least_squares(design, np.array([_number(row, measure) for row in measured]))
+        try:
+            values = np.array([_number(row, measure) for row in measured])
+        except (KeyError, ValueError):
+            log.warning("There are no main effects on %s, which some of the runs have not measured", measure)
+            continue
+        effects, halves, ps = _least_squares(design, values)
         shown = [i for i, (name, _) in enumerate(columns) if name != "seed"]
         corrected = dict(zip(shown, holm([ps[1 + i] for i in shown]), strict=True))
         for i in shown:
@@ -83,7 +88,10 @@ def _least_squares(design: Any, values: Any) -> tuple[list[float], list[float], 
     freedom = len(values) - design.shape[1]
     variance = float(residual @ residual) / freedom
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    rounding = 1e-9 * max(1.0, float(np.abs(values).max()))
+    if math.sqrt(variance) <= rounding:  # the model explains all: what is left is rounding, and no yardstick
+        ps = np.where(np.abs(coefficients) <= rounding, 1.0, 0.0)
+    else:
         ps = 2 * stats.t.sf(np.abs(coefficients) / errors, freedom)
     half = float(stats.t.ppf(0.975, freedom))
-    return [float(c) for c in coefficients], [half * float(e) for e in errors], [float(p) for p in np.nan_to_num(ps)]
+    return [float(c) for c in coefficients], [half * float(e) for e in errors], [float(p) for p in ps]

@@ -22,6 +22,7 @@ from editlab.keys.subject_keys import locate
 from editlab.lm.language_model import LanguageModel
 from editlab.runs.summary import run_folder
 from editlab.utils.files import atomic_file
+from editlab.utils.validation import at_least_one
 
 KINDS = ("noise", "norm", "shuffle", "contradiction", "wrong_key")
 """Gross faults, which spoil a whole batch."""
@@ -79,6 +80,7 @@ class InjectFaults(EditCallback):
         self.share = share
         self.seed = seed
         self.first = first
+        at_least_one("InjectFaults", every_n_batches=every_n_batches)
         self.every_n_batches = every_n_batches
         self.sample = sample
         self.faults: dict[int, str] = {}
@@ -92,6 +94,11 @@ class InjectFaults(EditCallback):
         batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         draw = random.Random(self.seed)
         count = round(self.share * batches)
+        if count > batches - self.first:
+            raise UserError(
+                f"InjectFaults.share is {self.share} of {batches} batches, and the first {self.first} get no fault: "
+                "give a smaller share, or set first to 0."
+            )
         chosen = draw.sample(range(self.first, batches), count)
         kinds = [self.kinds[i % len(self.kinds)] for i in range(count)]
         self.faults = dict(sorted(zip(chosen, kinds, strict=True)))

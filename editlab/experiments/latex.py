@@ -97,7 +97,7 @@ class Results:
             UserError: if there is no such table, row or number, or the row is not the only one.
         """
         if "|" in row:
-            first, second = row.split("|")
+            first, _, second = row.partition("|")
             return self.number(table, first, column) - self.number(table, second, column)
         found = self.rows(table, row)
         if not found or (len(found) > 1 and not row.endswith(MEAN)):
@@ -131,7 +131,7 @@ class Results:
         """
         if "|" in row:
             first, second = (
-                {one.get("seed"): float(one[column]) for one in self.rows(table, r)} for r in row.split("|")
+                {one.get("seed"): float(one[column]) for one in self.rows(table, r)} for r in row.split("|", 1)
             )
             _, low, high = t_interval([value - second[seed] for seed, value in first.items() if seed in second])
             return low, high

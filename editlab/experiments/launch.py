@@ -7,6 +7,7 @@ started with) and, if it failed, ``failed.json``.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import signal
@@ -20,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from editlab.errors import EditLabError, UserError
-from editlab.experiments.provenance import provenance, write_json, write_provenance
+from editlab.experiments.csv_files import UNKNOWN
+from editlab.experiments.provenance import RECIPE_CONTENT, provenance, write_json, write_provenance
 
 T = TypeVar("T")
 
@@ -83,6 +87,16 @@ class Job:
         lines = "\n".join(argument for argument in self.arguments if not argument.startswith(LOCATION))
         return hashlib.sha256(lines.replace(f"{self.project.parent}/", "../").encode()).hexdigest()[:8]
 
+    @property
+    def recipe_content(self) -> str:
+        """Digest (8 hex digits) of the recipe's settings; unknown if it cannot be read, which its run will report."""
+        recipe = self.arguments[self.arguments.index("--config") + 1] if "--config" in self.arguments else ""
+        try:
+            content = yaml.safe_load((self.project / recipe).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return UNKNOWN
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
 
 def start(job: Job, variables: Mapping[str, str] | None = None) -> int:
     """Runs a job, or resumes it from its checkpoint.
@@ -113,7 +127,8 @@ def _run(job: Job, variables: Mapping[str, str]) -> int:
     (job.folder / FAILED).unlink(missing_ok=True)
     checkpoint = job.folder / "checkpoints" / "last.ckpt"
     arguments = [*job.arguments, *(["--ckpt_path", str(checkpoint)] if checkpoint.exists() else [])]
-    write_provenance(job.folder, {"settings": job.settings, **provenance(job.project)}, resumed=checkpoint.exists())
+    made = {"settings": job.settings, RECIPE_CONTENT: job.recipe_content, **provenance(job.project)}
+    write_provenance(job.folder, made, resumed=checkpoint.exists())
     environment = {**os.environ, **variables, "OMP_NUM_THREADS": str(job.threads)}
     command = [sys.executable, "-m", "editlab.cli.main", *arguments]
     with (job.folder / LOG).open("a", encoding="utf-8") as log:

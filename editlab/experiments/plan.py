@@ -15,7 +15,7 @@ from editlab.errors import UserError
 from editlab.experiments.cells import CELLS, Cell, own_run
 from editlab.experiments.csv_files import UNKNOWN
 from editlab.experiments.launch import FAILED, LOCATION, Job
-from editlab.experiments.provenance import JOINT, read_provenance
+from editlab.experiments.provenance import JOINT, RECIPE_CONTENT, read_provenance
 from editlab.experiments.spec import CallbackSpec, CaseSpec, Experiment, GridSpec, check_cases, first_existing
 from editlab.runs.figures import Series
 from editlab.runs.folders import RunFolder
@@ -137,8 +137,12 @@ class Run:
     @property
     def settings_differ(self) -> bool:
         """Whether it was started with other settings than it would be now, as far as these were recorded."""
-        noted = {*read_provenance(self.folder).get("settings", UNKNOWN).split(JOINT)} - {UNKNOWN}
-        return self.started and bool(noted) and noted != {self.job(1).settings}
+        if not self.started:
+            return False
+        noted, job = read_provenance(self.folder), self.job(1)
+        pairs = (("settings", job.settings), (RECIPE_CONTENT, job.recipe_content))
+        known = [({*noted.get(name, UNKNOWN).split(JOINT)} - {UNKNOWN}, now) for name, now in pairs]
+        return any(then and then != {now} for then, now in known)
 
     def job(self, threads: int) -> Job:
         """What starts or resumes it on some cores."""
@@ -321,10 +325,14 @@ def _has_labels(labels: Mapping[str, Any], wanted: Mapping[str, Sequence[str]]) 
 
 def _in(value: Any, wanted: Sequence[str]) -> bool:
     """Whether a label is one of some values from the command line; 0 and 0.0 are alike."""
+    return any(_alike(value, one) for one in wanted)
+
+
+def _alike(value: Any, text: str) -> bool:
     try:
-        return any(float(value) == float(one) for one in wanted)
-    except ValueError:
-        return str(value) in wanted
+        return float(value) == float(text)
+    except (TypeError, ValueError):  # a list, null, or a word
+        return str(value) == text
 
 
 def _run(experiment: Experiment, case: Case, options: Options, seed: int) -> Run:

@@ -18,6 +18,9 @@ from editlab.utils.version import __version__
 
 FILE = "provenance.json"
 
+RECIPE_CONTENT = "recipe_content"
+"""Entry of a run's provenance: digest of the settings in its recipe file, which may change under its name."""
+
 JOINT = " | "
 """Separates the values of what was made in several ways."""
 

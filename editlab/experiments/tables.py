@@ -15,7 +15,7 @@ import yaml
 
 from editlab.experiments.csv_files import MADE_WITH, VERSIONS, Row
 from editlab.experiments.plan import Run
-from editlab.experiments.provenance import NONE, joined, read_provenance
+from editlab.experiments.provenance import NONE, RECIPE_CONTENT, joined, read_provenance
 from editlab.experiments.statistics import Interval, paired_differences, t_interval, wilson
 from editlab.runs.figures import one_perplexity
 
@@ -67,6 +67,7 @@ def provenance_of(run: Run) -> dict[str, str]:
     noted = read_provenance(run.folder)
     if noted.get("revision") == "":  # as earlier versions of editlab wrote it for a folder in no git repository
         noted["revision"] = NONE
+    noted.pop(RECIPE_CONTENT, None)  # tells a sweep whether a run is still valid; no column of tables
     versions = (run.summary or {}).get("versions", {})
     return {"recipe": run.recipe, **noted, **{name: versions.get(name, "") for name in VERSIONS}}
 

@@ -97,17 +97,17 @@ def _written(rows: list[Row], path: Path) -> list[Row]:
 
 def _runs(results: Results, table: TableSpec) -> list[Row]:
     """The first such table takes up finished runs; further ones are parts of it."""
-    if "runs" in results.made:
-        rows = results.made["runs"]
-    elif results.runs:
-        new = rows_of_runs(results.runs, table.columns)
-        if not table.where:
-            return update_rows(results.path(table.file), new, results.case_names)
-        rows = new
-    else:
+    path, first = results.path(table.file), "runs" not in results.made
+    if first and not results.runs:
         return []
+    if first:
+        new = rows_of_runs(results.runs, table.columns)
+        results.made["runs"] = new if table.where else update_rows(path, new, results.case_names)
+    rows = results.made["runs"]
+    if not table.where:
+        return rows if first else _written(rows, path)
     chosen = [row for row in rows if all(str(row.get(k)) == str(v) for k, v in table.where.items())]
-    return _written(chosen, results.path(table.file))
+    return update_rows(path, chosen, results.case_names) if first else _written(chosen, path)
 
 
 def _means(results: Results, table: TableSpec) -> list[Row]:
@@ -136,7 +136,7 @@ def _cells(results: Results, table: TableSpec) -> list[Row]:
     experiment, path = results.experiment, results.path(table.file)
     axes = [*dict.fromkeys(name for grid in experiment.grids for name in grid.axes), "seed"]
     table_rows = kept_rows(read_rows(path)) if path.exists() else []
-    earlier = {tuple(row[name] for name in axes): row for row in table_rows if row["status"] == "done"}
+    earlier = {tuple(row.get(name, "") for name in axes): row for row in table_rows if row["status"] == "done"}
     seeds = {*experiment.seeds, *(results.options.seeds or ()), *(int(row["seed"]) for row in earlier.values())}
     options = replace(results.options, only=None, where={}, seeds=sorted(seeds))
     runs = {(run.case.name, run.seed): run for run in planned(experiment, options)}
@@ -149,7 +149,7 @@ def _cells(results: Results, table: TableSpec) -> list[Row]:
             if run is not None and run.summary is not None:
                 row |= rows_of_runs([run], table.columns)[0]
             else:
-                row = earlier.get(tuple(str(row[name]) for name in axes), row)
+                row = earlier.get(tuple(str(row.get(name, "")) for name in axes), row)
             found.append(row)
     return _written(found, path)
 

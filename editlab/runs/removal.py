@@ -99,7 +99,7 @@ def find_edits(edits: Sequence[Edit], names: Sequence[str]) -> list[int]:
 
 def _names(edit: Edit) -> set[str]:
     return {
-        composed(text)
+        composed(text.strip())  # as what the user names: a prompt may end in white space
         for text in (edit.subject, f"{edit.subject}|{edit.prompt}", f"{edit.subject}|{edit.fact.question}")
     }
 

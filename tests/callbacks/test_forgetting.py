@@ -52,6 +52,26 @@ def test_the_first_edits_are_measured_again_at_each_point_once_all_are_made(tiny
     assert layout(events)["accuracy of the first 4 edits"] == ["^cohort/accuracy$"]
 
 
+def test_the_last_point_of_the_first_edits_is_measured_while_the_model_is_on_its_device(tiny_folder, tmp_path):
+    late = []
+
+    class Spied(ForgettingCurve):
+        ended = False
+
+        def on_fit_end(self, trainer, pl_module):
+            self.ended = True  # Lightning has moved the model to the CPU, and ended its precision
+            super().on_fit_end(trainer, pl_module)
+
+        def _of_cohort(self, trainer, editor):
+            late.append(self.ended)
+            return super()._of_cohort(trainer, editor)
+
+    curve = Spied(every_n_edits=4, cohort=2)
+    fit(tmp_path, editor(tiny_folder), callbacks=[curve], limit=6, batch_size=2)
+    assert late == [False, False]
+    assert [edits for edits, point in sorted(curve.curve.items()) if "cohort/ES" in point] == [4, 6]
+
+
 def test_a_fact_that_is_edited_again_leaves_the_cohort(tiny_folder, tmp_path):
     again = replace(FACTS[0], target_new="elsewhere")
     path = write_counterfact(tmp_path / "again.json", [*FACTS[:3], again])

@@ -253,6 +253,9 @@ def test_a_run_with_published_conventions_edits_and_reverts(kind):
         callbacks=[MemoryReplay(memory="consolidated")], **{**SMALL, **more},
     )  # fmt: skip
     assert len(result.facts) == len(FACTS)
+    # Values are found where the solver reads the present output and writes the new one.
+    assert result.editor.targets.sites == distinct(result.editor.solver.sites)
+    assert [site.name for site in result.editor.targets.sites] == ["mlp" if kind is ROME else "stream"]
     identity = result.editor.identity.conventions
     assert identity == {
         "kl_at": "subject", "keys": "mean" if kind is ROME else "templates",

@@ -217,5 +217,7 @@ def test_errors_of_what_needs_the_closed_form():
         SequentialEditor(method=TUNE, layers="auto").configure_optimizers()
     with pytest.raises(UserError, match="InjectFaults cannot be used with the method FineTune"):
         InjectFaults().on_train_start(None, SequentialEditor(method=TUNE))
+    with pytest.raises(UserError, match=r"TrustRollback\.action firm cannot be used with the method FineTune"):
+        TrustRollback(action="firm").on_fit_start(None, SequentialEditor(method=TUNE))
     with pytest.raises(UserError, match=r"MemoryReplay\.memory consolidated cannot be used with the method FineTune"):
         MemoryReplay(memory="both").on_fit_start(None, SequentialEditor(method=TUNE))

@@ -70,13 +70,13 @@ def test_what_autocast_gives_is_kept_for_itself():
 def test_answers_to_the_same_prompts_are_kept_together():
     asked = [("Paris is in", [1, 2]), ("Rome is in", [3])]
     cache = ScoreCache("said")
-    assert cache.answers(asked, 4, lambda: ["France.", "Ítaly"]) == ["France.", "Ítaly"]
-    assert ScoreCache("said").answers(asked, 4, lambda: 1 / 0) == ["France.", "Ítaly"]
+    assert cache.answers(asked, 4, {0}, lambda: ["France.", "Ítaly"]) == ["France.", "Ítaly"]
+    assert ScoreCache("said").answers(asked, 4, {0}, lambda: 1 / 0) == ["France.", "Ítaly"]
     other_ids = [("Paris is in", [1, 2]), ("Rome is in", [4])]  # as another chat template gives them
-    for prompts, tokens in ((asked[:1], 4), (asked, 5), (other_ids, 4)):
-        assert cache.answers(prompts, tokens, lambda: ["other"]) == ["other"]
+    for prompts, tokens, ends in ((asked[:1], 4, {0}), (asked, 5, {0}), (other_ids, 4, {0}), (asked, 4, {0, 2})):
+        assert cache.answers(prompts, tokens, ends, lambda: ["other"]) == ["other"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert cache.answers(asked, 4, lambda: ["cast", ""]) == ["cast", ""]
+        assert cache.answers(asked, 4, {0}, lambda: ["cast", ""]) == ["cast", ""]
 
 
 @pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9, 0.999])

@@ -75,3 +75,17 @@ def test_too_few_runs_have_no_effects(tmp_path, caplog):
     assert main_effects(runs_of(tmp_path, additive, [("none", "6"), ("all", "2 to 6")])) == []
     assert "need more finished runs than these 6" in caplog.text
     assert main_effects([]) == []
+
+
+def test_a_measure_that_never_differs_has_no_effects(tmp_path):
+    rows = main_effects(runs_of(tmp_path, lambda memory, layers, seed: 0.5))
+    assert {(row["effect"], row["p_holm"]) for row in rows} == {(0.0, 1.0)}
+
+
+def test_a_measure_that_a_run_lacks_is_left_out_by_name(tmp_path, caplog):
+    runs = runs_of(tmp_path, additive)
+    path = runs[0].folder / "summary.json"
+    path.write_text(path.read_text().replace('"retained/perplexity"', '"retained/other"'))
+    measures = {row["measure"] for row in main_effects(runs)}
+    assert measures == {"retained/ES", "retained/accuracy", "retained/paraphrase_accuracy", "NS_change"}
+    assert "no main effects on log_perplexity_ratio" in caplog.text

@@ -158,6 +158,34 @@ def test_cases_by_their_labels(tmp_path):
         chosen(batch_size=["7"])
 
 
+def test_labels_of_every_kind_can_be_asked_for(tmp_path):
+    first, second = "{layers: [4, 5], rank: null, rate: 5.0}", "{layers: 6, rank: 8, rate: none}"
+    experiment = write(tmp_path, f"cases:\n  a: {{labels: {first}}}\n  b: {{labels: {second}}}\n")
+
+    def chosen(**where):
+        return [run.case.name for run in planned(experiment, Options(where=where, seeds=[1], work=tmp_path))]
+
+    assert chosen(layers=["[4, 5]"]) == chosen(rank=["None"]) == ["a"]
+    assert chosen(rate=["none", "5"]) == ["a", "b"]
+
+
+def test_a_run_of_another_content_of_its_recipe(tmp_path):
+    (run,) = planned(write(tmp_path, "cases: {none: {}}"), Options(seeds=[1], work=tmp_path / "runs"))
+    recipe = run.project / run.recipe
+    recipe.write_text("model: {layers: [4]}")
+    job = run.job(1)
+    made = {"settings": job.settings, provenance.RECIPE_CONTENT: job.recipe_content}
+    (run.folder / "checkpoints").mkdir(parents=True)
+    (run.folder / "checkpoints" / "last.ckpt").touch()
+    (run.folder / provenance.FILE).write_text(json.dumps(made))
+    recipe.write_text("# a comment\nmodel:\n  layers: [4]\n")
+    assert not run.settings_differ
+    recipe.write_text("model: {layers: [5]}")
+    assert run.settings_differ
+    recipe.unlink()
+    assert run.job(1).recipe_content == "unknown"
+
+
 def test_a_run_of_unknown_or_two_settings(tmp_path):
     (run,) = planned(write(tmp_path, "cases: {none: {}}"), Options(seeds=[1], work=tmp_path / "runs"))
     now = run.job(1).settings

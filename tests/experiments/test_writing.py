@@ -152,3 +152,45 @@ def test_committed_tables_say_what_they_were_made_with(tmp_path, name):
         for row in read_rows(table):
             if row.get("seeds") != "0":
                 assert (row["recipe"], row["torch"]) == (experiment.recipe, "2")
+
+
+def test_a_first_table_of_a_part_leaves_the_others_whole(tmp_path):
+    experiment = load(
+        tmp_path,
+        """
+tables:
+- {file: x.csv, rows: runs, where: {way: x}}
+- {file: y.csv, rows: runs, where: {way: y}}
+- {file: all.csv, rows: runs}
+""",
+    )
+    given = options(tmp_path, seeds=[1])
+    for case in ("a", "b"):
+        finish(given.work / case / "version_1", SCORES)
+    write(experiment, given)
+
+    def cases(name):
+        return [row["case"] for row in read_rows(given.out / "results" / name)]
+
+    assert (cases("x.csv"), cases("y.csv"), cases("all.csv")) == (["a"], ["b"], ["a", "b"])
+
+
+def test_grids_of_different_axes_share_a_table_of_cells(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "my.yaml").write_text(
+        """
+recipe: recipe.yaml
+grids:
+- {name: "x_{x}", axes: {x: [1, 2]}, flags: {data.batch_size: "{x}"}}
+- {name: "y_{y}", axes: {y: [3]}, flags: {data.limit: "{y}"}}
+tables: [{file: cells.csv, rows: cells}]
+"""
+    )
+    experiment, given = load_experiment(tmp_path / "my.yaml"), options(tmp_path, seeds=[1])
+    finish(given.work / "y_3" / "version_1", SCORES)
+    for _ in range(2):  # the second reads the table of the first
+        write(experiment, given)
+        rows = read_rows(given.out / "results" / "cells.csv")
+        assert [(row["case"], row.get("x"), row.get("y"), row["status"]) for row in rows] == [
+            ("x_1", "1", None, "not run"), ("x_2", "2", None, "not run"), ("y_3", None, "3", "done"),
+        ]  # fmt: skip

@@ -92,3 +92,9 @@ def test_a_history_keeps_neighbors_and_removals():
     history = replace(delta().history, removals=(Removed("2026-01-01T00:00:00Z", (3,), {"others": 2.0}),), when="then")
     assert History.from_json(history.to_json()) == history
     assert history.edits[2].fact.neighbors[0].truth == "Lima"
+
+
+def test_a_prompt_that_ends_in_white_space_is_named_as_it_is_shown():
+    edits = (Edit("France", "The capital of {} is ", "Rome", "Paris", 1, "kept"),)
+    for name in ("France|The capital of {} is ", "France|The capital of {} is", "France|The capital of France is "):
+        assert find_edits(edits, [name]) == [0]

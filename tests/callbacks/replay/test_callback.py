@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from callbacks.replay.buffer import Memory
 from callbacks.replay.callback import MemoryReplay
 from editlab.callback import EditCallback
 from editlab.errors import UserError
@@ -278,11 +279,27 @@ def test_facts_edited_again_at_several_layers(tiny_folder, tmp_path):
         assert float(values[0]) > -1e-9 * float(values[-1])
 
 
-def test_memories_whose_weight_decayed_to_0_are_not_replayed(tiny_folder, tmp_path):
+def test_memories_that_have_decayed_are_not_replayed(tiny_folder, tmp_path):
     spy = Spy()
-    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=9.0, age_decay=1e-200), spy])
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=9.0, age_decay=1e-4), spy])
     replayed = [[a.fact.slot for a in plan.additions] for plan in spy.plans]
     assert replayed == [[fact.slot for fact in facts] for facts in ([], FACTS[:2], FACTS[2:4])]
+
+
+def test_a_memory_counts_until_it_has_decayed_to_a_millionth():
+    replay = MemoryReplay(weight=8.0, age_decay=0.1)
+    memory = Memory(FACTS[0], torch.zeros(1, 2), torch.zeros(2), torch.zeros(2), step=0)
+    assert [replay._weight(memory, step) for step in (0, 5)] == pytest.approx([8.0, 8e-5])
+    assert replay._weight(memory, 7) == 0
+
+
+def test_a_rate_that_rounds_to_no_fact_is_named(tiny_folder, tmp_path, caplog):
+    import logging
+
+    logging.getLogger("callbacks").propagate = True
+    fit(tmp_path, editor(tiny_folder, layers=[1]), callbacks=[MemoryReplay(rate=0.3)], batch_size=1, limit=2)
+    assert "MemoryReplay.rate 0.3 of a batch of 1 rounds to no fact" in caplog.text
+    assert "set it to 0.5 or more" in caplog.text
 
 
 def test_the_size_of_the_memory_is_logged(tiny_folder, tmp_path, caplog):
