@@ -55,7 +55,8 @@ class Method(EditMethod):
 
         Args:
             moments: C0, [d_k, d_k].
-            past: the sum of ``k k^T`` over past keys, [d_k, d_k].
+            past: the sum of ``k k^T`` over past keys and, with their weight, the context keys that a memory keeps,
+                [d_k, d_k].
             edits: number of edits whose keys are in that sum.
             device: as for :meth:`preservation`.
         """

@@ -43,6 +43,7 @@ def test_each_figure_comes_from_its_table(tmp_path, capsys):
           [{"method": "ROME", "effective_weight": "0.0", "way": "sequential", **row}])  # fmt: skip
     write(results / "replay_ablation.csv", [{"case": case, **row} for case in ("none", "joint")])
     write(results / "slack_dial.csv", [{"case": "memory_0", "retained/paraphrase_accuracy": 0.5, **row}])
+    write(results / "tuning.csv", [{"case": "retrieval_1", "retained/generation": 0.5, **row}])
     for table in ("trust_roc", "trust_graded_roc"):
         write(results / f"{table}.csv",
               [{"labels": "injected", "gate": "trust", "false_positive_rate": x, "recall": x, "precision": 0.1}
