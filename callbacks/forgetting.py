@@ -127,11 +127,10 @@ class ForgettingCurve(EditCallback):
 
     def _finish_cohort(self, trainer: Trainer, editor: SequentialEditor) -> None:
         """Measures the last point of the cohort, if it was not: a resumed run that had finished never trains."""
-        point = self.curve.setdefault(editor.edits, {})
-        if not any(name.startswith(f"{COHORT}/") for name in point):
-            found = self._of_cohort(trainer, editor)
+        done = any(name.startswith(f"{COHORT}/") for name in self.curve.get(editor.edits, {}))
+        if not done and (found := self._of_cohort(trainer, editor)):
             log_numbers(trainer, found, editor.edits)
-            point.update(found)
+            self.curve.setdefault(editor.edits, {}).update(found)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures all edits and draws the curves."""

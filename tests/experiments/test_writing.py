@@ -180,6 +180,7 @@ def test_grids_of_different_axes_share_a_table_of_cells(tmp_path):
     (tmp_path / "my.yaml").write_text(
         """
 recipe: recipe.yaml
+seeds: [1]
 grids:
 - {name: "x_{x}", axes: {x: [1, 2]}, flags: {data.batch_size: "{x}"}}
 - {name: "y_{y}", axes: {y: [3]}, flags: {data.limit: "{y}"}}
