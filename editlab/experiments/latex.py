@@ -55,7 +55,7 @@ class ColumnSpec:
     head: str
     """its title, in LaTeX"""
     form: str = "3"
-    """a name in :data:`FORMATS`"""
+    """a number of digits, or a name in :data:`FORMATS`"""
     interval: bool = False
     """whether the cell also gives the interval"""
     mean_of: str = ""
