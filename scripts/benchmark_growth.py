@@ -49,7 +49,7 @@ TITLES = {
     "edits": "edits made",
     "batch": "facts in a batch",
     "keys": "key dimension",
-    "buffer": "edits replayed at once",
+    "buffer": "edits replayed",
 }
 
 

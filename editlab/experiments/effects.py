@@ -33,8 +33,8 @@ def main_effects(runs: Sequence[Run]) -> list[Row]:
         runs: finished ones; the labels of their cases are the factors.
 
     Returns:
-        No rows as long as the finished runs do not determine all effects with some to spare; none of a measure that a run
-        lacks.
+        No rows as long as there are too few finished runs to determine all effects and their error; none of a measure
+        that a run lacks.
     """
     factors = {name: list(dict.fromkeys(str(run.case.labels[name]) for run in runs)) for name in _factors(runs)}
     factors["seed"] = list(dict.fromkeys(str(run.seed) for run in runs))
