@@ -24,8 +24,8 @@ FIGURES = "figures"
 
 ORDER = (
     "baselines", "slack_dial", "replay_ablation", "lora_ablation", "trust_eval", "trust_labels", "trust_graded",
-    "trust_budget", "targets", "tuning", "forgetting", "controls", "bridge", "known_builtin", "known_counterfact",
-    "zsre", "batch_experiments",
+    "trust_budget", "targets", "tuning", "forgetting", "controls", "preferred_counterfact", "known_builtin",
+    "known_counterfact", "zsre", "bridge", "batch_experiments",
 )  # fmt: skip
 """Experiments that come first, in this order; others follow by name."""
 
