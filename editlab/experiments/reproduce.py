@@ -25,7 +25,7 @@ FIGURES = "figures"
 ORDER = (
     "baselines", "slack_dial", "replay_ablation", "lora_ablation", "trust_eval", "trust_labels", "trust_graded",
     "trust_budget", "targets", "tuning", "forgetting", "controls", "preferred_counterfact", "known_builtin",
-    "known_counterfact", "zsre", "bridge", "batch_experiments",
+    "known_counterfact", "zsre", "gemma", "bridge", "batch_experiments",
 )  # fmt: skip
 """Experiments that come first, in this order; others follow by name."""
 

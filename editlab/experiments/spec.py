@@ -26,10 +26,11 @@ from typing import Any, Literal
 import yaml
 
 from editlab.errors import UserError
+from editlab.experiments.content import experiment_file, read_content
 from editlab.experiments.figure_spec import BarsSpec, CurvesSpec, FigureSpec, FrontierSpec
 from editlab.experiments.schema import build
 from editlab.runs.outcomes import MEASURES
-from editlab.utils.shipped import EXPERIMENTS, RECIPES, find, in_checkout, resolve, shipped_folder, unknown
+from editlab.utils.shipped import EXPERIMENTS, RECIPES, find, in_checkout, shipped_folder
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Experiment:
     copies: tuple[CopySpec, ...] = ()
     figures: tuple[FigureSpec, ...] = ()
     quick: QuickSpec | None = None
+    like: str | None = None
+    """another experiment, by path or name: its keys count where they are not given, and flags are added to its flags"""
     definitions: Any = None
     """holds YAML anchors that other parts refer to"""
     path: Path = field(default=Path(), init=False)
@@ -172,15 +175,8 @@ def load_experiment(path: str | Path) -> Experiment:
         UserError: if it does not exist, is no valid YAML, has a wrong key, type or value, or names a recipe that does
             not exist.
     """
-    file = Path(resolve(str(path), (EXPERIMENTS,), "Experiment")).expanduser()
-    if not file.is_file():
-        raise UserError(f"There is no experiment file {str(path)!r}: {unknown(str(path), (EXPERIMENTS,))}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f" (see line {line + 1})"
-        raise UserError(f"{path} is not valid YAML{where}: correct it.") from error
+    file = experiment_file(path)
+    content = read_content(file, str(path))
     experiment = build(Experiment, content, str(path))
     one = find(str(path), (EXPERIMENTS,))
     by_name = one is not None and file == one.path != Path(path).expanduser()

@@ -148,6 +148,54 @@ figures: [{kind: curves, file: f, table: t.csv, rows: [{a: {label: A}}]}]
     assert figure.rows[0]["a"].color == "black"
 
 
+OTHER = """
+recipe: recipe.yaml
+definitions: {replay: &replay {class_path: MemoryReplay}}
+flags: {model.layers: [1], data.split: test}
+cases: {a: {callbacks: [*replay]}, b: {}}
+edits: 20
+"""
+
+
+def test_an_experiment_may_be_like_another(tmp_path):
+    (tmp_path / "other.yaml").write_text(OTHER)
+    for name in ("other", "other.yaml", str(tmp_path / "other.yaml")):
+        experiment = load(tmp_path, f"like: {name}\nedits: 30\nflags: {{data.keep: known, data.split: dev}}")
+        assert experiment.name == "my"
+        assert experiment.edits == 30  # its own key counts
+        assert list(experiment.cases) == ["a", "b"]
+        assert experiment.cases["a"].callbacks[0].class_path == "MemoryReplay"
+        assert experiment.flags == {"model.layers": [1], "data.split": "dev", "data.keep": "known"}
+    (tmp_path / "between.yaml").write_text("like: other\nseeds: [7]")
+    experiment = load(tmp_path, "like: between")
+    assert (experiment.seeds, experiment.edits) == ((7,), 20)
+
+
+def test_an_experiment_may_be_like_one_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = load(tmp_path, "like: preferred_counterfact\nfacts: mine.json", recipe=False)
+    assert experiment.facts == "mine.json"
+    assert list(experiment.cases) == list(load_experiment("preferred_counterfact").cases)
+    assert experiment.project == tmp_path
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("like: nowhere", "There is no experiment file 'nowhere'"),
+    ("like: [other]", r"like must be the name of an experiment or the path of its file, and is \['other'\]"),
+    ("like: my", r"like leads from my\.yaml back to itself"),
+    ("like: back", r"like leads from my\.yaml back to itself"),
+    ("like: list", r"is like .*list\.yaml, which is no experiment"),
+    ("like: broken", r"broken\.yaml is not valid YAML"),
+    ("like: other\nflags: [1]", r"flags must be a mapping"),
+])  # fmt: skip
+def test_what_an_experiment_cannot_be_like(tmp_path, text, message):
+    others = {"other": OTHER, "back": "like: my", "list": "[1]", "broken": "a: ["}
+    for name, content in others.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
 def test_a_shipped_experiment_starts_its_runs_where_the_user_stands(tmp_path, monkeypatch):
     """Only its path in a checkout means that project; a copy belongs to its own folder."""
     monkeypatch.chdir(tmp_path)
