@@ -167,11 +167,16 @@ class TrustRollback(EditCallback):
         """Chooses the held-out sentences, and removes events after the checkpoint, which a resumed run writes again.
 
         Raises:
-            UserError: There is nothing to hold out.
+            UserError: There is nothing to hold out, or facts cannot be dropped one by one.
         """
         if not self.enable:
             return
         assert isinstance(pl_module, SequentialEditor)
+        if self.judge.granularity == "edit" and not pl_module.targets.source.repeatable:
+            raise UserError(
+                "TrustRollback.granularity edit drops single facts of a batch, and with model.values.source gradient "
+                "each has already changed the targets of the others: set granularity to batch."
+            )
         if trainer.is_global_zero:
             self._events.resume(trainer.global_step)
         sentences = self._sentences(trainer, pl_module)

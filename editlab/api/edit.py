@@ -173,7 +173,7 @@ def edit_model(
         layers if isinstance(layers, str) else list(layers),
         **{**_defaults(settings), **settings, "post_steps": list(post_steps)},
     )
-    data = EditDataModule(batch_size=batch_size, keep="all", shuffle=False, joint=joint)
+    data = EditDataModule(path="facts given from Python", batch_size=batch_size, keep="all", shuffle=False, joint=joint)
     data.candidates = facts_of(facts, subject)
     return given, _edited(editor, data, model, tokenizer, callbacks, folder, seed, progress)
 

@@ -15,6 +15,7 @@ from editlab.data import Fact
 from editlab.editor import SequentialEditor
 from editlab.edits import standing
 from editlab.edits.edited_layer import EditedLayer
+from editlab.errors import UserError
 from editlab.runs.delta import Delta
 from editlab.runs.frames import RunFrames
 
@@ -46,24 +47,40 @@ class EditResult(RunFrames):
     settings: str = field(default="", repr=False)
     """the settings of the call as a recipe in YAML, which :meth:`delta` keeps"""
 
+    _reverted: bool = field(default=False, init=False, repr=False)
+
     def revert(self) -> None:
         """Removes the edits of this call from the model; those of later calls stay.
 
         If nothing else has changed the edited weights since, they are what they were before the call, bit for bit.
         """
         standing.remove(changed_layers(self.editor))
+        self._reverted = True
 
     def changes(self) -> Changes:
         """What the edits changed: answers to the facts, to neighbors and to bystanders, perplexity, weights.
 
-        To be called before :meth:`revert`. The bystanders are those of the setting ``evaluation``.
+        The bystanders are those of the setting ``evaluation``.
+
+        Raises:
+            UserError: The edits were reverted.
         """
+        self._require_edits("changes")
         with as_it_was(self.editor.lm.model):
             return measure_changes(self.editor, self.facts, self.summary)
 
     def delta(self) -> Delta:
-        """The sums of updates of this call, which :meth:`~editlab.runs.delta.Delta.save` writes as a patch."""
+        """The sums of updates of this call, which :meth:`~editlab.runs.delta.Delta.save` writes as a patch.
+
+        Raises:
+            UserError: The edits were reverted.
+        """
+        self._require_edits("delta")
         return Delta.of_run(self.editor, self.summary, self.settings)
+
+    def _require_edits(self, method: str) -> None:
+        if self._reverted:
+            raise UserError(f"The edits were taken out by revert(): call {method}() before it.")
 
     def _curve(self) -> Mapping[int, Mapping[str, float]]:
         return self.curve_rows

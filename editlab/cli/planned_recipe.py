@@ -36,7 +36,8 @@ def planned(recipe: Mapping[str, Any], settings: Sequence[tuple[str, Any]], cand
         *above, last = name.split(".")
         inner = result
         for part in above:
-            inner[part] = dict(inner.get(part) or {})
+            below = inner.get(part)
+            inner[part] = {"class_path": below} if isinstance(below, str) else dict(below or {})
             inner = inner[part]
         inner[last] = value
     trainer = dict(result.get("trainer") or {})

@@ -34,7 +34,7 @@ from editlab.runs.logger import RunLogger, as_parameters
 from editlab.runs.run_table import DEFAULT_FOLDER, DEFAULT_NAME, CSVRunLogger, RunTable
 from editlab.runs.summary import has_folder, is_trial, resume_in_own_folder, run_folder
 from editlab.runs.workplace import enter_folder
-from editlab.utils.files import atomic_file
+from editlab.utils.files import atomic_file, expanded
 from editlab.utils.validation import at_least_one
 
 MAY_DIFFER = (
@@ -61,6 +61,7 @@ def complete(verb: Namespace) -> None:
     for logger in loggers:
         if logger.get("name") == DEFAULT_NAME and verb.get("config"):
             logger["name"] = Path(str(verb.config[0])).stem
+    _refuse_second_table(verb.trainer.logger)
     if verb.get("ckpt_path") is not None:
         _find_run(verb, loggers)
     _add_checkpoint(verb.trainer)
@@ -80,7 +81,14 @@ def _check(verb: Namespace) -> None:
 
 
 def _choose_folder(verb: Namespace) -> None:
-    """Let ``trainer.default_root_dir`` be the folder that holds all runs, with or without a logger."""
+    """Let ``trainer.default_root_dir`` be the folder that holds all runs, with or without a logger.
+
+    ``~`` and variables are replaced once, here: of Lightning's parts some replace them and some do not.
+    """
+    for settings in (verb.trainer, *_loggers(verb.trainer.logger)):
+        for name in ("default_root_dir", "save_dir"):
+            if settings.get(name) is not None:
+                settings[name] = expanded(str(settings[name]))
     root, given = verb.trainer.default_root_dir, verb.trainer.logger
     if _has_none(given) and root is None:
         name = Path(str(verb.config[0])).stem if verb.get("config") else DEFAULT_NAME
@@ -95,7 +103,7 @@ def _put_own_logger_first(trainer: Namespace) -> None:
     """Let a logger of editlab's be the first, whose folder is the run's; a recipe without one gets a CSVRunLogger.
 
     Raises:
-        UserError: Lightning's CSVLogger would write its table over the run's.
+        UserError: There are several of editlab's.
     """
     if trainer.logger is None or isinstance(trainer.logger, bool) or trainer.logger == []:
         return
@@ -113,6 +121,23 @@ def _put_own_logger_first(trainer: Namespace) -> None:
         own = [Namespace(class_path=path, init_args=settings)]
     if others:
         trainer.logger = [*own, *others]
+
+
+def _refuse_second_table(given: Any) -> None:
+    """Refuse a CSVLogger of Lightning's in the folder of the runs.
+
+    Raises:
+        UserError: It would write its table, which has the same name, over the run's when that is resumed.
+    """
+    loggers = [one for one in (given if isinstance(given, list) else [given]) if list(_loggers(one))]
+    for other in loggers[1:]:
+        kind = str(other.class_path)
+        alike = _is_a(kind, CSVLogger) and not _is_a(kind, RunTable)
+        if alike and _runs(other.init_args) == _runs(loggers[0].init_args):
+            raise UserError(
+                f"trainer.logger has a CSVLogger in {_runs(other.init_args)}, where the runs are, and its metrics.csv "
+                "would be written over theirs: leave it out, as theirs has the same numbers, or give it another name."
+            )
 
 
 def _has_none(logger: Any) -> bool:

@@ -290,6 +290,9 @@ def _table(text: str, name: str, formats: Sequence[FactFormat] | None) -> Iterat
     fits = formats is None or "subject" in columns or any(one.matches(dict.fromkeys(columns)) for one in formats)
     if not fits:
         raise UserError(f"The first line of {name} must name its columns: write subject,prompt,target there.")
+    repeated = next((column for column in columns if column and columns.count(column) > 1), None)
+    if repeated is not None:
+        raise UserError(f"The first line of {name} has two columns {repeated!r}: give each column a name of its own.")
     rows.fieldnames = columns
     index = 0
     while True:

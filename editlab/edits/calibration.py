@@ -30,6 +30,9 @@ SHIPPED = Path(__file__).with_name("plan_calibration.json")
 LEAST = 0.01
 """Least fraction held whose logarithm is taken; the others of a batch may even turn an edit's own part around."""
 
+FLOOR = 0.01
+"""Logarithm of a perplexity ratio that counts as 0 where errors are relative."""
+
 
 @dataclass(frozen=True)
 class AccuracyLaw:
@@ -64,7 +67,7 @@ class PerplexityLaw:
     slope: float
     power: float
     error: float
-    """largest error of nine in ten such predictions, as a fraction of the predicted logarithm"""
+    """largest error of nine in ten such predictions, as a fraction of the predicted logarithm plus :data:`FLOOR`"""
 
     def __call__(self, harm: float) -> float:
         """The ratio at some harm."""
@@ -73,7 +76,8 @@ class PerplexityLaw:
     def range(self, harm: float) -> tuple[float, float]:
         """The ratio with a logarithm that is smaller and larger by the error."""
         log = math.log(self(harm))
-        return math.exp(max(0.0, 1 - self.error) * log), math.exp(min(700.0, (1 + self.error) * log))
+        half = self.error * (log + FLOOR)
+        return math.exp(max(0.0, log - half)), math.exp(min(700.0, log + half))
 
     def harm(self, ratio: float) -> float:
         """The harm at which a ratio above 1 is expected."""
@@ -150,8 +154,11 @@ class Calibration:
         found = []
         for name, value, measured in (
             ("edits", forecast.edits, [row.edits for row in self.rows]),
+            ("batch size", forecast.batch_size, [row.batch_size for row in self.rows]),
             ("lambda", forecast.candidate.weight, [row.candidate.weight for row in self.rows]),
             ("layers", len(forecast.candidate.layers), [len(row.candidate.layers) for row in self.rows]),
+            ("lowest layer", min(forecast.candidate.layers), [min(row.candidate.layers) for row in self.rows]),
+            ("highest layer", max(forecast.candidate.layers), [max(row.candidate.layers) for row in self.rows]),
             ("context-key weight", forecast.candidate.context_weight, [r.candidate.context_weight for r in self.rows]),
         ):
             low, high = min(measured), max(measured)

@@ -276,13 +276,13 @@ class TrialEvaluator:
 
     Args:
         lm: the unedited model.
-        facts: the first ones are edited; if none has neighbors, locality is measured at the prompts of the rest.
+        facts: the first ones are edited; if none of them has neighbors, the prompts of the rest measure locality.
         contexts: settings of the prefixes.
     """
 
     def __init__(self, lm: LanguageModel, facts: Sequence[Fact], contexts: ContextSettings) -> None:
         self.lm = lm
-        neighbors = any(fact.neighbors for fact in facts)
+        neighbors = any(fact.neighbors for fact in facts[:FACTS])  # of those that are edited
         count = min(FACTS, len(facts) if neighbors or len(facts) < 2 else len(facts) // 2)
         self.facts = list(facts[:count])
         self.contexts = sample_contexts(lm, replace(contexts, count=CONTEXTS + 1))

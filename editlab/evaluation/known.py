@@ -61,9 +61,13 @@ def knows_truth(lm: LanguageModel, facts: Sequence[Fact], tick: Callable[[int], 
     answers = [truths_of(facts[index]) for index in asked]
 
     def decided(index: int, text: str) -> bool:
-        # The last word may go on in the next token.
+        # The last word may go on in the next token, and an article alone is not dropped.
         whole = normalized(text[: _last_word(text)])
-        return bool(whole) and not any(answer.startswith(whole) and answer != whole for answer in answers[index])
+        return (
+            bool(whole)
+            and whole not in _ARTICLES
+            and not any(answer.startswith(whole) and answer != whole for answer in answers[index])
+        )
 
     texts = greedy_texts(lm, [facts[index].question for index in asked], MOST_TOKENS, decided, tick)
     known = [False] * len(facts)

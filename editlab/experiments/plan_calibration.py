@@ -23,7 +23,7 @@ import yaml
 from scipy.optimize import least_squares
 
 from editlab.data import EditDataModule
-from editlab.edits.calibration import AccuracyLaw, Calibration, MeasuredRow, PerplexityLaw
+from editlab.edits.calibration import FLOOR, AccuracyLaw, Calibration, MeasuredRow, PerplexityLaw
 from editlab.edits.forecast import FactSample, Forecast
 from editlab.errors import UserError
 from editlab.experiments.csv_files import Row, read_rows
@@ -43,8 +43,6 @@ MOST = 2000
 """Largest number of edits of a row that is used: beyond, a dry solve takes minutes."""
 POINTS = 4
 """Largest number of rows of one case: its snapshots and its end. Neighboring snapshots say the same."""
-FLOOR = 0.01
-"""Logarithm of a perplexity ratio that counts as 0 in the fit, which is one of relative errors."""
 COVERED = 0.9
 """Fraction of the predictions whose error is at most the one that the laws state."""
 
@@ -67,7 +65,8 @@ class Measured:
 def measured(tables: Sequence[Path]) -> list[Measured]:
     """Means over seeds of the rows of tables of runs, followed by tables of their snapshots.
 
-    A snapshot has no perplexity of the unedited model: that of its run's row is taken.
+    A snapshot has no perplexity of the unedited model: that of its run's row is taken, and of the beginning of the text
+    where the row has it, since snapshots read no more.
     """
     before: dict[tuple[str, str], float] = {}
     found: dict[tuple[str, int], list[tuple[float, float | None]]] = {}
@@ -78,7 +77,7 @@ def measured(tables: Sequence[Path]) -> list[Measured]:
                 continue
             run, key = (row["case"], row["seed"]), (row["case"], int(row["edits"]))
             if "before/perplexity" in row:
-                before[run] = float(row["before/perplexity"])
+                before[run] = float(row.get("before/perplexity_start") or row["before/perplexity"])
             elif source.get(key) not in (None, path.name):
                 continue  # the last snapshot is the run's own row
             source[key] = path.name

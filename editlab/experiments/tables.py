@@ -18,6 +18,8 @@ from editlab.experiments.plan import Run
 from editlab.experiments.provenance import NONE, RECIPE_CONTENT, joined, read_provenance
 from editlab.experiments.statistics import Interval, paired_differences, t_interval, wilson
 from editlab.runs.figures import one_perplexity
+from editlab.runs.folders import RunFolder
+from editlab.runs.outcomes import ROLLED_BACK, TAKEN_OUT
 
 SNAPSHOT = ("retained/ES", "retained/accuracy", "retained/generation", "retained/PS", "retained/paraphrase_accuracy",
             "retained/NS", "retained/neighbor_accuracy", "cohort/ES", "cohort/accuracy", "immediate/accuracy",
@@ -168,11 +170,16 @@ def _with_intervals(row: Row, measured: int | None) -> Row:
 
 def _measured(run: Run, edits: int, last: bool) -> int | None:
     """Edits that a snapshot is measured on: all standing ones at the end, a sample before; None if not known."""
+    summary = run.summary or {}
+    standing = int(summary["edits"]) - int(summary.get("superseded", 0)) if last else edits
+    if (folder := RunFolder(run.folder)).has_outcomes:
+        made = [row for row in folder.outcomes if row["edit"] <= edits and row["status"] != ROLLED_BACK]
+        batches = [row for row in made if row["status"] != TAKEN_OUT or row["step"] == made[-1]["step"]]
+        standing = len({(row["subject"], row["prompt"]) for row in batches})  # an edit made anew counts once
     if last:
-        summary = run.summary or {}
-        return int(summary["edits"]) - int(summary.get("superseded", 0))
+        return standing
     sample = _sample(run)
-    return None if sample is None else min(edits, sample)
+    return None if sample is None else min(standing, sample)
 
 
 def _sample(run: Run) -> int | None:

@@ -69,7 +69,7 @@ class Delta:
 
         Args:
             path: the file.
-            usable: refuse sums that are not finite; False to read only what they belong to.
+            usable: refuse sums that are not finite, and methods that change no weight; False to read only the edits.
 
         Raises:
             UserError: It cannot be read, is not editlab's, or of a version that did not name the edited modules; or a
@@ -77,7 +77,7 @@ class Delta:
         """
         checkpoint = read_checkpoint(path)
         saved = checkpoint[KEY]
-        if not saved.get("changes_weights", True):
+        if usable and not saved.get("changes_weights", True):
             raise UserError(
                 f"The run of the checkpoint {path} had the method {saved.get('method')}, which changes no weight: "
                 "measure it by editlab validate, or give a run with another method."

@@ -103,8 +103,9 @@ class History:
     def of(cls, checkpoint: dict[str, Any], path: Path) -> History:
         """The history of a checkpoint that was read from ``path``, with the run's folder around it if it is there."""
         run, batches = path.resolve().parents[1], checkpoint["global_step"]
-        summary = _read(run / "summary.json", json.loads)
-        config = _read(run / "config.yaml", yaml.safe_load)
+        own = path.resolve().parent.name == "checkpoints"  # around another folder may lie files of another run
+        summary = _read(run / "summary.json", json.loads) if own else {}
+        config = _read(run / "config.yaml", yaml.safe_load) if own else {}
         # The summary is of the end of the run: it does not describe the weights of an earlier checkpoint.
         measured = summary if summary.get("batches") == batches else {}
         return cls(
@@ -116,7 +117,7 @@ class History:
             summary.get("seed", config.get("seed_everything")),
             summary.get("versions", {}),
             _settings(config),
-            when=_time_of(run / "summary.json"),
+            when=_time_of(run / "summary.json") if own else "",
         )
 
     @classmethod

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from editlab.metrics.names import GROUPS
 from editlab.runs.run_table import DEFAULT_FOLDER, DEFAULT_NAME, RunTable
 from editlab.utils import compat
+from editlab.utils.files import expanded
 
 SCORES = "scores"
 """First part of the names of the metrics of all groups in TensorBoard, such as ``scores/ES``."""
@@ -38,7 +39,7 @@ class RunLogger(RunTable, TensorBoardLogger):
         name: str | None = DEFAULT_NAME,
         version: int | str | None = None,
     ) -> None:
-        super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
+        super().__init__(expanded(save_dir), name=name, version=version, default_hp_metric=False)
         self._number = version
         self._groups: dict[str, Any] = {}
 

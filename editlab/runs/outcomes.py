@@ -63,6 +63,9 @@ if TYPE_CHECKING:  # tables and reports read outcomes without a model, and start
 
 FILE = "outcomes.csv"
 
+ROLLED_BACK, TAKEN_OUT = "rolled back", "taken out"
+"""Statuses of edits that are not in the weights at the end of their batch, or of the next one."""
+
 FACT = ("edit", "id", "subject", "prompt", "target_new", "target_true", "step", "status", "factor")
 """Columns that every row has."""
 

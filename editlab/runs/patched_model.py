@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from editlab.data.chat import as_evaluated
 from editlab.data.fact import Fact
@@ -34,8 +35,8 @@ def read_patch(path: str) -> Delta:
     """The delta that a path means: of a run, of an export with its delta, or a delta itself.
 
     Args:
-        path: a run's folder or checkpoint; a folder that ``editlab revert --facts``, ``editlab apply`` or ``editlab
-            export --delta-only`` wrote; or a delta's file.
+        path: a run's folder or checkpoint; a folder that ``editlab revert --facts``, ``editlab apply`` of several patches
+            or ``editlab export --delta-only`` wrote; or a delta's file.
 
     Raises:
         UserError: It is none of them, or damaged.
@@ -49,7 +50,7 @@ def read_patch(path: str) -> Delta:
     if given.is_dir() and (given / "config.json").is_file():
         raise UserError(
             f"{path} is a model without the delta of its edits: give the run's folder, or a folder that editlab revert "
-            "--facts, editlab apply or editlab export --delta-only wrote."
+            "--facts, editlab apply of several patches or editlab export --delta-only wrote."
         )
     return Delta.from_checkpoint(find_checkpoint(path))
 
@@ -61,6 +62,21 @@ def settings_of(history: History) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def joint_of(history: History) -> str:
+    """What stands between prompt and target in a run: its ``data.joint``."""
+    return _text(settings_of(history), "data", "joint", AUTO_JOINT)
+
+
+def template_of(history: History) -> str:
+    """Which prompts of a run are the user's turn of a chat: its ``model.chat_template``."""
+    return _text(settings_of(history), "model", "chat_template", NONE)
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase, history: History) -> Chat | None:
+    """The chat template of a run's prompts; None if they are plain."""
+    return Chat.of(tokenizer, template_of(history))
 
 
 @dataclass(frozen=True)
@@ -90,9 +106,7 @@ class PatchedModel:
         model, tokenizer = delta.base(base)
         model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
         self.lm = LanguageModel(model, tokenizer, delta.edit_module)
-        recipe = settings_of(delta.history)
-        self.lm.joint = _text(recipe, "data", "joint", AUTO_JOINT)
-        self.lm.chat = Chat.of(tokenizer, _text(recipe, "model", "chat_template", NONE))
+        self.lm.joint, self.lm.chat = joint_of(delta.history), chat_of(tokenizer, delta.history)
         self.maps: dict[str, EditedLayer] = {}
         """path of each map that a patch has changed -> the map"""
 

@@ -79,7 +79,7 @@ def find_edits(edits: Sequence[Edit], names: Sequence[str]) -> list[int]:
     """
     found: list[int] = []
     for name in names:
-        wanted = composed(name.strip())
+        wanted = _one_line(name)
         fitting = [i for i, edit in enumerate(edits) if wanted in _names(edit)]
         standing = [i for i in fitting if edits[i].stands]
         if not standing and fitting:
@@ -99,9 +99,14 @@ def find_edits(edits: Sequence[Edit], names: Sequence[str]) -> list[int]:
 
 def _names(edit: Edit) -> set[str]:
     return {
-        composed(text.strip())  # as what the user names: a prompt may end in white space
+        _one_line(text)
         for text in (edit.subject, f"{edit.subject}|{edit.prompt}", f"{edit.subject}|{edit.fact.question}")
     }
+
+
+def _one_line(text: str) -> str:
+    """A text as ``editlab log`` shows it: a prompt may hold line breaks, and end in white space."""
+    return composed(" ".join(text.split()))
 
 
 def removal_recipe(delta: Delta, hold: float | None = None) -> tuple[Method, MomentSettings, RemovalSettings]:

@@ -18,8 +18,10 @@ from editlab.errors import UserError
 from editlab.lm.fingerprint import architecture
 from editlab.lm.joints import AUTO
 from editlab.lm.precision import dtype_name
+from editlab.runs.folders import SUMMARY
+from editlab.runs.outcomes import FILE as OUTCOMES
 from editlab.runs.run_table import RunTable
-from editlab.runs.summary import run_folder
+from editlab.runs.summary import edits_at_end, run_folder
 from editlab.utils.files import sweep
 from editlab.utils.rng import rng_state
 
@@ -274,7 +276,10 @@ def adjusted_path(name: str) -> str | None:
 
 
 def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> None:
-    """Removes files that a kill left half-written, and sets the loggers to the checkpoint's state or to an empty one.
+    """Removes what is not of this run's state, and sets the loggers to the checkpoint's state or to an empty one.
+
+    These are files that a kill left half-written, results of a run that was further, and, since a new run may have been
+    given an old one's folder, that run's results and checkpoints.
 
     To be called after all checks, since it changes the run's folder.
 
@@ -287,7 +292,12 @@ def prepare_folder(trainer: Trainer, table: Mapping[int, Any], edits: int) -> No
     if trainer.is_global_zero:  # a kill leaves a partly written checkpoint
         for path in (folder, folder / "checkpoints"):
             sweep(path)
+        stale = [] if edits else [*(folder / "checkpoints").glob("*.ckpt")]
+        if edits_at_end(folder) != edits:
+            stale += [folder / SUMMARY, folder / OUTCOMES]
+        for path in stale:
+            path.unlink(missing_ok=True)
     for logger in trainer.loggers:
-        if isinstance(logger, RunTable):  # a new run may have been given an old one's folder
+        if isinstance(logger, RunTable):
             logger.share()
             logger.resume(dict(table), edits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from editlab.distributed import ranks
 from editlab.errors import UserError
 from editlab.utils import compat
-from editlab.utils.files import atomic_file
+from editlab.utils.files import atomic_file, expanded
 
 OPENING = ("events.out.tfevents.*", "hparams.yaml", "config.yaml", ".lock")
 """Files in a run's folder before anything is measured."""
@@ -60,7 +59,7 @@ class RunTable:
 
     def _reserve(self) -> int:
         """Makes the folder of the next free number; if two runs start at once, only one of them can make it."""
-        runs = Path(os.path.expandvars(self.root_dir)).expanduser()
+        runs = Path(self.root_dir)
         number = compat.next_version(self)
         try:
             runs.mkdir(parents=True, exist_ok=True)
@@ -168,7 +167,7 @@ class CSVRunLogger(RunTable, CSVLogger):
     def __init__(
         self, save_dir: str = DEFAULT_FOLDER, name: str | None = DEFAULT_NAME, version: int | str | None = None
     ) -> None:
-        super().__init__(save_dir, name=name, version=version)
+        super().__init__(expanded(save_dir), name=name, version=version)
         self._number = version
 
     @property

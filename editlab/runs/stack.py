@@ -16,13 +16,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from editlab.data.fact import Fact
+from editlab.data.fact import Fact, composed
 from editlab.errors import UserError
 from editlab.keys.subject_keys import Site, read_keys
 from editlab.lm.precision import widened
 from editlab.runs.delta import Delta
 from editlab.runs.history import Edit, History
-from editlab.runs.patched_model import Answers, PatchedModel, settings_of, with_fates
+from editlab.runs.patched_model import Answers, PatchedModel, joint_of, settings_of, template_of, with_fates
 from editlab.runs.removal import FactRemover
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def standing(delta: Delta) -> list[Fact]:
 
 
 def require_one_base(deltas: Sequence[Delta], names: Sequence[str]) -> None:
-    """Make sure that patches can be added: they are of the same weights and edit the same kind of module.
+    """Make sure that patches can be added: of the same weights, the same kind of module, and prompts read alike.
 
     Raises:
         UserError: They are not.
@@ -81,6 +81,13 @@ def require_one_base(deltas: Sequence[Delta], names: Sequence[str]) -> None:
                 f"The patches {names[0]} and {name} edit different modules ({first.edit_module} and "
                 f"{delta.edit_module}): make both with the same model.edit_module."
             )
+        for setting, read in (("data.joint", joint_of), ("model.chat_template", template_of)):
+            one, other = read(first.history), read(delta.history)
+            if one != other:
+                raise UserError(
+                    f"The patches {names[0]} and {name} read prompts differently ({setting} {one} and {other}): make "
+                    "both with the same, or apply one to the model that editlab apply writes with the other."
+                )
 
 
 def contradictions(deltas: Sequence[Delta], names: Sequence[str], last_wins: bool = False) -> list[tuple[int, str]]:
@@ -95,7 +102,7 @@ def contradictions(deltas: Sequence[Delta], names: Sequence[str], last_wins: boo
         for earlier in range(later):
             for fact in standing(deltas[earlier]):
                 other = own.get(fact.slot)
-                if other is None or other.target_new == fact.target_new:
+                if other is None or composed(other.target_new) == composed(fact.target_new):
                     continue
                 name = f"{fact.subject}|{fact.prompt}"
                 if not last_wins:

@@ -29,12 +29,13 @@ from editlab.edits.ledger import Ledger
 from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.scoring import FactScores
 from editlab.metrics.names import RETAINED, TABLE_GROUPS
+from editlab.runs.folders import SUMMARY
 from editlab.runs.logger import RunLogger
 from editlab.runs.outcomes import FILE as OUTCOMES
 from editlab.runs.outcomes import answers_of, outcome_rows, write_outcomes
 from editlab.runs.run_table import RunTable
 from editlab.runs.tables import metric_table
-from editlab.utils.files import atomic_file
+from editlab.utils.files import atomic_file, shown_path
 from editlab.utils.version import __version__
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def finish_run(
     folder = run_folder(trainer)
     save_outcomes(trainer, ledger, evaluation)
     if trainer.is_global_zero:
-        with atomic_file(folder / "summary.json") as temporary:
+        with atomic_file(folder / SUMMARY) as temporary:
             content = json.dumps(_finite(summary), indent=2, allow_nan=False)
             Path(temporary).write_text(content + "\n", encoding="utf-8")
     changed = evaluation.memory is None
@@ -225,11 +226,16 @@ def _is_end(folder: Path, trainer: Trainer, ledger: Ledger, scores: Mapping[str,
     measured = scores[RETAINED]
     if measured is None or len(measured.edit) != len(ledger.standing_numbers):
         return False
+    return edits_at_end(folder) in (None, len(ledger))
+
+
+def edits_at_end(folder: Path) -> int | None:
+    """Number of edits, rolled back or not, after which the run in a folder was finished; None if it was not."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        return bool(summary["edits"] + summary["rolled_back"] == len(ledger))
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        return int(summary["edits"] + summary["rolled_back"])
     except (OSError, ValueError, KeyError, TypeError):
-        return True  # no finished run
+        return None
 
 
 def _finite(value: Any) -> Any:
@@ -242,7 +248,7 @@ def _finite(value: Any) -> Any:
 def _checkpoint(trainer: Trainer) -> str | None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and (path := callback.best_model_path or callback.last_model_path):
-            return os.path.relpath(path)
+            return shown_path(path)
     return None
 
 
@@ -290,9 +296,9 @@ def render(
         metric_table(summary["metrics"]).to_text(),
     ]
     norms = ", ".join(f"{value:.3f} (layer {layer})" for layer, value in summary["delta_norm"].items())
-    where = os.path.relpath(folder)
+    where = shown_path(folder)
     drawn, listed = (any(isinstance(one, kind) for one in trainer.loggers) for kind in (RunLogger, RunTable))
-    tables = [*(["metrics.csv"] if listed else []), OUTCOMES, "summary.json"]
+    tables = [*(["metrics.csv"] if listed else []), OUTCOMES, SUMMARY]
     lines += [
         "",
         f"||delta|| / ||W||: {norms}",
@@ -303,7 +309,7 @@ def render(
     if is_trial(trainer):
         return "\n".join([*lines, "nothing was kept, because trainer.fast_dev_run is set", ""])
     lines += [
-        *([f"curves       tensorboard --logdir {os.path.relpath(folder.parent)}"] if drawn else []),
+        *([f"curves       tensorboard --logdir {shown_path(folder.parent)}"] if drawn else []),
         f"tables       {', '.join(tables)} in {where}",
         f"edited model {checkpoint or 'none was written (see trainer.enable_checkpointing)'}",
         *([f"to use it    editlab export --ckpt_path {where} --out edited"] if checkpoint and exports else []),

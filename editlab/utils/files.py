@@ -63,6 +63,19 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def expanded(path: str) -> str:
+    """Return a path with ``~`` and environment variables replaced, as a shell would."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as the user would write it from here: relative, or whole if it is on another drive of Windows."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return os.path.abspath(path)
+
+
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder next to ``path``, and rename it to ``path`` once the body has succeeded.
@@ -79,8 +92,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             folder.rename(path)
         except OSError:
-            if not _is_nonempty(Path(path)):
+            if _is_nonempty(Path(path)):
+                return
+            if not Path(path).is_dir():
                 raise
+            Path(path).rmdir()  # Windows renames to no folder that exists, not even to an empty one
+            folder.rename(path)
 
 
 @contextmanager

@@ -82,8 +82,8 @@ class RunningMoments:
         """
         if self.count < 2:
             raise UserError(
-                "model.values.source gradient needs the standard deviation of keys and gradients, and one fact has "
-                "none: set data.batch_size to 2 or more."
+                "model.values.source gradient needs the standard deviation of keys and gradients, and the run has one "
+                "fact so far, which has none: let the first batch that is kept have 2 facts or more (data.batch_size)."
             )
         deviation = (self.squares / (self.count - 1)).sqrt()
         return (rows.double() - self.mean) / (deviation + EPSILON)

@@ -11,6 +11,7 @@ from editlab import edit_model
 from editlab.api.surroundings import root_folder
 from editlab.callback import EditCallback
 from editlab.editor import SequentialEditor
+from editlab.errors import UserError
 from editlab.runs import summary
 from editlab.runs.delta import Delta
 from editlab.runs.event_log import EventLog
@@ -83,6 +84,15 @@ def test_the_delta_is_the_difference_of_the_weights(edited, tmp_path):
     Delta.load(tmp_path / "delta.safetensors").put_on(model)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, edited.model.get_parameter(name)), name
+
+
+def test_after_a_revert_there_is_nothing_to_save():
+    _, result = edit_model(tiny_model("llama"), tiny_tokenizer(), PLAIN, **SMALL)
+    assert result.summary["facts"]["path"] == "facts given from Python"
+    result.revert()
+    for method in ("delta", "changes"):
+        with pytest.raises(UserError, match=rf"taken out by revert\(\): call {method}\(\) before it"):
+            getattr(result, method)()
 
 
 def test_no_message_names_a_file_that_is_removed(caplog):

@@ -94,6 +94,59 @@ def test_a_logger_s_own_folder_stays(place):
     assert {name.partition("/version")[0] for name in new_files(place)} == {"logs/tiny"}
 
 
+@pytest.mark.parametrize("logger", ["RunLogger", "CSVRunLogger", "false"])
+def test_home_and_variables_mean_one_folder_to_all_parts_of_a_run(place, logger, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(place / "home"))
+    monkeypatch.setenv("USERPROFILE", str(place / "home"))
+    monkeypatch.setenv("SCRATCH", str(place / "scratch"))
+    for given, folder in (("~/runs", "home/runs"), ("$SCRATCH/runs", "scratch/runs")):
+        arguments = [f"--trainer.logger={logger}", "--trainer.default_root_dir", given]
+        assert fit(*arguments) == 0
+        run = place / folder / ("version_0" if logger == "false" else "lightning_logs/tiny/version_0")
+        assert set(RUN) <= {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+        if logger != "false":
+            assert fit(f"--trainer.logger={logger}", f"--trainer.logger.init_args.save_dir={given}") == 0
+            assert (place / folder / "tiny/version_0/checkpoints/last.ckpt").exists()
+            assert fit(f"--trainer.logger={logger}", f"--trainer.logger.init_args.save_dir={given}", "--ckpt_path",
+                       "last") == 0  # fmt: skip
+            assert not (place / folder / "tiny/version_1").exists()
+        assert main(["export", "--ckpt_path", str(run), "--out", str(place / folder / "out")]) == 0
+    assert not {path.name for path in place.iterdir()} & {"~", "$SCRATCH"}
+
+
+def test_a_second_table_in_the_run_s_folder_is_refused(place, capsys):
+    table = {"class_path": "CSVLogger", "init_args": {"save_dir": "lightning_logs", "name": "tiny"}}
+    assert fit(f"--trainer.logger={json.dumps(['RunLogger', table])}") == 2
+    assert "its metrics.csv would be written over theirs: leave it out" in capsys.readouterr().err
+    assert not (place / "lightning_logs").exists()
+    table["init_args"]["name"] = "theirs"
+    assert fit(f"--trainer.logger={json.dumps(['RunLogger', table])}") == 0
+
+
+def test_a_new_run_in_an_old_one_s_folder_has_nothing_of_it(place, monkeypatch):
+    """What a run shows that fails in its first batch is its own, and no earlier run's."""
+    version = ["--trainer.logger.init_args.version", "7"]
+    assert fit(*version) == 0
+    run = place / "lightning_logs/tiny/version_7"
+    assert (run / "summary.json").exists()
+    monkeypatch.setattr(SequentialEditor, "training_step", lambda *_: 1 / 0)
+    assert fit(*version, "--model.values.steps", "3") == 1
+    assert not {"summary.json", "outcomes.csv", "checkpoints/last.ckpt"} & {
+        path.relative_to(run).as_posix() for path in run.rglob("*")
+    }
+
+
+def test_a_run_resumed_from_an_earlier_state_is_not_finished(place, monkeypatch):
+    keep = json.dumps([{"class_path": "EditCheckpoint", "init_args": {"keep_all": True}}])
+    assert fit(f"--trainer.callbacks={keep}") == 0
+    run = place / "lightning_logs/tiny/version_0"
+    first = min((run / "checkpoints").glob("batch_*.ckpt"))
+    monkeypatch.setattr(SequentialEditor, "training_step", lambda *_: 1 / 0)
+    assert fit(f"--trainer.callbacks={keep}", "--ckpt_path", str(first)) == 1
+    assert not (run / "summary.json").exists()
+    assert (run / "checkpoints/last.ckpt").exists()
+
+
 def test_two_resumes_of_one_run(place, capsys):
     assert fit() == 0
     run = place / "lightning_logs/tiny/version_0"

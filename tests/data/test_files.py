@@ -136,6 +136,20 @@ def test_files_without_facts(tmp_path, name, text, message):
         read_facts(write(tmp_path, name, text))
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text("subject,prompt,target,paraphrases,paraphrases\nOslo,Oslo lies in,Peru,one,two\n")
+    with pytest.raises(UserError, match="has two columns 'paraphrases': give each column a name of its own"):
+        read_facts(str(path))
+
+
+def test_an_id_of_zero_is_an_id(tmp_path):
+    path = tmp_path / "facts.json"
+    facts = [{"subject": s, "prompt": "{} is", "target": "x", "id": i} for s, i in (("a", 5), ("b", 0), ("c", ""))]
+    path.write_text(json.dumps(facts))
+    assert [fact.id for fact in read_facts(str(path))] == [5, 0, 2]  # without one, its number
+
+
 def test_the_format_is_found_although_the_first_record_is_broken(tmp_path):
     path = write(tmp_path, "f.jsonl", '{"subject": "A"}\n' + json.dumps(GOOD))
     assert "which no format has" in next(iter(find_facts(path))).fault

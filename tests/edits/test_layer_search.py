@@ -168,6 +168,14 @@ def test_without_neighbors_locality_is_measured_at_the_prompts_of_other_facts():
     assert measured.locality_prompts == [fact.question for fact in BARE[4:8]]
 
 
+def test_neighbors_of_facts_that_are_not_edited_do_not_count():
+    facts = [*BARE[2:12], *FACTS[:2]]
+    assert any(fact.neighbors for fact in facts)
+    measured = evaluator(facts)
+    assert measured.facts == BARE[2:8]
+    assert measured.locality_prompts == [fact.question for fact in facts[6:]]
+
+
 def test_of_a_single_fact_no_locality_is_measured():
     measured = evaluator(BARE[:1])
     assert measured.facts == BARE[:1]

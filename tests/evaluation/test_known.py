@@ -101,6 +101,28 @@ def test_known_facts_are_those_whose_truth_generate_says(lm, facts):
     assert set(expected) == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "truth", "holds"),
+    [
+        ([" the", " United", " States", ",", " which"], "United States", True),
+        ([" a", " phys", "icist", " and"], "physicist", True),
+        ([" the", " Euro", "peans", "."], "Euro", False),  # the truth is not a whole word of it
+        ([" the", " Nether", "lands", ","], "the Netherlands", True),
+    ],
+)
+def test_an_article_alone_decides_nothing(tokens, truth, holds, monkeypatch):
+    def scripted(lm, prompts, most, done, tick=None):
+        text = ""
+        for token in tokens:
+            text += token
+            if done(0, text):
+                break
+        return [text]
+
+    monkeypatch.setattr(known, "greedy_texts", scripted)
+    assert knows_truth(None, [Fact("X", "{} is in", "Y", truth)]) == [holds]
+
+
 def test_an_alias_counts_and_a_fact_without_a_truth_is_not_known(lm, facts):
     fact = next(f for f, held in zip(facts, knows_truth(lm, facts), strict=True) if held)
     alias = Fact(fact.subject, fact.prompt, "Peru", "zzz", truth_aliases=(fact.target_true,))

@@ -43,6 +43,17 @@ def test_means_over_seeds_and_snapshots(tables):
     assert found["a", 2].ratio == pytest.approx(21 / 20)
 
 
+def test_snapshots_are_compared_with_the_beginning_of_the_text(tmp_path):
+    """They read no more of it; of the whole text the unedited model has another perplexity."""
+    start = "case,seed,edits,retained/accuracy,before/perplexity,before/perplexity_start,perplexity_ratio\n"
+    (tmp_path / "runs.csv").write_text(start + "a,1,4,0.5,20,30,1.0\nb,1,4,0.5,20,,1.0\n")
+    (tmp_path / "curves.csv").write_text(
+        "case,seed,edits,retained/accuracy,retained/perplexity\na,1,2,0.8,30\nb,1,2,0.8,20\n"
+    )
+    found = {(one.case, one.edits): one.ratio for one in measured([tmp_path / "runs.csv", tmp_path / "curves.csv"])}
+    assert found["a", 2] == found["b", 2] == 1.0
+
+
 def test_neighboring_snapshots_are_left_out():
     rows = [module.Measured("t.csv: a", "a", edits, 1, 0.5, None) for edits in (9, 1, 2, 3, 4, 5, 6, 7, 8)]
     assert [row.edits for row in module.thinned(rows)] == [3, 5, 7, 9]

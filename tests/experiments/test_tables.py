@@ -5,7 +5,7 @@ import pytest
 from editlab.experiments.csv_files import read_rows, update_rows
 from editlab.experiments.statistics import wilson
 from editlab.experiments.tables import provenance_of_all, rows_of_means, rows_of_runs, rows_of_snapshots
-from tests.experiments.made_up import MADE, SCORES, VERSIONS, run
+from tests.experiments.made_up import MADE, SCORES, VERSIONS, outcomes, run
 
 
 def test_a_case_has_the_measures_of_its_own_runs():
@@ -73,6 +73,23 @@ def test_snapshots_hold_retained_metrics_and_the_largest_norms(tmp_path):
     assert (row["measured"], last["measured"]) == (100, 250)
     ends = [row[f"retained/accuracy_{end}"] for end in ("low", "high")]
     assert ends == [round(x, 4) for x in wilson(0.75, 100)]
+
+
+def test_a_snapshot_is_of_the_edits_that_stood_then(tmp_path):
+    """Two of four were rolled back by then, and one was edited anew later; of independent batches the last stands."""
+    made = run(tmp_path, "emmet", 1, callbacks=[curve(sample=100)], edits=4, superseded=1)
+    (made.folder / "metrics.csv").write_text("edits,retained/accuracy\n4,0.5\n6,0.5\n")
+    outcomes(made.folder, {"a": True, "b": None, "c": None, "d": True, "e": True, "f": True})
+    text = (made.folder / "outcomes.csv").read_text()
+    again = text.replace("\n6,6,f,", "\n6,6,a,").replace("1,1,a,{} is,x,,0,kept", "1,1,a,{} is,x,,0,superseded")
+    (made.folder / "outcomes.csv").write_text(again)
+    assert [row["measured"] for row in rows_of_snapshots([made])] == [2, 3]
+    independent = text.replace("{} is,x,,0,kept", "{} is,x,,0,taken out")
+    for number in (4, 5, 6):
+        independent = independent.replace(f"\n{number},{number},{'abcdef'[number - 1]},{{}} is,x,,0,taken out",
+                                          f"\n{number},{number},{'abcdef'[number - 1]},{{}} is,x,,1,kept")  # fmt: skip
+    (made.folder / "outcomes.csv").write_text(independent)
+    assert [row["measured"] for row in rows_of_snapshots([made])] == [1, 3]
 
 
 def test_the_sample_of_a_snapshot_is_the_case_s_or_that_of_the_saved_recipe(tmp_path):

@@ -45,6 +45,12 @@ def test_a_fact_is_named_by_subject_and_prompt(names, found):
     assert find_edits(EDITS, names) == found
 
 
+def test_a_prompt_of_several_lines_is_named_as_the_log_shows_it():
+    edits = (Edit("France", "Q: What is the capital of {}?\nA:  ", "Rome", "Paris", 1, "kept"),)
+    for name in ("France|Q: What is the capital of {}? A:", "France|Q: What is the capital of France?\nA:"):
+        assert find_edits(edits, [name]) == [0]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

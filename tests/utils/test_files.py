@@ -12,7 +12,7 @@ import platformdirs
 import pytest
 
 from editlab.errors import EditLabError, UserError
-from editlab.utils.files import atomic_file, atomic_folder, cache_dir, sweep
+from editlab.utils.files import atomic_file, atomic_folder, cache_dir, shown_path, sweep
 
 
 def listing(folder: Path) -> list[str]:
@@ -87,6 +87,33 @@ def test_of_two_racing_folders_the_first_stays(tmp_path):
             fill(early, "early")
     assert (target / "a.txt").read_text() == "early"
     assert listing(tmp_path) == ["thing", "thing/a.txt"]
+
+
+def test_an_empty_folder_makes_room(tmp_path, monkeypatch):
+    """As Windows has it, which renames to no folder that exists."""
+    rename = Path.rename
+
+    def strict(self, target):
+        if Path(target).exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", strict)
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+def test_a_path_on_another_drive_is_shown_whole(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(tmp_path / "a" / "b") == os.path.join("a", "b")
+
+    def other_drive(*_):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")  # as ntpath says it
+
+    monkeypatch.setattr("editlab.utils.files.os.path.relpath", other_drive)
+    assert shown_path(tmp_path / "a") == str(tmp_path / "a")
 
 
 def test_of_two_racing_files_the_last_stays(tmp_path):

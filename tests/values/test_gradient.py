@@ -87,7 +87,7 @@ def test_errors_of_the_gradient(monkeypatch):
     lm = LanguageModel(tiny_model("llama"), tiny_tokenizer())
     with pytest.raises(UserError, match="layer 3 at a subject's last token affects no target"):
         read_gradients(lm, FACTS[:2], Site.of(lm, 3), SETTINGS)
-    with pytest.raises(UserError, match="one fact has none"):
+    with pytest.raises(UserError, match="one fact so far, which has none: let the first batch"):
         RunningMoments.empty(2).plus(torch.ones(1, 2)).normalized(torch.ones(1, 2))
     for name, value in {"steps": 3, "reference": "original", "anchor_facts": 2, "clamp": 1.0}.items():
         with pytest.raises(UserError, match=f"model.values.{name} has no meaning"):

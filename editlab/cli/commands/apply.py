@@ -45,7 +45,7 @@ def _apply(given: Namespace) -> None:
         raise UserError("apply needs a patch: give a delta that export --delta-only wrote, or a run's folder.")
     deltas = [_read(name) for name in names]
     if len(deltas) == 1 and not given.delta_only:
-        writing.edited(deltas[0], given.model)
+        writing.edited(deltas[0], given.model)  # as export does: the delta is at hand already
         return
     if given.delta_only:
         require_delta_type(given.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -21,7 +20,7 @@ from editlab.errors import UserError
 from editlab.lm.save import SHARD
 from editlab.runs.delta import FILE, Delta
 from editlab.runs.patched_model import read_patch
-from editlab.utils.files import atomic_folder
+from editlab.utils.files import atomic_folder, shown_path
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def write_delta(delta: Delta, out: Path) -> None:
     Raises:
         EditLabError: The folder cannot be written.
     """
-    shown = os.path.relpath(out)  # computed now: the working directory itself may be replaced by the folder
+    shown = shown_path(out)  # computed now: the working directory itself may be replaced by the folder
     with atomic_folder(out) as folder:
         fill_delta_folder(folder, delta)
     log.info("%s: delta of %s, %s", shown, delta.language_model, size_of(out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from editlab.cli.planned_recipe import (
     write_recipe,
 )
 from editlab.errors import UserError
+from editlab.utils import shipped
 from editlab.utils.validation import at_least_one
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def _plan(given: Namespace) -> None:
             f"--budget is {given.budget:g}: edits do not lower the perplexity, so give a ratio above 1, such as 1.1."
         )
     require_new_file(given.out)
-    recipe, settings = read_recipe(given.config), _settings(given)
+    recipe, settings = read_recipe(None if given.config is None else shipped.chosen(given.config)), _settings(given)
 
     from editlab.cli.plan_report import report
     from editlab.edits.calibration import Calibration
@@ -148,12 +150,29 @@ def facts_of(editor: SequentialEditor, data: Any, edits: int) -> list[Fact]:
     return facts
 
 
+NO_MATTER = ("batch_tokens", "matmul", "kl_at")
+"""Settings of the search for values that hardly change one, or (``kl_at``) that the model's conventions give."""
+
+
 def notes(recipe: dict[str, Any], editor: SequentialEditor) -> Sequence[str]:
     """What of the recipe is replaced, or is not part of the forecast, in a sentence each."""
+    from editlab.values.settings import ValueSettings
+
     found = []
     method = type(editor.method).__name__
     if recipe and method != "MEMIT":
         found.append(f"The recipe's method {method} is replaced by MEMIT, the one that is forecast.")
+    given = (recipe.get("model") or {}).get("method")
+    arguments = given.get("init_args") if isinstance(given, dict) else None
+    if method == "MEMIT" and (lost := sorted({*(arguments or {})} - {"covariance_weight"})):
+        found.append(f"Not part of the forecast, and left out of the recipe: {', '.join(lost)} of MEMIT.")
+    usual = ValueSettings(reference=editor.values.reference)
+    changed = [one.name for one in fields(usual) if getattr(editor.values, one.name) != getattr(usual, one.name)]
+    if changed := [name for name in changed if name not in NO_MATTER]:
+        found.append(
+            f"The laws were calibrated on the default search for values; of another one ({', '.join(changed)}) edits "
+            "may reach less of their targets than is forecast."
+        )
     given = (recipe.get("trainer") or {}).get("callbacks") or []
     others = [class_name(one) for one in (given if isinstance(given, list) else [given])]
     if changing := [name for name in others if name not in HARMLESS]:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.writing import add_device_argument
+from editlab.data.chat import as_evaluated
 from editlab.edits.ledger import Ledger, LedgerEntry
 from editlab.errors import UserError
 from editlab.evaluation.scoring import score_facts
@@ -23,6 +24,7 @@ from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
 from editlab.runs.event_log import EventLog
 from editlab.runs.folders import RunFolder
+from editlab.runs.patched_model import chat_of
 from editlab.runs.report import Example, Missed, Page
 from editlab.runs.resume import KEY
 from editlab.utils.files import atomic_file
@@ -119,9 +121,10 @@ def inspect_edits(
     model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
     delta.put_on(model)
     lm = LanguageModel(model, tokenizer, delta.edit_module)
-    lm.joint = joint
-    questions = [entry.fact.question for _, entry in numbered]
-    scores = score_facts(lm, [entry.fact for _, entry in numbered], paraphrases=False, neighbors=0).edit
+    lm.joint, lm.chat = joint, chat_of(tokenizer, delta.history)
+    facts = as_evaluated([entry.fact for _, entry in numbered], lm.chat)
+    questions = [fact.question for fact in facts]
+    scores = score_facts(lm, facts, paraphrases=False, neighbors=0).edit
     hits, likely = scores.hit_new.tolist(), scores.logp_new.exp().tolist()
     order = sorted(range(len(numbered)), key=lambda k: (hits[k], likely[k]))
     worst, missed = order[:EXAMPLES], [k for k, hit in enumerate(hits) if not hit]

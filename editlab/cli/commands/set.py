@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,10 @@ from editlab.lm.loading.load import load
 from editlab.lm.placement import device_named
 from editlab.lm.precision import dtype_name
 from editlab.lm.save import save
+from editlab.runs.edit_log import EDITS
 from editlab.runs.model_card import edited_card
 from editlab.runs.summary import counted
-from editlab.utils.files import atomic_folder
+from editlab.utils.files import atomic_folder, shown_path
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _write(
 ) -> list[str]:
     """Write the model or the delta, and return lines that say where it is and how it is used."""
     assert out is not None  # _output has refused a command without a folder
-    shown, question = shlex.quote(os.path.relpath(out)), shlex.quote(result.facts[0].question)
+    shown, question = shlex.quote(shown_path(out)), shlex.quote(result.facts[0].question)
     delta = result.delta()
     if given.delta is not None:
         write_delta(delta, out)
@@ -183,6 +183,7 @@ def _write(
     with atomic_folder(out) as folder:
         save(model, tokenizer, folder)
         (folder / "README.md").write_text(edited_card(delta, dtype_name(model.dtype)), encoding="utf-8")
+        (folder / EDITS).write_text(delta.history.to_json() + "\n", encoding="utf-8")
     return [
         f"{shown}: {dtype_name(model.dtype)} model, {size_of(out)}",
         f"ask it    editlab ask --model {shown} {question}",

@@ -26,7 +26,7 @@ from editlab.runs.edit_log import EDITS
 from editlab.runs.model_card import delta_card, edited_card, gguf_card, reverted_card
 from editlab.runs.patched_model import PATCH
 from editlab.runs.summary import counted
-from editlab.utils.files import atomic_folder
+from editlab.utils.files import atomic_folder, shown_path
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Writing:
         with_delta: bool = False,
     ) -> None:
         # Computed now, because the working directory itself may be replaced by the folder.
-        shown = os.path.relpath(self.out)
+        shown = shown_path(self.out)
         model, tokenizer = self._edited(delta, base, change)
         dtype = self.dtype or delta.dtype
         with atomic_folder(self.out) as folder:
@@ -157,7 +157,7 @@ class Writing:
         """
         dtype = self.dtype or delta.dtype
         require_kind(dtype)
-        shown = os.path.relpath(self.out)
+        shown = shown_path(self.out)
         source = gguf_source(base or delta.language_model)
         model, tokenizer = self._edited(delta, base, delta.put_on)
         origin = Origin(source, [f"{name}.weight" for name in delta.totals], delta.dtype)
@@ -168,6 +168,7 @@ class Writing:
             export_gguf(folder / GGUF, model, tokenizer, origin, about, prompts)
             text = gguf_card(delta, dtype_name(dtype), source is not None)
             (folder / "README.md").write_text(text, encoding="utf-8")
+            (folder / EDITS).write_text(delta.history.to_json() + "\n", encoding="utf-8")
         log.info("%s: GGUF, read back and equal, %s", os.path.join(shown, GGUF), size_of(self.out))
 
 

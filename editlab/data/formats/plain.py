@@ -63,7 +63,7 @@ class Plain(FactFormat):
             target_true=truth,
             paraphrases=texts(record, *dict.fromkeys((self.paraphrases, *PARAPHRASES))),
             neighbors=neighbors_of(record, truth, self.neighbors),
-            id=record.get(self.id) or index,
+            id=index if record.get(self.id) in (None, "") else record[self.id],
             aliases=aliases_of(record, [self.target], self.aliases),
             truth_aliases=aliases_of(record, truths, self.truth_aliases),
             portability=questions_of(record, self.portability),

@@ -348,6 +348,12 @@ def test_bad_settings(arguments, message):
         TrustRollback(**arguments)
 
 
+def test_facts_of_one_gradient_are_not_dropped_one_by_one(tiny_folder, tmp_path, heldout):
+    module = editor(tiny_folder, layers=[1], values=ValueSettings(source="gradient", lr=0.1))
+    with pytest.raises(UserError, match="already changed the targets of the others: set granularity to batch"):
+        fit(tmp_path, module, callbacks=[TrustRollback(heldout=heldout, granularity="edit")])
+
+
 def test_nothing_to_hold_out(tiny_folder, tmp_path):
     # All six are edited; then two are edited, and the other four are bystanders.
     path = write_counterfact(tmp_path / "six.json", FACTS[:6])

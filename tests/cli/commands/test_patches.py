@@ -15,9 +15,10 @@ from editlab.runs.delta import Delta
 from editlab.runs.edit_log import read_log
 from editlab.runs.patched_model import PatchedModel, read_patch
 from editlab.runs.removal import FactRemover
-from editlab.runs.stack import stack
+from editlab.runs.stack import contradictions, stack
 from tests.cli.commands.runs import FATES, files, same_bits, save_tiny, weights
 from tests.facts import FACTS
+from tests.recipes import write_recipe
 
 JAPAN, PERU = "Japan|The capital of {} is", "Peru|The capital of {} is"
 """Of the run's edits the second, which was kept, and the fourth, which was scaled to a half."""
@@ -228,6 +229,15 @@ def test_patches_that_contradict_are_refused_or_the_last_one_wins(runs, pair, tm
     assert f"another target: {JAPAN}" in "".join(capsys.readouterr())
 
 
+def test_one_target_in_two_unicode_forms_is_no_contradiction(pair, tmp_path):
+    first = read_patch(str(pair / "a"))
+    forms = [
+        tuple(replace(e, target_new=text) for e in first.history.edits) for text in ("Zu\u0308rich", "Z\u00fcrich")
+    ]
+    one, other = (replace(first, history=replace(first.history, edits=edits)) for edits in forms)
+    assert contradictions([one, other], ["a", "b"]) == []
+
+
 def test_a_fact_of_both_patches_stands_once(pair, model):
     first = read_patch(str(pair / "a"))
     history = stack(model, [first, first], ["a", "a"]).delta.history
@@ -247,6 +257,13 @@ def test_patches_of_other_bases_and_modules_are_refused(runs, pair, tmp_path, ca
         other = save(first, tmp_path / name, **changes)
         assert editlab("apply", "--model", runs("llama").base, pair / "a", other, "--out", tmp_path / "no") == 2
         assert message in capsys.readouterr().err
+    for name, settings, message in (
+        ("joint", {"data": {"joint": "none"}}, "data.joint auto and none"),
+        ("chat", {"model": {"chat_template": "both"}}, "model.chat_template none and both"),
+    ):
+        other = save(first, tmp_path / name, history=replace(first.history, settings=json.dumps(settings)))
+        assert editlab("apply", "--model", runs("llama").base, pair / "a", other, "--out", tmp_path / "no") == 2
+        assert f"read prompts differently ({message})" in capsys.readouterr().err
     assert editlab("apply", "--model", runs("llama").base, "--out", tmp_path / "no") == 2
     assert "apply needs a patch" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
@@ -304,6 +321,26 @@ def test_the_log_of_an_export_and_of_a_run_without_a_checkpoint(runs, tmp_path):
     assert [edit.fate.split()[0] for edit in bare.edits] == [fate.split()[0] for fate in FATES]
     rows = [line for line in bare.to_text().splitlines() if "perplexity" in line]
     assert len(rows) == 2  # both facts of the third batch, which was rolled back
+
+
+def test_the_log_of_a_run_that_changes_no_weight(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path, tiny_folder, model={"method": "Retrieval"})
+    assert editlab("fit", "--config", "tiny.yaml") == 0
+    (log,) = read_log("lightning_logs/tiny")
+    assert [edit.fate for edit in log.edits] == ["kept"] * 4
+    assert editlab("export", "--ckpt_path", log.path, "--out", "no") == 2
+    assert "changes no weight" in capsys.readouterr().err
+
+
+def test_a_checkpoint_elsewhere_has_no_settings_of_the_run_around_it(runs, tmp_path):
+    """A copy in a folder of another name may lie in another run's."""
+    (tmp_path / "keep").mkdir()
+    shutil.copy(runs("llama").checkpoint, tmp_path / "keep" / "a.ckpt")
+    (tmp_path / "config.yaml").write_text("model: {method: MEMIT}\n")
+    (tmp_path / "summary.json").write_text('{"recipe": "other"}')
+    history = Delta.from_checkpoint(tmp_path / "keep" / "a.ckpt").history
+    assert (history.settings, history.recipe, history.when) == ("", None, "")
 
 
 def test_folders_without_edits_are_refused(runs, tmp_path, capsys):

@@ -7,14 +7,17 @@ import pytest
 import torch
 import yaml
 
-from editlab.cli.commands.plan import require_described
+from editlab.cli.commands.plan import notes, require_described
 from editlab.cli.main import main
+from editlab.cli.planned_recipe import planned
 from editlab.cli.training import without_run
 from editlab.editor import SequentialEditor
 from editlab.edits.calibration import Calibration
+from editlab.edits.forecast import Candidate
 from editlab.errors import UserError
 from editlab.lm.fingerprint import fingerprint
 from editlab.lm.language_model import LanguageModel
+from editlab.solver.methods import MEMIT
 from editlab.solver.post_steps import RECT
 from editlab.values.optimize import ValueSettings
 from tests.edits.made_up_laws import laws
@@ -117,6 +120,30 @@ def test_no_facts_and_no_recipe(recipe, tmp_path, capsys):
 def test_what_a_dry_solve_does_not_describe(settings, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         require_described(SequentialEditor(**settings))
+
+
+def test_a_recipe_that_ships_is_read_by_its_name(recipe, capsys):
+    said = failed(capsys, "--edits", "4", "--config", "sphere")  # it has a post-step, so it was read
+    assert "model.post_steps is not as editlab plan assumes" in said
+
+
+def test_what_of_a_recipe_is_not_forecast_is_named():
+    editor = SequentialEditor(method=MEMIT(1000.0, mu=5.0), values=ValueSettings(steps=3, clamp=0.1))
+    arguments = {"covariance_weight": 1000, "mu": 5.0}
+    found = notes({"model": {"method": {"class_path": "MEMIT", "init_args": arguments}}}, editor)
+    assert found == [
+        "Not part of the forecast, and left out of the recipe: mu of MEMIT.",
+        "The laws were calibrated on the default search for values; of another one (steps, clamp) edits may reach less "
+        "of their targets than is forecast.",
+    ]
+    usual = SequentialEditor(method=MEMIT(1000.0), values=ValueSettings(batch_tokens=64, reference="original"))
+    assert notes({}, usual) == []
+
+
+def test_a_method_s_bare_name_takes_settings():
+    settings = [("model.method.init_args.mu", 5)]
+    found = planned({"model": {"method": "MEMIT"}}, settings, Candidate((1,), 300.0, 0.0, False), 4)
+    assert found["model"]["method"] == {"class_path": "MEMIT", "init_args": {"covariance_weight": 300.0}}
 
 
 def test_a_mixture_of_experts(recipe, tmp_path, capsys):

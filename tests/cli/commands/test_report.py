@@ -1,6 +1,7 @@
 """``editlab report``: the lost edits against the exported model's own generation, and bad arguments."""
 
 import json
+import math
 import re
 
 import pytest
@@ -8,14 +9,16 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editlab.cli.commands.report import ANSWER_TOKENS
+from editlab.cli.commands.report import ANSWER_TOKENS, inspect_edits
 from editlab.cli.main import main
+from editlab.edits.ledger import Ledger
 from editlab.runs.checkpoint import find_checkpoint, read_checkpoint
 from editlab.runs.delta import Delta
+from editlab.runs.outcomes import read_outcomes
 from tests.cli.commands.runs import EDITS, FATES
 from tests.recipes import write_recipe
 from tests.runs.test_report import Seen
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def report(*arguments):
@@ -106,6 +109,28 @@ def test_a_run_with_a_given_edit_module_is_reported_with_it(tmp_path, monkeypatc
     assert Delta.from_checkpoint(find_checkpoint("lightning_logs/tiny/version_0")).edit_module == module
     assert report("lightning_logs/tiny/version_0", "--out", "page.html") == 0
     assert "4 facts edited" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("mode", ["edit", "evaluate"])
+def test_a_chat_s_facts_are_asked_as_the_run_asked_them(mode, tmp_path, monkeypatch):
+    """The probabilities of the page are those of the run's outcomes."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<s>user\n{{ m.content }}\n{% endfor %}<s>bot\n"
+    tiny_model("llama").save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    write_recipe(tmp_path, tmp_path / "base", model={"chat_template": mode})
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    run = tmp_path / "lightning_logs/tiny/version_0"
+    delta, saved = (
+        Delta.from_checkpoint(find_checkpoint(str(run))),
+        read_checkpoint(find_checkpoint(str(run)))["editor"],
+    )
+    examples, _ = inspect_edits(delta, Ledger.of(saved), [], None)
+    expected = {row["edit"]: math.exp(row["retained/logp_new"]) for row in read_outcomes(run / "outcomes.csv")}
+    assert {one.number for one in examples} <= expected.keys()
+    for one in examples:
+        assert one.probability == pytest.approx(expected[one.number], rel=0.01)  # of another prompt: 25% and more
 
 
 @pytest.mark.parametrize(

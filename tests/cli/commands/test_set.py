@@ -62,6 +62,8 @@ def test_a_patch_and_a_model_are_those_of_edit_model(place, capsys):
     assert run("-", "--out", "edited", given=LINES) == 0
     assert "editlab ask --model edited" in capsys.readouterr().out
     assert "Tokyo" in (place / "edited" / "README.md").read_text(encoding="utf-8")
+    assert main(["log", "edited"]) == 0
+    assert "Tokyo" in capsys.readouterr().out
 
     settings = edit_settings(QUICK, DEFAULTS, "set")
     model, tokenizer = (kind.from_pretrained("tiny") for kind in (AutoModelForCausalLM, AutoTokenizer))
