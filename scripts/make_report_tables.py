@@ -3,6 +3,7 @@
 python scripts/make_report_tables.py
 """
 
+import argparse
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,7 @@ def write(name: str, text: str) -> None:
 
 def main() -> None:
     """Write the numbers, then the tables."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = Results(ROOT / "results")
     sources = [path.read_text(encoding="utf-8") for path in sorted(REPORT.glob("*.tex"))]
     specs = table_specs(yaml.safe_load((REPORT / "tables.yaml").read_text(encoding="utf-8")))

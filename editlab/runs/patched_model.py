@@ -35,8 +35,8 @@ def read_patch(path: str) -> Delta:
     """The delta that a path means: of a run, of an export with its delta, or a delta itself.
 
     Args:
-        path: a run's folder or checkpoint; a folder that ``editlab revert --facts``, ``editlab apply`` of several patches
-            or ``editlab export --delta-only`` wrote; or a delta's file.
+        path: a run's folder or checkpoint; a folder that ``editlab revert --facts``, ``editlab apply`` of several
+            patches or ``editlab export --delta-only`` wrote; or a delta's file.
 
     Raises:
         UserError: It is none of them, or damaged.

@@ -54,6 +54,7 @@ VERBS: dict[str, Verb] = {
         Verb("log", "List what was edited, when, and what was kept, rolled back or removed."),
         Verb("ask", "Show the model's answers to prompts before and after its edits."),
         Verb("set", "Set a fact in a model: show what that changes, and write the edited model or a patch."),
+        Verb("score", "Measure any model on facts as if it had been edited, with a column for its base."),
         Verb("evaluate", "Run tasks of lm-evaluation-harness on the edited model of a checkpoint."),
         Verb("compare", "Compare several runs in one table and one figure."),
         Verb("report", "Write one run as one HTML page, with the edits that the model does not hold."),

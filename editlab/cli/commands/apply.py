@@ -25,6 +25,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "patches",
         nargs="*",
         type=str,
+        default=[],
         help="Deltas, in their order: each a file or folder of export --delta-only, or a run's folder.",
     )
     parser.add_argument("--delta", help="The same as one patch.")

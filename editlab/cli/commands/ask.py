@@ -42,7 +42,9 @@ class Pair:
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="*", type=str, help="Default: read from standard input, one on each line.")
+    parser.add_argument(
+        "prompts", nargs="*", type=str, default=[], help="Default: read from standard input, one on each line."
+    )
     parser.add_argument("--ckpt_path", type=str, help="A checkpoint, or a run's folder: its edits are asked.")
     parser.add_argument("--delta", type=str, help="A patch of editlab set or export --delta-only, in their place.")
     parser.add_argument(

@@ -15,7 +15,7 @@ SHELLS = ("bash", "zsh")
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("shell", type=str, choices=SHELLS, help="Shell for which the script is written.")
+    parser.add_argument("shell", choices=SHELLS, help="Shell for which the script is written.")
 
 
 def _complete(given: Namespace) -> None:

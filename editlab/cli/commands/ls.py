@@ -22,7 +22,7 @@ TITLES = {
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("kind", type=str, nargs="?", choices=KINDS, help="What is listed. Default: all.")
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="What is listed. Default: all.")
 
 
 def _list(given: Namespace) -> None:

@@ -37,7 +37,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--facts",
         nargs="+",
         type=str,
-        help="Take only these facts out, each named as 'subject|prompt', and hold all others.",
+        help="Take only these facts out, and hold all others. Each is named as 'subject|prompt', or by its subject if no "
+        "other edit has it.",
     )
     parser.add_argument(
         "--hold",
