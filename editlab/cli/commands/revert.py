@@ -37,8 +37,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--facts",
         nargs="+",
         type=str,
-        help="Take only these facts out, and hold all others. Each is named as 'subject|prompt', or by its subject if no "
-        "other edit has it.",
+        help="Take only these facts out, and hold all others: each by 'subject|prompt', or by its subject if no other "
+        "edit has it.",
     )
     parser.add_argument(
         "--hold",
