@@ -94,7 +94,7 @@ def test_a_logger_s_own_folder_stays(place):
     assert {name.partition("/version")[0] for name in new_files(place)} == {"logs/tiny"}
 
 
-@pytest.mark.parametrize("logger", ["RunLogger", "CSVRunLogger", "false"])
+@pytest.mark.parametrize("logger", ["RunLogger", pytest.param("CSVRunLogger", marks=pytest.mark.thorough), "false"])
 def test_home_and_variables_mean_one_folder_to_all_parts_of_a_run(place, logger, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(place / "home"))
     monkeypatch.setenv("USERPROFILE", str(place / "home"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from editlab import __version__
 from editlab.cli.main import main
 from editlab.errors import EditLabError, UserError
 from editlab.experiments import launch, provenance
@@ -111,7 +112,7 @@ def test_failed_runs_are_named_and_stopped_ones_resume(mine, tmp_path, monkeypat
     assert sorted(run.curve) == [2, 4]
 
     # Its provenance is what it was started with.
-    versions = {name: version(name) for name in ("editlab", "torch", "transformers", "peft")}
+    versions = {"editlab": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
     settings = run.job(1).settings
     assert provenance_of(run) == {
         "recipe": "recipe.yaml", "settings": settings, **provenance.provenance(tmp_path), **versions,

@@ -22,7 +22,7 @@ def test_a_run_on_a_folder(runs, tmp_path, capsys):
     run, out = runs("tied"), tmp_path / "out"
     assert export("--ckpt_path", run.folder, "--out", out) == 0
     assert "model.gguf: GGUF, read back and equal, " in capsys.readouterr().out
-    assert set(files(out)) == {"README.md", "model.gguf"}
+    assert set(files(out)) == {"README.md", "edits.json", "model.gguf"}
     model, _ = read_gguf(out / "model.gguf")
     total = torch.load(run.checkpoint, weights_only=True)["state_dict"]["edited.1.total"]
     name = "model.layers.1.mlp.down_proj.weight"

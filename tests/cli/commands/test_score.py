@@ -49,7 +49,7 @@ def test_fewer_facts_and_one_half(edited, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "nowhere"], "nowhere"),
+    (["--model", "./nowhere"], "nowhere"),
     (["--path", "nowhere.json"], "nowhere.json"),
     (["--limit", "0"], "limit is 0"),
     (["--evaluation.neighbors", "-1"], "neighbors is -1"),
