@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
+from editlab.cli.commands.printing import add_json_argument, show
 from editlab.cli.commands.writing import add_checkpoint_arguments, add_device_argument
 from editlab.evaluation.downstream import Downstream, Score
 from editlab.lm.language_model import LanguageModel
@@ -20,8 +17,6 @@ from editlab.runs.checkpoint import find_checkpoint
 from editlab.runs.delta import Delta
 from editlab.runs.tables import Table
 from editlab.utils.validation import at_least_one
-
-log = logging.getLogger(__name__)
 
 Scores = Mapping[str, Mapping[str, Score]]
 """task -> metric -> score"""
@@ -40,18 +35,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="Number of prompts that are run together.")
     parser.add_argument("--unedited", action="store_true", help="Evaluate the unedited model, too.")
     add_device_argument(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="Write a JSON object to standard output, and messages elsewhere."
-    )
+    add_json_argument(parser)
 
 
 def _evaluate(given: Namespace) -> None:
-    if given.json:
-        with redirect_stdout(sys.stderr):  # a program reads standard output, so messages must not be in it
-            found = _scores(given)
-        sys.stdout.write(json.dumps({name: _plain(scores) for name, scores in found.items()}, indent=2) + "\n")
-    else:
-        log.info("\n%s\n", table(_scores(given)).to_text())
+    show(
+        given,
+        _scores,
+        lambda found: {name: _plain(scores) for name, scores in found.items()},
+        lambda found: table(found).to_text(),
+    )
 
 
 def _scores(given: Namespace) -> dict[str, Scores]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from editlab.cli.commands.command import Command
+from editlab.cli.commands.printing import add_json_argument, show
 from editlab.cli.commands.writing import add_device_argument
 from editlab.data import EditDataModule, Fact
 from editlab.data.datamodule import SPLITS
@@ -23,8 +20,6 @@ from editlab.lm.placement import device_named
 from editlab.metrics.names import BEFORE, RETAINED, add_group
 from editlab.runs.tables import Table, metric_table
 
-log = logging.getLogger(__name__)
-
 
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="The model: a folder, a GGUF file, a hub id, or smollm2-135m.")
@@ -35,18 +30,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--skip_bad", action="store_true", help="Skip records that do not fit their schema or a model.")
     parser.add_class_arguments(EvaluationSettings, "evaluation")
     add_device_argument(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="Write a JSON object to standard output, and messages elsewhere."
-    )
+    add_json_argument(parser)
 
 
 def _score(given: Namespace) -> None:
-    if given.json:
-        with redirect_stdout(sys.stderr):  # a program reads standard output, so messages must not be in it
-            found = _metrics(given)
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        log.info("\n%s\n", table(_metrics(given), given.base is not None).to_text())
+    show(given, _metrics, dict, lambda found: table(found, given.base is not None).to_text())
 
 
 def _metrics(given: Namespace) -> dict[str, float]:
