@@ -86,7 +86,7 @@ def require_one_base(deltas: Sequence[Delta], names: Sequence[str]) -> None:
             if one != other:
                 raise UserError(
                     f"The patches {names[0]} and {name} read prompts differently ({setting} {one} and {other}): make "
-                    "both with the same, or apply one to the model that editlab apply writes with the other."
+                    "both with the same."
                 )
 
 

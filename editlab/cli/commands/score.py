@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from editlab.cli.commands.command import Command
 from editlab.cli.commands.printing import add_json_argument, show
 from editlab.cli.commands.writing import add_device_argument
-from editlab.data import EditDataModule, Fact
+from editlab.data import EditDataModule
 from editlab.data.datamodule import SPLITS
 from editlab.evaluation.evaluator import Evaluation
 from editlab.evaluation.settings import EvaluationSettings
@@ -55,28 +55,12 @@ def _metrics(given: Namespace) -> dict[str, float]:
 
 
 def _measured(lm: LanguageModel, data: EditDataModule, settings: EvaluationSettings) -> dict[str, float]:
+    """What the end of a run measures, as if the model held all facts; metric -> value."""
     lm.joint, data.fault = data.joint, lambda fact: too_long(lm, fact, [""])
     data.select(lambda facts: [True] * len(facts))
-    return measure_as_edited(lm, data.facts, data.other_facts(settings.bystanders), settings)
-
-
-def measure_as_edited(
-    lm: LanguageModel, facts: Sequence[Fact], others: Sequence[Fact], settings: EvaluationSettings
-) -> dict[str, float]:
-    """What the end of a run measures, of a model that may have been edited by another program.
-
-    Args:
-        lm: the model.
-        facts: the facts that its weights should hold.
-        others: bystanders, about which it should say what it said before.
-        settings: what is measured.
-
-    Returns:
-        metric -> value.
-    """
     evaluation = Evaluation(settings)
-    evaluation.bystanders = list(others)
-    found = evaluation.measure_retained(lm, facts, len(facts), [])
+    evaluation.bystanders = data.other_facts(settings.bystanders)
+    found = evaluation.measure_retained(lm, data.facts, len(data.facts), [])
     return {name.removeprefix(f"{RETAINED}/"): value for name, value in found.items()}
 
 
